@@ -1,0 +1,465 @@
+"""Typed configuration: strict YAML with ``base:`` inheritance and dotted overrides.
+
+This file is the one place for defaults. Every mistake in a file or an override becomes a
+:class:`ConfigError`: one line that names the file and line or the override, the value, what was
+expected and the nearest valid key.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from .variants import VARIANTS
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used; the message is one line for the user."""
+
+
+Rate = Annotated[float, Field(ge=0.0, le=1.0)]
+Positive = Annotated[int, Field(ge=1)]
+NonNegative = Annotated[int, Field(ge=0)]
+NonNegativeFloat = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, validate_assignment=True)
+
+
+class ModelConfig(Section):
+    """Swin V2 backbone; the names are those of the official constructor."""
+
+    name: str = "swinv2"
+    img_size: Positive = 256
+    patch_size: Positive = 4
+    in_chans: Positive = 3
+    num_classes: NonNegative = 1000
+    embed_dim: Positive = 96
+    depths: list[Positive] = [2, 2, 6, 2]
+    num_heads: list[Positive] = [3, 6, 12, 24]
+    window_size: Positive = 8
+    mlp_ratio: Annotated[float, Field(gt=0)] = 4.0
+    qkv_bias: bool = True
+    drop_rate: Rate = 0.0
+    attn_drop_rate: Rate = 0.0
+    drop_path_rate: Rate = 0.1
+    ape: bool = False
+    patch_norm: bool = True
+    pretrained_window_sizes: list[NonNegative] = []
+
+    @model_validator(mode="after")
+    def _check(self) -> ModelConfig:
+        stages = len(self.depths)
+        if len(self.num_heads) != stages:
+            raise ValueError(f"num_heads has {len(self.num_heads)} stages, depths has {stages}")
+        if len(self.pretrained_window_sizes) not in (0, stages):
+            raise ValueError(f"pretrained_window_sizes must be empty or have {stages} entries")
+        for stage, heads in enumerate(self.num_heads):
+            if (self.embed_dim << stage) % heads:
+                raise ValueError(
+                    f"num_heads[{stage}]={heads} does not divide the stage's width "
+                    f"{self.embed_dim << stage}"
+                )
+        return self
+
+
+class MoEConfig(Section):
+    """Mixture-of-Experts feed-forward; ``blocks`` lists the MoE block indices of each stage."""
+
+    blocks: list[list[NonNegative]] = []
+    num_experts: Positive = 8
+    top_k: Literal[1, 2] = 1
+    capacity_factor: NonNegativeFloat = 1.25  # 0 = dropless
+    eval_capacity_factor: NonNegativeFloat = 0.0  # dropless: a result never depends on the batch
+    batch_prioritized: bool = True
+    normalize_gate: bool = False
+    gate_noise: NonNegativeFloat = 1.0
+    balance: Literal["importance_load", "gshard"] = "importance_load"
+    balance_weight: NonNegativeFloat = 0.01
+    fc2_bias: bool = True
+    init_std: Annotated[float, Field(gt=0)] = 0.02
+    drop_rate: Rate = 0.0
+    backend: Literal["fused", "reference", "tutel"] = "fused"
+
+    @model_validator(mode="after")
+    def _check(self) -> MoEConfig:
+        if self.top_k > self.num_experts:
+            raise ValueError(f"top_k={self.top_k} is more than num_experts={self.num_experts}")
+        if self.balance == "importance_load" and self.gate_noise == 0 and self.balance_weight > 0:
+            raise ValueError("balance=importance_load needs gate_noise > 0 (or use balance=gshard)")
+        return self
+
+    @property
+    def enabled(self) -> bool:
+        """Whether any block is an MoE block."""
+        return any(self.blocks)
+
+
+class DataConfig(Section):
+    """Where samples come from. ``path`` is a folder, tar shards or the name of a bundled sample."""
+
+    path: str = "fashion_mnist"
+    train: str = "train"  # sub-folder, or prefix of the shards' names
+    val: str = "val"
+    batch_size: Positive = 128  # per process and micro-step
+    eval_batch_size: NonNegative = 0  # 0 = batch_size
+    num_workers: NonNegative = 4
+    mean: list[float] = [0.485, 0.456, 0.406]
+    std: list[Annotated[float, Field(gt=0)]] = [0.229, 0.224, 0.225]
+
+    @model_validator(mode="after")
+    def _check(self) -> DataConfig:
+        if len(self.mean) != len(self.std):
+            raise ValueError(f"mean has {len(self.mean)} channels, std has {len(self.std)}")
+        return self
+
+
+class AugmentConfig(Section):
+    """Training augmentation, through timm; evaluation resizes and crops the centre."""
+
+    scale: list[Annotated[float, Field(gt=0, le=1)]] = [0.08, 1.0]  # area of the random crop
+    ratio: list[Annotated[float, Field(gt=0)]] = [3 / 4, 4 / 3]
+    hflip: Rate = 0.5
+    color_jitter: NonNegativeFloat = 0.4
+    auto_augment: str = "rand-m9-mstd0.5-inc1"  # empty = none
+    interpolation: Literal["bicubic", "bilinear", "random"] = "bicubic"
+    random_erase: Rate = 0.25
+    mixup: NonNegativeFloat = 0.8
+    cutmix: NonNegativeFloat = 1.0
+    mixup_prob: Rate = 1.0
+    mixup_switch_prob: Rate = 0.5
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    eval_crop: Annotated[float, Field(gt=0, le=1)] = 0.875
+
+    @model_validator(mode="after")
+    def _check(self) -> AugmentConfig:
+        for name in ("scale", "ratio"):
+            pair = getattr(self, name)
+            if len(pair) != 2 or pair[0] > pair[1]:
+                raise ValueError(f"{name}={pair} must be [low, high]")
+        return self
+
+
+class OptimizerConfig(Section):
+    """AdamW. The peak rate is ``base_lr`` × global batch / 512, as in the Swin recipes."""
+
+    base_lr: Annotated[float, Field(gt=0)] = 5e-4
+    betas: list[Annotated[float, Field(ge=0, lt=1)]] = [0.9, 0.999]
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    weight_decay: NonNegativeFloat = 0.05
+    clip_norm: NonNegativeFloat = 5.0  # 0 = no clipping
+
+
+class ScheduleConfig(Section):
+    """Cosine decay per update after a linear warm-up; rates scale like ``optimizer.base_lr``."""
+
+    epochs: Positive = 300
+    warmup_epochs: NonNegativeFloat = 20
+    warmup_lr: NonNegativeFloat = 5e-7
+    min_lr: NonNegativeFloat = 5e-6
+
+    @model_validator(mode="after")
+    def _check(self) -> ScheduleConfig:
+        if self.warmup_epochs > self.epochs:
+            raise ValueError(f"warmup_epochs={self.warmup_epochs} is more than epochs={self.epochs}")
+        return self
+
+
+class TrainConfig(Section):
+    output: str = ""  # run directory; empty = runs/<name of the config file>
+    seed: NonNegative = 0
+    accumulation_steps: Positive = 1
+    eval_every_epochs: Positive = 1
+    max_steps: NonNegative = 0  # stop after that many updates; 0 = run all epochs
+
+
+class ParallelConfig(Section):
+    expert_parallel_size: Positive = 1
+
+
+class ZeroConfig(Section):
+    stage: Literal[0, 1, 2, 3] = 1
+    offload: Literal["none", "cpu"] = "none"  # optimizer state to host memory
+
+    @model_validator(mode="after")
+    def _check(self) -> ZeroConfig:
+        if self.offload == "cpu" and self.stage == 0:
+            raise ValueError("offload=cpu needs zero.stage 1, 2 or 3")
+        return self
+
+
+class PrecisionConfig(Section):
+    dtype: Literal["auto", "fp32", "bf16"] = "auto"  # auto = bf16 where the device computes in it
+    flush_denormals: bool = True
+
+
+class CheckpointConfig(Section):
+    every_epochs: Positive = 1
+    every_steps: NonNegative = 0  # also within an epoch; 0 = only at its end
+    keep_last: Positive = 2  # beside the best one
+
+
+class LogConfig(Section):
+    every_steps: Positive = 10
+    tensorboard: bool = True
+
+
+class OpsConfig(Section):
+    require_fused: bool = False  # fail rather than run on the PyTorch reference
+
+
+class Config(Section):
+    """The whole configuration. Modules are handed their own section, never this."""
+
+    model: ModelConfig = ModelConfig()
+    moe: MoEConfig = MoEConfig()
+    data: DataConfig = DataConfig()
+    augment: AugmentConfig = AugmentConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    train: TrainConfig = TrainConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    zero: ZeroConfig = ZeroConfig()
+    precision: PrecisionConfig = PrecisionConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    log: LogConfig = LogConfig()
+    ops: OpsConfig = OpsConfig()
+
+    @model_validator(mode="after")
+    def _check(self) -> Config:
+        check_moe_blocks(self.model, self.moe)
+        experts, group = self.moe.num_experts, self.parallel.expert_parallel_size
+        if not self.moe.enabled and group > 1:
+            raise ValueError(
+                f"parallel.expert_parallel_size={group} needs MoE blocks, but moe.blocks is empty"
+            )
+        if experts % group:
+            raise ValueError(
+                f"moe.num_experts={experts} is not divisible by "
+                f"parallel.expert_parallel_size={group}"
+            )
+        if self.zero.stage == 3 and group > 1:
+            raise ValueError(
+                f"zero.stage=3 with parallel.expert_parallel_size={group} is not supported: use "
+                "parallel.expert_parallel_size=1 (ZeRO-3 then shards the experts) or zero.stage=2"
+            )
+        if len(self.data.mean) != self.model.in_chans:
+            raise ValueError(
+                f"data.mean has {len(self.data.mean)} channels, "
+                f"model.in_chans is {self.model.in_chans}"
+            )
+        return self
+
+
+def check_moe_blocks(model: ModelConfig, moe: MoEConfig) -> None:
+    """Raise ``ValueError`` if ``moe.blocks`` names a stage or block that the model lacks."""
+    if len(moe.blocks) > len(model.depths):
+        raise ValueError(
+            f"moe.blocks has {len(moe.blocks)} stages, model.depths has {len(model.depths)}"
+        )
+    for stage, blocks in enumerate(moe.blocks):
+        for block in blocks:
+            if block >= model.depths[stage]:
+                raise ValueError(
+                    f"moe.blocks[{stage}] names block {block}, but stage {stage} has "
+                    f"{model.depths[stage]} blocks (0 to {model.depths[stage] - 1})"
+                )
+
+
+# --------------------------------------------------------------------------------------------
+# Loading
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that reads ``1e-4`` as a float (YAML 1.2) and refuses duplicate keys."""
+
+
+_FLOAT = re.compile(
+    r"^[-+]?(?:[0-9][0-9_]*\.[0-9_]*(?:[eE][-+]?[0-9]+)?|[0-9][0-9_]*[eE][-+]?[0-9]+"
+    r"|\.[0-9_]+(?:[eE][-+]?[0-9]+)?|\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"
+)
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789."))
+
+Origins = dict[tuple[str, ...], str]  # dotted path -> "file:line" or "override"
+
+
+def _read_yaml(path: Path, seen: tuple[Path, ...] = ()) -> tuple[dict[str, Any], Origins]:
+    """Read one file and its ``base:`` chain; the nearer file wins key by key."""
+    if path.resolve() in seen:
+        raise ConfigError(f"{path}: base files form a circle")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot read the config file ({error.strerror})") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path}: not a text file") from None
+    try:
+        root = yaml.compose(text, Loader=_Loader)
+        data = yaml.load(text, Loader=_Loader)  # noqa: S506 - _Loader is a SafeLoader
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f"{path}:{mark.line + 1}" if mark else str(path)
+        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise ConfigError(f"{place}: not valid YAML ({problem})") from None
+    if data is None:
+        data = {}
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path}: expected sections such as 'model:', got {data!r:.60}")
+    origins: Origins = {}
+    if root is not None:
+        _collect_origins(root, path, (), origins)
+    base = data.pop("base", None)
+    if base is None:
+        return data, origins
+    if not isinstance(base, str):
+        raise ConfigError(f"{origins[('base',)]}: base must be a file name, got {base!r}")
+    parent, parent_origins = _read_yaml(path.parent / base, (*seen, path.resolve()))
+    return _merge(parent, data), {**parent_origins, **origins}
+
+
+def _collect_origins(node: yaml.Node, path: Path, prefix: tuple[str, ...], out: Origins) -> None:
+    if isinstance(node, yaml.MappingNode):
+        for key_node, value_node in node.value:
+            key = (*prefix, str(key_node.value))
+            place = f"{path}:{key_node.start_mark.line + 1}"
+            if key in out:
+                raise ConfigError(f"{place}: '{'.'.join(key)}' stands twice in this file")
+            out[key] = place
+            _collect_origins(value_node, path, key, out)
+
+
+def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """Merge nested mappings; a value that is not a mapping replaces what it meets."""
+    merged = dict(base)
+    for key, value in over.items():
+        old = merged.get(key)
+        both = isinstance(old, dict) and isinstance(value, dict)
+        merged[key] = _merge(old, value) if both else value  # type: ignore[arg-type]
+    return merged
+
+
+def _apply_override(raw: dict[str, Any], origins: Origins, override: str) -> None:
+    key, separator, text = override.partition("=")
+    path = tuple(key.strip().split("."))
+    if not separator or not all(path):
+        raise ConfigError(f"override '{override}': expected section.key=value")
+    try:
+        value = yaml.load(text, Loader=_Loader)  # noqa: S506 - _Loader is a SafeLoader
+    except yaml.YAMLError:
+        raise ConfigError(f"override '{override}': the value is not valid YAML") from None
+    node = raw
+    for part in path[:-1]:
+        node = node.setdefault(part, {})
+        if not isinstance(node, dict):
+            raise ConfigError(f"override '{override}': '{part}' is not a section")
+    node[path[-1]] = value
+    origins[path] = f"override '{override}'"
+
+
+def _valid_keys(location: tuple[str, ...]) -> list[str]:
+    """Dotted names of the keys that may stand at ``location``."""
+    model: Any = Config
+    for part in location:
+        field = model.model_fields.get(part) if hasattr(model, "model_fields") else None
+        if field is None:
+            return []
+        model = field.annotation
+    return [".".join((*location, name)) for name in getattr(model, "model_fields", ())]
+
+
+def _all_keys() -> list[str]:
+    return [leaf for section in Config.model_fields for leaf in _valid_keys((section,))]
+
+
+def _suggest(path: tuple[str, ...]) -> str:
+    """The nearest valid key, first beside the mistake, then anywhere."""
+    name = ".".join(path)
+    beside = difflib.get_close_matches(name, _valid_keys(path[:-1]), n=1, cutoff=0.6)
+    same_leaf = [key for key in _all_keys() if key.rsplit(".", 1)[-1] == path[-1]]
+    anywhere = difflib.get_close_matches(name, _all_keys(), n=1, cutoff=0.6)
+    found = beside or same_leaf[:1] or anywhere
+    if found:
+        return f"did you mean '{found[0]}'?"
+    valid = [key.rsplit(".", 1)[-1] for key in _valid_keys(path[:-1])]
+    return f"valid keys: {', '.join(valid)}"
+
+
+def _explain(error: ValidationError, origins: Origins, source: str) -> ConfigError:
+    first = error.errors()[0]
+    path = tuple(str(part) for part in first["loc"])
+    known = path
+    while known and known not in origins:
+        known = known[:-1]
+    place = origins.get(known, source)
+    name = ".".join(path)
+    value = repr(first["input"])
+    value = value if len(value) <= 60 else value[:57] + "..."
+    if first["type"] == "extra_forbidden":
+        message = f"unknown key '{name}': {_suggest(path)}"
+    elif first["type"] == "value_error":
+        cause = str(first["ctx"]["error"])
+        message = f"{name}: {cause}" if name else cause
+    elif first["type"] == "model_type":
+        message = f"'{name}' is a section and needs keys below it, got {value}"
+    else:
+        message = f"{name}={value}: {_expected(first)}"
+    more = error.error_count() - 1
+    return ConfigError(f"{place}: {message}" + (f" (and {more} more)" if more else ""))
+
+
+def _expected(error: Any) -> str:
+    message = str(error["msg"]).removeprefix("Input should be ")
+    return f"expected {message.removeprefix('a valid ').removeprefix('valid ')}"
+
+
+def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
+    """Read a YAML file, apply ``section.key=value`` overrides and validate.
+
+    Raises:
+        ConfigError: one line naming the file and line (or the override), the key, its value,
+            what was expected, and the nearest valid key.
+    """
+    path = Path(path)
+    raw, origins = _read_yaml(path)
+    for override in overrides:
+        _apply_override(raw, origins, override)
+    if isinstance(raw.get("train", {}), dict):
+        raw.setdefault("train", {}).setdefault("output", f"runs/{path.stem}")
+    return validate(raw, origins, str(path))
+
+
+def validate(raw: dict[str, Any], origins: Origins | None = None, source: str = "config") -> Config:
+    """Fill in the variant that ``model.name`` names and validate nested plain values."""
+    origins = origins or {}
+    model = raw.get("model")
+    name = model.get("name") if isinstance(model, dict) else None
+    if isinstance(name, str) and name in VARIANTS:
+        raw = _merge(VARIANTS[name], raw)
+    elif isinstance(name, str) and name not in FAMILIES:
+        near = difflib.get_close_matches(name, [*FAMILIES, *VARIANTS], n=1)
+        hint = f"did you mean '{near[0]}'?" if near else "see list_models() for the names"
+        place = origins.get(("model", "name"), source)
+        raise ConfigError(f"{place}: model.name={name!r} is not a known model: {hint}")
+    try:
+        return Config.model_validate(raw)
+    except ValidationError as error:
+        raise _explain(error, origins, source) from None
+
+
+FAMILIES = ("swinv2", "swin_moe")  # a model whose shape the config states itself
+
+
+def dump_config(config: Config) -> str:
+    """The resolved configuration as YAML that :func:`load_config` reads back."""
+    return yaml.safe_dump(config.model_dump(), sort_keys=False, default_flow_style=None)
+
+
+def literal_values(section: type[Section], key: str) -> tuple[Any, ...]:
+    """The allowed values of a ``Literal`` key, for help texts."""
+    return get_args(section.model_fields[key].annotation)
