@@ -74,6 +74,7 @@ class MoEConfig(Section):
 
     blocks: list[list[NonNegative]] = []
     num_experts: Positive = 8
+    router: Literal["linear", "cosine"] = "linear"
     top_k: Literal[1, 2] = 1
     capacity_factor: NonNegativeFloat = 1.25  # 0 = dropless
     eval_capacity_factor: NonNegativeFloat = 0.0  # dropless: a result never depends on the batch
@@ -167,7 +168,9 @@ class ScheduleConfig(Section):
     @model_validator(mode="after")
     def _check(self) -> ScheduleConfig:
         if self.warmup_epochs > self.epochs:
-            raise ValueError(f"warmup_epochs={self.warmup_epochs} is more than epochs={self.epochs}")
+            raise ValueError(
+                f"warmup_epochs={self.warmup_epochs} is more than epochs={self.epochs}"
+            )
         return self
 
 

@@ -48,7 +48,12 @@ def _build_table() -> dict[str, Sections]:
     ]:
         name = f"swin_moe_{size}_{num_experts}expert_window12_192_22k"
         table[name] = _swinv2(size, 192, 12, num_classes=21841, drop_path_rate=0.2) | {
-            "moe": {"blocks": _MOE_BLOCKS, "num_experts": num_experts}
+            "moe": {
+                "blocks": _MOE_BLOCKS,
+                "num_experts": num_experts,
+                "init_std": 0.005,
+                "fc2_bias": False,
+            }
         }
     return table
 

@@ -1,0 +1,180 @@
+"""Processes, groups, reductions and seeds; the only reader of ``os.environ``.
+
+Ranks come from torchrun, Slurm (``srun`` with ``MASTER_ADDR`` set) or DeepSpeed's launcher; without
+any of them the program runs as one process.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+import random
+import socket
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+
+@dataclass(frozen=True)
+class Group:
+    """One process group as this rank sees it; ``handle`` is None when it is this rank alone."""
+
+    handle: dist.ProcessGroup | None = None
+    rank: int = 0
+    size: int = 1
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all: its device and its groups.
+
+    Ranks ``[i·n, (i+1)·n)`` form an expert group of size n, which holds each expert once, so that
+    expert parallelism stays inside a node; ranks with equal ``rank % n`` form an expert-data group,
+    whose members replicate the same experts.
+    """
+
+    rank: int
+    local_rank: int
+    size: int
+    device: torch.device
+    expert: Group
+    expert_data: Group
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def environment_rank() -> tuple[int, int, int]:
+    """(rank, local rank, world size) that the launcher set; (0, 0, 1) without one."""
+    env = os.environ
+    if "RANK" in env:
+        return int(env["RANK"]), int(env.get("LOCAL_RANK", 0)), int(env.get("WORLD_SIZE", 1))
+    if "SLURM_PROCID" in env and "MASTER_ADDR" in env:
+        return int(env["SLURM_PROCID"]), int(env["SLURM_LOCALID"]), int(env["SLURM_NTASKS"])
+    return 0, 0, 1
+
+
+def check_world(world_size: int, expert_parallel_size: int, num_experts: int) -> None:
+    """Raise ``ValueError`` if the expert group fits neither the world nor the experts."""
+    n = expert_parallel_size
+    if world_size % n:
+        raise ValueError(
+            f"parallel.expert_parallel_size={n} does not divide the {world_size} processes: start "
+            f"a multiple of {n}, or set parallel.expert_parallel_size to a divisor of {world_size}"
+        )
+    if num_experts % n:
+        raise ValueError(
+            f"moe.num_experts={num_experts} is not divisible by parallel.expert_parallel_size={n}"
+        )
+
+
+def init(expert_parallel_size: int = 1, timeout_minutes: float = 10.0) -> World:
+    """Join the process group and make the expert groups.
+
+    Raises:
+        ValueError: the expert group does not divide the world.
+    """
+    rank, local_rank, size = environment_rank()
+    check_world(size, expert_parallel_size, expert_parallel_size)
+    # DeepSpeed reads these three.
+    for name, value in (("RANK", rank), ("LOCAL_RANK", local_rank), ("WORLD_SIZE", size)):
+        os.environ.setdefault(name, str(value))
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", local_rank % torch.cuda.device_count())
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        _join(rank, size, device, timeout_minutes)
+    expert, expert_data = _expert_groups(rank, size, expert_parallel_size)
+    return World(rank, local_rank, size, device, expert, expert_data)
+
+
+def _join(rank: int, size: int, device: torch.device, timeout_minutes: float) -> None:
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    timeout = datetime.timedelta(minutes=timeout_minutes)
+    if size == 1:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        return
+    os.environ.setdefault("MASTER_PORT", "29500")
+    dist.init_process_group(backend, rank=rank, world_size=size, timeout=timeout)
+
+
+def _expert_groups(rank: int, size: int, n: int) -> tuple[Group, Group]:
+    """Every rank takes part in making every group, as ``new_group`` asks for."""
+    expert = expert_data = Group()
+    if size == 1:
+        return expert, expert_data
+    for start in range(0, size, n):
+        ranks = list(range(start, start + n))
+        group = _make_group(ranks, rank)
+        expert = group or expert
+    for offset in range(n):
+        ranks = list(range(offset, size, n))
+        group = _make_group(ranks, rank)
+        expert_data = group or expert_data
+    return expert, expert_data
+
+
+def _make_group(ranks: list[int], rank: int) -> Group | None:
+    handle = dist.new_group(ranks)
+    if rank not in ranks:
+        return None
+    assert isinstance(handle, dist.ProcessGroup)
+    return Group(handle, ranks.index(rank), len(ranks))
+
+
+def shutdown() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def barrier() -> None:
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.barrier()
+
+
+def all_reduce_(tensor: torch.Tensor, op: str = "sum", group: Group | None = None) -> torch.Tensor:
+    """Reduce in place over ``group`` (default: all ranks); ``op`` is sum, max or min."""
+    alone = group.size == 1 if group else not dist.is_initialized() or dist.get_world_size() == 1
+    if not alone:
+        operation = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
+        dist.all_reduce(tensor, op=operation[op], group=group.handle if group else None)
+    return tensor
+
+
+def broadcast_object(value: object) -> object:
+    """Rank 0's ``value`` on every rank. For small objects of our own making only."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def seed_everything(seed: int, rank: int = 0) -> None:
+    """Seed Python, NumPy and torch; ranks differ so that dropout and gate noise do."""
+    value = (seed * 1_000_003 + rank) % 2**32
+    random.seed(value)
+    np.random.seed(value)
+    torch.manual_seed(value)
+
+
+def rng_state() -> dict[str, torch.Tensor]:
+    """State of torch's generators of this rank (data order and augmentation need none)."""
+    state = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def set_rng_state(state: dict[str, torch.Tensor]) -> None:
+    torch.set_rng_state(state["cpu"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+def hostname() -> str:
+    return socket.gethostname()

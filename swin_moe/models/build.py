@@ -1,0 +1,48 @@
+"""From a name or a config to a model."""
+
+from __future__ import annotations
+
+from fnmatch import fnmatch
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..config import ConfigError, ModelConfig, MoEConfig, validate
+from ..distributed import Group
+from ..variants import VARIANTS
+from .swin import MoEOutput, SwinTransformer
+
+
+def build(model: ModelConfig, moe: MoEConfig, expert_group: Group | None = None) -> SwinTransformer:
+    """The model of two config sections; weights are drawn from torch's global generator."""
+    return SwinTransformer(model, moe, expert_group)
+
+
+def build_model(name: str, **overrides: Any) -> SwinTransformer:
+    """A model by name, e.g. ``build_model("swinv2_tiny_window8_256", num_classes=10)``.
+
+    Overrides are keys of the config section ``model``, or of ``moe`` as ``moe={"top_k": 2}``.
+
+    Raises:
+        ConfigError: unknown name or key, or a value of the wrong kind.
+    """
+    if name not in VARIANTS:
+        raise ConfigError(f"unknown model {name!r}; list_models() gives the names")
+    moe = overrides.pop("moe", {})
+    config = validate({"model": {"name": name, **overrides}, "moe": moe}, source=name)
+    return build(config.model, config.moe)
+
+
+def list_models(pattern: str = "*") -> list[str]:
+    """Names of the models that match a shell-style pattern, e.g. ``swin_moe*``."""
+    return sorted(name for name in VARIANTS if fnmatch(name, pattern))
+
+
+def split_output(output: Tensor | MoEOutput) -> tuple[Tensor, MoEOutput | None]:
+    """Logits, and the whole output where the model has MoE layers."""
+    return (output.logits, output) if isinstance(output, MoEOutput) else (output, None)
+
+
+def expert_parameter_names(model: nn.Module) -> set[str]:
+    """Names of the parameters that hold this rank's experts only ([E_local, ...])."""
+    return {name for name, _ in model.named_parameters() if ".experts." in name}

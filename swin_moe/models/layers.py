@@ -1,0 +1,73 @@
+"""Patch embedding, patch merging and the dense feed-forward of the Swin family."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Fp32Linear(nn.Linear):
+    """Linear layer that computes in fp32 (fp64 for fp64 weights), whatever the precision around."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        wide = torch.promote_types(self.weight.dtype, torch.float32)
+        bias = None if self.bias is None else self.bias.to(wide)
+        with torch.autocast(input.device.type, enabled=False):
+            return F.linear(input.to(wide), self.weight.to(wide), bias)
+
+
+class QKVLinear(nn.Linear):
+    """Linear layer without a bias of its own that is handed one (V2 composes it of q's and v's)."""
+
+    def forward(self, input: Tensor, bias: Tensor | None = None) -> Tensor:
+        return F.linear(input, self.weight, bias)
+
+
+class PatchEmbed(nn.Module):
+    """Image [B, C, H, W] to tokens [B, H/p, W/p, embed_dim]; sides are padded to multiples of p."""
+
+    def __init__(self, patch_size: int, in_chans: int, embed_dim: int, norm: bool = True) -> None:
+        super().__init__()
+        self.patch_size = patch_size
+        self.proj = nn.Conv2d(in_chans, embed_dim, patch_size, stride=patch_size)
+        self.norm = nn.LayerNorm(embed_dim) if norm else nn.Identity()
+
+    def forward(self, images: Tensor) -> Tensor:
+        height, width = images.shape[-2:]
+        p = self.patch_size
+        if height % p or width % p:
+            images = F.pad(images, (0, -width % p, 0, -height % p))
+        tokens = self.proj(images).permute(0, 2, 3, 1)
+        return self.norm(tokens)
+
+
+class PatchMerging(nn.Module):
+    """Swin V2 merging: [B, H, W, C] to [B, ⌈H/2⌉, ⌈W/2⌉, 2C], norm after the reduction."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False)
+        self.norm = nn.LayerNorm(2 * dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        height, width = x.shape[1:3]
+        if height % 2 or width % 2:
+            x = F.pad(x, (0, 0, 0, width % 2, 0, height % 2))
+        # (row, column) offsets (0, 0), (1, 0), (0, 1), (1, 1)
+        corners = [x[:, row::2, col::2] for col in (0, 1) for row in (0, 1)]
+        return self.norm(self.reduction(torch.cat(corners, -1)))
+
+
+class Mlp(nn.Module):
+    """Dense feed-forward: Linear, exact GELU, Linear."""
+
+    def __init__(self, dim: int, hidden_dim: int, drop: float = 0.0) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden_dim)
+        self.act = nn.GELU()
+        self.fc2 = nn.Linear(hidden_dim, dim)
+        self.drop = nn.Dropout(drop)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.drop(self.fc2(self.drop(self.act(self.fc1(x)))))
