@@ -86,6 +86,8 @@ def init(expert_parallel_size: int = 1, timeout_minutes: float = 10.0) -> World:
     if torch.cuda.is_available():
         device = torch.device("cuda", local_rank % torch.cuda.device_count())
         torch.cuda.set_device(device)
+    else:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed warns that it found no GPU
     if not dist.is_initialized():
         _join(rank, size, device, timeout_minutes)
     expert, expert_data = _expert_groups(rank, size, expert_parallel_size)

@@ -1,0 +1,148 @@
+"""The command line: ``swin-moe``, ``python -m swin_moe`` and ``torchrun -m swin_moe``."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+import traceback
+import warnings
+from pathlib import Path
+
+from . import __version__
+
+DONE, FAILED, WRONG_USE = 0, 1, 2
+
+_EPILOG = """\
+examples:
+  swin-moe train configs/fashion_mnist/swin_moe_micro.yaml
+  swin-moe train configs/fashion_mnist/swin_moe_micro.yaml schedule.epochs=2 zero.stage=1
+  torchrun --nproc-per-node 2 -m swin_moe train CONFIG parallel.expert_parallel_size=2
+  swin-moe evaluate runs/swin_moe_micro
+  swin-moe evaluate runs/swin_moe_micro/checkpoints/best
+
+exit codes: 0 done, 1 failed, 2 wrong use (a config, an argument or data that cannot be used)
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="swin-moe",
+        description="Train Swin Transformer V2 and its Mixture-of-Experts variant.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"swin-moe {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    train = commands.add_parser(
+        "train",
+        help="train a config; resumes its run directory if that holds a checkpoint",
+        description="Train a model. Without a launcher it runs as one process; under torchrun or "
+        "Slurm it uses every process. If the run directory (train.output) holds a checkpoint, "
+        "training resumes from the last complete one.",
+    )
+    train.add_argument("config", metavar="CONFIG", help="YAML file, e.g. from configs/")
+    train.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. zero.stage=2")
+    train.add_argument(
+        "--fresh",
+        action="store_true",
+        help="start anew; an existing run directory is moved aside, never overwritten",
+    )
+    evaluate = commands.add_parser(
+        "evaluate",
+        help="evaluate a run or a checkpoint on one process, with a table of classes",
+        description="Evaluate the last checkpoint of a run directory, or a checkpoint folder, on "
+        "the config's held-out data. Any checkpoint works on one process, whatever trained it.",
+    )
+    evaluate.add_argument("path", metavar="RUN_OR_CHECKPOINT")
+    evaluate.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. data.path=DIR")
+    for command in (train, evaluate):
+        command.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    arguments = build_parser().parse_args(argv)
+    _quiet()
+    from .distributed import environment_rank, shutdown
+
+    rank, local_rank, size = environment_rank()
+    try:
+        code = _run(arguments)
+        shutdown()
+        return code
+    except KeyboardInterrupt:
+        return _fail("interrupted; start again to resume from the last checkpoint", local_rank == 0)
+    except (ValueError, OSError) as error:
+        # The same on every rank of a node: one of them tells.
+        if arguments.debug:
+            traceback.print_exc()
+        return _fail(str(error), local_rank == 0, WRONG_USE)
+    except Exception as error:
+        from .trainer import TrainingError
+
+        if arguments.debug:
+            traceback.print_exc()
+        logging.getLogger("swin_moe").debug("failed", exc_info=True)
+        if isinstance(error, TrainingError):
+            return _fail(str(error), local_rank == 0)
+        where = f"[rank {rank}] " if size > 1 else ""
+        first = (str(error).strip() or "no message").splitlines()[0]
+        return _fail(f"{where}{type(error).__name__}: {first} (--debug shows the traceback)", True)
+
+
+def _fail(message: str, tell: bool, code: int = FAILED) -> int:
+    logging.getLogger("swin_moe").debug("error: %s", message)
+    if tell:
+        print(f"swin-moe: error: {message}", file=sys.stderr, flush=True)
+    return code
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from . import distributed
+    from .config import load_config
+
+    console = Console(soft_wrap=False)
+    if arguments.command == "train":
+        config = load_config(arguments.config, arguments.overrides)
+        world = distributed.init(config.parallel.expert_parallel_size)
+        from . import run  # imports DeepSpeed, which looks at the environment that init sets
+
+        run.train(config, world, console, arguments.fresh)
+    else:
+        path = Path(arguments.path)
+        if not path.is_dir():
+            raise ValueError(f"{path}: no such run directory or checkpoint folder")
+        world = distributed.init()
+        from . import run
+
+        run.evaluate_checkpoint(path, world, console, arguments.overrides)
+    return DONE
+
+
+def _quiet() -> None:
+    """Keep the console for the run: libraries' chatter goes to the logs, warnings stay."""
+    console = logging.StreamHandler()
+    console.setLevel(logging.WARNING)
+    console.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
+    logging.getLogger().addHandler(console)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
+
+
+def entry() -> None:
+    """Exit without waiting for other ranks: a failed process must not hang in their shutdown."""
+    code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if code:
+        os._exit(code)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    entry()

@@ -1,0 +1,304 @@
+"""Config to DeepSpeed: ZeRO, precision, expert groups, clipping. The only file that imports it."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .config import OptimizerConfig, PrecisionConfig, ZeroConfig
+from .distributed import World, all_reduce_
+from .models import MoEOutput, SwinTransformer, expert_parameter_names
+from .optim import build_optimizer, parameter_groups
+
+logging.getLogger("deepspeed").setLevel(logging.WARNING)
+import deepspeed  # noqa: E402
+from deepspeed.moe.layer import MoE  # noqa: E402
+from deepspeed.utils import groups as deepspeed_groups  # noqa: E402
+from deepspeed.utils import (  # noqa: E402
+    safe_get_full_fp32_param,
+    safe_get_full_optimizer_state,
+    safe_set_full_fp32_param,
+    safe_set_full_optimizer_state,
+    safe_set_local_fp32_param,
+    safe_set_local_optimizer_state,
+)
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def resolve_precision(precision: PrecisionConfig, device: torch.device) -> torch.dtype:
+    """The dtype to compute in; ``auto`` is bf16 where the device has instructions for it.
+
+    Raises:
+        ValueError: bf16 is asked for on a GPU without it.
+    """
+    if precision.dtype == "fp32":
+        return torch.float32
+    if device.type == "cuda":
+        supported = torch.cuda.is_bf16_supported(including_emulation=False)
+        if precision.dtype == "bf16" and not supported:
+            raise ValueError("precision.dtype=bf16: this GPU has no bf16; use precision.dtype=fp32")
+    else:
+        supported = bool(
+            torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        )
+    wanted = precision.dtype == "bf16" or supported
+    return torch.bfloat16 if wanted else torch.float32
+
+
+class _ExpertMarker(MoE):
+    """Stands in for our MoE layers: DeepSpeed looks for instances of its own class.
+
+    It has no parameters and is never called; it only says that the model has experts.
+    """
+
+    def __init__(self, num_experts: int, world: World) -> None:
+        nn.Module.__init__(self)
+        self.num_experts = num_experts
+        self.ep_size = world.expert.size
+        self.num_local_experts = num_experts // world.expert.size
+        self.expert_group_name = _group_name(world)
+
+    def set_deepspeed_parallelism(self, use_data_before_expert_parallel_: bool = False) -> None:
+        """The groups exist already: they are those of ``distributed.init``."""
+
+
+def _group_name(world: World) -> str:
+    return f"ep_size_{world.expert.size}"
+
+
+class Engine:
+    """A model under DeepSpeed.
+
+    With an expert group of one rank the experts are ordinary parameters, which any ZeRO stage may
+    shard. Otherwise they are reduced over the expert-data group only. At ZeRO stage 0, bf16 means
+    autocast over fp32 weights and clipping is done here, because DeepSpeed averages the norms of
+    the ranks there, which is not the norm of all experts; from stage 1 on, weights are bf16 with
+    fp32 masters, and its norm is the true one.
+
+    Attributes:
+        model: the module inside. optimizer: the one whose rates a schedule may set.
+    """
+
+    def __init__(
+        self,
+        model: SwinTransformer,
+        world: World,
+        *,
+        optimizer: OptimizerConfig,
+        zero: ZeroConfig,
+        dtype: torch.dtype,
+        micro_batch: int,
+        accumulation_steps: int,
+    ) -> None:
+        self.world = world
+        self.model = model
+        self.stage = zero.stage
+        self.dtype = dtype
+        self.clip_norm = optimizer.clip_norm
+        experts = expert_parameter_names(model) if world.expert.size > 1 else set()
+        self.expert_names = experts
+        self.parameters = dict(model.named_parameters())
+        groups = parameter_groups(model, optimizer.weight_decay)
+        if experts:
+            self._mark_experts(groups)
+        global_batch = micro_batch * accumulation_steps * world.size
+        self.optimizer = build_optimizer(groups, optimizer, global_batch)
+        # Probing and building DeepSpeed's own ops takes seconds and a compiler; none is used.
+        deepspeed.ops.__compatible_ops__ = {}
+        settings = self._settings(zero, micro_batch, accumulation_steps)
+        self._engine, *_ = deepspeed.initialize(
+            model=model, optimizer=self.optimizer, config=settings, dist_init_required=False
+        )
+        self._grad_norm: Tensor | float = 0.0
+        self._start_moments(0)
+
+    def _settings(self, zero: ZeroConfig, micro_batch: int, accumulation: int) -> dict[str, Any]:
+        stage: dict[str, Any] = {
+            "stage": zero.stage,
+            "reduce_scatter": True,
+            "contiguous_gradients": True,
+            "overlap_comm": self.world.device.type == "cuda",
+        }
+        if zero.offload == "cpu":
+            stage["offload_optimizer"] = {"device": "cpu"}
+        return {
+            "train_micro_batch_size_per_gpu": micro_batch,
+            "gradient_accumulation_steps": accumulation,
+            "gradient_clipping": self.clip_norm if zero.stage else 0.0,
+            "zero_optimization": stage,
+            "bf16": {"enabled": self._low_precision_weights},
+            "zero_force_ds_cpu_optimizer": False,
+            "zero_allow_untested_optimizer": True,
+            "steps_per_print": None,
+        }
+
+    @property
+    def _low_precision_weights(self) -> bool:
+        return self.stage > 0 and self.dtype == torch.bfloat16
+
+    def _mark_experts(self, param_groups: list[dict[str, Any]]) -> None:
+        """Tell DeepSpeed which parameters are experts and which ranks replicate them."""
+        name = _group_name(self.world)
+        for parameter_name in self.expert_names:
+            parameter = self.parameters[parameter_name]
+            parameter.allreduce = False  # type: ignore[attr-defined]
+            parameter.group_name = name  # type: ignore[attr-defined]
+        for group in param_groups:
+            if group["moe"]:
+                group["name"] = name
+        deepspeed_groups._EXPERT_PARALLEL_GROUP[name] = self.world.expert.handle
+        deepspeed_groups._EXPERT_DATA_PARALLEL_GROUP[name] = self.world.expert_data.handle
+        self.model.add_module(
+            "expert_marker", _ExpertMarker(self.model.moe.num_experts, self.world)
+        )
+
+    # ----------------------------------------------------------------------------------------
+    # One step
+
+    def forward(self, images: Tensor) -> Tensor | MoEOutput:
+        """Images [B, C, H, W] fp32 to the model's output; logits come back in fp32."""
+        if self._low_precision_weights:
+            images = images.to(self.dtype)
+        with self._autocast():
+            output = self._engine(images)
+        if isinstance(output, MoEOutput):
+            return output._replace(logits=output.logits.float())
+        return output.float()
+
+    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
+        if self.stage == 0 and self.dtype == torch.bfloat16:
+            return torch.autocast(self.world.device.type, dtype=torch.bfloat16)
+        return contextlib.nullcontext()
+
+    def train(self, mode: bool = True) -> None:
+        self._engine.train(mode)
+
+    def backward(self, loss: Tensor) -> None:
+        """Accumulate gradients; they are reduced with the last micro-step (ZeRO-2 and 3: each)."""
+        self._engine.backward(loss)
+
+    @property
+    def at_boundary(self) -> bool:
+        """Whether the next :meth:`step` updates the weights."""
+        return bool(self._engine.is_gradient_accumulation_boundary())
+
+    def step(self) -> None:
+        """To be called after every backward; updates the weights at the boundary."""
+        boundary = self.at_boundary
+        if boundary and self.stage == 0:
+            self._grad_norm = self._clip_gradients()
+        self._engine.step()
+        if boundary and self.stage > 0:
+            self._grad_norm = self._engine.get_global_grad_norm()
+
+    def grad_norm(self) -> float:
+        """Global norm of the last update's gradients before clipping: dense² + Σ experts²."""
+        return float(self._grad_norm)
+
+    @property
+    def lr(self) -> float:
+        return float(self.optimizer.param_groups[0]["lr"])
+
+    @torch.no_grad()
+    def _clip_gradients(self) -> Tensor:
+        names = [n for n, p in self.parameters.items() if p.grad is not None]
+        dense = [self.parameters[n].grad for n in names if n not in self.expert_names]
+        expert = [self.parameters[n].grad for n in names if n in self.expert_names]
+        total = torch.nn.utils.get_total_norm(dense).square()
+        if expert:
+            of_experts = torch.nn.utils.get_total_norm(expert).square()
+            total = total + all_reduce_(of_experts, group=self.world.expert)
+        norm = total.sqrt()
+        if self.clip_norm:
+            torch.nn.utils.clip_grads_with_norm_(
+                [self.parameters[n] for n in names], self.clip_norm, norm
+            )
+        return norm
+
+    # ----------------------------------------------------------------------------------------
+    # State by logical name, whatever the stage
+
+    def export_state(self, keep: Callable[[str], bool]) -> Iterator[tuple[str, dict[str, Tensor]]]:
+        """Yield (name, {"weight": master, "exp_avg": …, "exp_avg_sq": …}), fp32 on the host.
+
+        Every rank must exhaust the iterator, as reading gathers over ranks; tensors come only for
+        the names that ``keep`` accepts.
+        """
+        for name, parameter in self.parameters.items():
+            state = {"weight": self._master(parameter)}
+            for key in MOMENTS:
+                state[key] = self._moment(parameter, key)
+            if keep(name):
+                yield name, {key: value.detach().cpu().clone() for key, value in state.items()}
+
+    def _master(self, parameter: nn.Parameter) -> Tensor:
+        return parameter.data if self.stage == 0 else safe_get_full_fp32_param(parameter)
+
+    def _moment(self, parameter: nn.Parameter, key: str) -> Tensor:
+        if self.stage == 0:
+            return self.optimizer.state[parameter][key]
+        return safe_get_full_optimizer_state(parameter, key)
+
+    def _flat_partitions(self) -> list[Tensor]:
+        """The tensors by which the optimizer keeps its state: whole parameters, or ZeRO's parts."""
+        if self.stage == 3:
+            return list(self._engine.optimizer.fp32_partitioned_groups_flat)
+        return [flat for group in self.optimizer.param_groups for flat in group["params"]]
+
+    def _start_moments(self, updates: int) -> None:
+        """Make the optimizer's state before its first step.
+
+        DeepSpeed maps parameters to their moments after the first *group* has stepped, and then
+        finds none for the other groups if they are made lazily.
+        """
+        for flat in self._flat_partitions():
+            moments = {key: torch.zeros_like(flat) for key in MOMENTS}
+            self.optimizer.state[flat] = {"step": torch.tensor(float(updates)), **moments}
+        if self.stage in (1, 2):
+            self._engine.optimizer._hp_optimizer_states_linked = False
+            self._engine.optimizer._lazy_init_hp_params_optimizer_state()
+
+    @torch.no_grad()
+    def import_state(self, read: Callable[[str, str], Tensor], updates: int) -> None:
+        """Set masters and moments to what ``read(name, kind)`` returns (this rank's experts).
+
+        The module's own weights must have been loaded before the engine was made; here follow
+        the parts that only the optimizer has.
+        """
+        self._start_moments(updates)
+        for name, parameter in self.parameters.items():
+            for kind in ("weight", *MOMENTS):
+                self._set(parameter, kind, read(name, kind))
+
+    def _set(self, parameter: nn.Parameter, kind: str, value: Tensor) -> None:
+        value = value.to(self.world.device)
+        if self.stage == 0:
+            target = parameter.data if kind == "weight" else self.optimizer.state[parameter][kind]
+            target.copy_(value)
+        elif self.stage == 3:
+            self._set_partition(parameter, kind, value)
+        elif kind == "weight":
+            safe_set_full_fp32_param(parameter, value)
+        else:
+            safe_set_full_optimizer_state(parameter, value, kind)
+
+    def _set_partition(self, parameter: nn.Parameter, kind: str, value: Tensor) -> None:
+        """ZeRO-3: this rank's slice of the flattened tensor, padded to equal slices."""
+        size = parameter.ds_tensor.numel()  # type: ignore[attr-defined]
+        flat = value.flatten()
+        flat = torch.nn.functional.pad(flat, (0, size * self.world.size - flat.numel()))
+        part = flat[self.world.rank * size : (self.world.rank + 1) * size]
+        if kind == "weight":
+            safe_set_local_fp32_param(parameter, part)
+        else:
+            safe_set_local_optimizer_state(parameter, part, kind)
+
+    def close(self) -> None:
+        """Release the hooks and buffers that DeepSpeed holds."""
+        self._engine.destroy()

@@ -1,0 +1,228 @@
+"""The training loop: epoch, step, evaluate, save. It knows no DeepSpeed and no file format."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from timm.loss import SoftTargetCrossEntropy
+from timm.scheduler import CosineLRScheduler
+from torch import Tensor
+
+from .data import Batch, Loader
+from .data.mixing import Mixing
+from .distributed import World, all_reduce_
+from .engine import Engine
+from .evaluation import Evaluation, evaluate
+from .metrics import ExpertLoad, Meter, MetricLog, Record, progress_bar
+from .models import split_output
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on; the message is one line for the user."""
+
+
+@dataclass
+class Position:
+    """Where training stands: ``step`` updates done, next is update ``batch`` of ``epoch``."""
+
+    step: int = 0
+    epoch: int = 0
+    update: int = 0  # updates done within the epoch
+    best_top1: float = -1.0
+    best_step: int = -1
+    unreadable: int = 0
+
+    def state(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass
+class Plan:
+    """How long to train and when to do what, in updates and epochs."""
+
+    epochs: int
+    updates_per_epoch: int
+    accumulation_steps: int
+    eval_every_epochs: int
+    save_every_epochs: int
+    save_every_steps: int
+    log_every_steps: int
+    max_steps: int
+    num_classes: int
+
+    @property
+    def total_steps(self) -> int:
+        steps = self.epochs * self.updates_per_epoch
+        return min(steps, self.max_steps) if self.max_steps else steps
+
+
+@dataclass
+class Trainer:
+    """Everything a loop needs, built elsewhere.
+
+    ``save`` writes a checkpoint of the position it is handed; ``say`` prints a line on rank 0.
+    """
+
+    plan: Plan
+    engine: Engine
+    schedule: CosineLRScheduler
+    train_loader: Loader
+    eval_loader: Loader
+    mixing: Mixing
+    world: World
+    log: MetricLog | None
+    save: Callable[[Position], None]
+    say: Callable[[str], None]
+    position: Position = field(default_factory=Position)
+    last_evaluation: Evaluation | None = None
+
+    def __post_init__(self) -> None:
+        device = self.world.device
+        self.loss_function = SoftTargetCrossEntropy()
+        self._loss, self._aux = Meter(device), Meter(device)
+        model = self.engine.model
+        names = model.moe_layer_names()
+        self._load = ExpertLoad(names, model.moe.num_experts, device)
+        self._nonfinite = torch.zeros((), device=device)
+        self._clock, self._images, self.images_per_second = time.monotonic(), 0, 0.0
+
+    def fit(self) -> None:
+        """Train from the current position to the end of the plan."""
+        position, plan = self.position, self.plan
+        while position.epoch < plan.epochs and position.step < plan.total_steps:
+            epoch = position.epoch
+            self._train_epoch()
+            finished = position.epoch > epoch
+            done = position.step >= plan.total_steps
+            if done or (finished and position.epoch % plan.eval_every_epochs == 0):
+                self._evaluate()
+            if done or (finished and position.epoch % plan.save_every_epochs == 0):
+                self.save(position)
+
+    def _train_epoch(self) -> None:
+        position, plan = self.position, self.plan
+        self.engine.train()
+        batches = self.train_loader.epoch(position.epoch, position.update * plan.accumulation_steps)
+        with progress_bar(self.world.is_main) as bar:
+            task = bar.add_task(
+                "", total=plan.updates_per_epoch, completed=position.update,
+                epoch=f"{position.epoch + 1}/{plan.epochs}", status="",
+            )  # fmt: skip
+            self._restart_clock()
+            while position.update < plan.updates_per_epoch and position.step < plan.total_steps:
+                self._update(batches)
+                last = position.update == plan.updates_per_epoch
+                if position.step % plan.log_every_steps == 0 or last:
+                    bar.update(task, status=self._log_training())
+                bar.update(task, completed=position.update)
+                every = plan.save_every_steps
+                if every and position.step % every == 0 and not last:
+                    self.save(position)
+        if position.update == plan.updates_per_epoch:
+            position.epoch, position.update = position.epoch + 1, 0
+
+    def _update(self, batches: Iterator[Batch]) -> None:
+        """One optimizer update: ``accumulation_steps`` micro-batches and a step."""
+        position = self.position
+        self.schedule.step_update(position.step)
+        for micro in range(self.plan.accumulation_steps):
+            batch = next(batches)
+            loss = self._forward(batch, position.step * self.plan.accumulation_steps + micro)
+            self.engine.backward(loss)
+            if self.engine.at_boundary:
+                self._stop_if_nonfinite()
+            self.engine.step()
+        position.step += 1
+        position.update += 1
+
+    def _forward(self, batch: Batch, micro_step: int) -> Tensor:
+        device = self.world.device
+        images = batch.images.to(device, non_blocking=True)
+        labels = batch.labels.to(device, non_blocking=True)
+        images, targets = self.mixing(images, labels, micro_step)
+        logits, routed = split_output(self.engine.forward(images))
+        cross_entropy = self.loss_function(logits, targets)
+        loss = cross_entropy
+        self._loss.update(cross_entropy)
+        if routed is not None:
+            loss = loss + routed.aux_loss
+            self._aux.update(routed.aux_loss)
+            self._load.update(routed.counts, routed.dropped)
+        self._nonfinite = torch.maximum(self._nonfinite, (~torch.isfinite(loss.detach())).float())
+        self._images += images.shape[0] * self.world.size
+        self.position.unreadable += len(batch.skipped)
+        return loss
+
+    def _stop_if_nonfinite(self) -> None:
+        """Raise on every rank, before the weights change, if any rank's loss is NaN or infinite."""
+        culprit = all_reduce_(self._nonfinite * (self.world.rank + 1), "max")
+        if culprit > 0:
+            raise TrainingError(
+                f"non-finite loss at step {self.position.step + 1} on rank {int(culprit) - 1}; the "
+                "weights were not changed and the last checkpoint is kept (try a lower "
+                "optimizer.base_lr, a longer schedule.warmup_epochs or precision.dtype=fp32)"
+            )
+
+    # ----------------------------------------------------------------------------------------
+    # Figures
+
+    def _restart_clock(self) -> None:
+        self._clock, self._images = time.monotonic(), 0
+
+    def _log_training(self) -> str:
+        """Reduce the meters over ranks and write a record; returns the bar's status text."""
+        device, position = self.world.device, self.position
+        local = torch.tensor([self._loss.read(), self._aux.read()], device=device)
+        loss, aux = (all_reduce_(local) / self.world.size).tolist()
+        load = all_reduce_(self._load.buffer())
+        elapsed = time.monotonic() - self._clock
+        self.images_per_second = self._images / max(elapsed, 1e-9)
+        self._restart_clock()
+        record: Record = {
+            "step": position.step,
+            "epoch": round(position.step / self.plan.updates_per_epoch, 4),
+            "train/loss": loss,
+            "train/lr": self.engine.lr,
+            "train/grad_norm": self.engine.grad_norm(),
+            "train/images_per_second": round(self.images_per_second, 1),
+        }
+        moe = self._load.record(load)
+        if moe:
+            record |= {"train/aux_loss": aux, **moe}
+        if self.log:
+            self.log.write(record)
+        return (
+            f"loss {loss:.4f}  lr {record['train/lr']:.2e}  norm {record['train/grad_norm']:.2f}  "
+            f"{self.images_per_second:.0f} img/s"
+        )
+
+    def _evaluate(self) -> None:
+        position = self.position
+        self.engine.train(False)
+        result = evaluate(
+            self.engine.forward, self.eval_loader, self.plan.num_classes, self.world.device
+        )
+        self.last_evaluation = result
+        best = result.top1 > position.best_top1
+        if best:
+            position.best_top1, position.best_step = result.top1, position.step
+        if self.log:
+            self.log.write(
+                {
+                    "step": position.step,
+                    "epoch": position.epoch,
+                    "val/loss": result.loss,
+                    "val/top1": result.top1,
+                    "val/top5": result.top5,
+                    "data/unreadable": result.unreadable + position.unreadable,
+                }
+            )
+        self.say(
+            f"epoch {position.epoch}/{self.plan.epochs}  step {position.step}  "
+            f"top-1 {result.top1:.2f} %  top-5 {result.top5:.2f} %  val loss {result.loss:.4f}  "
+            f"{self.images_per_second:.0f} img/s" + ("  (best)" if best else "")
+        )
