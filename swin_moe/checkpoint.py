@@ -267,6 +267,10 @@ class Reader:
             place = _Place(file, None if first is None else int(first))
             self._places.setdefault(key, []).append(place)
 
+    def names(self) -> list[str]:
+        """Keys of all tensors, moments included."""
+        return sorted(self._places)
+
     def tensor(self, name: str, kind: str = "weight", experts: range | None = None) -> Tensor:
         """One tensor; of a stacked expert tensor those with the global indices ``experts``.
 

@@ -3,23 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import deepspeed
 import torch
-from torch import Tensor, nn
-
-from .config import OptimizerConfig, PrecisionConfig, ZeroConfig
-from .distributed import World, all_reduce_
-from .models import MoEOutput, SwinTransformer, expert_parameter_names
-from .optim import build_optimizer, parameter_groups
-
-logging.getLogger("deepspeed").setLevel(logging.WARNING)
-import deepspeed  # noqa: E402
-from deepspeed.moe.layer import MoE  # noqa: E402
-from deepspeed.utils import groups as deepspeed_groups  # noqa: E402
-from deepspeed.utils import (  # noqa: E402
+from deepspeed.moe.layer import MoE
+from deepspeed.utils import groups as deepspeed_groups
+from deepspeed.utils import (
     safe_get_full_fp32_param,
     safe_get_full_optimizer_state,
     safe_set_full_fp32_param,
@@ -27,6 +18,12 @@ from deepspeed.utils import (  # noqa: E402
     safe_set_local_fp32_param,
     safe_set_local_optimizer_state,
 )
+from torch import Tensor, nn
+
+from .config import OptimizerConfig, PrecisionConfig, ZeroConfig
+from .distributed import World, all_reduce_
+from .models import MoEOutput, SwinTransformer, expert_parameter_names
+from .optim import build_optimizer, parameter_groups
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -207,9 +204,9 @@ class Engine:
 
     @torch.no_grad()
     def _clip_gradients(self) -> Tensor:
-        names = [n for n, p in self.parameters.items() if p.grad is not None]
-        dense = [self.parameters[n].grad for n in names if n not in self.expert_names]
-        expert = [self.parameters[n].grad for n in names if n in self.expert_names]
+        gradients = {n: p.grad for n, p in self.parameters.items() if p.grad is not None}
+        dense = [grad for name, grad in gradients.items() if name not in self.expert_names]
+        expert = [grad for name, grad in gradients.items() if name in self.expert_names]
         total = torch.nn.utils.get_total_norm(dense).square()
         if expert:
             of_experts = torch.nn.utils.get_total_norm(expert).square()
@@ -217,7 +214,7 @@ class Engine:
         norm = total.sqrt()
         if self.clip_norm:
             torch.nn.utils.clip_grads_with_norm_(
-                [self.parameters[n] for n in names], self.clip_norm, norm
+                [self.parameters[name] for name in gradients], self.clip_norm, norm
             )
         return norm
 

@@ -6,6 +6,7 @@ call of ``build_model(name, **overrides)`` states wins over them.
 
 from __future__ import annotations
 
+from itertools import product
 from typing import Any
 
 Sections = dict[str, dict[str, Any]]
@@ -31,10 +32,11 @@ def _build_table() -> dict[str, Sections]:
     for size in ("tiny", "small", "base"):
         for window in (8, 16):
             table[f"swinv2_{size}_window{window}_256"] = _swinv2(size, 256, window)
-    for size in ("base", "large"):
+    for size in _SHAPES:
         table[f"swinv2_{size}_window12_192_22k"] = _swinv2(
             size, 192, 12, num_classes=21841, drop_path_rate=0.2
         )
+    for size in ("base", "large"):
         for window, img_size in ((16, 256), (24, 384)):
             table[f"swinv2_{size}_window12to{window}_192to{img_size}_22kto1k"] = _swinv2(
                 size,
@@ -43,9 +45,7 @@ def _build_table() -> dict[str, Sections]:
                 drop_path_rate=0.2,
                 pretrained_window_sizes=[12, 12, 12, 6],
             )
-    for size, num_experts in [("small", n) for n in (8, 16, 32, 64)] + [
-        ("base", n) for n in (8, 16, 32)
-    ]:
+    for size, num_experts in product(("small", "base"), (8, 16, 32, 64)):
         name = f"swin_moe_{size}_{num_experts}expert_window12_192_22k"
         table[name] = _swinv2(size, 192, 12, num_classes=21841, drop_path_rate=0.2) | {
             "moe": {

@@ -1,0 +1,56 @@
+// The CUDA kernels as torch operators, run on torch's current stream.
+#define USE_CUDA  // makes torch's headers declare their CUDA functions
+
+#include <cuda_runtime_api.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/macros.h>
+
+#include "bind_moe_dispatch.h"
+#include "cuda/moe_dispatch.h"
+
+namespace swin_moe {
+namespace {
+
+cudaStream_t current_stream(const Tensor& tensor) {
+  void* stream = nullptr;
+  const auto error = aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream);
+  STD_TORCH_CHECK(error == AOTI_TORCH_SUCCESS, "torch gave no current CUDA stream");
+  return static_cast<cudaStream_t>(stream);
+}
+
+struct Cuda {
+  static constexpr bool kHasHalf = true;
+
+  static void dispatch(DType dtype, const MoeShape& shape, const Tensor& x, const Tensor& source,
+                       Tensor& out) {
+    const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+    STD_CUDA_CHECK(cuda::moe_dispatch(dtype, shape, x.const_data_ptr(),
+                                      source.const_data_ptr<int32_t>(), out.mutable_data_ptr(),
+                                      current_stream(x)));
+  }
+
+  static void combine(DType dtype, const MoeShape& shape, const Tensor& table, const float* gate,
+                      const Tensor& destination, Tensor& out) {
+    const torch::stable::accelerator::DeviceGuard guard(table.get_device_index());
+    STD_CUDA_CHECK(cuda::moe_combine(dtype, shape, table.const_data_ptr(), gate,
+                                     destination.const_data_ptr<int32_t>(),
+                                     out.mutable_data_ptr(), current_stream(table)));
+  }
+
+  static void combine_backward(DType dtype, const MoeShape& shape, const Tensor& grad_out,
+                               const Tensor& y, const Tensor& gate, const Tensor& source,
+                               const Tensor& destination, Tensor& grad_y, Tensor& grad_gate) {
+    const torch::stable::accelerator::DeviceGuard guard(y.get_device_index());
+    STD_CUDA_CHECK(cuda::moe_combine_backward(
+        dtype, shape, grad_out.const_data_ptr(), y.const_data_ptr(), gate.const_data_ptr<float>(),
+        source.const_data_ptr<int32_t>(), destination.const_data_ptr<int32_t>(),
+        grad_y.mutable_data_ptr(), grad_gate.mutable_data_ptr<float>(), current_stream(y)));
+  }
+};
+
+}  // namespace
+}  // namespace swin_moe
+
+STABLE_TORCH_LIBRARY_IMPL(swin_moe, CUDA, m) {
+  swin_moe::register_moe_dispatch<swin_moe::Cuda>(m);
+}

@@ -1,0 +1,11 @@
+"""Datasets, transforms and resumable batches.
+
+:func:`build_loader` opens a folder of images, tar shards or the bundled sample; its batches depend
+on seed, epoch and position alone. :func:`build_mixing` mixes a batch on its device.
+"""
+
+from .dataset import Batch
+from .loader import Loader, build_loader
+from .mixing import build_mixing
+
+__all__ = ["Batch", "Loader", "build_loader", "build_mixing"]

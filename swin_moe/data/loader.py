@@ -1,0 +1,132 @@
+"""Batches for one rank: from the configuration to tensors, resumable anywhere in an epoch."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+from collections.abc import Iterator
+
+import torch
+from torch.utils.data import DataLoader
+
+from ..config import AugmentConfig, DataConfig
+from .dataset import Batch, ImageDataset, collate, replace_unreadable
+from .sampler import ResumableSampler
+from .source import open_source
+from .transforms import build_transform, image_mode
+
+log = logging.getLogger(__name__)
+
+
+class Loader:
+    """Batches of one split for one rank; made by :func:`build_loader`.
+
+    Attributes:
+        num_samples: in the whole split, over all ranks.
+        class_names: by label, where the data tells.
+        description: one line for the log.
+        skipped_total: unreadable samples met so far on this rank.
+    """
+
+    def __init__(
+        self,
+        dataset: ImageDataset,
+        sampler: ResumableSampler,
+        num_workers: int,
+        class_names: list[str] | None,
+        description: str,
+    ) -> None:
+        self.num_samples = len(dataset.source)
+        self.class_names, self.description = class_names, description
+        self.skipped_total = 0
+        self._sampler = sampler
+        self._loader = DataLoader(
+            dataset,
+            batch_sampler=sampler,
+            collate_fn=collate,
+            num_workers=num_workers,
+            persistent_workers=num_workers > 0,
+            pin_memory=torch.cuda.is_available(),
+            worker_init_fn=_ignore_signals,
+            generator=torch.Generator(),  # or each epoch would draw from the global one
+        )
+
+    def __len__(self) -> int:
+        """Batches per epoch, the same on every rank."""
+        return len(self._sampler)
+
+    def epoch(self, epoch: int, start_batch: int = 0) -> Iterator[Batch]:
+        """Batches of ``epoch`` from ``start_batch`` on; a new call ends an unfinished former one.
+
+        In training, a readable sample of the same batch stands in for an unreadable one; in
+        evaluation the image is zero and its label −1. Either is logged and counted.
+
+        Raises:
+            ValueError: ``start_batch`` is beyond the epoch, or no sample of a batch is readable.
+        """
+        self._sampler.set_position(epoch, start_batch)
+        for batch in self._loader:
+            yield self._checked(batch) if batch.skipped else batch
+
+    def _checked(self, batch: Batch) -> Batch:
+        for key, reason in batch.skipped:
+            log.warning("skipped unreadable image %s (%s)", key, reason)
+        self.skipped_total += len(batch.skipped)
+        if len(batch.skipped) == len(batch.labels):
+            key, reason = batch.skipped[0]
+            raise ValueError(f"no image of a whole batch is readable, first {key} ({reason})")
+        return replace_unreadable(batch) if self._sampler.training else batch
+
+
+def _ignore_signals(_worker: int) -> None:
+    """Leave it to the trainer what a signal means: it may still need batches up to a checkpoint.
+
+    Workers end by themselves once their parent is gone.
+    """
+    for name in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(name, signal.SIG_IGN)
+
+
+def build_loader(
+    data: DataConfig,
+    augment: AugmentConfig,
+    *,
+    img_size: int,
+    in_chans: int,
+    num_classes: int,
+    training: bool,
+    rank: int,
+    world_size: int,
+    seed: int,
+) -> Loader:
+    """Open the training or validation split and prepare its batches for one rank.
+
+    The batches depend on ``seed``, the epoch and the world size, and on nothing else: not on the
+    number of workers, and not on where an epoch was resumed.
+
+    Args:
+        num_classes: labels must lie in [0, num_classes); 0 (a model without a head) allows any.
+        training: shuffle, augment and drop the ragged tail; otherwise keep order and pad it.
+
+    Raises:
+        ValueError: one line naming the key, the path and the remedy, for data that cannot be used.
+    """
+    mode = image_mode(in_chans)
+    transform = build_transform(augment, img_size, in_chans, data.mean, data.std, training)
+    source, names = open_source(data, num_classes, training)
+    sampler = ResumableSampler(
+        len(source),
+        data.batch_size if training else data.eval_batch_size or data.batch_size,
+        rank=rank,
+        world_size=world_size,
+        seed=seed,
+        training=training,
+    )
+    dataset = ImageDataset(source, mode, transform, (in_chans, img_size, img_size), seed)
+    split = data.train if training else data.val
+    classes = f"{len(names)} classes" if names else "classes without names"
+    description = f"{split}: {len(source):,} samples, {classes}, {source.describe()}"
+    # More workers than cores only wait for each other; the batches are the same.
+    workers = min(data.num_workers, os.cpu_count() or 1)
+    return Loader(dataset, sampler, workers, names, description)

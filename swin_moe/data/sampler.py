@@ -1,0 +1,81 @@
+"""The order of samples: a pure function of seed, epoch and position."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+from torch.utils.data import Sampler
+
+Position = tuple[int, int]  # (epoch, index); index -1 is padding
+
+
+class ResumableSampler(Sampler[list[Position]]):
+    """Batches of ``(epoch, index)`` for one rank, starting anywhere.
+
+    Each epoch has one global order. Global batch ``b`` is its slice ``[b·B·W, (b+1)·B·W)`` for
+    batch size B and world size W, and rank r takes the r-th B of that slice: every world size sees
+    the same order, and a position is two integers.
+
+    Training shuffles and drops the ragged tail. Evaluation keeps the order of the data set and pads
+    the tail with index -1, so that all ranks run equally many batches of one shape.
+
+    Raises:
+        ValueError: training on fewer samples than one global batch.
+    """
+
+    def __init__(
+        self,
+        num_samples: int,
+        batch_size: int,
+        *,
+        rank: int,
+        world_size: int,
+        seed: int,
+        training: bool,
+    ) -> None:
+        assert 0 <= rank < world_size
+        self.num_samples, self.batch_size = num_samples, batch_size
+        self.rank, self.world_size = rank, world_size
+        self.seed, self.training = seed, training
+        self._start = (0, 0)
+        global_batch = batch_size * world_size
+        if training and num_samples < global_batch:
+            raise ValueError(
+                f"{num_samples} training samples do not fill one global batch of {batch_size} per "
+                f"process × {world_size} processes = {global_batch}: lower data.batch_size"
+            )
+        whole, rest = divmod(num_samples, global_batch)
+        self._batches = whole if training or not rest else whole + 1
+
+    def __len__(self) -> int:
+        """Batches per epoch, the same on every rank."""
+        return self._batches
+
+    def set_position(self, epoch: int, batch: int) -> None:
+        """Make the next iteration begin at ``batch`` of ``epoch``.
+
+        Raises:
+            ValueError: an epoch has fewer batches.
+        """
+        if not 0 <= batch <= len(self):
+            raise ValueError(f"cannot start at batch {batch}: an epoch has {len(self)} batches")
+        self._start = (epoch, batch)
+
+    def __iter__(self) -> Iterator[list[Position]]:
+        return self._iterate(*self._start)
+
+    def _iterate(self, epoch: int, first: int) -> Iterator[list[Position]]:
+        order = self._order(epoch)
+        for batch in range(first, len(self)):
+            start = (batch * self.world_size + self.rank) * self.batch_size
+            part = order[start : start + self.batch_size].tolist()
+            part += [-1] * (self.batch_size - len(part))
+            yield [(epoch, index) for index in part]
+
+    def _order(self, epoch: int) -> np.ndarray:
+        if not self.training:
+            return np.arange(self.num_samples)
+        # Sorting raw bits: NumPy fixes these streams for good, but not Generator.permutation's.
+        bits = np.random.Philox(np.random.SeedSequence([self.seed, epoch]))
+        return np.argsort(bits.random_raw(self.num_samples), kind="stable")

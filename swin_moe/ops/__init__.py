@@ -1,0 +1,27 @@
+"""Compiled ops, each with its PyTorch reference; the dispatcher chooses.
+
+One file per op: schema, fake implementation, autograd, reference. Importing this package loads
+the compiled library if it was built; `status` says what each op runs on.
+"""
+
+from swin_moe.ops import _library
+from swin_moe.ops._library import require_fused, status
+from swin_moe.ops.moe_dispatch import (
+    moe_combine,
+    moe_combine_reference,
+    moe_dispatch,
+    moe_dispatch_reference,
+)
+from swin_moe.ops.window_attention import window_attention
+
+__all__ = [
+    "moe_combine",
+    "moe_combine_reference",
+    "moe_dispatch",
+    "moe_dispatch_reference",
+    "require_fused",
+    "status",
+    "window_attention",
+]
+
+_library.load()  # after the ops are declared, so that its log line names them all

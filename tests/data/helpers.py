@@ -1,0 +1,81 @@
+"""Small data sets for the tests of the data path."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from swin_moe.config import AugmentConfig, DataConfig
+from swin_moe.data import Loader, build_loader
+from swin_moe.data.prepare import write_shard
+
+NO_AUGMENT = AugmentConfig(
+    scale=[1.0, 1.0], ratio=[1.0, 1.0], hflip=0, color_jitter=0, auto_augment="", random_erase=0
+)
+FORMATS = {"jpg": "JPEG"}
+
+
+def encode(seed: int, size: int = 12, extension: str = "png") -> bytes:
+    """A random colour image."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (size, size, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, FORMATS.get(extension, extension.upper()))
+    return buffer.getvalue()
+
+
+def samples(count: int, start: int = 0) -> list[tuple[str, bytes, int]]:
+    """Samples whose label is their number, so that a label names its sample."""
+    return [(f"key{i:04d}", encode(i), i) for i in range(start, start + count)]
+
+
+def make_shards(root: Path, count: int, split: str = "train", shards: int = 2) -> Path:
+    """Plain shards ``split-0.tar``… of ``count`` samples, numbered through."""
+    root.mkdir(exist_ok=True)
+    cuts = np.linspace(0, count, shards + 1).astype(int).tolist()
+    for shard, (start, stop) in enumerate(pairwise(cuts)):
+        write_shard(root / f"{split}-{shard}.tar", samples(stop - start, start))
+    return root
+
+
+def make_folder(root: Path, classes: Iterable[str], per_class: int = 2) -> Path:
+    """An ImageFolder layout."""
+    for number, name in enumerate(classes):
+        (root / name).mkdir(parents=True)
+        for i in range(per_class):
+            (root / name / f"{i}.png").write_bytes(encode(10 * number + i))
+    return root
+
+
+def data_config(path: Path | str, **values: Any) -> DataConfig:
+    values = {"batch_size": 4, "num_workers": 0} | values
+    return DataConfig(path=str(path), **values)
+
+
+def open_loader(
+    path: Path | str,
+    augment: AugmentConfig = NO_AUGMENT,
+    *,
+    training: bool = True,
+    rank: int = 0,
+    world_size: int = 1,
+    num_classes: int = 1000,
+    seed: int = 5,
+    **values: Any,
+) -> Loader:
+    return build_loader(
+        data_config(path, **values),
+        augment,
+        img_size=16,
+        in_chans=3,
+        num_classes=num_classes,
+        training=training,
+        rank=rank,
+        world_size=world_size,
+        seed=seed,
+    )

@@ -1,0 +1,282 @@
+import io
+import pickle
+import random
+import re
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from swin_moe.config import AugmentConfig
+from swin_moe.data.prepare import write_shard
+
+from .helpers import NO_AUGMENT, encode, make_folder, make_shards, open_loader, samples
+
+HEAVY = AugmentConfig(random_erase=0.5)
+
+
+def _labels(path, *, epoch=1, start=0, **options):
+    loader = open_loader(path, **options)
+    return [batch.labels.tolist() for batch in loader.epoch(epoch, start)]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+def test_order_by_key(tmp_path, world_size, workers):
+    make_shards(tmp_path, 50)
+    whole = [label for batch in _labels(tmp_path) for label in batch]
+    ranks = [
+        _labels(tmp_path, rank=rank, world_size=world_size, num_workers=workers)
+        for rank in range(world_size)
+    ]
+    order = [label for step in zip(*ranks, strict=True) for batch in step for label in batch]
+    assert len(order) == 50 // (4 * world_size) * 4 * world_size
+    assert order == whole[: len(order)]
+    assert len(set(order)) == len(order)
+    resumed = [
+        _labels(tmp_path, rank=r, world_size=world_size, num_workers=workers, start=2)
+        for r in range(world_size)
+    ]
+    assert resumed == [rank[2:] for rank in ranks]
+
+
+def test_augmentation_is_the_same_for_any_workers_and_after_resume(tmp_path):
+    make_shards(tmp_path, 24)
+    plain = list(open_loader(tmp_path, HEAVY).epoch(3))
+    forked = open_loader(tmp_path, HEAVY, num_workers=2)
+    next(forked.epoch(7))  # an epoch that is left early must not leak into the next one
+    for start in (0, 4):
+        random.seed(start), np.random.seed(start), torch.manual_seed(start)
+        batches = list(forked.epoch(3, start))
+        assert len(batches) == len(plain) - start
+        for batch, expected in zip(batches, plain[start:], strict=True):
+            assert torch.equal(batch.images, expected.images)
+            assert torch.equal(batch.labels, expected.labels)
+    other = next(open_loader(tmp_path, HEAVY).epoch(4))
+    assert not torch.equal(other.images, plain[0].images)
+
+
+def test_augmentation_differs_by_epoch(tmp_path):
+    write_shard(tmp_path / "train-0.tar", samples(4))
+    loader = open_loader(tmp_path, HEAVY)
+    first, second = (next(loader.epoch(epoch)) for epoch in (0, 1))
+    a, b = first.images[first.labels.argsort()], second.images[second.labels.argsort()]
+    assert not any(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_global_generators_are_undisturbed(tmp_path, generator_states, workers):
+    make_shards(tmp_path, 12)
+    before = generator_states()
+    loader = open_loader(tmp_path, HEAVY, num_workers=workers)
+    for epoch in range(2):
+        for _ in loader.epoch(epoch):
+            assert generator_states() == before
+
+
+def test_datasets_survive_spawn(tmp_path):
+    make_shards(tmp_path, 8)
+    loader = open_loader(tmp_path, HEAVY)
+    expected = next(loader.epoch(0))
+    copy = pickle.loads(pickle.dumps(loader._loader.dataset))
+    first = next(iter(loader._sampler))
+    assert torch.equal(torch.stack([copy[p].image for p in first]), expected.images)
+
+
+def test_evaluation_covers_all_once_with_padding(tmp_path):
+    make_shards(tmp_path, 10, "val")
+    ranks = [
+        list(
+            open_loader(tmp_path, training=False, rank=r, world_size=2, eval_batch_size=3).epoch(0)
+        )
+        for r in range(2)
+    ]
+    assert [len(rank) for rank in ranks] == [2, 2]
+    labels = [label for rank in ranks for batch in rank for label in batch.labels.tolist()]
+    assert sorted(labels) == [-1, -1, *range(10)]
+    assert {batch.images.shape for rank in ranks for batch in rank} == {(3, 3, 16, 16)}
+    assert not any(batch.skipped for rank in ranks for batch in rank)
+
+
+# ---------------------------------------------------------------------------------------------
+# Unreadable images
+
+
+def _with_faults(tmp_path, bad, split="train"):
+    content = [
+        (key, b"no image" if n in bad else png, n) for n, (key, png, _) in enumerate(samples(12))
+    ]
+    if 5 in bad:  # one that breaks off half-way
+        content[5] = ("key0005", encode(5, size=64, extension="jpg")[:900], 5)
+    write_shard(tmp_path / f"{split}-0.tar", content)
+    return tmp_path
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_training_replaces_unreadable_images(tmp_path, workers, caplog):
+    bad = {2, 5, 6}
+    _with_faults(tmp_path, bad)
+    loader = open_loader(tmp_path, num_workers=workers)
+    whole = list(loader.epoch(0))
+    assert loader.skipped_total == len(bad)
+    order = [index for batch in loader._sampler for _, index in batch]
+    for number, batch in enumerate(whole):
+        wanted = order[4 * number : 4 * number + 4]
+        for place in range(4):
+            stand_in = next(
+                wanted[(place + k) % 4] for k in range(4) if wanted[(place + k) % 4] not in bad
+            )
+            assert batch.labels[place] == stand_in
+        assert batch.images.shape == (4, 3, 16, 16)
+        assert all(batch.images.flatten(1).std(1) > 0.1)
+    keys = sorted(s.key.split(":")[-1] for batch in whole for s in batch.skipped)
+    assert keys == ["key0002", "key0005", "key0006"]
+    assert all(key in caplog.text for key in keys)
+
+
+def test_evaluation_marks_unreadable_images(tmp_path):
+    _with_faults(tmp_path, {2, 5, 6}, "val")
+    loader = open_loader(tmp_path, training=False)
+    batches = list(loader.epoch(0))
+    assert torch.cat([b.labels for b in batches]).tolist() == [
+        0,
+        1,
+        -1,
+        3,
+        4,
+        -1,
+        -1,
+        7,
+        8,
+        9,
+        10,
+        11,
+    ]
+    assert not batches[0].images[2].any()
+    assert loader.skipped_total == 3
+    reasons = [s.reason for batch in batches for s in batch.skipped]
+    assert len(reasons) == 3
+    assert "truncated" in reasons[1]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("training", [True, False])
+def test_a_wholly_unreadable_batch_is_an_error(tmp_path, training, workers):
+    _with_faults(tmp_path, range(12), "train" if training else "val")
+    loader = open_loader(tmp_path, training=training, num_workers=workers)
+    with pytest.raises(ValueError, match=r"^no image of a whole batch .*key00\d\d \(") as error:
+        list(loader.epoch(0))
+    assert "\n" not in str(error.value)
+
+
+def test_deep_pixels_are_skipped_not_clipped(tmp_path):
+    buffer = io.BytesIO()
+    Image.fromarray(np.full((8, 8), 999, np.uint16)).save(buffer, "PNG")
+    write_shard(tmp_path / "train-0.tar", [*samples(3), ("deep", buffer.getvalue(), 3)])
+    (batch,) = open_loader(tmp_path).epoch(0)
+    assert [s.reason for s in batch.skipped] == [
+        "ValueError: pixels of mode I;16 have more than 8 bits"
+    ]
+
+
+# ---------------------------------------------------------------------------------------------
+# Image folders
+
+
+def test_image_folder(tmp_path):
+    make_folder(tmp_path / "train", ["cat", "dog"], per_class=6)
+    make_folder(tmp_path / "val", ["cat", "dog"], per_class=3)
+    loader = open_loader(tmp_path, NO_AUGMENT, num_classes=2)
+    assert (loader.num_samples, len(loader), loader.class_names) == (12, 3, ["cat", "dog"])
+    assert sum(int(batch.labels.sum()) for batch in loader.epoch(0)) == 6
+    val = open_loader(tmp_path, training=False, num_classes=2)
+    assert [b.labels.tolist() for b in val.epoch(0)] == [[0, 0, 0, 1], [1, 1, -1, -1]]
+    assert "6 samples, 2 classes, image folder" in val.description
+
+
+def test_image_folder_with_a_corrupt_file(tmp_path):
+    folder = make_folder(tmp_path / "train", ["a", "b"])
+    (folder / "a" / "0.png").write_bytes(encode(0)[:60])
+    (batch,) = open_loader(tmp_path).epoch(0)
+    assert [s.key for s in batch.skipped] == [str(folder / "a" / "0.png")]
+
+
+# ---------------------------------------------------------------------------------------------
+# Data that cannot be used
+
+
+def _raises(pattern, *arguments, **options):
+    with pytest.raises(ValueError, match=pattern) as error:
+        open_loader(*arguments, **options)
+    assert "\n" not in str(error.value)
+
+
+def test_missing_path(tmp_path):
+    _raises(rf"data\.path={re.escape(str(tmp_path))}/none: no such folder", tmp_path / "none")
+
+
+def test_missing_split(tmp_path):
+    make_shards(tmp_path, 4)
+    _raises(
+        r"data\.val=val: found no .*/val, and no shards .*/val-\*\.tar", tmp_path, training=False
+    )
+    _raises(r"data\.train=x-\*\.tar: found no", tmp_path, train="x-*.tar")
+    _raises(r"data\.train=.*: .*/train-2\.tar: no such shard", tmp_path, train="train-{0..2}.tar")
+
+
+def test_empty_shards(tmp_path):
+    write_shard(tmp_path / "train-0.tar", [])
+    _raises(r"data\.train=train: .* holds no images", tmp_path)
+
+
+def test_empty_class_folders(tmp_path):
+    (tmp_path / "train" / "cat").mkdir(parents=True)
+    _raises(r"data\.train=train: .*train holds no images", tmp_path)
+
+
+def test_flat_validation_folder(tmp_path):
+    (tmp_path / "val").mkdir()
+    (tmp_path / "val" / "1.png").write_bytes(encode(0))
+    _raises(r"data\.val: .*/val has no class folders: sort", tmp_path, training=False)
+
+
+def test_differing_classes(tmp_path):
+    make_folder(tmp_path / "train", ["a", "b", "c"])
+    make_folder(tmp_path / "val", ["a", "c"])
+    _raises(
+        r"data\.val: .*/val and .*/train differ in 1 class folders, first 'b'",
+        tmp_path,
+        training=False,
+    )
+
+
+def test_more_classes_than_the_model(tmp_path):
+    make_folder(tmp_path / "train", ["a", "b", "c"])
+    _raises(r"3 class folders, but model\.num_classes=2: set", tmp_path, num_classes=2)
+    make_shards(tmp_path / "tar", 8)
+    _raises(r"train-0\.tar: .* is 3, not in \[0, 3\)", tmp_path / "tar", num_classes=3)
+
+
+def test_a_model_without_a_head_takes_any_label(tmp_path):
+    make_shards(tmp_path, 8)
+    assert len(open_loader(tmp_path, num_classes=0)) == 2
+
+
+def test_truncated_shard_names_the_key(tmp_path):
+    make_shards(tmp_path, 8)
+    path = tmp_path / "train-1.tar"
+    path.write_bytes(path.read_bytes()[:3000])
+    _raises(r"data\.train=train: .*train-1\.tar: the shard is truncated", tmp_path)
+
+
+def test_too_few_samples(tmp_path):
+    make_shards(tmp_path, 5)
+    _raises(r"5 training samples .* = 8: lower data\.batch_size", tmp_path, world_size=2)
+
+
+def test_shards_by_brace_range_and_other_prefix(tmp_path):
+    make_shards(tmp_path, 12, "my-train", shards=3)
+    assert open_loader(tmp_path, train="my-train").num_samples == 12
+    assert open_loader(tmp_path, train="my-train-{0..1}.tar").num_samples == 8
+    assert open_loader(tmp_path, train="my-*-2.tar").num_samples == 4

@@ -1,0 +1,54 @@
+"""Two processes with expert parallelism train exactly what one process trains."""
+
+import json
+
+import pytest
+import torch
+
+from swin_moe.checkpoint import Reader, verify
+from tests.parallel import run_worker
+from tests.workers.equivalence import MOE, RANKS, STEPS
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("equivalence")
+    for processes in (1, RANKS):
+        run_worker("equivalence", folder, processes)
+    return folder
+
+
+def read(folder):
+    path = folder / f"step-{STEPS:08d}"
+    verify(path)
+    reader = Reader(path)
+    figures = json.loads((folder / "figures.json").read_text())
+    return figures, reader
+
+
+@pytest.mark.parametrize(
+    ("world", "stage"), [(2, 0), (2, 1), (2, 2), (2, 3), (1, 1), (1, 2), (1, 3)]
+)
+def test_equals_one_process(results, world, stage):
+    expected_figures, expected = read(results / "world1-stage0")
+    figures, reader = read(results / f"world{world}-stage{stage}")
+    assert min(figures["norm"]) > 0.2  # clipping was active
+    assert figures["loss"] == pytest.approx(expected_figures["loss"], rel=1e-5)
+    assert figures["norm"] == pytest.approx(expected_figures["norm"], rel=1e-5)
+    names = [name for name in expected.names() if not name.endswith(("exp_avg", "exp_avg_sq"))]
+    assert any(".experts." in name for name in names)
+    for name in names:
+        experts = range(MOE.num_experts) if ".experts." in name else None
+        for kind in ("weight", "exp_avg", "exp_avg_sq"):
+            torch.testing.assert_close(
+                reader.tensor(name, kind, experts),
+                expected.tensor(name, kind, experts),
+                rtol=2e-4, atol=2e-6, msg=lambda text, n=name, k=kind: f"{n} {k}: {text}",
+            )  # fmt: skip
+
+
+def test_experts_of_two_ranks_differ(results):
+    _, reader = read(results / "world2-stage2")
+    name = next(n for n in reader.names() if n.endswith("experts.fc1.weight"))
+    weight = reader.tensor(name, experts=range(4))
+    assert not torch.equal(weight[0], weight[2])  # unmarked experts would have been made equal

@@ -1,0 +1,90 @@
+"""Train a few steps at each ZeRO stage on however many processes; write losses, norms, weights.
+
+One process accumulates over as many micro-batches as there are ranks otherwise, so that both see
+the same micro-batches, capacities and queues.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from swin_moe import checkpoint, distributed
+from swin_moe.config import ModelConfig, MoEConfig, OptimizerConfig, ZeroConfig
+
+RANKS = 2
+STEPS = 3
+MICRO_BATCH = 4
+MODEL = ModelConfig(
+    img_size=16, patch_size=2, in_chans=1, num_classes=5, embed_dim=8, depths=[1, 2],
+    num_heads=[1, 2], window_size=4, drop_path_rate=0.0,
+)  # fmt: skip
+MOE = MoEConfig(
+    blocks=[[], [1]], num_experts=4, top_k=2, capacity_factor=0.75, gate_noise=0.0,
+    balance="gshard", balance_weight=0.1,
+)  # fmt: skip
+# Every step is clipped; eps is large enough that rounding of near-zero gradients does not show.
+OPTIMIZER = OptimizerConfig(base_lr=0.5, clip_norm=0.2, eps=1e-5)
+
+
+def batch(step: int, part: int) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(100 * step + part)
+    images = torch.randn(MICRO_BATCH, 1, 16, 16, generator=generator)
+    return images, torch.randint(0, 5, (MICRO_BATCH,), generator=generator)
+
+
+def train(world: distributed.World, stage: int, folder: Path) -> None:
+    from swin_moe.engine import Engine
+    from swin_moe.models import build, expert_parameter_names
+
+    distributed.seed_everything(0)
+    model = build(MODEL, MOE, world.expert)
+    for parameter in model.parameters():  # block norms start at zero: wake every path up
+        if parameter.ndim == 1:
+            torch.nn.init.ones_(parameter)
+    parts = RANKS // world.size
+    engine = Engine(
+        model, world, optimizer=OPTIMIZER, zero=ZeroConfig(stage=stage), dtype=torch.float32,
+        micro_batch=MICRO_BATCH, accumulation_steps=parts,
+    )  # fmt: skip
+    engine.train()
+    losses, norms = [], []
+    for step in range(STEPS):
+        total = torch.zeros(())
+        for part in range(parts):
+            images, labels = batch(step, part if world.size == 1 else world.rank)
+            output = engine.forward(images)
+            loss = F.cross_entropy(output.logits, labels) + output.aux_loss
+            assert output.dropped.sum() > 0  # the capacity bites
+            engine.backward(loss)
+            engine.step()
+            total += loss.detach()
+        losses.append(float(distributed.all_reduce_(total)) / RANKS)
+        norms.append(engine.grad_norm())
+    checkpoint.save(
+        folder, STEPS, export=engine.export_state, expert_names=expert_parameter_names(model),
+        num_local_experts=MOE.num_experts // world.expert.size, state={}, config_text="",
+        world=world,
+    )  # fmt: skip
+    if world.is_main:
+        (folder / "figures.json").write_text(json.dumps({"loss": losses, "norm": norms}))
+    engine.close()
+
+
+def main() -> None:
+    size = distributed.environment_rank()[2]
+    world = distributed.init(expert_parallel_size=size)
+    for stage in (0, 1, 2):
+        train(world, stage, Path(sys.argv[1]) / f"world{size}-stage{stage}")
+    if size > 1:  # ZeRO-3 shards the experts as ordinary parameters: expert parallel size 1
+        alone = distributed.Group()
+        everyone = distributed.Group(None, world.rank, world.size)
+        world = distributed.World(world.rank, 0, size, world.device, alone, everyone)
+    train(world, 3, Path(sys.argv[1]) / f"world{size}-stage3")
+    distributed.shutdown()
+
+
+if __name__ == "__main__":
+    main()
