@@ -6,6 +6,7 @@ import argparse
 import logging
 import os
 import sys
+import time
 import traceback
 import warnings
 from pathlib import Path
@@ -97,6 +98,10 @@ def _fail(message: str, tell: bool, code: int = FAILED) -> int:
     logging.getLogger("swin_moe").debug("error: %s", message)
     if tell:
         print(f"swin-moe: error: {message}", file=sys.stderr, flush=True)
+    else:
+        time.sleep(
+            3
+        )  # the first exit ends the other processes: leave the word to the one who tells
     return code
 
 

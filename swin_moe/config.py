@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -75,7 +75,7 @@ class MoEConfig(Section):
     blocks: list[list[NonNegative]] = []
     num_experts: Positive = 8
     router: Literal["linear", "cosine"] = "linear"
-    top_k: Literal[1, 2] = 1
+    top_k: Annotated[int, Field(ge=1, le=2)] = 1
     capacity_factor: NonNegativeFloat = 1.25  # 0 = dropless
     eval_capacity_factor: NonNegativeFloat = 0.0  # dropless: a result never depends on the batch
     batch_prioritized: bool = True
@@ -187,7 +187,7 @@ class ParallelConfig(Section):
 
 
 class ZeroConfig(Section):
-    stage: Literal[0, 1, 2, 3] = 1
+    stage: Annotated[int, Field(ge=0, le=3)] = 1
     offload: Literal["none", "cpu"] = "none"  # optimizer state to host memory
 
     @model_validator(mode="after")
@@ -461,8 +461,3 @@ FAMILIES = ("swinv2", "swin_moe")  # a model whose shape the config states itsel
 def dump_config(config: Config) -> str:
     """The resolved configuration as YAML that :func:`load_config` reads back."""
     return yaml.safe_dump(config.model_dump(), sort_keys=False, default_flow_style=None)
-
-
-def literal_values(section: type[Section], key: str) -> tuple[Any, ...]:
-    """The allowed values of a ``Literal`` key, for help texts."""
-    return get_args(section.model_fields[key].annotation)

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from rich.console import Console
 from rich.table import Table
 
@@ -92,7 +91,6 @@ def train(config: Config, world: World, console: Console, fresh: bool = False) -
         micro_batch=config.data.batch_size,
         accumulation_steps=config.train.accumulation_steps,
     )
-    distributed.seed_everything(config.train.seed, world.rank)
     position = Position() if reader is None else _restore(reader, engine, config, world)
     _print_header(run, config, dtype, count(config.model, config.moe), train_loader, eval_loader)
     metric_log = None
@@ -121,6 +119,9 @@ def train(config: Config, world: World, console: Console, fresh: bool = False) -
         say=run.say,
         position=position,
     )
+    distributed.seed_everything(config.train.seed, world.rank)
+    if reader is not None and not reader.restore_rng(world):
+        log.warning("the checkpoint has no generator state for rank %d", world.rank)
     try:
         trainer.fit()
     finally:
@@ -239,8 +240,6 @@ def _restore(reader: checkpoint.Reader, engine: Engine, config: Config, world: W
         return reader.tensor(name, kind, experts if name in names else None)
 
     engine.import_state(read, position.step)
-    if not reader.restore_rng(world):
-        log.warning("the checkpoint has no generator state for rank %d", world.rank)
     return position
 
 
@@ -415,8 +414,3 @@ def _print_classes(console: Console, result: Evaluation, names: list[str] | None
             name = names[index] if names else str(index)
             table.add_row(name, str(total), f"{100 * correct / total:.1f} %")
     console.print(table)
-
-
-def read_config_text(path: Path) -> dict[str, Any]:
-    """A resolved config as plain values."""
-    return yaml.safe_load(path.read_text(encoding="utf-8"))

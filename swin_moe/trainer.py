@@ -115,7 +115,9 @@ class Trainer:
             self._restart_clock()
             while position.update < plan.updates_per_epoch and position.step < plan.total_steps:
                 self._update(batches)
-                last = position.update == plan.updates_per_epoch
+                last = (
+                    position.update == plan.updates_per_epoch or position.step >= plan.total_steps
+                )
                 if position.step % plan.log_every_steps == 0 or last:
                     bar.update(task, status=self._log_training())
                 bar.update(task, completed=position.update)
@@ -170,6 +172,9 @@ class Trainer:
     # ----------------------------------------------------------------------------------------
     # Figures
 
+    def _epochs_done(self) -> float:
+        return round(self.position.step / self.plan.updates_per_epoch, 4)
+
     def _restart_clock(self) -> None:
         self._clock, self._images = time.monotonic(), 0
 
@@ -184,7 +189,7 @@ class Trainer:
         self._restart_clock()
         record: Record = {
             "step": position.step,
-            "epoch": round(position.step / self.plan.updates_per_epoch, 4),
+            "epoch": self._epochs_done(),
             "train/loss": loss,
             "train/lr": self.engine.lr,
             "train/grad_norm": self.engine.grad_norm(),
@@ -214,7 +219,7 @@ class Trainer:
             self.log.write(
                 {
                     "step": position.step,
-                    "epoch": position.epoch,
+                    "epoch": self._epochs_done(),
                     "val/loss": result.loss,
                     "val/top1": result.top1,
                     "val/top5": result.top5,
@@ -222,7 +227,7 @@ class Trainer:
                 }
             )
         self.say(
-            f"epoch {position.epoch}/{self.plan.epochs}  step {position.step}  "
+            f"epoch {self._epochs_done():.4g}/{self.plan.epochs}  step {position.step}  "
             f"top-1 {result.top1:.2f} %  top-5 {result.top5:.2f} %  val loss {result.loss:.4f}  "
             f"{self.images_per_second:.0f} img/s" + ("  (best)" if best else "")
         )

@@ -6,7 +6,7 @@ import io
 from typing import NamedTuple
 
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -51,7 +51,10 @@ def decode(data: bytes, mode: str) -> Image.Image:
     Raises:
         Exception: whatever Pillow raises on damaged or truncated data.
     """
-    image = Image.open(io.BytesIO(data), formats=FORMATS)
+    try:
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+    except UnidentifiedImageError:  # its message names an address in memory
+        raise ValueError(f"not a {', '.join(FORMATS)} image") from None
     if image.mode[0] in "IF":  # Pillow would clip the pixels to 8 bits: a white image
         raise ValueError(f"pixels of mode {image.mode} have more than 8 bits")
     return image.convert(mode)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
 import signal
+import weakref
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
@@ -17,6 +20,8 @@ from .source import open_source
 from .transforms import build_transform, image_mode
 
 log = logging.getLogger(__name__)
+
+TERM_GRACE_S = 60  # workers outlive a SIGTERM for so long
 
 
 class Loader:
@@ -48,9 +53,11 @@ class Loader:
             num_workers=num_workers,
             persistent_workers=num_workers > 0,
             pin_memory=torch.cuda.is_available(),
-            worker_init_fn=_ignore_signals,
+            worker_init_fn=_defer_signals,
             generator=torch.Generator(),  # or each epoch would draw from the global one
         )
+        # multiprocessing's own exit hook, which runs later, would send SIGTERM and wait.
+        atexit.register(_close, weakref.ref(self))
 
     def __len__(self) -> int:
         """Batches per epoch, the same on every rank."""
@@ -69,6 +76,14 @@ class Loader:
         for batch in self._loader:
             yield self._checked(batch) if batch.skipped else batch
 
+    def close(self) -> None:
+        """End the worker processes; happens by itself when the program exits."""
+        # PyTorch has no public way to end persistent workers.
+        iterator: Any = self._loader._iterator
+        if iterator is not None:
+            iterator._shutdown_workers()
+            self._loader._iterator = None
+
     def _checked(self, batch: Batch) -> Batch:
         for key, reason in batch.skipped:
             log.warning("skipped unreadable image %s (%s)", key, reason)
@@ -79,13 +94,20 @@ class Loader:
         return replace_unreadable(batch) if self._sampler.training else batch
 
 
-def _ignore_signals(_worker: int) -> None:
-    """Leave it to the trainer what a signal means: it may still need batches up to a checkpoint.
-
-    Workers end by themselves once their parent is gone.
+def _defer_signals(_worker: int) -> None:
+    """Leave it to the trainer what a signal to the whole job means: it may need batches up to its
+    checkpoint, and a worker that dies takes it along. SIGTERM is obeyed after a while, because it
+    is also what ends workers that hang when the process exits.
     """
-    for name in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(name, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(TERM_GRACE_S))
+
+
+def _close(reference: weakref.ref[Loader]) -> None:
+    loader = reference()
+    if loader is not None:
+        loader.close()
 
 
 def build_loader(

@@ -27,7 +27,7 @@ class Cost:
 
 def count(model: ModelConfig, moe: MoEConfig) -> Cost:
     """Count from the config alone: the model is built on the meta device and needs no memory."""
-    with torch.device("meta"):
+    with torch.device("meta"), torch.random.fork_rng(devices=[]):
         built = SwinTransformer(model, moe.model_copy(update={"backend": "reference"}))
     total = sum(p.numel() for p in built.parameters())
     experts = sum(p.numel() for name, p in built.named_parameters() if ".experts." in name)

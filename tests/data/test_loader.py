@@ -1,7 +1,12 @@
 import io
+import os
 import pickle
 import random
 import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -99,6 +104,41 @@ def test_evaluation_covers_all_once_with_padding(tmp_path):
     assert not any(batch.skipped for rank in ranks for batch in rank)
 
 
+def test_workers_outlive_the_signals_of_a_preempted_job(tmp_path):
+    make_shards(tmp_path, 40)
+    loader = open_loader(tmp_path, num_workers=1)
+    batches = loader.epoch(0)
+    next(batches)
+    (worker,) = loader._loader._iterator._workers
+    for name in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        os.kill(worker.pid, name)
+    assert len(list(batches)) == 9
+    assert worker.is_alive()
+    loader.close()
+    assert not worker.is_alive()
+    assert len(list(loader.epoch(0))) == 10  # with new workers
+    loader.close()
+
+
+PROGRAM = """
+import sys
+from tests.data.helpers import open_loader
+loader = open_loader(sys.argv[1], num_workers=2)
+next(loader.epoch(0))
+if sys.argv[2] == "fail":
+    raise SystemExit(3)
+"""
+
+
+@pytest.mark.parametrize(("ending", "status"), [("end", 0), ("fail", 3)])
+def test_workers_do_not_delay_the_exit(tmp_path, ending, status):
+    make_shards(tmp_path, 40)
+    command = [sys.executable, "-c", PROGRAM, str(tmp_path), ending]
+    root = Path(__file__).parents[2]
+    done = subprocess.run(command, cwd=root, timeout=50, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (status, "")
+
+
 # ---------------------------------------------------------------------------------------------
 # Unreadable images
 
@@ -168,6 +208,7 @@ def test_a_wholly_unreadable_batch_is_an_error(tmp_path, training, workers):
     with pytest.raises(ValueError, match=r"^no image of a whole batch .*key00\d\d \(") as error:
         list(loader.epoch(0))
     assert "\n" not in str(error.value)
+    loader.close()
 
 
 def test_deep_pixels_are_skipped_not_clipped(tmp_path):

@@ -1,0 +1,104 @@
+"""The design, held by the code's own syntax tree: who imports whom, and what lives only where."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "swin_moe"
+# A module imports only from lines above its own (and from its own package).
+LAYERS = [
+    {"variants"},
+    {"config", "distributed", "ops", "torchrun"},
+    {"moe", "data"},
+    {"models", "metrics"},
+    {"optim", "checkpoint", "evaluation"},
+    {"engine"},
+    {"trainer"},
+    {"run"},
+    {"cli"},
+    {"__main__", "__init__"},
+]
+LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
+# What only certain files may name.
+ONLY_IN = {
+    "deepspeed": {"engine.py"},
+    "tutel": {"moe/tutel.py"},
+    "SummaryWriter": {"metrics.py"},
+    "environ": {"distributed.py"},
+    "getenv": set(),
+    "argparse": {"cli.py", "data/prepare.py"},
+    "yaml": {"config.py"},
+    "pickle": set(),
+    "torch.load": set(),
+}
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+def top(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def relative_imports(path: Path):
+    """Top-level modules of swin_moe that a file imports."""
+    depth = len(path.relative_to(PACKAGE).parts) - 1
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            climbed = node.level - 1
+            if climbed < depth:
+                continue  # within its own package
+            if node.module:
+                yield node.module.split(".")[0]
+            else:
+                yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("swin_moe."):
+            yield node.module.split(".")[1]
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names if alias.name.startswith("swin_moe.")]
+            yield from (name.split(".")[1] for name in names)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_point_upwards(path):
+    mine = top(path)
+    for other in relative_imports(path):
+        if other == mine or other == "__version__":
+            continue
+        assert other in LEVEL, f"{path.name}: {other} has no place in the order"
+        assert LEVEL[other] < LEVEL[mine], f"{path.name} ({mine}) must not import {other}"
+
+
+def names_used(path: Path) -> set[str]:
+    used = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            used |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            used |= {alias.name for alias in node.names}
+            if not node.level and node.module:
+                used.add(node.module.split(".")[0])
+        elif isinstance(node, ast.Attribute):
+            used.add(node.attr)
+            if isinstance(node.value, ast.Name):
+                used.add(f"{node.value.id}.{node.attr}")
+    return used
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_concerns_live_in_one_place(path):
+    name = str(path.relative_to(PACKAGE))
+    used = names_used(path)
+    for word, homes in ONLY_IN.items():
+        assert word not in used or name in homes, f"{name} uses {word}; it belongs in {homes}"
+
+
+def test_compiled_ops_are_called_in_ops_only():
+    for path in FILES:
+        if top(path) != "ops":
+            assert "ops.swin_moe" not in path.read_text(), path.name
+
+
+def test_torch_headers_stay_in_the_bindings():
+    for path in (PACKAGE / "csrc").rglob("*"):
+        if path.suffix in (".cpp", ".h", ".cu", ".cuh") and "bind" not in path.name:
+            assert "torch/" not in path.read_text(), path.name

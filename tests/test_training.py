@@ -1,0 +1,176 @@
+"""Whole runs in fresh processes: train, evaluate, be killed, resume, meet bad input."""
+
+import json
+import re
+import shutil
+import subprocess
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from swin_moe.checkpoint import list_checkpoints
+from swin_moe.metrics import read_metrics
+from tests.parallel import MICRO, ROOT, SMALL, command, environment, swin_moe, train
+
+RECIPE = ["precision.dtype=fp32", "zero.stage=2", "log.every_steps=1", "train.max_steps=60",
+          "checkpoint.every_steps=20", "checkpoint.keep_last=3"]  # fmt: skip
+
+
+def figures(folder):
+    """What must repeat exactly: everything that is logged but speed."""
+    return [
+        {key: value for key, value in record.items() if "images_per_second" not in key}
+        for record in read_metrics(folder)
+    ]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "undisturbed"
+    done = train(folder, *RECIPE, "log.tensorboard=true", processes=2)
+    assert done.returncode == 0, done.stderr
+    return folder, done.stdout
+
+
+def test_run_directory_and_terminal(undisturbed):
+    folder, printed = undisturbed
+    names = ["config.yaml", "metrics.jsonl", "summary.png", "logs/rank-0.log", "logs/rank-1.log"]
+    for name in [*names, "checkpoints/last/manifest.json", "checkpoints/best"]:
+        assert (folder / name).exists(), name
+    assert list((folder / "tensorboard").glob("events.out.tfevents.*"))
+    assert (folder / "summary.png").read_bytes().startswith(b"\x89PNG")
+    for part in ("activated", "GMACs", "1 data × 2 expert", "stage 2", "fp32", "moe_dispatch",
+                 "epoch 0.6/1", "top-1", "summary.png", "swin-moe evaluate"):  # fmt: skip
+        assert part in printed
+    records = read_metrics(folder)
+    assert [r["step"] for r in records if "train/loss" in r] == list(range(1, 61))
+    assert {"train/loss", "train/lr", "train/grad_norm", "train/aux_loss"} <= set(records[0])
+    load = records[0]["moe/layers.1.blocks.1/load"]
+    assert len(load) == 4
+    assert sum(load) == pytest.approx(1, abs=1e-3)
+    assert 0 <= records[-1]["val/top1"] <= 100
+
+
+def test_evaluate_repeats_the_final_accuracy_on_one_process(undisturbed):
+    folder, _ = undisturbed
+    done = swin_moe("evaluate", str(folder))
+    assert done.returncode == 0, done.stderr
+    found = float(re.search(r"top-1 ([\d.]+) %", done.stdout)[1])
+    assert found == pytest.approx(read_metrics(folder)[-1]["val/top1"], abs=0.051)
+    assert "Ankle boot" in done.stdout
+
+
+def test_kill_and_resume_repeat_the_losses_exactly(undisturbed, tmp_path):
+    """Killed with SIGKILL, and the newest checkpoint cut off: the one before it carries on."""
+    folder = tmp_path / "killed"
+    arguments = ["train", str(MICRO), *SMALL, *RECIPE, f"train.output={folder}",
+                 "parallel.expert_parallel_size=2"]  # fmt: skip
+    process = subprocess.Popen(
+        command(arguments, 2), cwd=ROOT, env=environment(),
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    deadline = time.monotonic() + 120
+    while len(list_checkpoints(folder / "checkpoints")) < 2 and time.monotonic() < deadline:
+        assert process.poll() is None, "ended before it could be killed"
+        time.sleep(0.02)
+    family = psutil.Process(process.pid).children(recursive=True)  # torchrun gives them sessions
+    for member in [process, *family]:
+        member.kill()
+    process.wait()
+    psutil.wait_procs(family)
+    newest = list_checkpoints(folder / "checkpoints")[0]
+    with (newest / "dense.safetensors").open("r+b") as file:
+        file.truncate(1000)
+
+    done = train(folder, *RECIPE, processes=2)
+    assert done.returncode == 0, done.stderr
+    assert f"{newest}: dense.safetensors has 1000 of" in done.stderr
+    assert "resumed from step-00000020 (epoch 1, step 20)" in done.stdout
+    assert figures(folder) == figures(undisturbed[0])
+
+
+def test_finished_run_resumes_to_nothing_and_fresh_keeps_it(undisturbed, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(undisturbed[0], folder, symlinks=True)
+    before = figures(folder)
+    done = train(folder, *RECIPE, processes=2)
+    assert done.returncode == 0, done.stderr
+    assert figures(folder) == before
+    done = train(folder, *RECIPE, "train.max_steps=1", "--fresh", processes=2)
+    assert done.returncode == 0, done.stderr
+    moved = [path for path in tmp_path.iterdir() if path != folder]
+    assert len(moved) == 1
+    assert str(moved[0]) in re.sub(r"\s", "", done.stdout)
+    assert figures(moved[0]) == before
+    assert figures(folder)[0] == before[0]
+
+
+def test_another_model_does_not_resume(undisturbed):
+    folder, _ = undisturbed
+    before = (folder / "config.yaml").read_text()
+    done = train(folder, *RECIPE, "model.embed_dim=32", processes=2)
+    assert done.returncode == 2
+    assert one_error(done).startswith("model.embed_dim=32, but the checkpoint")
+    assert (folder / "config.yaml").read_text() == before
+
+
+def one_error(done) -> str:
+    """The single error line; there is no traceback around it."""
+    assert "Traceback" not in done.stderr + done.stdout
+    lines = [line for line in done.stderr.splitlines() if "error" in line.lower()]
+    assert len(lines) == 1, done.stderr
+    return lines[0].removeprefix("swin-moe: error: ")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["model.windw_size=4"], "did you mean 'model.window_size'?"),
+        (["data.path=nowhere"], "data.path"),
+        (["parallel.expert_parallel_size=4"], "does not divide the 2 processes"),
+        (["moe.num_experts=5"], "moe.num_experts=5 is not divisible"),
+        (["train.accumulation_steps=1000"], "train.accumulation_steps=1000"),
+    ],
+)  # fmt: skip
+def test_bad_input_ends_every_rank_with_one_line(tmp_path, overrides, expected):
+    folder = tmp_path / "run"
+    done = train(folder, *overrides, processes=2)
+    assert done.returncode == 2
+    assert expected in one_error(done)
+    assert not folder.exists()
+
+
+def test_nonfinite_loss_stops_before_the_step(tmp_path):
+    folder = tmp_path / "run"
+    done = train(folder, "precision.dtype=fp32", "zero.stage=1", "optimizer.base_lr=1e38",
+                 "schedule.warmup_epochs=0", "checkpoint.every_steps=1", processes=2)  # fmt: skip
+    assert done.returncode == 1
+    message = one_error(done)
+    step = int(re.match(r"non-finite loss at step (\d+) on rank [01]", message)[1])
+    kept = list_checkpoints(folder / "checkpoints")
+    assert [int(path.name[5:]) for path in kept] == list(range(step - 1, max(step - 3, 0), -1))
+    assert "last checkpoint is kept" in message
+
+
+@pytest.mark.parametrize("stage", [0, 1, 3])
+def test_one_process_trains_at_each_stage(tmp_path, stage):
+    done = train(
+        tmp_path / "run", f"zero.stage={stage}", "train.max_steps=25", "precision.dtype=auto"
+    )
+    assert done.returncode == 0, done.stderr
+    losses = [r["train/loss"] for r in read_metrics(tmp_path / "run") if "train/loss" in r]
+    assert losses[-1] < losses[0]
+
+
+def test_module_and_plain_torchrun_are_the_same_program(tmp_path):
+    done = subprocess.run(
+        [*command([], 2)[:1], "-m", "torch.distributed.run", "--standalone",
+         "--nproc-per-node", "2", "-m", "swin_moe", "train", str(MICRO), *SMALL,
+         "train.max_steps=1", f"train.output={tmp_path / 'run'}"],
+        cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=200, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "run/checkpoints/last/state.json").read_text())["step"] == 1
+    assert Path(tmp_path / "run/logs/rank-1.log").exists()
