@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 MICRO = ROOT / "configs/fashion_mnist/swin_moe_micro.yaml"
 # A model and schedule small enough for a test; the data and the road are the real ones.
 SMALL = [
-    "model.embed_dim=16", "model.depths=[1, 2]", "model.num_heads=[1, 2]", "model.patch_size=4",
+    "model.embed_dim=16", "model.depths=[1, 2]", "model.num_heads=[1, 2]",
     "moe.blocks=[[], [1]]", "moe.num_experts=4", "data.num_workers=0", "data.batch_size=50",
     "schedule.epochs=1", "schedule.warmup_epochs=0.1", "log.tensorboard=false",
 ]  # fmt: skip

@@ -60,13 +60,12 @@ def window_attention(
     # [3, B, nW, heads, N, head_dim]
     windows = windows.permute(5, 0, 1, 3, 6, 2, 4, 7).reshape(3, B, rows * cols, heads, N, head_dim)
     q, k, v = windows.unbind(0)
+    compute = torch.promote_types(qkv.dtype, torch.float32)
+    factor = scale.to(compute)
     if cosine:
-        factor = scale.float().clamp(max=MAX_LOG_SCALE).exp()
+        factor = factor.clamp(max=MAX_LOG_SCALE).exp()
         q, k = _unit(q), _unit(k)
-    else:
-        factor = scale.float()
-    compute = torch.float64 if qkv.dtype == torch.float64 else torch.float32
-    logits = (q @ k.transpose(-2, -1)).to(compute) * factor.to(compute) + bias.to(compute)
+    logits = (q @ k.transpose(-2, -1)).to(compute) * factor + bias.to(compute)
     if shift_size or pad_h or pad_w:
         mask = _region_mask(H, W, window_size, shift_size, str(qkv.device))
         logits = logits + mask.to(compute)[:, None]  # [nW, 1, N, N]
@@ -81,7 +80,7 @@ def window_attention(
 
 def _unit(x: Tensor) -> Tensor:
     """Rows of length one; the norm is taken in at least fp32."""
-    wide = x if x.dtype == torch.float64 else x.float()
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
     return F.normalize(wide, dim=-1).to(x.dtype)
 
 

@@ -1,0 +1,149 @@
+"""Tutel as a backend: its moe_layer carries the tokens, with our router and experts inside.
+
+Tutel (https://github.com/microsoft/tutel, MIT) is not in the package index: users install it from
+its repository. It shares our parameters, plan, losses and statistics, so that a checkpoint does not
+know which backend trained it. What its moe_layer does otherwise than one expects is handled here:
+
+- it pops keys from the dicts it is handed, so they are made for it alone;
+- its own experts need an ``activation_fn``: ours stand in;
+- ``forward(capacity_factor=0)`` is ignored: the factor is set on the gate before each call;
+- with batch-prioritised order and no capacity it drops tokens: the order is left out there, where
+  it changes nothing;
+- unequal tokens per rank need ``inequivalent_tokens``, which dropless calls set;
+- its balance loss hangs on the output and its counts are wrong with batch-prioritised order: loss
+  and counts come from our own plan of the same logits;
+- expert gradients are sums over the ranks' losses, as in our layer; the engine averages them.
+
+A self-check compares it with our layer before the first use, so that a changed Tutel fails loudly.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..config import MoEConfig
+from ..distributed import Group
+from .layer import MoELayer, MoEResult
+from .router import route
+
+INSTALL_HINT = (
+    "moe.backend=tutel needs Tutel, which is not installed: pip install --no-build-isolation "
+    "git+https://github.com/microsoft/tutel (NO_CUDA=1 without a GPU), or use moe.backend=fused"
+)
+_checked: set[tuple[int, str]] = set()  # group size and device of the layers that passed
+
+
+class _Gate(nn.Module):
+    """Hands Tutel the logits that our router made."""
+
+    def __init__(self, top_k: int) -> None:
+        super().__init__()
+        self.top_k = top_k
+        self.gate_noise = 0.0  # ours is in the logits already
+        self.capacity_factor = 0.0
+        self.logits: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert self.logits is not None
+        return self.logits
+
+
+class _ExpertsView(nn.Module):
+    """Our experts with the call that Tutel makes."""
+
+    def __init__(self, experts: nn.Module) -> None:
+        super().__init__()
+        self.inner = experts
+
+    def forward(self, x: Tensor, ctx: Any) -> Tensor:
+        return self.inner(x)
+
+
+class TutelLayer(MoELayer):
+    """:class:`MoELayer` whose stages 3 to 5 are Tutel's.
+
+    Raises:
+        ValueError: Tutel is not installed, or does not compute what our layer does.
+    """
+
+    def __init__(
+        self, dim: int, hidden_dim: int, moe: MoEConfig, group: Group | None = None
+    ) -> None:
+        super().__init__(dim, hidden_dim, moe, group)
+        try:
+            from tutel import moe as tutel_moe
+        except ImportError:
+            raise ValueError(INSTALL_HINT) from None
+        self.gate_view = _Gate(moe.top_k)
+        layer = tutel_moe.moe_layer(
+            gate_type={"type": "custom", "module": lambda **_: self.gate_view},
+            model_dim=dim,
+            experts={
+                "type": "custom",
+                "module": lambda **_: _ExpertsView(self.experts),
+                "num_experts_per_device": moe.num_experts // self.group.size,
+            },
+            group=self.group.handle,
+            batch_prioritized_routing=moe.batch_prioritized,
+            normalize_gate=moe.normalize_gate,
+        )
+        # In a tuple, so that our parameters are not registered a second time under its names.
+        self._tutel = (layer,)
+
+    def forward(self, x: Tensor) -> MoEResult:
+        self._self_check(x)
+        return self._forward(x)
+
+    def _forward(self, x: Tensor) -> MoEResult:
+        moe, (layer,) = self.moe, self._tutel
+        tokens = x.reshape(-1, x.shape[-1])
+        logits = self.router(tokens)
+        noise = torch.randn_like(logits) if self.training and moe.gate_noise else None
+        plan, balance_loss = route(logits, moe, training=self.training, noise=noise)
+        if noise is not None:
+            logits = logits + noise * (moe.gate_noise / moe.num_experts)
+        factor = moe.capacity_factor if self.training else moe.eval_capacity_factor
+        self.gate_view.logits, self.gate_view.capacity_factor = logits, factor
+        layer.batch_prioritized_routing = moe.batch_prioritized and factor > 0
+        output = layer(tokens, inequivalent_tokens=factor == 0)
+        self.gate_view.logits = None
+        dropped = (~plan.kept).sum()
+        aux_loss = moe.balance_weight * balance_loss
+        return MoEResult(output.view_as(x).to(x.dtype), aux_loss, plan.counts, dropped)
+
+    def _self_check(self, x: Tensor) -> None:
+        """Hold a small layer against ours once per group size and device; collective."""
+        key = (self.group.size, x.device.type)
+        if key in _checked:
+            return
+        _checked.add(key)
+        with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []), torch.enable_grad():
+            for factor, top_k in ((1.0, 1), (1.0, 2), (0.0, 2)):
+                self._compare(factor, top_k, x.device)
+
+    def _compare(self, factor: float, top_k: int, device: torch.device) -> None:
+        torch.manual_seed(1 + self.group.rank)
+        changes = {"top_k": top_k, "capacity_factor": factor, "gate_noise": 0.0}
+        moe = self.moe.model_copy(update={**changes, "balance": "gshard", "drop_rate": 0.0})
+        theirs = TutelLayer(8, 16, moe, self.group).to(device)
+        ours = MoELayer(8, 16, moe.model_copy(update={"backend": "reference"}), self.group)
+        theirs.experts.reset_parameters(0.5)
+        ours.to(device).load_state_dict(theirs.state_dict())
+        tokens = torch.randn(6 * moe.num_experts, 8, device=device)
+        results = []
+        for layer in (theirs, ours):
+            leaf = tokens.clone().requires_grad_()
+            call = layer._forward if isinstance(layer, TutelLayer) else layer
+            output = call(leaf).output
+            output.square().sum().backward()
+            grads = [p.grad for p in layer.parameters()]
+            results.append([output, leaf.grad, *grads])
+        for theirs_value, our_value in zip(*results, strict=True):
+            if not torch.allclose(theirs_value, our_value, rtol=1e-3, atol=1e-4):
+                raise ValueError(
+                    f"moe.backend=tutel: this version of Tutel routes or differentiates otherwise "
+                    f"(capacity factor {factor}, top-{top_k}); use moe.backend=fused"
+                )

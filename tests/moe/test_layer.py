@@ -1,0 +1,151 @@
+"""Routing rules, both backends, precision, and expert parallelism of the MoE layer."""
+
+import pytest
+import torch
+
+from swin_moe.config import MoEConfig
+from swin_moe.moe import MoELayer
+from swin_moe.moe.balance import importance_load_loss
+from swin_moe.moe.plan import expert_capacity, queue_slots
+from swin_moe.moe.router import route
+from tests.parallel import run_worker
+
+
+def make(dtype=torch.float32, **settings):
+    torch.manual_seed(0)
+    moe = MoEConfig(num_experts=4, **settings)
+    layer = MoELayer(8, 16, moe)
+    layer.experts.reset_parameters(0.3)
+    return layer.to(dtype)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("processes", [2, 4])
+def test_expert_parallel_equals_one_process_in_fp64(tmp_path, processes):
+    run_worker("moe_layer", tmp_path, processes)
+    assert int((tmp_path / "passed").read_text()) == 32
+
+
+def test_capacity_rule():
+    assert expert_capacity(98, 4, 1, 1.25) == 31
+    assert expert_capacity(98, 4, 2, 1.0) == 50
+    assert expert_capacity(98, 4, 2, 0.0) == 0
+    assert expert_capacity(2, 64, 1, 0.5) == 1  # never none at all
+
+
+def test_queue_order_is_choice_then_priority_then_index():
+    expert = torch.tensor([[0, 1], [0, 1], [1, 0]])
+    slot, counts = queue_slots(expert, 2, torch.tensor([0.5, 0.9, 0.5]))
+    assert slot.tolist() == [[1, 2], [0, 1], [0, 2]]
+    assert counts.tolist() == [3, 3]
+    slot, _ = queue_slots(expert, 2, None)
+    assert slot.tolist() == [[0, 1], [1, 2], [0, 2]]
+
+
+def test_ties_go_to_the_lower_index():
+    moe = MoEConfig(num_experts=4, top_k=2, eval_capacity_factor=1.0)
+    plan = route(torch.zeros(8, 4), moe, training=False).plan
+    assert plan.expert.tolist() == [[0, 1]] * 8
+    assert plan.slot[:, 0].tolist() == list(range(8))
+    assert plan.kept.sum(0).tolist() == [4, 4]
+
+
+def test_row_index_is_its_own_inverse():
+    torch.manual_seed(0)
+    for factor in (0.5, 0.0):
+        moe = MoEConfig(num_experts=4, top_k=2, eval_capacity_factor=factor)
+        plan = route(torch.randn(33, 4), moe, training=False).plan
+        source, destination = plan.row_index()
+        rows = destination.flatten()
+        kept = rows >= 0
+        assert torch.equal(kept.view(33, 2), plan.kept)
+        assert torch.equal(source[rows[kept].long()], torch.arange(66, dtype=torch.int32)[kept])
+        assert (source >= 0).sum() == kept.sum()
+
+
+@pytest.mark.parametrize("backend", ["fused", "reference"])
+def test_dropped_tokens_give_zero_and_are_counted(backend):
+    layer = make(eval_capacity_factor=0.25, backend=backend).eval()
+    result = layer(torch.randn(64, 8))
+    silent = (result.output == 0).all(1)
+    assert 0 < result.dropped.item() == silent.sum().item()
+    assert result.counts.sum() == 64
+
+
+@pytest.mark.parametrize("factor", [0.0, 1.0])
+def test_backends_agree_with_gradients(factor):
+    x = torch.randn(2, 7, 8)
+    results = []
+    for backend in ("fused", "reference"):
+        layer = make(backend=backend, capacity_factor=factor, top_k=2)
+        torch.manual_seed(3)  # the gate noise
+        leaf = x.clone().requires_grad_()
+        result = layer(leaf)
+        (result.output.square().sum() + result.aux_loss).backward()
+        results.append([*result, leaf.grad, *[p.grad for p in layer.parameters()]])
+    for fused, reference in zip(*results, strict=True):
+        torch.testing.assert_close(fused, reference)
+
+
+def test_gradcheck_of_the_reference_backend():
+    layer = make(torch.float64, backend="reference", top_k=2, eval_capacity_factor=1.0).eval()
+    x = torch.randn(9, 8, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda t: layer(t)[:2], x)
+
+
+def test_bf16_routes_in_fp32_and_returns_bf16():
+    layer = make(torch.bfloat16).eval()
+    x = torch.randn(64, 8, dtype=torch.bfloat16)
+    result = layer(x)
+    assert result.output.dtype == torch.bfloat16
+    assert result.aux_loss.dtype == torch.float32
+    wide = make(torch.float32).eval()
+    wide.load_state_dict({k: v.float() for k, v in layer.state_dict().items()})
+    expected = wide(x.float())
+    assert torch.equal(result.counts, expected.counts)
+    torch.testing.assert_close(result.output.float(), expected.output, rtol=5e-2, atol=5e-2)
+
+
+def test_autocast_keeps_routing_in_fp32():
+    layer = make().eval()
+    x = torch.randn(64, 8)
+    expected = layer(x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        result = layer(x)
+    assert torch.equal(result.counts, expected.counts)
+    torch.testing.assert_close(result.aux_loss, expected.aux_loss)
+    assert result.output.dtype == torch.float32
+
+
+def test_no_tokens():
+    layer = make(eval_capacity_factor=0.0).eval()
+    result = layer(torch.randn(0, 8))
+    assert result.output.shape == (0, 8)
+    assert result.counts.sum() == 0
+    assert result.aux_loss == 0
+
+
+def test_balance_has_finite_gradients_at_perfect_balance():
+    scores = torch.full((8, 4), 0.25, requires_grad=True)
+    loss = importance_load_loss(scores, scores[:, :1], 1.0)
+    loss.backward()
+    assert loss.item() == pytest.approx(0, abs=1e-6)
+    assert scores.grad.isfinite().all()
+
+
+def test_experts_must_divide():
+    from swin_moe.distributed import Group
+
+    with pytest.raises(ValueError, match=r"moe.num_experts=5 .* 2 ranks"):
+        MoELayer(8, 16, MoEConfig(num_experts=5), Group(None, 0, 2))
+
+
+def test_initial_experts_do_not_depend_on_the_expert_group():
+    from swin_moe.distributed import Group
+
+    whole = make()
+    torch.manual_seed(0)
+    part = MoELayer(8, 16, MoEConfig(num_experts=4), Group(None, 1, 2))
+    part.experts.reset_parameters(0.3)
+    assert torch.equal(part.experts.fc1.weight, whole.experts.fc1.weight[2:])
+    assert torch.equal(part.experts.fc2.weight, whole.experts.fc2.weight[2:])
