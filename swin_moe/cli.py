@@ -70,6 +70,7 @@ def main(argv: list[str] | None = None) -> int:
     from .distributed import environment_rank, shutdown
 
     rank, local_rank, size = environment_rank()
+    where = f"[rank {rank}] " if local_rank else ""
     try:
         code = _run(arguments)
         shutdown()
@@ -80,7 +81,7 @@ def main(argv: list[str] | None = None) -> int:
         # The same on every rank of a node: one of them tells.
         if arguments.debug:
             traceback.print_exc()
-        return _fail(str(error), local_rank == 0, WRONG_USE)
+        return _fail(f"{where}{error}", local_rank == 0, WRONG_USE)
     except Exception as error:
         from .trainer import TrainingError
 
@@ -95,13 +96,12 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _fail(message: str, tell: bool, code: int = FAILED) -> int:
+    """Print one line; what all ranks meet alike, only the first of each node tells."""
     logging.getLogger("swin_moe").debug("error: %s", message)
-    if tell:
-        print(f"swin-moe: error: {message}", file=sys.stderr, flush=True)
-    else:
-        time.sleep(
-            3
-        )  # the first exit ends the other processes: leave the word to the one who tells
+    if not tell:
+        # The first exit ends all processes of the node. Who still lives then failed alone.
+        time.sleep(3)
+    print(f"swin-moe: error: {message}", file=sys.stderr, flush=True)
     return code
 
 
