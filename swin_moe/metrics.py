@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
@@ -122,7 +123,8 @@ def read_metrics(folder: Path) -> list[Record]:
 
 
 def progress_bar(enabled: bool) -> Progress:
-    """Bar with loss, rate, gradient norm, images/s and time to go."""
+    """Bar with loss, rate, gradient norm, images/s and time to go; none if piped to a file."""
+    console = Console()
     return Progress(
         TextColumn("epoch {task.fields[epoch]}"),
         BarColumn(bar_width=None),
@@ -131,7 +133,8 @@ def progress_bar(enabled: bool) -> Progress:
         TimeElapsedColumn(),
         TextColumn("eta"),
         TimeRemainingColumn(),
-        disable=not enabled,
+        console=console,
+        disable=not (enabled and console.is_terminal),
         transient=True,
     )
 

@@ -73,7 +73,8 @@ def train(config: Config, world: World, console: Console, fresh: bool = False) -
     torch.set_flush_denormal(config.precision.flush_denormals)
     run = Run(Path(config.train.output), world, console)
     # All input is checked before anything is written.
-    train_loader, eval_loader = _build_loaders(config, world)
+    train_loader = _build_loader(config, world, training=True)
+    eval_loader = _build_loader(config, world, training=False)
     plan = _plan(config, train_loader)
     distributed.seed_everything(config.train.seed)
     model = build(config.model, config.moe, world.expert)
@@ -132,19 +133,18 @@ def train(config: Config, world: World, console: Console, fresh: bool = False) -
     return run.folder
 
 
-def _build_loaders(config: Config, world: World) -> tuple[Loader, Loader]:
-    build_split = partial(
-        build_loader,
+def _build_loader(config: Config, world: World, training: bool) -> Loader:
+    return build_loader(
         config.data,
         config.augment,
         img_size=config.model.img_size,
         in_chans=config.model.in_chans,
         num_classes=config.model.num_classes,
+        training=training,
         rank=world.rank,
         world_size=world.size,
         seed=config.train.seed,
     )
-    return build_split(training=True), build_split(training=False)
 
 
 def _plan(config: Config, loader: Loader) -> Plan:
@@ -297,7 +297,7 @@ def evaluate_checkpoint(
     checkpoint.load_weights(model, reader, expert_parameter_names(model), 0)
     model.eval().to(world.device)
     dtype = resolve_precision(config.precision, world.device)
-    _, loader = _build_loaders(config, world)
+    loader = _build_loader(config, world, training=False)
     forward = _inference(model, dtype, config.zero.stage > 0)
     result = evaluate(forward, loader, config.model.num_classes, world.device)
     _print_classes(console, result, loader.class_names)

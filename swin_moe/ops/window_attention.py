@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from swin_moe.ops import _library
+
 MASK_VALUE = -100.0  # additive, as the family has it: V2's logits may exceed 100, then keys leak
 MAX_LOG_SCALE = math.log(100.0)
 
@@ -109,3 +111,6 @@ def _region_mask(H: int, W: int, window_size: int, shift_size: int, device: str)
         mask = torch.zeros(different.shape).masked_fill(different, MASK_VALUE)
         mask = mask.masked_fill((region < 0)[:, None, :], float("-inf"))
         return mask.to(device)
+
+
+_library.declare_reference("window_attention")
