@@ -114,6 +114,10 @@ def _run(arguments: argparse.Namespace) -> int:
     console = Console(soft_wrap=False)
     if arguments.command == "train":
         config = load_config(arguments.config, arguments.overrides)
+        if config.parallel.expert_parallel_size == "auto":
+            shardable = config.moe.enabled and config.zero.stage < 3
+            size = distributed.auto_expert_parallel_size(config.moe.num_experts)
+            config.parallel.expert_parallel_size = size if shardable else 1
         world = distributed.init(config.parallel.expert_parallel_size)
         from . import run  # imports DeepSpeed, which looks at the environment that init sets
 

@@ -183,7 +183,9 @@ class TrainConfig(Section):
 
 
 class ParallelConfig(Section):
-    expert_parallel_size: Positive = 1
+    """``auto``: as many processes of a node as divide both them and the experts."""
+
+    expert_parallel_size: Positive | Literal["auto"] = 1
 
 
 class ZeroConfig(Section):
@@ -237,7 +239,8 @@ class Config(Section):
     @model_validator(mode="after")
     def _check(self) -> Config:
         check_moe_blocks(self.model, self.moe)
-        experts, group = self.moe.num_experts, self.parallel.expert_parallel_size
+        size = self.parallel.expert_parallel_size
+        experts, group = self.moe.num_experts, 1 if size == "auto" else size
         if not self.moe.enabled and group > 1:
             raise ValueError(
                 f"parallel.expert_parallel_size={group} needs MoE blocks, but moe.blocks is empty"

@@ -7,6 +7,7 @@ any of them the program runs as one process.
 from __future__ import annotations
 
 import datetime
+import math
 import os
 import random
 import socket
@@ -57,17 +58,25 @@ def environment_rank() -> tuple[int, int, int]:
     return 0, 0, 1
 
 
-def check_world(world_size: int, expert_parallel_size: int, num_experts: int) -> None:
-    """Raise ``ValueError`` if the expert group fits neither the world nor the experts."""
+def local_world_size() -> int:
+    """Processes of this node."""
+    env = os.environ
+    size = env.get("LOCAL_WORLD_SIZE") or env.get("SLURM_NTASKS_PER_NODE")
+    return int(size) if size else environment_rank()[2]
+
+
+def auto_expert_parallel_size(num_experts: int) -> int:
+    """The largest group that divides the node's processes, and all of them, and the experts."""
+    return math.gcd(local_world_size(), environment_rank()[2], num_experts)
+
+
+def check_world(world_size: int, expert_parallel_size: int) -> None:
+    """Raise ``ValueError`` if the expert group does not divide the world."""
     n = expert_parallel_size
     if world_size % n:
         raise ValueError(
             f"parallel.expert_parallel_size={n} does not divide the {world_size} processes: start "
-            f"a multiple of {n}, or set parallel.expert_parallel_size to a divisor of {world_size}"
-        )
-    if num_experts % n:
-        raise ValueError(
-            f"moe.num_experts={num_experts} is not divisible by parallel.expert_parallel_size={n}"
+            f"a multiple of {n}, or set parallel.expert_parallel_size=auto"
         )
 
 
@@ -78,7 +87,7 @@ def init(expert_parallel_size: int = 1, timeout_minutes: float = 10.0) -> World:
         ValueError: the expert group does not divide the world.
     """
     rank, local_rank, size = environment_rank()
-    check_world(size, expert_parallel_size, expert_parallel_size)
+    check_world(size, expert_parallel_size)
     # DeepSpeed reads these three.
     for name, value in (("RANK", rank), ("LOCAL_RANK", local_rank), ("WORLD_SIZE", size)):
         os.environ.setdefault(name, str(value))

@@ -1,9 +1,8 @@
-"""One run: its directory, the parts built from the config, the header and the closing table."""
+"""One run: its directory, and the parts built from the config."""
 
 from __future__ import annotations
 
 import logging
-import os
 import time
 from dataclasses import dataclass
 from functools import partial
@@ -12,9 +11,8 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
 
-from . import checkpoint, distributed, ops
+from . import checkpoint, distributed, ops, report
 from .config import Config, ConfigError, dump_config, load_config
 from .data import Loader, build_loader, build_mixing
 from .distributed import World, broadcast_object
@@ -22,7 +20,7 @@ from .engine import Engine, resolve_precision
 from .evaluation import Evaluation, evaluate
 from .metrics import MetricLog, draw_summary
 from .models import SwinTransformer, build, expert_parameter_names
-from .models.cost import Cost, count
+from .models.cost import count
 from .optim import build_schedule
 from .trainer import Plan, Position, Trainer
 
@@ -65,52 +63,84 @@ def train(config: Config, world: World, console: Console, fresh: bool = False) -
         ValueError, TrainingError: one line for the user.
     """
     started = time.monotonic()
-    distributed.check_world(
-        world.size, config.parallel.expert_parallel_size, config.moe.num_experts
-    )
-    if config.ops.require_fused:
-        ops.require_fused(world.device.type)
+    _check(config, world)
     torch.set_flush_denormal(config.precision.flush_denormals)
     run = Run(Path(config.train.output), world, console)
     # All input is checked before anything is written.
-    train_loader = _build_loader(config, world, training=True)
-    eval_loader = _build_loader(config, world, training=False)
-    plan = _plan(config, train_loader)
+    loaders = [_build_loader(config, world, training) for training in (True, False)]
+    plan = _plan(config, loaders[0])
     distributed.seed_everything(config.train.seed)
     model = build(config.model, config.moe, world.expert)
     reader = _prepare_folder(run, config, fresh)
     if reader is not None:
         names = expert_parameter_names(model)
-        checkpoint.load_weights(model, reader, names, _first_expert(config, world))
-    dtype = resolve_precision(config.precision, world.device)
-    engine = Engine(
+        checkpoint.load_weights(model, reader, names, _experts(config, world).start)
+    engine = _build_engine(config, model, world)
+    position = Position() if reader is None else _restore(reader, engine, config, world, plan)
+    cost = count(config.model, config.moe)
+    if world.is_main:
+        console.print(report.header(config, run.folder, world, engine.dtype, cost, loaders))
+    if reader is not None:
+        where = f"epoch {position.epoch + 1}, step {position.step}"
+        run.say(f"resumed from {reader.path.name} ({where})")
+    trainer = _build_trainer(run, config, plan, engine, loaders, position, reader is not None)
+    # Last, for everything above may draw.
+    distributed.seed_everything(config.train.seed, world.rank)
+    if reader is not None and not reader.restore_rng(world):
+        log.warning("the checkpoint has no generator state for rank %d", world.rank)
+    try:
+        trainer.fit()
+    finally:
+        _finish_pictures(run, trainer)
+    if world.is_main:
+        console.print(report.closing(run.folder, trainer, time.monotonic() - started))
+    engine.close()
+    for loader in loaders:
+        loader.close()
+    return run.folder
+
+
+def _check(config: Config, world: World) -> None:
+    """What can be refused before anything is built."""
+    if config.model.num_classes == 0:
+        raise ValueError("model.num_classes=0: training needs at least one class")
+    if config.ops.require_fused:
+        ops.require_fused(world.device.type)
+
+
+def _build_engine(config: Config, model: SwinTransformer, world: World) -> Engine:
+    return Engine(
         model,
         world,
         optimizer=config.optimizer,
         zero=config.zero,
-        dtype=dtype,
+        dtype=resolve_precision(config.precision, world.device),
         micro_batch=config.data.batch_size,
         accumulation_steps=config.train.accumulation_steps,
     )
-    position = Position() if reader is None else _restore(reader, engine, config, world)
-    _print_header(run, config, dtype, count(config.model, config.moe), train_loader, eval_loader)
+
+
+def _build_trainer(
+    run: Run,
+    config: Config,
+    plan: Plan,
+    engine: Engine,
+    loaders: list[Loader],
+    position: Position,
+    resumed: bool,
+) -> Trainer:
+    world = run.world
     metric_log = None
     if world.is_main:
-        resume_step = None if reader is None else position.step
+        resume_step = position.step if resumed else None
         metric_log = MetricLog(run.folder, config.log.tensorboard, resume_step)
-    if reader is not None:
-        run.say(
-            f"resumed from {reader.path.name} (epoch {position.epoch + 1}, step {position.step})"
-        )
-    global_batch = config.data.batch_size * config.train.accumulation_steps * world.size
-    trainer = Trainer(
+    batch = _global_batch(config, world)
+    return Trainer(
         plan=plan,
         engine=engine,
-        schedule=build_schedule(
-            engine.optimizer, config.schedule, plan.updates_per_epoch, global_batch
-        ),
-        train_loader=train_loader,
-        eval_loader=eval_loader,
+        schedule=build_schedule(engine.optimizer, config.schedule, plan.updates_per_epoch, batch),
+        train_loader=loaders[0],
+        eval_loader=loaders[1],
         mixing=build_mixing(
             config.augment, config.model.num_classes, config.train.seed, world.rank
         ),
@@ -120,17 +150,6 @@ def train(config: Config, world: World, console: Console, fresh: bool = False) -
         say=run.say,
         position=position,
     )
-    distributed.seed_everything(config.train.seed, world.rank)
-    if reader is not None and not reader.restore_rng(world):
-        log.warning("the checkpoint has no generator state for rank %d", world.rank)
-    try:
-        trainer.fit()
-    finally:
-        if metric_log is not None:
-            _finish_pictures(run, metric_log, position.step)
-    _print_closing(run, trainer, time.monotonic() - started)
-    engine.close()
-    return run.folder
 
 
 def _build_loader(config: Config, world: World, training: bool) -> Loader:
@@ -155,8 +174,6 @@ def _plan(config: Config, loader: Loader) -> Plan:
             f"train.accumulation_steps={accumulation} is more than the {len(loader)} batches of an "
             "epoch: lower it or data.batch_size"
         )
-    if config.model.num_classes == 0:
-        raise ValueError("model.num_classes=0: training needs at least one class")
     return Plan(
         epochs=config.schedule.epochs,
         updates_per_epoch=updates,
@@ -170,8 +187,15 @@ def _plan(config: Config, loader: Loader) -> Plan:
     )
 
 
-def _first_expert(config: Config, world: World) -> int:
-    return world.expert.rank * (config.moe.num_experts // world.expert.size)
+def _global_batch(config: Config, world: World) -> int:
+    """Images per update."""
+    return config.data.batch_size * config.train.accumulation_steps * world.size
+
+
+def _experts(config: Config, world: World) -> range:
+    """Global indices of the experts that this rank holds."""
+    num_local = config.moe.num_experts // world.expert.size
+    return range(world.expert.rank * num_local, (world.expert.rank + 1) * num_local)
 
 
 def _prepare_folder(run: Run, config: Config, fresh: bool) -> checkpoint.Reader | None:
@@ -229,17 +253,35 @@ def _load_saved_config(path: Path) -> Config:
     return load_config(path / "config.yaml")
 
 
-def _restore(reader: checkpoint.Reader, engine: Engine, config: Config, world: World) -> Position:
-    state = dict(reader.state)
-    position = Position(**state["position"])
+def _convert_position(position: Position, old_batch: int, new_batch: int, plan: Plan) -> None:
+    """Keep the place in the epoch when the global batch has changed since."""
+    if old_batch == new_batch:
+        return
+    before = position.step
+    position.update = min(position.update * old_batch // new_batch, plan.updates_per_epoch - 1)
+    position.step = position.epoch * plan.updates_per_epoch + position.update
+    log.warning(
+        "the global batch was %d and is %d: step %d of then is step %d of now",
+        old_batch,
+        new_batch,
+        before,
+        position.step,
+    )
+
+
+def _restore(
+    reader: checkpoint.Reader, engine: Engine, config: Config, world: World, plan: Plan
+) -> Position:
+    position = Position(**reader.state["position"])
+    updates = position.step
+    _convert_position(position, reader.state["global_batch"], _global_batch(config, world), plan)
     names = expert_parameter_names(engine.model)
-    first = _first_expert(config, world)
-    experts = range(first, first + config.moe.num_experts // world.expert.size)
+    experts = _experts(config, world)
 
     def read(name: str, kind: str) -> torch.Tensor:
         return reader.tensor(name, kind, experts if name in names else None)
 
-    engine.import_state(read, position.step)
+    engine.import_state(read, updates)
     return position
 
 
@@ -250,8 +292,8 @@ def _save(run: Run, config: Config, engine: Engine, position: Position) -> None:
         position.step,
         export=engine.export_state,
         expert_names=expert_parameter_names(engine.model),
-        num_local_experts=config.moe.num_experts // world.expert.size,
-        state={"position": position.state(), "world_size": world.size},
+        num_local_experts=len(_experts(config, world)),
+        state={"position": position.state(), "global_batch": _global_batch(config, world)},
         config_text=dump_config(config),
         world=world,
     )
@@ -261,11 +303,13 @@ def _save(run: Run, config: Config, engine: Engine, position: Position) -> None:
     log.debug("wrote %s", path)
 
 
-def _finish_pictures(run: Run, metric_log: MetricLog, step: int) -> None:
+def _finish_pictures(run: Run, trainer: Trainer) -> None:
+    if trainer.log is None:
+        return
     picture = draw_summary(run.folder)
     if picture is not None:
-        metric_log.image("summary", picture, step)
-    metric_log.close()
+        trainer.log.image("summary", picture, trainer.position.step)
+    trainer.log.close()
 
 
 # --------------------------------------------------------------------------------------------
@@ -300,13 +344,8 @@ def evaluate_checkpoint(
     loader = _build_loader(config, world, training=False)
     forward = _inference(model, dtype, config.zero.stage > 0)
     result = evaluate(forward, loader, config.model.num_classes, world.device)
-    _print_classes(console, result, loader.class_names)
-    console.print(
-        f"{reader.path}: top-1 {result.top1:.2f} %  top-5 {result.top5:.2f} %  "
-        f"loss {result.loss:.4f}  ({sum(result.total)} images"
-        + (f", {result.unreadable} unreadable)" if result.unreadable else ")"),
-        highlight=False, soft_wrap=True,
-    )  # fmt: skip
+    report.print_evaluation(console, reader.path, result, loader.class_names)
+    loader.close()
     return result
 
 
@@ -326,10 +365,6 @@ def _inference(model: SwinTransformer, dtype: torch.dtype, cast_weights: bool) -
     return autocast
 
 
-# --------------------------------------------------------------------------------------------
-# What a person sees
-
-
 def log_to_file(path: Path) -> None:
     """Send everything that is logged by this rank to ``path`` as well."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -337,80 +372,4 @@ def log_to_file(path: Path) -> None:
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     handler.setLevel(logging.DEBUG)
     logging.getLogger().addHandler(handler)
-    logging.getLogger("swin_moe").setLevel(logging.DEBUG)
-
-
-def _print_header(
-    run: Run, config: Config, dtype: torch.dtype, cost: Cost, train: Loader, val: Loader
-) -> None:
-    world = run.world
-    moe = config.moe
-    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-    table.add_column(style="bold")
-    table.add_column(overflow="fold")
-    table.add_row("run", str(run.folder))
-    shape = f"{config.model.img_size} px, window {config.model.window_size}"
-    table.add_row("model", f"{config.model.name} ({shape})")
-    if moe.enabled:
-        layers = sum(len(blocks) for blocks in moe.blocks)
-        capacity = f"capacity {moe.capacity_factor:g}" if moe.capacity_factor else "dropless"
-        table.add_row(
-            "experts", f"{moe.num_experts} in each of {layers} layers, top-{moe.top_k}, {capacity}"
-        )
-    table.add_row(
-        "parameters",
-        f"{cost.parameters / 1e6:.2f} M, {cost.activated / 1e6:.2f} M activated; "
-        f"{cost.macs / 1e9:.3f} GMACs an image",
-    )
-    table.add_row("data", f"{train.description}\n{val.description}")
-    table.add_row(
-        "world",
-        f"{world.size} processes = {world.expert_data.size} data × {world.expert.size} expert "
-        f"parallel, on {_device_name(world)}",
-    )
-    batch = config.data.batch_size * config.train.accumulation_steps * world.size
-    steps = f" × {config.train.accumulation_steps} steps" * (config.train.accumulation_steps > 1)
-    table.add_row("batch", f"{batch} = {config.data.batch_size} × {world.size} processes{steps}")
-    offload = f", offload to {config.zero.offload}" if config.zero.offload != "none" else ""
-    table.add_row("ZeRO", f"stage {config.zero.stage}{offload}")
-    weights = "bf16 weights, fp32 masters" if config.zero.stage else "autocast over fp32 weights"
-    table.add_row("precision", "fp32" if dtype == torch.float32 else f"bf16 ({weights})")
-    status = ops.status()
-    table.add_row("ops", ", ".join(f"{name}: {kind}" for name, kind in status.items()))
-    if world.is_main:
-        run.console.print(table)
-
-
-def _device_name(world: World) -> str:
-    if world.device.type == "cuda":
-        return torch.cuda.get_device_name(world.device)
-    return f"CPU ({torch.get_num_threads()} threads each, {os.cpu_count()} cores)"
-
-
-def _print_closing(run: Run, trainer: Trainer, seconds: float) -> None:
-    table = Table(title="done", title_justify="left", show_header=False)
-    result, position = trainer.last_evaluation, trainer.position
-    if result is not None:
-        best = f"{position.best_top1:.2f} % at step {position.best_step}"
-        table.add_row("top-1", f"{result.top1:.2f} % (best {best})")
-    table.add_row("time", f"{seconds / 60:.1f} min, {trainer.images_per_second:.0f} images/s")
-    if position.unreadable:
-        table.add_row("unreadable", f"{position.unreadable} images were skipped; see the log")
-    table.add_row("picture", str(run.folder / "summary.png"))
-    table.add_row("checkpoint", str(run.checkpoints / "last"))
-    table.add_row("metrics", str(run.folder / "metrics.jsonl"))
-    table.add_row("logs", str(run.folder / "logs"))
-    table.add_row("curves", f"tensorboard --logdir {run.folder}")
-    table.add_row("again", f"swin-moe evaluate {run.folder}")
-    if run.world.is_main:
-        run.console.print(table)
-
-
-def _print_classes(console: Console, result: Evaluation, names: list[str] | None) -> None:
-    table = Table("class", "images", "top-1")
-    table.columns[1].justify = table.columns[2].justify = "right"
-    for index, (correct, total) in enumerate(zip(result.correct, result.total, strict=True)):
-        if total:
-            name = names[index] if names else str(index)
-            table.add_row(name, str(total), f"{100 * correct / total:.1f} %")
-    console.print(table)
+    log.setLevel(logging.DEBUG)

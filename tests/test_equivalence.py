@@ -52,3 +52,8 @@ def test_experts_of_two_ranks_differ(results):
     name = next(n for n in reader.names() if n.endswith("experts.fc1.weight"))
     weight = reader.tensor(name, experts=range(4))
     assert not torch.equal(weight[0], weight[2])  # unmarked experts would have been made equal
+
+
+def test_accumulation_reduces_once_per_update(tmp_path):
+    run_worker("accumulation", tmp_path, 2)
+    assert (tmp_path / "passed").exists()

@@ -15,6 +15,7 @@ LAYERS = [
     {"optim", "checkpoint", "evaluation"},
     {"engine"},
     {"trainer"},
+    {"report"},
     {"run"},
     {"cli"},
     {"__main__", "__init__"},

@@ -95,12 +95,3 @@ class MoELayer(nn.Module):
         exchange = RaggedExchange(plan.counts, self.group)
         out = self.experts(exchange.to_experts(rows), exchange.rows_per_expert)
         return exchange.from_experts(out)
-
-
-def build_moe(dim: int, hidden_dim: int, moe: MoEConfig, group: Group | None = None) -> nn.Module:
-    """The layer of the backend that ``moe.backend`` names."""
-    if moe.backend == "tutel":
-        from .tutel import TutelLayer  # an optional extra: imported only where it is asked for
-
-        return TutelLayer(dim, hidden_dim, moe, group)
-    return MoELayer(dim, hidden_dim, moe, group)

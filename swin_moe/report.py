@@ -1,0 +1,112 @@
+"""What a person reads in the terminal: the header, the closing table, the table of classes."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from . import ops
+from .config import Config, ModelConfig, MoEConfig
+from .data import Loader
+from .distributed import World
+from .evaluation import Evaluation
+from .models.cost import Cost
+from .trainer import Trainer
+
+
+def header(
+    config: Config,
+    folder: Path,
+    world: World,
+    dtype: torch.dtype,
+    cost: Cost,
+    loaders: list[Loader],
+) -> Table:
+    """Model, data, world, ZeRO stage, precision and ops of a run, before it starts."""
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    table.add_row("run", str(folder))
+    table.add_row("model", _model(config.model, config.moe))
+    table.add_row(
+        "parameters",
+        f"{cost.parameters / 1e6:.2f} M, {cost.activated / 1e6:.2f} M activated; "
+        f"{cost.macs / 1e9:.3f} GMACs an image",
+    )
+    table.add_row("data", "\n".join(loader.description for loader in loaders))
+    table.add_row(
+        "world",
+        f"{world.size} processes = {world.expert_data.size} data × {world.expert.size} expert "
+        f"parallel, on {_device_name(world)}",
+    )
+    micro, accumulation = config.data.batch_size, config.train.accumulation_steps
+    parts = f"{micro} × {world.size} processes" + f" × {accumulation} steps" * (accumulation > 1)
+    table.add_row("batch", f"{micro * accumulation * world.size} = {parts}")
+    offload = f", offload to {config.zero.offload}" if config.zero.offload != "none" else ""
+    table.add_row("ZeRO", f"stage {config.zero.stage}{offload}")
+    weights = "bf16 weights, fp32 masters" if config.zero.stage else "autocast over fp32 weights"
+    table.add_row("precision", "fp32" if dtype == torch.float32 else f"bf16 ({weights})")
+    table.add_row("ops", ", ".join(f"{name}: {kind}" for name, kind in ops.status().items()))
+    if world.device.type == "cuda":
+        table.add_row("", "CUDA kernels: compiled, not yet verified on a GPU; `make test` does")
+    return table
+
+
+def _model(model: ModelConfig, moe: MoEConfig) -> str:
+    text = f"{model.name}, {model.img_size} px, window {model.window_size}"
+    if not moe.enabled:
+        return text
+    layers = sum(len(blocks) for blocks in moe.blocks)
+    capacity = f"capacity {moe.capacity_factor:g}" if moe.capacity_factor else "dropless"
+    return f"{text}\n{moe.num_experts} experts in {layers} layers, top-{moe.top_k}, {capacity}"
+
+
+def _device_name(world: World) -> str:
+    if world.device.type == "cuda":
+        return torch.cuda.get_device_name(world.device)
+    return f"CPU ({torch.get_num_threads()} threads each, {os.cpu_count()} cores)"
+
+
+def closing(folder: Path, trainer: Trainer, seconds: float) -> Table:
+    """Result and paths of a run that ended."""
+    table = Table(title="done", title_justify="left", show_header=False)
+    result, position = trainer.last_evaluation, trainer.position
+    if result is not None:
+        best = f"best {position.best_top1:.2f} % at step {position.best_step}"
+        table.add_row("top-1", f"{result.top1:.2f} % ({best})")
+        table.add_row("time", f"{seconds / 60:.1f} min, {trainer.images_per_second:.0f} images/s")
+    else:
+        table.add_row("trained", "nothing was left to do; --fresh starts anew")
+    if position.unreadable:
+        table.add_row("unreadable", f"{position.unreadable} images were skipped; see the logs")
+    table.add_row("picture", str(folder / "summary.png"))
+    table.add_row("checkpoint", str(folder / "checkpoints" / "last"))
+    table.add_row("metrics", str(folder / "metrics.jsonl"))
+    table.add_row("logs", str(folder / "logs"))
+    table.add_row("curves", f"tensorboard --logdir {folder}")
+    table.add_row("again", f"swin-moe evaluate {folder}")
+    return table
+
+
+def print_evaluation(
+    console: Console, path: Path, result: Evaluation, names: list[str] | None
+) -> None:
+    """Accuracy per class, then a line of totals."""
+    table = Table("class", "images", "top-1")
+    table.columns[1].justify = table.columns[2].justify = "right"
+    for index, (correct, total) in enumerate(zip(result.correct, result.total, strict=True)):
+        if total:
+            name = names[index] if names else str(index)
+            table.add_row(name, str(total), f"{100 * correct / total:.1f} %")
+    console.print(table)
+    unreadable = f", {result.unreadable} unreadable" if result.unreadable else ""
+    console.print(
+        f"{path}: top-1 {result.top1:.2f} %  top-5 {result.top5:.2f} %  loss {result.loss:.4f}  "
+        f"({sum(result.total)} images{unreadable})",
+        highlight=False,
+        soft_wrap=True,
+    )
