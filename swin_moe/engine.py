@@ -9,6 +9,7 @@ from typing import Any
 import deepspeed
 import torch
 from deepspeed.moe.layer import MoE
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from deepspeed.utils import groups as deepspeed_groups
 from deepspeed.utils import (
     safe_get_full_fp32_param,
@@ -28,6 +29,29 @@ from .optim import build_optimizer, parameter_groups
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
+# What we use of DeepSpeed beyond its documented interface.
+_INTERNALS = (
+    (DeepSpeedZeroOptimizer, "_lazy_init_hp_params_optimizer_state"),
+    (deepspeed_groups, "_EXPERT_PARALLEL_GROUP"),
+    (deepspeed_groups, "_EXPERT_DATA_PARALLEL_GROUP"),
+)
+
+
+def check_deepspeed() -> None:
+    """Raise ``ValueError`` if this DeepSpeed lacks what we use of its internals."""
+    for holder, name in _INTERNALS:
+        if not hasattr(holder, name):
+            raise ValueError(
+                f"DeepSpeed {deepspeed.__version__} is not supported (it has no {name}): "
+                "install the version in requirements/lock.txt"
+            )
+
+
+def cpu_computes_in_bf16() -> bool:
+    """Whether this processor has bf16 instructions: AVX512-BF16 or AMX."""
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
 def resolve_precision(precision: PrecisionConfig, device: torch.device) -> torch.dtype:
     """The dtype to compute in; ``auto`` is bf16 where the device has instructions for it.
 
@@ -41,9 +65,7 @@ def resolve_precision(precision: PrecisionConfig, device: torch.device) -> torch
         if precision.dtype == "bf16" and not supported:
             raise ValueError("precision.dtype=bf16: this GPU has no bf16; use precision.dtype=fp32")
     else:
-        supported = bool(
-            torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-        )
+        supported = cpu_computes_in_bf16()
     wanted = precision.dtype == "bf16" or supported
     return torch.bfloat16 if wanted else torch.float32
 
@@ -93,6 +115,7 @@ class Engine:
         micro_batch: int,
         accumulation_steps: int,
     ) -> None:
+        check_deepspeed()
         self.world = world
         self.model = model
         self.stage = zero.stage
