@@ -26,7 +26,7 @@ def test_a_gpu_without_bf16_says_so(engine, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: False)
     cuda = torch.device("cuda")
     assert engine.resolve_precision(PrecisionConfig(dtype="auto"), cuda) == torch.float32
-    with pytest.raises(ValueError, match="precision.dtype=fp32"):
+    with pytest.raises(ValueError, match=r"precision\.dtype=fp32"):
         engine.resolve_precision(PrecisionConfig(dtype="bf16"), cuda)
 
 
