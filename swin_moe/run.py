@@ -77,6 +77,16 @@ def train(config: Config, world: World, console: Console, fresh: bool = False) -
         checkpoint.load_weights(model, reader, names, _experts(config, world).start)
     engine = _build_engine(config, model, world)
     position = Position() if reader is None else _restore(reader, engine, config, world, plan)
+    log.info(
+        "rank %d of %d on %s (%s), expert rank %d of %d, torch %s",
+        world.rank,
+        world.size,
+        distributed.hostname(),
+        world.device,
+        world.expert.rank,
+        world.expert.size,
+        torch.__version__,
+    )
     cost = count(config.model, config.moe)
     if world.is_main:
         console.print(report.header(config, run.folder, world, engine.dtype, cost, loaders))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -19,6 +20,8 @@ from .engine import Engine
 from .evaluation import Evaluation, evaluate
 from .metrics import ExpertLoad, Meter, MetricLog, Record, progress_bar
 from .models import split_output
+
+logger = logging.getLogger("swin_moe")
 
 
 class TrainingError(RuntimeError):
@@ -200,10 +203,12 @@ class Trainer:
             record |= {"train/aux_loss": aux, **moe}
         if self.log:
             self.log.write(record)
-        return (
+        status = (
             f"loss {loss:.4f}  lr {record['train/lr']:.2e}  norm {record['train/grad_norm']:.2f}  "
             f"{self.images_per_second:.0f} img/s"
         )
+        logger.info("step %d  %s", position.step, status)
+        return status
 
     def _evaluate(self) -> None:
         position = self.position

@@ -1,4 +1,4 @@
-"""Two processes with expert parallelism train exactly what one process trains."""
+"""Two and four processes with expert parallelism train exactly what one process trains."""
 
 import json
 
@@ -7,13 +7,13 @@ import torch
 
 from swin_moe.checkpoint import Reader, verify
 from tests.parallel import run_worker
-from tests.workers.equivalence import MOE, RANKS, STEPS
+from tests.workers.equivalence import MOE, STEPS
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     folder = tmp_path_factory.mktemp("equivalence")
-    for processes in (1, RANKS):
+    for processes in (1, 2, 4):
         run_worker("equivalence", folder, processes)
     return folder
 
@@ -27,7 +27,8 @@ def read(folder):
 
 
 @pytest.mark.parametrize(
-    ("world", "stage"), [(2, 0), (2, 1), (2, 2), (2, 3), (1, 1), (1, 2), (1, 3)]
+    ("world", "stage"),
+    [(1, 1), (1, 2), (1, 3), (2, 0), (2, 1), (2, 2), (2, 3), (4, 0), (4, 1), (4, 2), (4, 3)],
 )
 def test_equals_one_process(results, world, stage):
     expected_figures, expected = read(results / "world1-stage0")
@@ -45,6 +46,16 @@ def test_equals_one_process(results, world, stage):
                 expected.tensor(name, kind, experts),
                 rtol=2e-4, atol=2e-6, msg=lambda text, n=name, k=kind: f"{n} {k}: {text}",
             )  # fmt: skip
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_bf16_stays_close_to_one_process_in_fp32(results, world, stage):
+    """The loss and the true gradient norm, experts of all ranks included."""
+    expected, _ = read(results / "world1-stage0")
+    figures, _ = read(results / f"world{world}-stage{stage}-bf16")
+    assert figures["loss"] == pytest.approx(expected["loss"], rel=3e-3)
+    assert figures["norm"] == pytest.approx(expected["norm"], rel=5e-3)
 
 
 def test_experts_of_two_ranks_differ(results):

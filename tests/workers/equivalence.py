@@ -1,7 +1,8 @@
 """Train a few steps at each ZeRO stage on however many processes; write losses, norms, weights.
 
-One process accumulates over as many micro-batches as there are ranks otherwise, so that both see
-the same micro-batches, capacities and queues.
+Fewer processes accumulate over the micro-batches that the others would have, so that all see the
+same micro-batches, capacities and queues. Four processes form two expert groups, which replicate
+one another's experts.
 """
 
 import json
@@ -14,7 +15,7 @@ import torch.nn.functional as F
 from swin_moe import checkpoint, distributed
 from swin_moe.config import ModelConfig, MoEConfig, OptimizerConfig, ZeroConfig
 
-RANKS = 2
+PARTS = 4  # micro-batches of one update
 STEPS = 3
 MICRO_BATCH = 4
 MODEL = ModelConfig(
@@ -35,7 +36,7 @@ def batch(step: int, part: int) -> tuple[torch.Tensor, torch.Tensor]:
     return images, torch.randint(0, 5, (MICRO_BATCH,), generator=generator)
 
 
-def train(world: distributed.World, stage: int, folder: Path) -> None:
+def train(world: distributed.World, stage: int, dtype: torch.dtype, folder: Path) -> None:
     from swin_moe.engine import Engine
     from swin_moe.models import build, expert_parameter_names
 
@@ -44,24 +45,24 @@ def train(world: distributed.World, stage: int, folder: Path) -> None:
     for parameter in model.parameters():  # block norms start at zero: wake every path up
         if parameter.ndim == 1:
             torch.nn.init.ones_(parameter)
-    parts = RANKS // world.size
+    accumulation = PARTS // world.size
     engine = Engine(
-        model, world, optimizer=OPTIMIZER, zero=ZeroConfig(stage=stage), dtype=torch.float32,
-        micro_batch=MICRO_BATCH, accumulation_steps=parts,
+        model, world, optimizer=OPTIMIZER, zero=ZeroConfig(stage=stage), dtype=dtype,
+        micro_batch=MICRO_BATCH, accumulation_steps=accumulation,
     )  # fmt: skip
     engine.train()
     losses, norms = [], []
     for step in range(STEPS):
         total = torch.zeros(())
-        for part in range(parts):
-            images, labels = batch(step, part if world.size == 1 else world.rank)
+        for micro in range(accumulation):
+            images, labels = batch(step, world.rank * accumulation + micro)
             output = engine.forward(images)
             loss = F.cross_entropy(output.logits, labels) + output.aux_loss
             assert output.dropped.sum() > 0  # the capacity bites
             engine.backward(loss)
             engine.step()
             total += loss.detach()
-        losses.append(float(distributed.all_reduce_(total)) / RANKS)
+        losses.append(float(distributed.all_reduce_(total)) / PARTS)
         norms.append(engine.grad_norm())
     checkpoint.save(
         folder, STEPS, export=engine.export_state, expert_names=expert_parameter_names(model),
@@ -75,14 +76,16 @@ def train(world: distributed.World, stage: int, folder: Path) -> None:
 
 def main() -> None:
     size = distributed.environment_rank()[2]
-    world = distributed.init(expert_parallel_size=size)
+    world = distributed.init(expert_parallel_size=min(size, 2))
+    folder = Path(sys.argv[1])
     for stage in (0, 1, 2):
-        train(world, stage, Path(sys.argv[1]) / f"world{size}-stage{stage}")
+        train(world, stage, torch.float32, folder / f"world{size}-stage{stage}")
+        train(world, stage, torch.bfloat16, folder / f"world{size}-stage{stage}-bf16")
     if size > 1:  # ZeRO-3 shards the experts as ordinary parameters: expert parallel size 1
         alone = distributed.Group()
         everyone = distributed.Group(None, world.rank, world.size)
         world = distributed.World(world.rank, 0, size, world.device, alone, everyone)
-    train(world, 3, Path(sys.argv[1]) / f"world{size}-stage3")
+    train(world, 3, torch.float32, folder / f"world{size}-stage3")
     distributed.shutdown()
 
 
