@@ -33,4 +33,4 @@ done <"$hostfile"
 [[ -z $master || $master =~ ^[A-Za-z0-9._-]+$ ]] || die "--master '$master': expected a host name"
 
 launch "$python" -m deepspeed.launcher.runner --hostfile "$hostfile" \
-  ${master:+--master_addr "$master"} --module swin_moe train "$@"
+  ${master:+--master_addr "$master"} --module --no_local_rank swin_moe train "$@"

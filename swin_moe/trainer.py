@@ -91,6 +91,7 @@ class Trainer:
         names = model.moe_layer_names()
         self._load = ExpertLoad(names, model.moe.num_experts, device)
         self._nonfinite = torch.zeros((), device=device)
+        self._unreadable = 0  # on this rank, since the last log
         self._clock, self._images, self.images_per_second = time.monotonic(), 0, 0.0
 
     def fit(self) -> None:
@@ -101,9 +102,10 @@ class Trainer:
             self._train_epoch()
             finished = position.epoch > epoch
             done = position.step >= plan.total_steps
+            best = False
             if done or (finished and position.epoch % plan.eval_every_epochs == 0):
-                self._evaluate()
-            if done or (finished and position.epoch % plan.save_every_epochs == 0):
+                best = self._evaluate()
+            if done or best or (finished and position.epoch % plan.save_every_epochs == 0):
                 self.save(position)
 
     def _train_epoch(self) -> None:
@@ -159,7 +161,7 @@ class Trainer:
             self._load.update(routed.counts, routed.dropped)
         self._nonfinite = torch.maximum(self._nonfinite, (~torch.isfinite(loss.detach())).float())
         self._images += images.shape[0] * self.world.size
-        self.position.unreadable += len(batch.skipped)
+        self._unreadable += len(batch.skipped)
         return loss
 
     def _stop_if_nonfinite(self) -> None:
@@ -184,8 +186,11 @@ class Trainer:
     def _log_training(self) -> str:
         """Reduce the meters over ranks and write a record; returns the bar's status text."""
         device, position = self.world.device, self.position
-        local = torch.tensor([self._loss.read(), self._aux.read()], device=device)
-        loss, aux = (all_reduce_(local) / self.world.size).tolist()
+        local = [self._loss.read(), self._aux.read(), float(self._unreadable)]
+        loss, aux, unreadable = all_reduce_(torch.tensor(local, device=device)).tolist()
+        loss, aux = loss / self.world.size, aux / self.world.size
+        position.unreadable += int(unreadable)
+        self._unreadable = 0
         load = all_reduce_(self._load.buffer())
         elapsed = time.monotonic() - self._clock
         self.images_per_second = self._images / max(elapsed, 1e-9)
@@ -210,7 +215,8 @@ class Trainer:
         logger.info("step %d  %s", position.step, status)
         return status
 
-    def _evaluate(self) -> None:
+    def _evaluate(self) -> bool:
+        """Evaluate, record and tell; returns whether it is the best so far."""
         position = self.position
         self.engine.train(False)
         result = evaluate(
@@ -236,3 +242,4 @@ class Trainer:
             f"top-1 {result.top1:.2f} %  top-5 {result.top5:.2f} %  val loss {result.loss:.4f}  "
             f"{self.images_per_second:.0f} img/s" + ("  (best)" if best else "")
         )
+        return best

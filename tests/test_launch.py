@@ -35,7 +35,7 @@ def hostfile(tmp_path):
         ("torchrun.sh", ["--nodes", "4", "--node-rank", "3", "--master", "node-0:2345"],
          ["--nnodes", "4", "--node-rank", "3", "--master-addr", "node-0", "--master-port", "2345"]),
         ("slurm.sbatch", [], ["srun", "--rdzv-backend", "c10d"]),
-        ("deepspeed.sh", ["--hostfile"], ["--hostfile", "--module", "swin_moe", "train"]),
+        ("deepspeed.sh", ["--hostfile"], ["--hostfile", "--module", "--no_local_rank", "swin_moe"]),
     ],
 )  # fmt: skip
 def test_dry_run_prints_the_quoted_command(script, options, expected, hostfile):
@@ -118,3 +118,21 @@ def test_torchrun_names_the_rank_that_was_killed(tmp_path):
     done = torchrun(tmp_path, code)
     assert done.returncode == 128 + signal.SIGKILL
     assert done.stderr == "swin-moe: error: rank 1 was killed by SIGKILL\n"
+
+
+def test_deepspeed_starts_our_program_with_our_arguments(tmp_path):
+    """Its runner on this machine alone, which needs no ssh, with the options of deepspeed.sh."""
+    command = [
+        sys.executable,
+        "-m",
+        "deepspeed.launcher.runner",
+        "--hostfile",
+        str(tmp_path / "no"),
+    ]
+    options = ["--num_gpus", "2", "--module", "--no_local_rank", "swin_moe", "train"]
+    done = subprocess.run(
+        [*command, *options, "no such.yaml", "x=$(id)"],
+        capture_output=True, text=True, check=False, timeout=120, cwd=ROOT,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert "swin-moe: error: no such.yaml: cannot read the config file" in done.stderr

@@ -7,8 +7,10 @@ import subprocess
 import time
 from pathlib import Path
 
+import numpy
 import psutil
 import pytest
+from PIL import Image
 
 from swin_moe.checkpoint import list_checkpoints
 from swin_moe.metrics import read_metrics
@@ -174,3 +176,29 @@ def test_module_and_plain_torchrun_are_the_same_program(tmp_path):
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "run/checkpoints/last/state.json").read_text())["step"] == 1
     assert Path(tmp_path / "run/logs/rank-1.log").exists()
+
+
+def test_corrupt_images_are_skipped_counted_and_reported(tmp_path):
+    """Real images, some of them damaged, as folders of files."""
+    for split, count in (("train", 12), ("val", 4)):
+        for label in range(2):
+            folder = tmp_path / "data" / split / f"class{label}"
+            folder.mkdir(parents=True)
+            for index in range(count):
+                pixels = numpy.random.default_rng(index + 100 * label).integers(0, 255, (20, 20))
+                Image.fromarray(pixels.astype("uint8")).save(folder / f"{index}.png")
+    (tmp_path / "data/train/class0/3.png").write_bytes(b"\x89PNG not really")
+    (tmp_path / "data/val/class1/0.png").write_bytes(b"")
+    done = train(
+        tmp_path / "run", f"data.path={tmp_path / 'data'}", "data.batch_size=4",
+        "model.num_classes=2", "data.eval_batch_size=3", processes=2,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    last = read_metrics(tmp_path / "run")[-1]
+    assert last["data/unreadable"] == 2
+    assert "class0/3.png" in done.stderr
+    assert "class1/0.png" in done.stderr
+    assert re.search(r"unreadable\W+1 images were skipped", done.stdout)
+    done = swin_moe("evaluate", str(tmp_path / "run"))
+    assert done.returncode == 0, done.stderr
+    assert "(7 images, 1 unreadable)" in done.stdout
