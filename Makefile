@@ -42,7 +42,7 @@ evaluate: setup ## evaluate the last checkpoint of RUN (default: the run of make
 	@$(BIN)/swin-moe evaluate $(or $(RUN),runs/$(basename $(notdir $(CONFIG)))) $(ARGS)
 
 test: setup ## run the test suite
-	@$(BIN)/python -m pytest -n auto $(ARGS)
+	@$(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)
 
 check: setup ## format, lint and types, as CI does
 	@$(BIN)/ruff format --check .
