@@ -28,6 +28,9 @@ $(STAMP):
 	$(BIN)/uv pip install --quiet --python $(BIN)/python -r requirements/lock.txt --no-build-isolation-package deepspeed
 	@rm -f $(VENV)/.installed-* $(VENV)/.built && touch $@
 
+ifeq ($(wildcard swin_moe/_C*.so),)
+.PHONY: $(VENV)/.built
+endif
 $(VENV)/.built: $(STAMP) $(SOURCES)
 	@echo "building the compiled ops"
 	@$(BIN)/uv pip install --quiet --python $(BIN)/python --no-build-isolation --no-deps --editable .

@@ -30,6 +30,11 @@ while IFS= read -r line || [[ -n $line ]]; do
   [[ $line =~ ^[[:space:]]*(#.*)?$ || $line =~ ^[A-Za-z0-9._-]+[[:space:]]+slots=[1-9][0-9]*[[:space:]]*$ ]] ||
     die "$hostfile:$number: expected 'HOST slots=GPUS', got '$line'"
 done <"$hostfile"
+for argument in "$@"; do
+  # DeepSpeed hands them to the remote shells unquoted.
+  [[ $argument =~ ^[][A-Za-z0-9._/=,:@%+-]+$ ]] ||
+    die "argument '$argument' would meet a shell on the other hosts: put it into the config file"
+done
 [[ -z $master || $master =~ ^[A-Za-z0-9._-]+$ ]] || die "--master '$master': expected a host name"
 
 launch "$python" -m deepspeed.launcher.runner --hostfile "$hostfile" \

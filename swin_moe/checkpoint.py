@@ -43,8 +43,15 @@ _NAME = re.compile(r"^step-(\d{8,})$")
 StateIterator = Iterator[tuple[str, dict[str, Tensor]]]
 
 
+REQUIRED = {"dense.safetensors", "dense.optimizer.safetensors", "state.json", "config.yaml"}
+
+
 class CheckpointError(ValueError):
     """A checkpoint that cannot be used; the message is one line for the user."""
+
+
+class FormatError(CheckpointError):
+    """A checkpoint that another version of the program wrote: not damaged."""
 
 
 # --------------------------------------------------------------------------------------------
@@ -189,24 +196,23 @@ def verify(path: Path) -> None:
     """
     try:
         manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
-        files = manifest["files"].items()
+        files = {str(n): (int(e["bytes"]), str(e["sha256"])) for n, e in manifest["files"].items()}
+        version = int(manifest["format"])
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no manifest.json (the write did not finish)") from None
-    except (ValueError, KeyError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise CheckpointError(f"{path}: manifest.json is damaged") from None
-    if manifest.get("format") != FORMAT:
-        raise CheckpointError(
-            f"{path}: written in format {manifest.get('format')}, this version reads {FORMAT}"
-        )
-    for name, entry in files:
+    if version != FORMAT:
+        raise FormatError(f"{path}: written in format {version}, this version reads {FORMAT}")
+    if not set(files) >= REQUIRED:
+        raise CheckpointError(f"{path}: manifest.json names no {min(REQUIRED - set(files))}")
+    for name, (size, digest) in files.items():
         file = path / name
         if Path(name).name != name or not file.is_file():
             raise CheckpointError(f"{path}: {name} is missing")
-        if file.stat().st_size != entry["bytes"]:
-            raise CheckpointError(
-                f"{path}: {name} has {file.stat().st_size} of {entry['bytes']} bytes"
-            )
-        if _digest(file)["sha256"] != entry["sha256"]:
+        if file.stat().st_size != size:
+            raise CheckpointError(f"{path}: {name} has {file.stat().st_size} of {size} bytes")
+        if _digest(file)["sha256"] != digest:
             raise CheckpointError(f"{path}: the content of {name} has changed (SHA-256)")
 
 
@@ -214,12 +220,15 @@ def latest(folder: Path) -> Path | None:
     """The newest complete checkpoint, None if there is none at all; damaged ones are reported.
 
     Raises:
-        CheckpointError: there are checkpoints, but every one of them is damaged.
+        CheckpointError: there are checkpoints, but every one of them is damaged, or the newest
+            whole one is of another format.
     """
     found = list_checkpoints(folder)
     for path in found:
         try:
             verify(path)
+        except FormatError:
+            raise
         except CheckpointError as error:
             log.warning("damaged checkpoint passed over: %s", error)
             continue
@@ -229,6 +238,16 @@ def latest(folder: Path) -> Path | None:
             f"{folder}: all {len(found)} checkpoints are damaged (--fresh starts anew)"
         )
     return None
+
+
+def set_aside_newer(folder: Path, chosen: Path) -> None:
+    """Rename the damaged checkpoints after ``chosen``, so that they count no longer."""
+    for path in list_checkpoints(folder):
+        if path.name == chosen.name:
+            return
+        aside = folder / f"damaged-{path.name}"
+        shutil.rmtree(aside, ignore_errors=True)
+        path.rename(aside)
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
 import sys
 import time
 import traceback
@@ -14,6 +13,9 @@ from pathlib import Path
 from . import __version__
 
 DONE, FAILED, WRONG_USE = 0, 1, 2
+
+# What gloo, NCCL and the store say when the other end is gone.
+_LOST_PEER = ("closed by peer", "reset by peer", "remote process exited", "Broken pipe")
 
 _EPILOG = """\
 examples:
@@ -63,13 +65,26 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _parse(argv: list[str] | None) -> argparse.Namespace:
+    """Options and overrides in any order, which argparse alone does not allow here."""
+    parser = build_parser()
+    arguments, rest = parser.parse_known_args(argv)
+    if unknown := [text for text in rest if text.startswith("-") or "=" not in text]:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    arguments.overrides += rest
+    return arguments
+
+
 def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit code."""
-    arguments = build_parser().parse_args(argv)
+    arguments = _parse(argv)
     _quiet()
     from .distributed import environment_rank, shutdown
 
-    rank, local_rank, size = environment_rank()
+    try:
+        rank, local_rank, size = environment_rank()
+    except (ValueError, KeyError) as error:
+        return _fail(f"the launcher's rank variables cannot be read ({error})", True, WRONG_USE)
     where = f"[rank {rank}] " if local_rank else ""
     try:
         code = _run(arguments)
@@ -92,6 +107,8 @@ def main(argv: list[str] | None = None) -> int:
             return _fail(str(error), local_rank == 0)
         where = f"[rank {rank}] " if size > 1 else ""
         first = (str(error).strip() or "no message").splitlines()[0]
+        if size > 1 and any(sign in str(error) for sign in _LOST_PEER):
+            return _fail(f"{where}another process ended, and this one with it", False)
         return _fail(f"{where}{type(error).__name__}: {first} (--debug shows the traceback)", True)
 
 
@@ -144,13 +161,11 @@ def _quiet() -> None:
 
 
 def entry() -> None:
-    """Exit without waiting for other ranks: a failed process must not hang in their shutdown."""
+    """The program: run and leave."""
     code = main()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    if code:
-        os._exit(code)
-    sys.exit(code)
+    from .distributed import leave
+
+    leave(code)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,9 @@ NonNegativeFloat = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, validate_assignment=True)
+    model_config = ConfigDict(
+        extra="forbid", strict=True, validate_assignment=True, allow_inf_nan=False
+    )
 
 
 class ModelConfig(Section):
@@ -156,6 +158,12 @@ class OptimizerConfig(Section):
     weight_decay: NonNegativeFloat = 0.05
     clip_norm: NonNegativeFloat = 5.0  # 0 = no clipping
 
+    @model_validator(mode="after")
+    def _check(self) -> OptimizerConfig:
+        if len(self.betas) != 2:
+            raise ValueError(f"betas={self.betas} must be two numbers")
+        return self
+
 
 class ScheduleConfig(Section):
     """Cosine decay per update after a linear warm-up; rates scale like ``optimizer.base_lr``."""
@@ -255,6 +263,12 @@ class Config(Section):
                 f"zero.stage=3 with parallel.expert_parallel_size={group} is not supported: use "
                 "parallel.expert_parallel_size=1 (ZeRO-3 then shards the experts) or zero.stage=2"
             )
+        mixes = self.augment.mixup > 0 or self.augment.cutmix > 0
+        if mixes and self.data.batch_size % 2:
+            raise ValueError(
+                f"data.batch_size={self.data.batch_size} is odd, but mixup and cutmix need pairs: "
+                "make it even, or set augment.mixup=0 augment.cutmix=0"
+            )
         if len(self.data.mean) != self.model.in_chans:
             raise ValueError(
                 f"data.mean has {len(self.data.mean)} channels, "
@@ -270,6 +284,8 @@ def check_moe_blocks(model: ModelConfig, moe: MoEConfig) -> None:
             f"moe.blocks has {len(moe.blocks)} stages, model.depths has {len(model.depths)}"
         )
     for stage, blocks in enumerate(moe.blocks):
+        if len(set(blocks)) < len(blocks):
+            raise ValueError(f"moe.blocks[{stage}]={blocks} names a block twice")
         for block in blocks:
             if block >= model.depths[stage]:
                 raise ValueError(
@@ -306,6 +322,8 @@ def _read_yaml(path: Path, seen: tuple[Path, ...] = ()) -> tuple[dict[str, Any],
     except UnicodeDecodeError:
         raise ConfigError(f"{path}: not a text file") from None
     try:
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=_Loader)):
+            raise ConfigError(f"{path}: YAML aliases (*name) are not used here; write it out")
         root = yaml.compose(text, Loader=_Loader)
         data = yaml.load(text, Loader=_Loader)  # noqa: S506 - _Loader is a SafeLoader
     except yaml.YAMLError as error:
@@ -398,7 +416,7 @@ def _suggest(path: tuple[str, ...]) -> str:
 
 def _explain(error: ValidationError, origins: Origins, source: str) -> ConfigError:
     first = error.errors()[0]
-    path = tuple(str(part) for part in first["loc"])
+    path = _key_of(first)
     known = path
     while known and known not in origins:
         known = known[:-1]
@@ -414,14 +432,20 @@ def _explain(error: ValidationError, origins: Origins, source: str) -> ConfigErr
     elif first["type"] == "model_type":
         message = f"'{name}' is a section and needs keys below it, got {value}"
     else:
-        message = f"{name}={value}: {_expected(first)}"
-    more = error.error_count() - 1
+        same = [other for other in error.errors() if _key_of(other) == path]
+        message = f"{name}={value}: expected {' or '.join(dict.fromkeys(map(_expected, same)))}"
+    more = len({_key_of(other) for other in error.errors()}) - 1
     return ConfigError(f"{place}: {message}" + (f" (and {more} more)" if more else ""))
+
+
+def _key_of(error: Any) -> tuple[str, ...]:
+    """Where an error is, without the names that pydantic gives to the members of a union."""
+    return tuple(str(part) for part in error["loc"] if re.fullmatch(r"\w+", str(part)))
 
 
 def _expected(error: Any) -> str:
     message = str(error["msg"]).removeprefix("Input should be ")
-    return f"expected {message.removeprefix('a valid ').removeprefix('valid ')}"
+    return message.removeprefix("a valid ").removeprefix("valid ")
 
 
 def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
@@ -435,8 +459,9 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     raw, origins = _read_yaml(path)
     for override in overrides:
         _apply_override(raw, origins, override)
-    if isinstance(raw.get("train", {}), dict):
-        raw.setdefault("train", {}).setdefault("output", f"runs/{path.stem}")
+    train = raw.setdefault("train", {})
+    if isinstance(train, dict):
+        train["output"] = train.get("output") or f"runs/{path.stem}"
     return validate(raw, origins, str(path))
 
 

@@ -7,11 +7,14 @@ any of them the program runs as one process.
 from __future__ import annotations
 
 import datetime
+import logging
 import math
 import os
 import random
 import socket
+import sys
 from dataclasses import dataclass
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -61,7 +64,8 @@ def environment_rank() -> tuple[int, int, int]:
 def local_world_size() -> int:
     """Processes of this node."""
     env = os.environ
-    size = env.get("LOCAL_WORLD_SIZE") or env.get("SLURM_NTASKS_PER_NODE")
+    names = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "SLURM_NTASKS_PER_NODE")  # torchrun, DeepSpeed
+    size = next((env[name] for name in names if env.get(name)), "")
     return int(size) if size else environment_rank()[2]
 
 
@@ -142,6 +146,18 @@ def shutdown() -> None:
         dist.destroy_process_group()
 
 
+def leave(code: int) -> NoReturn:
+    """End this process at once, everything that was printed or logged included.
+
+    After a failure a process must not wait for the others in its shutdown; after success, the
+    threads of the process groups sometimes abort the interpreter while it takes itself apart.
+    """
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
 def barrier() -> None:
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.barrier()
@@ -156,7 +172,7 @@ def all_reduce_(tensor: torch.Tensor, op: str = "sum", group: Group | None = Non
     return tensor
 
 
-def broadcast_object(value: object) -> object:
+def broadcast_object(value: Any) -> Any:
     """Rank 0's ``value`` on every rank. For small objects of our own making only."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return value

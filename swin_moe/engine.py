@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -152,7 +153,7 @@ class Engine:
             "gradient_accumulation_steps": accumulation,
             "gradient_clipping": self.clip_norm if zero.stage else 0.0,
             "zero_optimization": stage,
-            "bf16": {"enabled": self._low_precision_weights},
+            "bf16": {"enabled": self._low_precision_weights, "check_grad_overflow": True},
             "zero_force_ds_cpu_optimizer": False,
             "zero_allow_untested_optimizer": True,
             "steps_per_print": None,
@@ -209,13 +210,25 @@ class Engine:
         return bool(self._engine.is_gradient_accumulation_boundary())
 
     def step(self) -> None:
-        """To be called after every backward; updates the weights at the boundary."""
+        """To be called after every backward; updates the weights at the boundary.
+
+        Raises:
+            FloatingPointError: the global gradient norm is not finite; the weights are unchanged
+                (DeepSpeed leaves such a step out).
+        """
         boundary = self.at_boundary
         if boundary and self.stage == 0:
             self._grad_norm = self._clip_gradients()
+            self._check_norm()
         self._engine.step()
         if boundary and self.stage > 0:
             self._grad_norm = self._engine.get_global_grad_norm()
+            self._check_norm()
+
+    def _check_norm(self) -> None:
+        norm = self.grad_norm()
+        if not math.isfinite(norm) or norm < 0:  # DeepSpeed marks a bad norm by −1
+            raise FloatingPointError("the gradient norm is not finite")
 
     def grad_norm(self) -> float:
         """Global norm of the last update's gradients before clipping: dense² + Σ experts²."""

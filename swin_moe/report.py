@@ -81,8 +81,9 @@ def closing(folder: Path, trainer: Trainer, seconds: float) -> Table:
         table.add_row("time", f"{seconds / 60:.1f} min, {trainer.images_per_second:.0f} images/s")
     else:
         table.add_row("trained", "nothing was left to do; --fresh starts anew")
-    if position.unreadable:
-        table.add_row("unreadable", f"{position.unreadable} images were skipped; see the logs")
+    unreadable = position.unreadable + (result.unreadable if result is not None else 0)
+    if unreadable:
+        table.add_row("unreadable", f"{unreadable} images were skipped; see the logs")
     table.add_row("picture", str(folder / "summary.png"))
     table.add_row("checkpoint", str(folder / "checkpoints" / "last"))
     table.add_row("metrics", str(folder / "metrics.jsonl"))

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from rich.console import Console
@@ -25,6 +26,9 @@ from .optim import build_schedule
 from .trainer import Plan, Position, Trainer
 
 log = logging.getLogger("swin_moe")
+
+MARKER = ".swin_moe"  # in every run directory: nothing else is ever moved or written over
+_held: list[IO[str]] = []
 
 
 @dataclass
@@ -210,41 +214,72 @@ def _experts(config: Config, world: World) -> range:
 
 def _prepare_folder(run: Run, config: Config, fresh: bool) -> checkpoint.Reader | None:
     """Choose the checkpoint to resume from and write ``config.yaml``; the same on every rank."""
-    chosen: str | None = None
+    chosen: str | Exception = ""
     if run.world.is_main:
-        if fresh and run.folder.exists():
-            aside = run.folder.with_name(f"{run.folder.name}.{time.strftime('%Y%m%d-%H%M%S')}")
-            run.folder.rename(aside)
-            run.say(f"--fresh: the earlier run was moved to {aside}")
-        found = _try(lambda: checkpoint.latest(run.checkpoints))
-        chosen = found if isinstance(found, Exception) else str(found or "")  # type: ignore[assignment]
-    chosen = broadcast_object(chosen)  # type: ignore[assignment]
+        try:
+            chosen = _adopt(run, fresh)
+        except (ValueError, OSError) as error:  # to be raised on every rank alike
+            chosen = error
+    chosen = broadcast_object(chosen)
     if isinstance(chosen, Exception):
         raise chosen
     reader = checkpoint.Reader(Path(chosen)) if chosen else None
     if reader is not None:
         _check_same_model(reader, config)
-    run.folder.mkdir(parents=True, exist_ok=True)
     log_to_file(run.folder / "logs" / f"rank-{run.world.rank}.log")
     if run.world.is_main:
         (run.folder / "config.yaml").write_text(dump_config(config), encoding="utf-8")
     return reader
 
 
-def _try(call: Any) -> Any:
-    """The call's result, or the user's error it raised, to be raised on every rank alike."""
+def _adopt(run: Run, fresh: bool) -> str:
+    """Lock the run directory, move an earlier life aside if need be, choose the checkpoint.
+
+    Returns:
+        path of the checkpoint to resume from, empty if there is none.
+
+    Raises:
+        ValueError: the directory holds something else, or another training runs in it.
+    """
+    folder = run.folder
+    marker = folder / MARKER
+    if folder.exists() and not marker.exists() and any(folder.iterdir()):
+        raise ValueError(
+            f"train.output={folder} is not empty and was not made by swin-moe: choose another"
+        )
+    if marker.exists():
+        _lock(marker)
+        found = None if fresh else checkpoint.latest(run.checkpoints)
+        if found is not None:
+            checkpoint.set_aside_newer(run.checkpoints, found)
+            return str(found)
+        if fresh or (folder / "metrics.jsonl").exists():  # killed before its first checkpoint
+            aside = folder.with_name(f"{folder.name}.{time.strftime('%Y%m%d-%H%M%S')}")
+            folder.rename(aside)
+            run.say(f"the earlier run was moved to {aside}")
+    folder.mkdir(parents=True, exist_ok=True)
+    _lock(marker)
+    return ""
+
+
+def _lock(marker: Path) -> None:
+    """Hold the marker as long as this process lives."""
+    handle = marker.open("a")
     try:
-        return call()
-    except ValueError as error:
-        return error
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(
+            f"another training runs in {marker.parent}: wait for it, or set another train.output"
+        ) from None
+    _held.append(handle)
 
 
 def _check_same_model(reader: checkpoint.Reader, config: Config) -> None:
     """The checkpoint's model must be the config's; everything else may change."""
     saved = _load_saved_config(reader.path)
-    for section, ignored in (("model", {"name"}), ("moe", {"backend"})):
+    for section in ("model", "moe"):
         old, new = getattr(saved, section).model_dump(), getattr(config, section).model_dump()
-        shape_keys = [k for k in new if old[k] != new[k] and k in _SHAPE_KEYS and k not in ignored]
+        shape_keys = [key for key in new if old[key] != new[key] and key in _SHAPE_KEYS]
         if shape_keys:
             key = shape_keys[0]
             raise ConfigError(
@@ -267,15 +302,13 @@ def _convert_position(position: Position, old_batch: int, new_batch: int, plan: 
     """Keep the place in the epoch when the global batch has changed since."""
     if old_batch == new_batch:
         return
-    before = position.step
     position.update = min(position.update * old_batch // new_batch, plan.updates_per_epoch - 1)
-    position.step = position.epoch * plan.updates_per_epoch + position.update
     log.warning(
-        "the global batch was %d and is %d: step %d of then is step %d of now",
+        "the global batch was %d and is %d: rates follow it, and epoch %d goes on at update %d",
         old_batch,
         new_batch,
-        before,
-        position.step,
+        position.epoch + 1,
+        position.update,
     )
 
 
@@ -283,7 +316,6 @@ def _restore(
     reader: checkpoint.Reader, engine: Engine, config: Config, world: World, plan: Plan
 ) -> Position:
     position = Position(**reader.state["position"])
-    updates = position.step
     _convert_position(position, reader.state["global_batch"], _global_batch(config, world), plan)
     names = expert_parameter_names(engine.model)
     experts = _experts(config, world)
@@ -291,7 +323,7 @@ def _restore(
     def read(name: str, kind: str) -> torch.Tensor:
         return reader.tensor(name, kind, experts if name in names else None)
 
-    engine.import_state(read, updates)
+    engine.import_state(read, position.step)
     return position
 
 
@@ -316,9 +348,12 @@ def _save(run: Run, config: Config, engine: Engine, position: Position) -> None:
 def _finish_pictures(run: Run, trainer: Trainer) -> None:
     if trainer.log is None:
         return
-    picture = draw_summary(run.folder)
-    if picture is not None:
-        trainer.log.image("summary", picture, trainer.position.step)
+    try:
+        picture = draw_summary(run.folder)
+        if picture is not None:
+            trainer.log.image("summary", picture, trainer.position.step)
+    except Exception as error:  # never in the way of the error that ended the training
+        log.warning("summary.png could not be drawn: %s", error)
     trainer.log.close()
 
 

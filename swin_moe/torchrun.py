@@ -11,6 +11,7 @@ import signal
 import sys
 
 from torch.distributed import run
+from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 
@@ -27,8 +28,13 @@ def main() -> int:
             print(f"swin-moe: error: rank {rank} was killed by {name}", file=sys.stderr)
             return 128 - failure.exitcode
         return failure.exitcode
+    except SignalException as error:
+        return 128 + error.sigval
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
+    except ValueError as error:
+        print(f"swin-moe: error: {error}", file=sys.stderr)
+        return 2
     return 0
 
 

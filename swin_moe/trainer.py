@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -30,7 +31,11 @@ class TrainingError(RuntimeError):
 
 @dataclass
 class Position:
-    """Where training stands: ``step`` updates done, next is update ``batch`` of ``epoch``."""
+    """Where training stands.
+
+    ``step`` counts the updates made and never falls; the place in the schedule is ``epoch`` and
+    ``update``, which a resume with another global batch converts.
+    """
 
     step: int = 0
     epoch: int = 0
@@ -57,10 +62,8 @@ class Plan:
     max_steps: int
     num_classes: int
 
-    @property
-    def total_steps(self) -> int:
-        steps = self.epochs * self.updates_per_epoch
-        return min(steps, self.max_steps) if self.max_steps else steps
+    def is_done(self, position: Position) -> bool:
+        return position.epoch >= self.epochs or 0 < self.max_steps <= position.step
 
 
 @dataclass
@@ -97,11 +100,11 @@ class Trainer:
     def fit(self) -> None:
         """Train from the current position to the end of the plan."""
         position, plan = self.position, self.plan
-        while position.epoch < plan.epochs and position.step < plan.total_steps:
+        while not plan.is_done(position):
             epoch = position.epoch
             self._train_epoch()
             finished = position.epoch > epoch
-            done = position.step >= plan.total_steps
+            done = plan.is_done(position)
             best = False
             if done or (finished and position.epoch % plan.eval_every_epochs == 0):
                 best = self._evaluate()
@@ -118,16 +121,17 @@ class Trainer:
                 epoch=f"{position.epoch + 1}/{plan.epochs}", status="",
             )  # fmt: skip
             self._restart_clock()
-            while position.update < plan.updates_per_epoch and position.step < plan.total_steps:
+            last = False
+            while not last:
                 self._update(batches)
-                last = (
-                    position.update == plan.updates_per_epoch or position.step >= plan.total_steps
-                )
-                if position.step % plan.log_every_steps == 0 or last:
+                last = position.update == plan.updates_per_epoch or plan.is_done(position)
+                every = plan.save_every_steps
+                saves = every > 0 and position.step % every == 0 and not last
+                # Also at each save, so that a resumed run repeats the records.
+                if position.step % plan.log_every_steps == 0 or saves or last:
                     bar.update(task, status=self._log_training())
                 bar.update(task, completed=position.update)
-                every = plan.save_every_steps
-                if every and position.step % every == 0 and not last:
+                if saves:
                     self.save(position)
         if position.update == plan.updates_per_epoch:
             position.epoch, position.update = position.epoch + 1, 0
@@ -135,14 +139,17 @@ class Trainer:
     def _update(self, batches: Iterator[Batch]) -> None:
         """One optimizer update: ``accumulation_steps`` micro-batches and a step."""
         position = self.position
-        self.schedule.step_update(position.step)
-        for micro in range(self.plan.accumulation_steps):
-            batch = next(batches)
-            loss = self._forward(batch, position.step * self.plan.accumulation_steps + micro)
+        plan = self.plan
+        self.schedule.step_update(position.epoch * plan.updates_per_epoch + position.update)
+        for micro in range(plan.accumulation_steps):
+            loss = self._forward(next(batches), position.step * plan.accumulation_steps + micro)
             self.engine.backward(loss)
             if self.engine.at_boundary:
                 self._stop_if_nonfinite()
-            self.engine.step()
+            try:
+                self.engine.step()
+            except FloatingPointError:
+                raise self._nonfinite_error("gradient norm", "") from None
         position.step += 1
         position.update += 1
 
@@ -168,17 +175,20 @@ class Trainer:
         """Raise on every rank, before the weights change, if any rank's loss is NaN or infinite."""
         culprit = all_reduce_(self._nonfinite * (self.world.rank + 1), "max")
         if culprit > 0:
-            raise TrainingError(
-                f"non-finite loss at step {self.position.step + 1} on rank {int(culprit) - 1}; the "
-                "weights were not changed and the last checkpoint is kept (try a lower "
-                "optimizer.base_lr, a longer schedule.warmup_epochs or precision.dtype=fp32)"
-            )
+            raise self._nonfinite_error("loss", f" on rank {int(culprit) - 1}")
+
+    def _nonfinite_error(self, what: str, where: str) -> TrainingError:
+        return TrainingError(
+            f"non-finite {what} at step {self.position.step + 1}{where}; the weights were not "
+            "changed and the last checkpoint is kept (try a lower optimizer.base_lr, a longer "
+            "schedule.warmup_epochs or precision.dtype=fp32)"
+        )
 
     # ----------------------------------------------------------------------------------------
     # Figures
 
     def _epochs_done(self) -> float:
-        return round(self.position.step / self.plan.updates_per_epoch, 4)
+        return round(self.position.epoch + self.position.update / self.plan.updates_per_epoch, 4)
 
     def _restart_clock(self) -> None:
         self._clock, self._images = time.monotonic(), 0
@@ -223,6 +233,11 @@ class Trainer:
             self.engine.forward, self.eval_loader, self.plan.num_classes, self.world.device
         )
         self.last_evaluation = result
+        if not math.isfinite(result.loss):
+            raise TrainingError(
+                f"non-finite loss on the held-out images after step {position.step}: the weights "
+                "have blown up; they are not saved and the last checkpoint is kept"
+            )
         best = result.top1 > position.best_top1
         if best:
             position.best_top1, position.best_step = result.top1, position.step

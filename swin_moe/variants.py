@@ -52,6 +52,7 @@ def _build_table() -> dict[str, Sections]:
                 "blocks": _MOE_BLOCKS,
                 "num_experts": num_experts,
                 "init_std": 0.005,
+                "drop_rate": 0.1,
                 "fc2_bias": False,
             }
         }

@@ -69,6 +69,8 @@ def test_experts_are_stitched_from_the_files_of_two_ranks(tmp_path):
     [
         (lambda p: (p / "manifest.json").unlink(), "no manifest.json"),
         (lambda p: (p / "manifest.json").write_text("{"), "manifest.json is damaged"),
+        (lambda p: forge(p, {"dense.safetensors": 7}), "manifest.json is damaged"),
+        (lambda p: forge(p, {}), "manifest.json names no config.yaml"),
         (lambda p: (p / "dense.safetensors").unlink(), "dense.safetensors is missing"),
         (lambda p: (p / "state.json").write_text("{}"), "state.json has 2 of"),
         (lambda p: flip(p / "experts-0.safetensors"), "experts-0.safetensors has changed"),
@@ -86,6 +88,10 @@ def test_damage_is_found_and_the_previous_one_is_used(tmp_path, caplog, damage, 
         checkpoint.latest(tmp_path)
 
 
+def forge(path, files):
+    (path / "manifest.json").write_text(json.dumps({"format": 1, "files": files}))
+
+
 def flip(path):
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
@@ -97,7 +103,15 @@ def test_a_newer_format_says_so(tmp_path):
     manifest = json.loads((path / "manifest.json").read_text())
     (path / "manifest.json").write_text(json.dumps({**manifest, "format": 2}))
     with pytest.raises(CheckpointError, match="written in format 2, this version reads 1"):
-        checkpoint.verify(path)
+        checkpoint.latest(tmp_path)  # not damaged: not passed over
+
+
+def test_damaged_ones_are_set_aside_and_do_not_count(tmp_path):
+    first, second = write(tmp_path, 1), write(tmp_path, 2)
+    (second / "state.json").unlink()
+    checkpoint.set_aside_newer(tmp_path, first)
+    assert checkpoint.list_checkpoints(tmp_path) == [first]
+    assert (tmp_path / "damaged-step-00000002").is_dir()
 
 
 def test_an_unfinished_write_is_not_seen(tmp_path):

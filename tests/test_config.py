@@ -80,6 +80,13 @@ def test_variant_fills_what_the_file_leaves_open(tmp_path):
         ("", "zero={stage: 0, offload: cpu}", ["offload=cpu needs zero.stage"]),
         ("", "schedule.warmup_epochs=400", ["warmup_epochs=400"]),
         ("", "data.mean=[0.5]", ["mean has 1"]),
+        ("", "parallel.expert_parallel_size=foo",
+         ["parallel.expert_parallel_size='foo': expected integer or 'auto'"]),
+        ("moe: {blocks: [[1, 1]]}\n", None, ["moe.blocks[0]=[1, 1] names a block twice"]),
+        ("", "optimizer.betas=[0.9]", ["betas=[0.9] must be two numbers"]),
+        ("", "optimizer.base_lr=.inf", ["optimizer.base_lr=inf", "finite"]),
+        ("", "data.batch_size=7", ["data.batch_size=7 is odd"]),
+        ("model: &m {}\nmoe: *m\n", None, ["aliases"]),
     ],
 )  # fmt: skip
 def test_mistakes_are_one_helpful_line(tmp_path, text, override, parts):

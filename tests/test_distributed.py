@@ -7,8 +7,8 @@ from swin_moe import distributed
 
 @pytest.fixture
 def environment(monkeypatch):
-    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "SLURM_PROCID",
-             "SLURM_LOCALID", "SLURM_NTASKS", "SLURM_NTASKS_PER_NODE")  # fmt: skip
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR",
+             "SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS", "SLURM_NTASKS_PER_NODE")  # fmt: skip
     for name in names:
         monkeypatch.delenv(name, raising=False)
 
@@ -29,6 +29,11 @@ def test_torchrun(environment):
     assert distributed.environment_rank() == (9, 1, 16)
     assert distributed.auto_expert_parallel_size(64) == 8  # inside the node
     assert distributed.auto_expert_parallel_size(12) == 4
+
+
+def test_deepspeed(environment):
+    environment(RANK=9, LOCAL_RANK=1, WORLD_SIZE=16, LOCAL_SIZE=8)
+    assert distributed.auto_expert_parallel_size(64) == 8
 
 
 def test_slurm(environment):

@@ -72,3 +72,9 @@ def test_experts_of_two_ranks_differ(results):
 def test_accumulation_reduces_once_per_update(tmp_path):
     run_worker("accumulation", tmp_path, 2)
     assert (tmp_path / "passed").exists()
+
+
+@pytest.mark.parametrize(("processes", "cases"), [(1, 8), (2, 6)])
+def test_nan_gradient_is_refused_and_changes_nothing(tmp_path, processes, cases):
+    run_worker("nonfinite", tmp_path, processes)
+    assert int((tmp_path / "passed").read_text()) == cases

@@ -35,11 +35,9 @@ def hostfile(tmp_path):
         ("torchrun.sh", ["--nodes", "4", "--node-rank", "3", "--master", "node-0:2345"],
          ["--nnodes", "4", "--node-rank", "3", "--master-addr", "node-0", "--master-port", "2345"]),
         ("slurm.sbatch", [], ["srun", "--rdzv-backend", "c10d"]),
-        ("deepspeed.sh", ["--hostfile"], ["--hostfile", "--module", "--no_local_rank", "swin_moe"]),
     ],
 )  # fmt: skip
-def test_dry_run_prints_the_quoted_command(script, options, expected, hostfile):
-    options = [*options, hostfile] if options == ["--hostfile"] else options
+def test_dry_run_prints_the_quoted_command(script, options, expected):
     arguments = (
         ["--dry-run", *NASTY] if script == "slurm.sbatch" else [*options, "--dry-run", *NASTY]
     )
@@ -73,6 +71,17 @@ def test_wrong_use_is_one_line(script, arguments, message):
     assert done.returncode == 2
     assert message in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+def test_deepspeed_lets_no_shell_character_through(hostfile):
+    safe = ["configs/a.yaml", "model.depths=[2,2]", "optimizer.base_lr=1e-3"]
+    done = run("deepspeed.sh", "--hostfile", hostfile, "--dry-run", *safe)
+    command = shlex.split(done.stdout)
+    assert command[-len(safe) - 3 :] == ["--no_local_rank", "swin_moe", "train", *safe]
+    for argument in NASTY:
+        done = run("deepspeed.sh", "--hostfile", hostfile, "--dry-run", "c.yaml", argument)
+        assert done.returncode == 2
+        assert "would meet a shell" in done.stderr
 
 
 def test_hostfile_lines_never_reach_a_shell(tmp_path):

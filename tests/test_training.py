@@ -1,5 +1,6 @@
 """Whole runs in fresh processes: train, evaluate, be killed, resume, meet bad input."""
 
+import fcntl
 import json
 import re
 import shutil
@@ -100,13 +101,46 @@ def test_finished_run_resumes_to_nothing_and_fresh_keeps_it(undisturbed, tmp_pat
     done = train(folder, *RECIPE, processes=2)
     assert done.returncode == 0, done.stderr
     assert figures(folder) == before
-    done = train(folder, *RECIPE, "train.max_steps=1", "--fresh", processes=2)
+    done = train(folder, "--fresh", *RECIPE, "train.max_steps=1", processes=2)
     assert done.returncode == 0, done.stderr
     moved = [path for path in tmp_path.iterdir() if path != folder]
     assert len(moved) == 1
     assert str(moved[0]) in re.sub(r"\s", "", done.stdout)
     assert figures(moved[0]) == before
     assert figures(folder)[0] == before[0]
+
+
+def test_another_global_batch_goes_on_where_it_was(undisturbed, tmp_path):
+    """Two processes with expert parallelism, then one: the step counter never falls."""
+    folder = tmp_path / "copy"
+    shutil.copytree(undisturbed[0], folder, symlinks=True)
+    before = figures(folder)
+    done = train(folder, "precision.dtype=fp32", "data.batch_size=200", "zero.stage=1",
+                 "train.max_steps=63", "log.every_steps=1")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "the global batch was 100 and is 200" in done.stderr
+    records = figures(folder)
+    assert records[: len(before)] == before
+    assert [r["step"] for r in records if "train/loss" in r][-3:] == [61, 62, 63]
+    assert records[-1]["epoch"] == pytest.approx(0.6 + 3 / 50)
+    assert (folder / "checkpoints/last").resolve().name == "step-00000063"
+
+
+def test_a_directory_of_somebody_else_is_left_alone(tmp_path):
+    (tmp_path / "config.yaml").write_text("mine")
+    for options in ([], ["--fresh"]):
+        done = train(tmp_path, "train.max_steps=1", *options)
+        assert done.returncode == 2
+        assert "not empty and was not made by swin-moe" in one_error(done)
+    assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
+
+
+def test_two_trainings_do_not_share_a_directory(undisturbed):
+    with (undisturbed[0] / ".swin_moe").open("a") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        done = train(undisturbed[0], *RECIPE, processes=2)
+    assert done.returncode == 2
+    assert "another training runs in" in one_error(done)
 
 
 def test_another_model_does_not_resume(undisturbed):
@@ -198,7 +232,7 @@ def test_corrupt_images_are_skipped_counted_and_reported(tmp_path):
     assert last["data/unreadable"] == 2
     assert "class0/3.png" in done.stderr
     assert "class1/0.png" in done.stderr
-    assert re.search(r"unreadable\W+1 images were skipped", done.stdout)
+    assert re.search(r"unreadable\W+2 images were skipped", done.stdout)
     done = swin_moe("evaluate", str(tmp_path / "run"))
     assert done.returncode == 0, done.stderr
     assert "(7 images, 1 unreadable)" in done.stdout

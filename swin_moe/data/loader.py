@@ -70,7 +70,8 @@ class Loader:
         evaluation the image is zero and its label −1. Either is logged and counted.
 
         Raises:
-            ValueError: ``start_batch`` is beyond the epoch, or no sample of a batch is readable.
+            ValueError: ``start_batch`` is beyond the epoch, or in training no sample of a batch is
+                readable.
         """
         self._sampler.set_position(epoch, start_batch)
         for batch in self._loader:
@@ -88,10 +89,12 @@ class Loader:
         for key, reason in batch.skipped:
             log.warning("skipped unreadable image %s (%s)", key, reason)
         self.skipped_total += len(batch.skipped)
+        if not self._sampler.training:
+            return batch
         if len(batch.skipped) == len(batch.labels):
             key, reason = batch.skipped[0]
             raise ValueError(f"no image of a whole batch is readable, first {key} ({reason})")
-        return replace_unreadable(batch) if self._sampler.training else batch
+        return replace_unreadable(batch)
 
 
 def _defer_signals(_worker: int) -> None:

@@ -21,6 +21,7 @@ from webdataset.tariterators import base_plus_ext
 IMAGE_EXTENSIONS = frozenset({"png", "jpg", "jpeg", "webp"})
 SUFFIXES = (".tar", ".tar.gz", ".tgz")
 MAX_COMPRESSED = 256 << 20  # bytes of .gz shards in one set, which are kept in memory
+MAX_UNPACKED = 1 << 30  # bytes of one .gz shard
 MAX_OPEN = 256  # a set may have more shards than a process may open files
 INDEX_THREADS = 16  # on a network file system, reading the headers waits for latency
 
@@ -155,7 +156,9 @@ def _index_shard(path: str, num_classes: int) -> _Index:
     try:
         if _is_compressed(path):
             with gzip.open(path) as packed:
-                index.content = packed.read()
+                index.content = packed.read(MAX_UNPACKED + 1)
+            if len(index.content) > MAX_UNPACKED:
+                raise tarfile.ReadError(f"more than {MAX_UNPACKED >> 20} MiB when unpacked")
             stream: IO[bytes] = io.BytesIO(index.content)
         else:
             stream = open(path, "rb")  # noqa: SIM115 - closed below

@@ -56,6 +56,11 @@ def open_source(
     else:
         try:
             source, names = _open_shards(where, num_classes), _read_names(path / "classes.txt")
+            if names and len(source) and source.labels.max() >= len(names):
+                raise ValueError(
+                    f"{path / 'classes.txt'} has {len(names)} names, but a label is "
+                    f"{source.labels.max()}: give every class a line, or remove the file"
+                )
         except ValueError as error:
             raise ValueError(f"{name}={split}: {error}") from None
     if not len(source):

@@ -52,6 +52,7 @@ def main() -> None:
     if world.is_main:
         (Path(sys.argv[1]) / "passed").touch()
     distributed.shutdown()
+    distributed.leave(0)
 
 
 if __name__ == "__main__":

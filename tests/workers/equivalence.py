@@ -87,6 +87,7 @@ def main() -> None:
         world = distributed.World(world.rank, 0, size, world.device, alone, everyone)
     train(world, 3, torch.float32, folder / f"world{size}-stage3")
     distributed.shutdown()
+    distributed.leave(0)
 
 
 if __name__ == "__main__":

@@ -85,6 +85,7 @@ def main() -> None:
     if world.is_main:
         (Path(sys.argv[1]) / "passed").write_text(str(2 * len(cases)))
     distributed.shutdown()
+    distributed.leave(0)
 
 
 if __name__ == "__main__":

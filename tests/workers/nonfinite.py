@@ -1,0 +1,52 @@
+"""A finite loss with a NaN gradient: the step is refused and the weights stay, at every stage."""
+
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from swin_moe import distributed
+from swin_moe.config import OptimizerConfig, ZeroConfig
+from tests.workers.equivalence import MICRO_BATCH, MODEL, MOE, batch
+
+
+def main() -> None:
+    size = distributed.environment_rank()[2]
+    world = distributed.init(expert_parallel_size=size)
+    from swin_moe.engine import Engine
+    from swin_moe.models import build
+
+    checked = 0
+    for stage in (0, 1, 2) if size > 1 else (0, 1, 2, 3):
+        for dtype in (torch.float32, torch.bfloat16):
+            engine = Engine(
+                build(MODEL, MOE, world.expert), world, optimizer=OptimizerConfig(),
+                zero=ZeroConfig(stage=stage), dtype=dtype, micro_batch=MICRO_BATCH,
+                accumulation_steps=1,
+            )  # fmt: skip
+            engine.train()
+            before = dict(engine.export_state(lambda name: True))
+            images, labels = batch(0, world.rank)
+            output = engine.forward(images)
+            loss = F.cross_entropy(output.logits, labels)
+            if world.rank == 0:  # √0 is 0, and its derivative infinite
+                loss = loss + (output.logits.sum() * 0).sqrt()
+            assert loss.isfinite()
+            engine.backward(loss)
+            try:
+                engine.step()
+            except FloatingPointError:
+                checked += 1
+            for name, kinds in engine.export_state(lambda name: True):
+                for kind, value in kinds.items():
+                    assert torch.equal(value, before[name][kind]), f"{stage} {dtype} {name} {kind}"
+            engine.close()
+    if world.is_main:
+        (Path(sys.argv[1]) / "passed").write_text(str(checked))
+    distributed.shutdown()
+    distributed.leave(0)
+
+
+if __name__ == "__main__":
+    main()
