@@ -95,7 +95,7 @@ def train(config: Config, world: World, console: Console, fresh: bool = False) -
     if world.is_main:
         console.print(report.header(config, run.folder, world, engine.dtype, cost, loaders))
     if reader is not None:
-        where = f"epoch {position.epoch + 1}, step {position.step}"
+        where = f"epoch {min(position.epoch + 1, plan.epochs)}, step {position.step}"
         run.say(f"resumed from {reader.path.name} ({where})")
     trainer = _build_trainer(run, config, plan, engine, loaders, position, reader is not None)
     # Last, for everything above may draw.

@@ -62,3 +62,11 @@ def run_worker(script: str, folder: Path, processes: int) -> None:
         check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+
+
+def one_error(done: subprocess.CompletedProcess[str]) -> str:
+    """The single error line; there is no traceback around it."""
+    assert "Traceback" not in done.stderr + done.stdout
+    lines = [line for line in done.stderr.splitlines() if "error" in line.lower()]
+    assert len(lines) == 1, done.stderr
+    return lines[0].removeprefix("swin-moe: error: ")

@@ -1,21 +1,17 @@
-"""Whole runs in fresh processes: train, evaluate, be killed, resume, meet bad input."""
+"""Whole runs in fresh processes: train, evaluate, be killed, resume."""
 
 import fcntl
-import json
 import re
 import shutil
 import subprocess
 import time
-from pathlib import Path
 
-import numpy
 import psutil
 import pytest
-from PIL import Image
 
 from swin_moe.checkpoint import list_checkpoints
 from swin_moe.metrics import read_metrics
-from tests.parallel import MICRO, ROOT, SMALL, command, environment, swin_moe, train
+from tests.parallel import MICRO, ROOT, SMALL, command, environment, one_error, swin_moe, train
 
 RECIPE = ["precision.dtype=fp32", "zero.stage=2", "log.every_steps=1", "train.max_steps=60",
           "checkpoint.every_steps=20", "checkpoint.keep_last=3"]  # fmt: skip
@@ -126,15 +122,6 @@ def test_another_global_batch_goes_on_where_it_was(undisturbed, tmp_path):
     assert (folder / "checkpoints/last").resolve().name == "step-00000063"
 
 
-def test_a_directory_of_somebody_else_is_left_alone(tmp_path):
-    (tmp_path / "config.yaml").write_text("mine")
-    for options in ([], ["--fresh"]):
-        done = train(tmp_path, "train.max_steps=1", *options)
-        assert done.returncode == 2
-        assert "not empty and was not made by swin-moe" in one_error(done)
-    assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
-
-
 def test_two_trainings_do_not_share_a_directory(undisturbed):
     with (undisturbed[0] / ".swin_moe").open("a") as handle:
         fcntl.flock(handle, fcntl.LOCK_EX)
@@ -150,89 +137,3 @@ def test_another_model_does_not_resume(undisturbed):
     assert done.returncode == 2
     assert one_error(done).startswith("model.embed_dim=32, but the checkpoint")
     assert (folder / "config.yaml").read_text() == before
-
-
-def one_error(done) -> str:
-    """The single error line; there is no traceback around it."""
-    assert "Traceback" not in done.stderr + done.stdout
-    lines = [line for line in done.stderr.splitlines() if "error" in line.lower()]
-    assert len(lines) == 1, done.stderr
-    return lines[0].removeprefix("swin-moe: error: ")
-
-
-@pytest.mark.parametrize(
-    ("overrides", "expected"),
-    [
-        (["model.windw_size=4"], "did you mean 'model.window_size'?"),
-        (["data.path=nowhere"], "data.path"),
-        (["parallel.expert_parallel_size=4"], "does not divide the 2 processes"),
-        (["moe.num_experts=5"], "moe.num_experts=5 is not divisible"),
-        (["train.accumulation_steps=1000"], "train.accumulation_steps=1000"),
-    ],
-)  # fmt: skip
-def test_bad_input_ends_every_rank_with_one_line(tmp_path, overrides, expected):
-    folder = tmp_path / "run"
-    done = train(folder, *overrides, processes=2)
-    assert done.returncode == 2
-    assert expected in one_error(done)
-    assert not folder.exists()
-
-
-def test_nonfinite_loss_stops_before_the_step(tmp_path):
-    folder = tmp_path / "run"
-    done = train(folder, "precision.dtype=fp32", "zero.stage=1", "optimizer.base_lr=1e38",
-                 "schedule.warmup_epochs=0", "checkpoint.every_steps=1", processes=2)  # fmt: skip
-    assert done.returncode == 1
-    message = one_error(done)
-    step = int(re.match(r"non-finite loss at step (\d+) on rank [01]", message)[1])
-    kept = list_checkpoints(folder / "checkpoints")
-    assert [int(path.name[5:]) for path in kept] == list(range(step - 1, max(step - 3, 0), -1))
-    assert "last checkpoint is kept" in message
-
-
-@pytest.mark.parametrize("stage", [0, 1, 3])
-def test_one_process_trains_at_each_stage(tmp_path, stage):
-    done = train(
-        tmp_path / "run", f"zero.stage={stage}", "train.max_steps=25", "precision.dtype=auto"
-    )
-    assert done.returncode == 0, done.stderr
-    losses = [r["train/loss"] for r in read_metrics(tmp_path / "run") if "train/loss" in r]
-    assert losses[-1] < losses[0]
-
-
-def test_module_and_plain_torchrun_are_the_same_program(tmp_path):
-    done = subprocess.run(
-        [*command([], 2)[:1], "-m", "torch.distributed.run", "--standalone",
-         "--nproc-per-node", "2", "-m", "swin_moe", "train", str(MICRO), *SMALL,
-         "train.max_steps=1", f"train.output={tmp_path / 'run'}"],
-        cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=200, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert json.loads((tmp_path / "run/checkpoints/last/state.json").read_text())["step"] == 1
-    assert Path(tmp_path / "run/logs/rank-1.log").exists()
-
-
-def test_corrupt_images_are_skipped_counted_and_reported(tmp_path):
-    """Real images, some of them damaged, as folders of files."""
-    for split, count in (("train", 12), ("val", 4)):
-        for label in range(2):
-            folder = tmp_path / "data" / split / f"class{label}"
-            folder.mkdir(parents=True)
-            for index in range(count):
-                pixels = numpy.random.default_rng(index + 100 * label).integers(0, 255, (20, 20))
-                Image.fromarray(pixels.astype("uint8")).save(folder / f"{index}.png")
-    (tmp_path / "data/train/class0/3.png").write_bytes(b"\x89PNG not really")
-    (tmp_path / "data/val/class1/0.png").write_bytes(b"")
-    done = train(
-        tmp_path / "run", f"data.path={tmp_path / 'data'}", "data.batch_size=4",
-        "model.num_classes=2", "data.eval_batch_size=3", processes=2,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    last = read_metrics(tmp_path / "run")[-1]
-    assert last["data/unreadable"] == 2
-    assert "class0/3.png" in done.stderr
-    assert "class1/0.png" in done.stderr
-    assert re.search(r"unreadable\W+2 images were skipped", done.stdout)
-    done = swin_moe("evaluate", str(tmp_path / "run"))
-    assert done.returncode == 0, done.stderr
-    assert "(7 images, 1 unreadable)" in done.stdout
