@@ -98,9 +98,8 @@ class Loader:
 
 
 def _defer_signals(_worker: int) -> None:
-    """Leave it to the trainer what a signal to the whole job means: it may need batches up to its
-    checkpoint, and a worker that dies takes it along. SIGTERM is obeyed after a while, because it
-    is also what ends workers that hang when the process exits.
+    """Leave it to the main process what a signal to the whole job means, for a worker that dies
+    takes it along. SIGTERM is obeyed after a while: it also ends workers that hang at the exit.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)

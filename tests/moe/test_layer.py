@@ -19,7 +19,6 @@ def make(dtype=torch.float32, **settings):
     return layer.to(dtype)
 
 
-@pytest.mark.distributed
 @pytest.mark.parametrize("processes", [2, 4])
 def test_expert_parallel_equals_one_process_in_fp64(tmp_path, processes):
     run_worker("moe_layer", tmp_path, processes)
