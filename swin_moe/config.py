@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from .variants import VARIANTS
+from .variants import FAMILIES, VARIANTS
 
 
 class ConfigError(ValueError):
@@ -35,10 +35,13 @@ class Section(BaseModel):
 
 
 class ModelConfig(Section):
-    """Swin V2 backbone; the names are those of the official constructor."""
+    """The backbone; names are those of the official constructors."""
 
     name: str = "swinv2"
-    img_size: Positive = 256
+    family: Literal["swin", "swinv2", "swin_mlp", "swin_moe"] = "swinv2"
+    img_size: Positive | Annotated[list[Positive], Field(min_length=2, max_length=2)] = (
+        256  # or H, W
+    )
     patch_size: Positive = 4
     in_chans: Positive = 3
     num_classes: NonNegative = 1000
@@ -47,17 +50,38 @@ class ModelConfig(Section):
     num_heads: list[Positive] = [3, 6, 12, 24]
     window_size: Positive = 8
     mlp_ratio: Annotated[float, Field(gt=0)] = 4.0
+    mlp_fc2_bias: bool = True  # of dense feed-forwards; experts have moe.fc2_bias
     qkv_bias: bool = True
+    qk_scale: Annotated[float, Field(gt=0)] | None = None  # None = head_dim^-0.5; not for swinv2
     drop_rate: Rate = 0.0
     attn_drop_rate: Rate = 0.0
     drop_path_rate: Rate = 0.1
     ape: bool = False
     patch_norm: bool = True
     pretrained_window_sizes: list[NonNegative] = []
+    init_std: Annotated[float, Field(gt=0)] = 0.02  # of Linear layers; experts have moe.init_std
+    extra_norm_every_n_blocks: NonNegative = 0  # on the main branch, as in Swin V2 H and G
+    use_checkpoint: bool = False  # recompute each block in the backward pass
+
+    @property
+    def image_sides(self) -> tuple[int, int]:
+        """(height, width) in pixels."""
+        size = self.img_size
+        return (size, size) if isinstance(size, int) else (size[0], size[1])
+
+    @property
+    def token_grid(self) -> tuple[int, int]:
+        """(height, width) of the first stage in tokens."""
+        height, width = self.image_sides
+        return -(-height // self.patch_size), -(-width // self.patch_size)
 
     @model_validator(mode="after")
     def _check(self) -> ModelConfig:
         stages = len(self.depths)
+        if self.family == "swinv2" and self.qk_scale is not None:
+            raise ValueError("qk_scale has no meaning in swinv2, whose cosine attention learns it")
+        if self.family in ("swin", "swin_mlp") and any(self.pretrained_window_sizes):
+            raise ValueError(f"pretrained_window_sizes has no meaning in family={self.family}")
         if len(self.num_heads) != stages:
             raise ValueError(f"num_heads has {len(self.num_heads)} stages, depths has {stages}")
         if len(self.pretrained_window_sizes) not in (0, stages):
@@ -77,6 +101,8 @@ class MoEConfig(Section):
     blocks: list[list[NonNegative]] = []
     num_experts: Positive = 8
     router: Literal["linear", "cosine"] = "linear"
+    cosine_router_dim: Positive = 256
+    cosine_router_init_t: Annotated[float, Field(gt=0)] = 0.5
     top_k: Annotated[int, Field(ge=1, le=2)] = 1
     capacity_factor: NonNegativeFloat = 1.25  # 0 = dropless
     eval_capacity_factor: NonNegativeFloat = 0.0  # dropless: a result never depends on the batch
@@ -470,20 +496,25 @@ def validate(raw: dict[str, Any], origins: Origins | None = None, source: str = 
     origins = origins or {}
     model = raw.get("model")
     name = model.get("name") if isinstance(model, dict) else None
-    if isinstance(name, str) and name in VARIANTS:
-        raw = _merge(VARIANTS[name], raw)
-    elif isinstance(name, str) and name not in FAMILIES:
-        near = difflib.get_close_matches(name, [*FAMILIES, *VARIANTS], n=1)
-        hint = f"did you mean '{near[0]}'?" if near else "see list_models() for the names"
-        place = origins.get(("model", "name"), source)
-        raise ConfigError(f"{place}: model.name={name!r} is not a known model: {hint}")
+    if isinstance(name, str):
+        if name not in KNOWN:
+            place = origins.get(("model", "name"), source)
+            raise ConfigError(f"{place}: model.name={unknown_model(name)}")
+        raw = _merge(KNOWN[name], raw)
     try:
         return Config.model_validate(raw)
     except ValidationError as error:
         raise _explain(error, origins, source) from None
 
 
-FAMILIES = ("swinv2", "swin_moe")  # a model whose shape the config states itself
+KNOWN = {**FAMILIES, **VARIANTS}
+
+
+def unknown_model(name: str) -> str:
+    """What to tell a person who asked for a model that there is not."""
+    near = difflib.get_close_matches(name, KNOWN, n=3)
+    hint = f"did you mean {' or '.join(near)}?" if near else "`swin-moe models` lists the names"
+    return f"{name!r} is not a known model: {hint}"
 
 
 def dump_config(config: Config) -> str:

@@ -57,7 +57,9 @@ def header(
 
 
 def _model(model: ModelConfig, moe: MoEConfig) -> str:
-    text = f"{model.name}, {model.img_size} px, window {model.window_size}"
+    height, width = model.image_sides
+    sides = height if height == width else f"{height}×{width}"
+    text = f"{model.name}, {sides} px, window {model.window_size}"
     if not moe.enabled:
         return text
     layers = sum(len(blocks) for blocks in moe.blocks)

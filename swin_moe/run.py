@@ -170,7 +170,7 @@ def _build_loader(config: Config, world: World, training: bool) -> Loader:
     return build_loader(
         config.data,
         config.augment,
-        img_size=config.model.img_size,
+        image_sides=config.model.image_sides,
         in_chans=config.model.in_chans,
         num_classes=config.model.num_classes,
         training=training,
@@ -289,8 +289,9 @@ def _check_same_model(reader: checkpoint.Reader, config: Config) -> None:
 
 
 _SHAPE_KEYS = {
-    "patch_size", "in_chans", "num_classes", "embed_dim", "depths", "num_heads", "mlp_ratio",
-    "qkv_bias", "ape", "patch_norm", "blocks", "num_experts", "router", "fc2_bias",
+    "family", "patch_size", "in_chans", "num_classes", "embed_dim", "depths", "num_heads",
+    "mlp_ratio", "mlp_fc2_bias", "qkv_bias", "ape", "patch_norm", "extra_norm_every_n_blocks",
+    "blocks", "num_experts", "router", "cosine_router_dim", "fc2_bias",
 }  # fmt: skip
 
 

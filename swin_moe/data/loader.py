@@ -116,7 +116,7 @@ def build_loader(
     data: DataConfig,
     augment: AugmentConfig,
     *,
-    img_size: int,
+    image_sides: tuple[int, int],
     in_chans: int,
     num_classes: int,
     training: bool,
@@ -130,6 +130,7 @@ def build_loader(
     number of workers, and not on where an epoch was resumed.
 
     Args:
+        image_sides: (height, width) in pixels.
         num_classes: labels must lie in [0, num_classes); 0 (a model without a head) allows any.
         training: shuffle, augment and drop the ragged tail; otherwise keep order and pad it.
 
@@ -137,7 +138,7 @@ def build_loader(
         ValueError: one line naming the key, the path and the remedy, for data that cannot be used.
     """
     mode = image_mode(in_chans)
-    transform = build_transform(augment, img_size, in_chans, data.mean, data.std, training)
+    transform = build_transform(augment, image_sides, in_chans, data.mean, data.std, training)
     source, names = open_source(data, num_classes, training)
     sampler = ResumableSampler(
         len(source),
@@ -147,7 +148,7 @@ def build_loader(
         seed=seed,
         training=training,
     )
-    dataset = ImageDataset(source, mode, transform, (in_chans, img_size, img_size), seed)
+    dataset = ImageDataset(source, mode, transform, (in_chans, *image_sides), seed)
     split = data.train if training else data.val
     classes = f"{len(names)} classes" if names else "classes without names"
     description = f"{split}: {len(source):,} samples, {classes}, {source.describe()}"

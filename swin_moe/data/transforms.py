@@ -31,21 +31,22 @@ def image_mode(in_chans: int) -> str:
 
 def build_transform(
     augment: AugmentConfig,
-    img_size: int,
+    image_sides: tuple[int, int],
     in_chans: int,
     mean: Sequence[float],
     std: Sequence[float],
     training: bool,
 ) -> Transform:
-    """The transform from an image of mode :func:`image_mode` to ``[in_chans, img_size, img_size]``.
+    """The transform from an image of mode :func:`image_mode` to ``[in_chans, height, width]``.
 
     Every operation of timm's and torchvision's policies works on grey images as well, so that
     nothing is converted back and forth; those of colour then change nothing. As in timm (and the
     Swin recipes), colour jitter applies only where there is no automatic augmentation, save 3a.
 
     Args:
+        image_sides: (height, width) in pixels.
         mean, std: per channel, of pixels in [0, 1].
-        training: augment; otherwise resize the shorter side to ``img_size / eval_crop`` (rounded
+        training: augment; otherwise resize the shorter side to its size / ``eval_crop`` (rounded
             down, bicubic) and crop the centre.
 
     Raises:
@@ -55,11 +56,11 @@ def build_transform(
     normalise: dict[str, Any] = {"mean": tuple(mean), "std": tuple(std)}
     if not training:
         return create_transform(
-            img_size, crop_pct=augment.eval_crop, interpolation="bicubic", **normalise
+            image_sides, crop_pct=augment.eval_crop, interpolation="bicubic", **normalise
         )
     try:
         return create_transform(
-            img_size,
+            image_sides,
             is_training=True,
             scale=(augment.scale[0], augment.scale[1]),
             ratio=(augment.ratio[0], augment.ratio[1]),

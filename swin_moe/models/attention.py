@@ -1,39 +1,18 @@
-"""Swin V2 attention: cosine similarity and a log-spaced continuous position bias (CPB)."""
+"""What mixes tokens within a window: attention with its position bias, or SwinMLP's grouped MLP."""
 
 from __future__ import annotations
 
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops import window_attention
-from .layers import Fp32Linear, QKVLinear
+from .layers import Fp32Linear
+from .position import relative_coords, relative_index, resize_bias_table
 
 CPB_HIDDEN = 512
-
-
-def relative_coords(window_size: int, pretrained_window_size: int = 0) -> Tensor:
-    """Log-spaced offsets [(2w−1)², 2] of the CPB network, equation 4 of the Swin V2 paper.
-
-    Offsets are divided by (pretrained window − 1) where one is given, so that a network trained at
-    that window is asked for the same coordinates at a larger one.
-    """
-    reach = window_size - 1
-    offsets = torch.arange(-reach, reach + 1, dtype=torch.float32)
-    # A 1×1 window has the single offset 0; the official code divides it by zero.
-    divisor = (pretrained_window_size - 1) if pretrained_window_size > 0 else reach
-    offsets = 8 * offsets / max(divisor, 1)
-    offsets = offsets.sign() * torch.log2(offsets.abs() + 1) / math.log2(8)
-    return torch.stack(torch.meshgrid(offsets, offsets, indexing="ij"), -1).flatten(0, 1)
-
-
-def relative_index(window_size: int) -> Tensor:
-    """Row of the offset table for each (query, key) pair: [N, N], N = window_size²."""
-    axis = torch.arange(window_size)
-    position = torch.stack(torch.meshgrid(axis, axis, indexing="ij")).flatten(1)  # [2, N]
-    offset = position[:, :, None] - position[:, None, :] + window_size - 1
-    return offset[0] * (2 * window_size - 1) + offset[1]
 
 
 class WindowAttention(nn.Module):
@@ -42,7 +21,12 @@ class WindowAttention(nn.Module):
     Args:
         dim: width C; ``num_heads`` divides it.
         window_size: side of the window at the built resolution.
+        cosine: cosine attention with a learned scale per head and no bias of k (V2); else the
+            scaled dot product with a full qkv bias.
+        position_bias: ``table`` (V1), ``log_cpb`` (Swin-MoE: a network over log-spaced offsets) or
+            ``log_cpb_sigmoid`` (V2: 16·sigmoid of it).
         pretrained_window_size: window the weights were trained at; 0 = this one.
+        qk_scale: factor of the dot product; None = head_dim^−½.
     """
 
     coords: Tensor
@@ -54,53 +38,122 @@ class WindowAttention(nn.Module):
         num_heads: int,
         window_size: int,
         *,
+        cosine: bool = True,
+        position_bias: str = "log_cpb_sigmoid",
         pretrained_window_size: int = 0,
         qkv_bias: bool = True,
+        qk_scale: float | None = None,
         attn_drop: float = 0.0,
         proj_drop: float = 0.0,
     ) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.window_size = window_size
+        self.cosine = cosine
+        self.kind = position_bias
         self.pretrained_window_size = pretrained_window_size
         self.attn_drop = attn_drop
-        self.logit_scale = nn.Parameter(torch.full((num_heads, 1, 1), math.log(10.0)))
-        self.cpb_mlp = nn.Sequential(
-            Fp32Linear(2, CPB_HIDDEN), nn.ReLU(), Fp32Linear(CPB_HIDDEN, num_heads, bias=False)
-        )
-        self.qkv = QKVLinear(dim, 3 * dim, bias=False)
-        self.q_bias = nn.Parameter(torch.zeros(dim)) if qkv_bias else None
-        self.v_bias = nn.Parameter(torch.zeros(dim)) if qkv_bias else None
+        self.scale = qk_scale or (dim // num_heads) ** -0.5
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias and not cosine)
+        if cosine:
+            self.logit_scale = nn.Parameter(torch.empty(num_heads, 1, 1))
+            self.q_bias = nn.Parameter(torch.empty(dim)) if qkv_bias else None
+            self.v_bias = nn.Parameter(torch.empty(dim)) if qkv_bias else None
+        if position_bias == "table":
+            self.relative_position_bias_table = nn.Parameter(
+                torch.empty((2 * window_size - 1) ** 2, num_heads)
+            )
+        else:
+            self.cpb_mlp = nn.Sequential(
+                Fp32Linear(2, CPB_HIDDEN), nn.ReLU(), Fp32Linear(CPB_HIDDEN, num_heads, bias=False)
+            )
+            coords = torch.empty((2 * window_size - 1) ** 2, 2)
+            self.register_buffer("coords", coords, persistent=False)
         self.proj = nn.Linear(dim, dim)
         self.proj_drop = nn.Dropout(proj_drop)
-        coords = relative_coords(window_size, pretrained_window_size)
-        self.register_buffer("coords", coords, persistent=False)
-        self.register_buffer("index", relative_index(window_size), persistent=False)
+        index = torch.empty(window_size**2, window_size**2, dtype=torch.long)
+        self.register_buffer("index", index, persistent=False)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """What is the attention's own, buffers included; the Linear layers are reset elsewhere."""
+        self.index.copy_(relative_index(self.window_size))
+        if self.kind == "table":
+            nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
+        else:
+            self.coords.copy_(relative_coords(self.window_size, self.pretrained_window_size))
+        if self.cosine:
+            nn.init.constant_(self.logit_scale, math.log(10.0))
+            for bias in (self.q_bias, self.v_bias):
+                if bias is not None:
+                    nn.init.zeros_(bias)
 
     def position_bias(self, window_size: int) -> Tensor:
-        """16·sigmoid of the CPB network at each pair of positions: [heads, N, N] in fp32."""
-        coords, index = self.coords, self.index
-        if window_size != self.window_size:  # another resolution than the one built for
-            coords = relative_coords(window_size, self.pretrained_window_size).to(coords)
-            index = relative_index(window_size).to(index)
-        table = self.cpb_mlp(coords)  # [(2w−1)², heads]
-        return 16 * table[index].permute(2, 0, 1).sigmoid()
+        """The bias of each pair of positions in a window: [heads, N, N]; networks give fp32."""
+        index = self.index
+        other = window_size != self.window_size  # another resolution than the one built for
+        if other:
+            index = relative_index(window_size, index.device)
+        table: Tensor
+        if self.kind == "table":
+            table = resize_bias_table(self.relative_position_bias_table, window_size)
+        else:
+            coords = self.coords
+            if other:
+                coords = relative_coords(window_size, self.pretrained_window_size, coords.device)
+            table = self.cpb_mlp(coords)  # [(2w−1)², heads]
+        bias = table[index].permute(2, 0, 1)
+        return 16 * bias.sigmoid() if self.kind == "log_cpb_sigmoid" else bias
+
+    def _qkv(self, x: Tensor) -> Tensor:
+        if not self.cosine or self.q_bias is None or self.v_bias is None:
+            return self.qkv(x)
+        # A bias of k adds the same to all logits of a query: softmax does not see it.
+        bias = torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias))
+        return F.linear(x, self.qkv.weight, bias)
 
     def forward(self, x: Tensor, window_size: int, shift_size: int) -> Tensor:
         """x [B, H, W, C] to [B, H, W, C]; window and shift are the block's for this resolution."""
         B, H, W, C = x.shape
-        bias = None
-        if (
-            self.q_bias is not None and self.v_bias is not None
-        ):  # a bias of k would change nothing under softmax: zero
-            bias = torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias))
-        qkv = self.qkv(x, bias)
+        if self.cosine:
+            scale = self.logit_scale
+        else:
+            scale = x.new_full((self.num_heads, 1, 1), self.scale, dtype=torch.float32)
         out = window_attention(
-            qkv.view(B, H, W, 3, self.num_heads, C // self.num_heads),
+            self._qkv(x).view(B, H, W, 3, self.num_heads, C // self.num_heads),
             self.position_bias(window_size),
-            self.logit_scale,
+            scale,
             window_size=window_size,
             shift_size=shift_size,
+            cosine=self.cosine,
             dropout_p=self.attn_drop if self.training else 0.0,
         )
         return self.proj_drop(self.proj(out))
+
+
+class SpatialMlp(nn.Conv1d):
+    """SwinMLP's mixer: per head one dense layer over the window's positions.
+
+    ``weight`` [heads·N, N, 1] and ``bias`` [heads·N] fit one window, N = window_size², at any
+    resolution: where it does not fit, zeros are padded, which is also how windows are shifted.
+    """
+
+    def __init__(self, num_heads: int, window_size: int) -> None:
+        channels = num_heads * window_size**2
+        super().__init__(channels, channels, 1, groups=num_heads)
+        self.num_heads = num_heads
+        self.window_size = window_size
+
+    def mix(self, x: Tensor, shift_size: int) -> Tensor:
+        """x [B, H, W, C] to [B, H, W, C], windows shifted by ``shift_size``."""
+        B, H, W, C = x.shape
+        w, heads = self.window_size, self.num_heads
+        before = w - shift_size if shift_size else 0
+        x = F.pad(x, (0, 0, before, -(W + before) % w, before, -(H + before) % w))
+        rows, cols = x.shape[1] // w, x.shape[2] // w
+        x = x.view(B, rows, w, cols, w, heads, C // heads)
+        # [windows, heads·N, head_dim]
+        x = x.permute(0, 1, 3, 5, 2, 4, 6).reshape(B * rows * cols, heads * w * w, C // heads)
+        x = self(x).view(B, rows, cols, heads, w, w, C // heads)
+        x = x.permute(0, 1, 4, 2, 5, 3, 6).reshape(B, rows * w, cols * w, C)
+        return x[:, before : before + H, before : before + W]

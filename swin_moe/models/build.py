@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..config import ConfigError, ModelConfig, MoEConfig, validate
+from ..config import KNOWN, ConfigError, ModelConfig, MoEConfig, unknown_model, validate
 from ..distributed import Group
 from ..variants import VARIANTS
 from .swin import MoEOutput, SwinTransformer
@@ -26,8 +26,8 @@ def build_model(name: str, **overrides: Any) -> SwinTransformer:
     Raises:
         ConfigError: unknown name or key, or a value of the wrong kind.
     """
-    if name not in VARIANTS:
-        raise ConfigError(f"unknown model {name!r}; list_models() gives the names")
+    if name not in KNOWN:
+        raise ConfigError(unknown_model(name))
     moe = overrides.pop("moe", {})
     config = validate({"model": {"name": name, **overrides}, "moe": moe}, source=name)
     return build(config.model, config.moe)

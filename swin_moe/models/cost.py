@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from ..config import ModelConfig, MoEConfig
-from .swin import SwinTransformer, effective_window
+from .swin import FAMILIES, SwinTransformer, effective_window
 
 
 @dataclass(frozen=True)
@@ -29,32 +29,43 @@ def count(model: ModelConfig, moe: MoEConfig) -> Cost:
     """Count from the config alone: the model is built on the meta device and needs no memory."""
     with torch.device("meta"), torch.random.fork_rng(devices=[]):
         built = SwinTransformer(model, moe.model_copy(update={"backend": "reference"}))
-    total = sum(p.numel() for p in built.parameters())
-    experts = sum(p.numel() for name, p in built.named_parameters() if ".experts." in name)
-    idle = experts * (moe.num_experts - moe.top_k) // moe.num_experts
-    return Cost(total, total - idle, multiply_accumulates(model, moe))
+    sizes = {name: parameter.numel() for name, parameter in built.named_parameters()}
+    experts = sum(size for name, size in sizes.items() if ".experts." in name)
+    idle = experts - experts * moe.top_k // moe.num_experts
+    return Cost(sum(sizes.values()), sum(sizes.values()) - idle, _macs(model, moe))
 
 
-def multiply_accumulates(model: ModelConfig, moe: MoEConfig) -> int:
-    """Forward MACs of one image by the official ``flops()`` rules (norms count C per token)."""
-    grid = -(-model.img_size // model.patch_size)
+def _macs(model: ModelConfig, moe: MoEConfig) -> int:
+    """The official repository's rules, norms included (norms count C per token)."""
+    family = FAMILIES[model.family]
+    height, width = model.token_grid
     dim = model.embed_dim
     patch_area = model.patch_size**2
-    total = grid * grid * dim * (model.in_chans * patch_area + int(model.patch_norm))
+    total = height * width * dim * (model.in_chans * patch_area + int(model.patch_norm))
     for stage, depth in enumerate(model.depths):
         moe_blocks = moe.blocks[stage] if stage < len(moe.blocks) else []
-        tokens = grid * grid
-        window, _ = effective_window(grid, grid, model.window_size, False)
-        windows = (-(-grid // window)) ** 2
-        n = window * window
-        attention = windows * (4 * n * dim * dim + 2 * n * n * dim)
-        feed_forward = int(2 * tokens * dim * dim * model.mlp_ratio)
+        tokens = height * width
         for block in range(depth):
             is_moe = block in moe_blocks
-            total += attention + 2 * tokens * dim
-            total += feed_forward * (moe.top_k if is_moe else 1)
+            window, shift = effective_window(height, width, model.window_size, block % 2 == 1)
+            if family.cosine is None:
+                total += _windows(height, width, window, shift > 0) * dim * window**4
+            else:
+                per_window = 4 * window**2 * dim * dim + 2 * window**4 * dim
+                total += _windows(height, width, window, False) * per_window
+            total += 2 * tokens * dim  # norms
+            total += int(2 * tokens * dim * dim * model.mlp_ratio) * (moe.top_k if is_moe else 1)
             total += tokens * dim * moe.num_experts if is_moe else 0
         if stage < len(model.depths) - 1:
-            total += tokens * dim // 2 + (-(-grid // 2)) ** 2 * 4 * dim * 2 * dim
-            grid, dim = -(-grid // 2), 2 * dim
-    return total + dim * grid * grid + dim * model.num_classes
+            total += tokens * dim // 2 if family.post_norm else tokens * dim  # norm
+            height, width = -(-height // 2), -(-width // 2)
+            total += height * width * 4 * dim * 2 * dim
+            dim *= 2
+    # The official count of the last norm: the first stage's tokens over 2^stages, not 4^(stages−1).
+    last_norm = dim * model.token_grid[0] * model.token_grid[1] // 2 ** len(model.depths)
+    return total + last_norm + dim * model.num_classes
+
+
+def _windows(height: int, width: int, window: int, padded: bool) -> int:
+    """Windows of a block; SwinMLP shifts by padding, which adds one in each direction."""
+    return (-(-height // window) + padded) * (-(-width // window) + padded)

@@ -17,13 +17,6 @@ class Fp32Linear(nn.Linear):
             return F.linear(input.to(wide), self.weight.to(wide), bias)
 
 
-class QKVLinear(nn.Linear):
-    """Linear layer without a bias of its own that is handed one (V2 composes it of q's and v's)."""
-
-    def forward(self, input: Tensor, bias: Tensor | None = None) -> Tensor:
-        return F.linear(input, self.weight, bias)
-
-
 class PatchEmbed(nn.Module):
     """Image [B, C, H, W] to tokens [B, H/p, W/p, embed_dim]; sides are padded to multiples of p."""
 
@@ -43,30 +36,37 @@ class PatchEmbed(nn.Module):
 
 
 class PatchMerging(nn.Module):
-    """Swin V2 merging: [B, H, W, C] to [B, ⌈H/2⌉, ⌈W/2⌉, 2C], norm after the reduction."""
+    """Four neighbours to one token: [B, H, W, C] to [B, ⌈H/2⌉, ⌈W/2⌉, 2C].
 
-    def __init__(self, dim: int) -> None:
+    Args:
+        post_norm: LayerNorm after the reduction, width 2C (V2), instead of before it, width 4C.
+    """
+
+    def __init__(self, dim: int, post_norm: bool) -> None:
         super().__init__()
+        self.post_norm = post_norm
         self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False)
-        self.norm = nn.LayerNorm(2 * dim)
+        self.norm = nn.LayerNorm(2 * dim if post_norm else 4 * dim)
 
     def forward(self, x: Tensor) -> Tensor:
         height, width = x.shape[1:3]
         if height % 2 or width % 2:
             x = F.pad(x, (0, 0, 0, width % 2, 0, height % 2))
         # (row, column) offsets (0, 0), (1, 0), (0, 1), (1, 1)
-        corners = [x[:, row::2, col::2] for col in (0, 1) for row in (0, 1)]
-        return self.norm(self.reduction(torch.cat(corners, -1)))
+        corners = torch.cat([x[:, row::2, col::2] for col in (0, 1) for row in (0, 1)], -1)
+        if self.post_norm:
+            return self.norm(self.reduction(corners))
+        return self.reduction(self.norm(corners))
 
 
 class Mlp(nn.Module):
     """Dense feed-forward: Linear, exact GELU, Linear."""
 
-    def __init__(self, dim: int, hidden_dim: int, drop: float = 0.0) -> None:
+    def __init__(self, dim: int, hidden_dim: int, drop: float = 0.0, fc2_bias: bool = True) -> None:
         super().__init__()
         self.fc1 = nn.Linear(dim, hidden_dim)
         self.act = nn.GELU()
-        self.fc2 = nn.Linear(hidden_dim, dim)
+        self.fc2 = nn.Linear(hidden_dim, dim, bias=fc2_bias)
         self.drop = nn.Dropout(drop)
 
     def forward(self, x: Tensor) -> Tensor:

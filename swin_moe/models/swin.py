@@ -1,7 +1,8 @@
-"""The hierarchical Swin V2 backbone; each block's feed-forward is dense or a mixture of experts.
+"""One hierarchical backbone for the whole Swin family; ``FAMILIES`` says how its members differ.
 
-Paper: Swin Transformer V2, https://arxiv.org/abs/2111.09883. Residual post-norm, cosine attention
-and log-spaced continuous position bias; state-dict names are the official ones.
+Papers: Swin Transformer, https://arxiv.org/abs/2103.14030; Swin Transformer V2,
+https://arxiv.org/abs/2111.09883; Swin-MoE, in Tutel, https://arxiv.org/abs/2206.03382. State-dict
+names are the official ones; in every family any block's feed-forward may be a mixture of experts.
 """
 
 from __future__ import annotations
@@ -9,16 +10,42 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from timm.layers import DropPath
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ..config import ModelConfig, MoEConfig, check_moe_blocks
 from ..distributed import Group
 from ..moe import MoEResult, build_moe
 from ..moe.experts import Experts
-from .attention import WindowAttention
+from ..moe.router import CosineRouter, LinearRouter
+from .attention import SpatialMlp, WindowAttention
 from .layers import Mlp, PatchEmbed, PatchMerging
+from .position import resize_position_embedding
+
+
+class Family(NamedTuple):
+    """What sets one member of the family apart.
+
+    Attributes:
+        post_norm: residual post-norm, x + LN(f(x)), and patch merging that normalises after its
+            reduction; else pre-norm, x + f(LN(x)), and LN before the reduction.
+        cosine: cosine attention, else the scaled dot product; None = no attention but SwinMLP's
+            grouped layer over the window's positions.
+        position_bias: see :class:`WindowAttention`.
+    """
+
+    post_norm: bool
+    cosine: bool | None
+    position_bias: str = ""
+
+
+FAMILIES = {
+    "swin": Family(post_norm=False, cosine=False, position_bias="table"),
+    "swinv2": Family(post_norm=True, cosine=True, position_bias="log_cpb_sigmoid"),
+    "swin_moe": Family(post_norm=False, cosine=False, position_bias="log_cpb"),
+    "swin_mlp": Family(post_norm=False, cosine=None),
+}
 
 
 class MoEOutput(NamedTuple):
@@ -45,60 +72,96 @@ def effective_window(height: int, width: int, window_size: int, shifted: bool) -
 
 
 class SwinBlock(nn.Module):
-    """x += DropPath(LN(attention(x))); x += DropPath(LN(feed-forward(x)))."""
+    """Mixing within (shifted) windows, then a feed-forward, each on a residual branch.
+
+    Args:
+        mixer: attention, or SwinMLP's grouped layer; their official names differ.
+        extra_norm: LayerNorm on the main branch at the end of the block (V2 H and G).
+    """
 
     def __init__(
         self,
-        attn: WindowAttention,
+        mixer: WindowAttention | SpatialMlp,
         mlp: nn.Module,
         dim: int,
         *,
         window_size: int,
         shifted: bool,
+        post_norm: bool,
         drop_path: float,
+        extra_norm: bool = False,
     ) -> None:
         super().__init__()
         self.window_size = window_size
         self.shifted = shifted
-        self.attn = attn
+        self.post_norm = post_norm
+        self.attn = mixer if isinstance(mixer, WindowAttention) else None
+        self.spatial_mlp = mixer if isinstance(mixer, SpatialMlp) else None
         self.norm1 = nn.LayerNorm(dim)
         self.mlp = mlp
         self.norm2 = nn.LayerNorm(dim)
+        self.norm3 = nn.LayerNorm(dim) if extra_norm else None
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
+
+    def _mix(self, x: Tensor) -> Tensor:
+        window, shift = effective_window(x.shape[1], x.shape[2], self.window_size, self.shifted)
+        if self.attn is not None:
+            return self.attn(x, window, shift)
+        assert self.spatial_mlp is not None
+        return self.spatial_mlp.mix(x, shift)
+
+    def _feed(self, x: Tensor) -> tuple[Tensor, MoEResult | None]:
+        fed = self.mlp(x)
+        return (fed.output, fed) if isinstance(fed, MoEResult) else (fed, None)
 
     def forward(self, x: Tensor) -> tuple[Tensor, MoEResult | None]:
         """x [B, H, W, C] to the same shape, and the MoE layer's result where the block has one."""
-        window, shift = effective_window(x.shape[1], x.shape[2], self.window_size, self.shifted)
-        x = x + self.drop_path(self.norm1(self.attn(x, window, shift)))
-        fed = self.mlp(x)
-        routed = fed if isinstance(fed, MoEResult) else None
-        x = x + self.drop_path(self.norm2(fed if routed is None else routed.output))
-        return x, routed
+        if self.post_norm:
+            x = x + self.drop_path(self.norm1(self._mix(x)))
+            fed, routed = self._feed(x)
+            x = x + self.drop_path(self.norm2(fed))
+        else:
+            x = x + self.drop_path(self._mix(self.norm1(x)))
+            fed, routed = self._feed(self.norm2(x))
+            x = x + self.drop_path(fed)
+        return (x if self.norm3 is None else self.norm3(x)), routed
 
 
 class SwinStage(nn.Module):
     """Blocks at one resolution, then patch merging (none in the last stage)."""
 
-    def __init__(self, blocks: list[SwinBlock], downsample: PatchMerging | None) -> None:
+    def __init__(
+        self, blocks: list[SwinBlock], downsample: PatchMerging | None, use_checkpoint: bool
+    ) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(blocks)
         self.downsample = downsample
+        self.use_checkpoint = use_checkpoint
 
-    def forward(self, x: Tensor) -> tuple[Tensor, list[MoEResult]]:
+    def forward_blocks(self, x: Tensor) -> tuple[Tensor, list[MoEResult]]:
+        """x [B, H, W, C] through the blocks alone."""
         routed = []
         for block in self.blocks:
-            x, result = block(x)
+            if self.use_checkpoint and self.training and torch.is_grad_enabled():
+                x, result = checkpoint(block, x, use_reentrant=False)
+            else:
+                x, result = block(x)
             if result is not None:
                 routed.append(result)
+        return x, routed
+
+    def forward(self, x: Tensor) -> tuple[Tensor, list[MoEResult]]:
+        x, routed = self.forward_blocks(x)
         return x if self.downsample is None else self.downsample(x), routed
 
 
 class SwinTransformer(nn.Module):
-    """Swin V2, dense or with MoE blocks.
+    """A model of the Swin family, dense or with MoE blocks.
 
     Called with images [B, in_chans, H, W] of any size it gives logits [B, num_classes], or with
     MoE blocks a :class:`MoEOutput`. No process group is needed unless ``expert_group`` has more
-    than one rank.
+    than one rank. On the meta device it takes no memory; ``to_empty`` and :meth:`init_weights` then
+    make it real.
     """
 
     def __init__(
@@ -113,73 +176,90 @@ class SwinTransformer(nn.Module):
         self.patch_embed = PatchEmbed(
             model.patch_size, model.in_chans, model.embed_dim, model.patch_norm
         )
-        grid = -(-model.img_size // model.patch_size)
+        height, width = model.token_grid
         self.absolute_pos_embed: nn.Parameter | None = None
         if model.ape:
-            self.absolute_pos_embed = nn.Parameter(torch.zeros(1, grid * grid, model.embed_dim))
+            self.absolute_pos_embed = nn.Parameter(torch.empty(1, height * width, model.embed_dim))
         self.pos_drop = nn.Dropout(model.drop_rate)
-        rates = torch.linspace(0, model.drop_path_rate, sum(model.depths), device="cpu").tolist()
         self.layers = nn.ModuleList(
-            self._build_stage(stage, grid, rates, expert_group) for stage in range(stages)
+            self._build_stage(stage, expert_group) for stage in range(stages)
         )
         self.norm = nn.LayerNorm(self.num_features)
         self.head: nn.Module = nn.Identity()
         if model.num_classes:
             self.head = nn.Linear(self.num_features, model.num_classes)
-        self.reset_parameters()
+        self.init_weights()
 
-    def _build_stage(
-        self, stage: int, grid: int, rates: list[float], expert_group: Group | None
-    ) -> SwinStage:
+    def _build_stage(self, stage: int, expert_group: Group | None) -> SwinStage:
         model = self.config
-        dim = model.embed_dim << stage
-        for _ in range(stage):
-            grid = -(-grid // 2)
-        pretrained = model.pretrained_window_sizes or [0] * len(model.depths)
-        moe_blocks = self.moe.blocks[stage] if stage < len(self.moe.blocks) else []
-        hidden = int(dim * model.mlp_ratio)
-        blocks = []
-        for index in range(model.depths[stage]):
-            attn = WindowAttention(
+        post_norm = FAMILIES[model.family].post_norm
+        blocks = [self._build_block(stage, i, expert_group) for i in range(model.depths[stage])]
+        last = stage == len(model.depths) - 1
+        merging = None if last else PatchMerging(model.embed_dim << stage, post_norm)
+        return SwinStage(blocks, merging, model.use_checkpoint)
+
+    def _build_block(self, stage: int, index: int, expert_group: Group | None) -> SwinBlock:
+        model, dim = self.config, self.config.embed_dim << stage
+        family = FAMILIES[model.family]
+        grid = [-(-side // 2**stage) for side in model.token_grid]
+        built_window = effective_window(grid[0], grid[1], model.window_size, False)[0]
+        mixer: WindowAttention | SpatialMlp
+        if family.cosine is None:
+            mixer = SpatialMlp(model.num_heads[stage], built_window)
+        else:
+            pretrained = model.pretrained_window_sizes or [0] * len(model.depths)
+            mixer = WindowAttention(
                 dim,
                 model.num_heads[stage],
-                effective_window(grid, grid, model.window_size, False)[0],
+                built_window,
+                cosine=family.cosine,
+                position_bias=family.position_bias,
                 pretrained_window_size=pretrained[stage],
                 qkv_bias=model.qkv_bias,
+                qk_scale=model.qk_scale,
                 attn_drop=model.attn_drop_rate,
                 proj_drop=model.drop_rate,
             )
-            mlp: nn.Module
-            if index in moe_blocks:
-                mlp = build_moe(dim, hidden, self.moe, expert_group)
-            else:
-                mlp = Mlp(dim, hidden, model.drop_rate)
-            drop_path = rates[sum(model.depths[:stage]) + index]
-            blocks.append(
-                SwinBlock(
-                    attn,
-                    mlp,
-                    dim,
-                    window_size=model.window_size,
-                    shifted=index % 2 == 1,
-                    drop_path=drop_path,
-                )
-            )
-        last = stage == len(model.depths) - 1
-        return SwinStage(blocks, None if last else PatchMerging(dim))
+        hidden = int(dim * model.mlp_ratio)
+        is_moe = stage < len(self.moe.blocks) and index in self.moe.blocks[stage]
+        mlp: nn.Module
+        if is_moe:
+            mlp = build_moe(dim, hidden, self.moe, expert_group)
+        else:
+            mlp = Mlp(dim, hidden, model.drop_rate, model.mlp_fc2_bias)
+        before, blocks = sum(model.depths[:stage]) + index, sum(model.depths)
+        every = model.extra_norm_every_n_blocks
+        return SwinBlock(
+            mixer,
+            mlp,
+            dim,
+            window_size=built_window if family.cosine is None else model.window_size,
+            shifted=index % 2 == 1,
+            post_norm=family.post_norm,
+            drop_path=model.drop_path_rate * before / max(blocks - 1, 1),
+            extra_norm=every > 0 and (index + 1) % every == 0,
+        )
 
     @torch.no_grad()
-    def reset_parameters(self) -> None:
-        """Linear: truncated normal 0.02, bias 0; block norms 0, so a block starts as identity."""
+    def init_weights(self) -> None:
+        """Set every parameter and buffer anew, by the official rules.
+
+        Linear: truncated normal ``init_std``, bias 0; experts: ``moe.init_std``; LayerNorm: 1 and
+        0, but in V2 both norms of each block 0, so that a block starts as the identity.
+        """
         for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=0.02)
+            if isinstance(module, nn.Linear | SpatialMlp):
+                nn.init.trunc_normal_(module.weight, std=self.config.init_std)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
             elif isinstance(module, Experts):
                 module.reset_parameters(self.moe.init_std)
+            elif isinstance(module, LinearRouter):
+                module.reset_parameters(self.config.init_std)
+            elif isinstance(module, nn.LayerNorm | nn.Conv2d | WindowAttention | CosineRouter):
+                module.reset_parameters()
         for module in self.modules():
-            if isinstance(module, SwinBlock):
+            if isinstance(module, SwinBlock) and module.post_norm:
                 for norm in (module.norm1, module.norm2):
                     nn.init.zeros_(norm.weight)
                     nn.init.zeros_(norm.bias)
@@ -194,37 +274,35 @@ class SwinTransformer(nn.Module):
             for block in sorted(blocks)
         ]
 
-    def embed(self, images: Tensor) -> Tensor:
-        """Images [B, in_chans, H, W] to tokens [B, H/p, W/p, embed_dim]."""
-        x = self.patch_embed(images)
+    def add_position(self, x: Tensor) -> Tensor:
+        """Patches [B, H, W, C] with the absolute position embedding, where there is one."""
         if self.absolute_pos_embed is not None:
-            x = x + self._position_embedding(x.shape[1], x.shape[2]).to(x.dtype)
+            sides = (x.shape[1], x.shape[2])
+            embedding = resize_position_embedding(
+                self.absolute_pos_embed, self.config.token_grid, sides
+            )
+            x = x + embedding.unflatten(1, sides).to(x.dtype)
         return self.pos_drop(x)
 
-    def _position_embedding(self, height: int, width: int) -> Tensor:
-        assert self.absolute_pos_embed is not None
-        _, tokens, dim = self.absolute_pos_embed.shape
-        side = round(tokens**0.5)
-        grid = self.absolute_pos_embed.view(1, side, side, dim)
-        if (height, width) == (side, side):
-            return grid
-        resized = F.interpolate(
-            grid.permute(0, 3, 1, 2).float(), (height, width), mode="bicubic", align_corners=False
-        )
-        return resized.permute(0, 2, 3, 1)
+    def embed(self, images: Tensor) -> Tensor:
+        """Images [B, in_chans, H, W] to tokens [B, H/p, W/p, embed_dim]."""
+        return self.add_position(self.patch_embed(images))
 
-    def forward_features(self, images: Tensor) -> tuple[Tensor, list[MoEResult]]:
-        """Pooled features [B, num_features] and the MoE layers' results."""
-        x = self.embed(images)
+    def forward_stages(self, x: Tensor) -> tuple[Tensor, list[MoEResult]]:
+        """Tokens [B, h, w, embed_dim] to normed tokens [B, h', w', num_features]."""
         routed: list[MoEResult] = []
         for layer in self.layers:
             x, results = layer(x)
             routed += results
-        return self.norm(x).mean((1, 2)), routed
+        return self.norm(x), routed
+
+    def forward_features(self, images: Tensor) -> tuple[Tensor, list[MoEResult]]:
+        """Normed tokens [B, h', w', num_features] and the MoE layers' results."""
+        return self.forward_stages(self.embed(images))
 
     def forward(self, images: Tensor) -> Tensor | MoEOutput:
         features, routed = self.forward_features(images)
-        logits = self.head(features)
+        logits = self.head(features.mean((1, 2)))
         if not routed:
             return logits
         return MoEOutput(

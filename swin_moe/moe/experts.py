@@ -32,6 +32,8 @@ class ExpertLinear(nn.Module):
             generator = torch.Generator(weight.device)
             generator.manual_seed(base + self.first_expert + local)
             nn.init.trunc_normal_(weight, std=std, generator=generator)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
 
     def forward(self, x: Tensor, rows: list[int] | None = None) -> Tensor:
         """x [E_local, N, in], or [Σ rows, in] expert by expert, to the same with ``out`` last."""

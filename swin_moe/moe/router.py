@@ -27,7 +27,10 @@ class LinearRouter(nn.Module):
     def __init__(self, dim: int, num_experts: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(num_experts, dim))
-        nn.init.trunc_normal_(self.weight, std=0.02)
+        self.reset_parameters()
+
+    def reset_parameters(self, std: float = 0.02) -> None:
+        nn.init.trunc_normal_(self.weight, std=std)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [T, dim] to logits [T, E]."""
@@ -47,9 +50,15 @@ class CosineRouter(nn.Module):
         self, dim: int, num_experts: int, proj_dim: int = 256, init_t: float = 0.5
     ) -> None:
         super().__init__()
-        self.temperature = nn.Parameter(torch.tensor([math.log(1.0 / init_t)]))
+        self.init_t = init_t
+        self.temperature = nn.Parameter(torch.empty(1))
         self.cosine_projector = nn.Linear(dim, proj_dim)
         self.sim_matrix = nn.Parameter(torch.empty(proj_dim, num_experts))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """What is the router's own; the projection is a Linear layer like others."""
+        nn.init.constant_(self.temperature, math.log(1.0 / self.init_t))
         nn.init.normal_(self.sim_matrix, std=0.01)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -67,8 +76,9 @@ def _wide(x: Tensor) -> torch.dtype:
 
 
 def build_router(dim: int, moe: MoEConfig) -> nn.Module:
-    router = {"linear": LinearRouter, "cosine": CosineRouter}[moe.router]
-    return router(dim, moe.num_experts)
+    if moe.router == "cosine":
+        return CosineRouter(dim, moe.num_experts, moe.cosine_router_dim, moe.cosine_router_init_t)
+    return LinearRouter(dim, moe.num_experts)
 
 
 def route(

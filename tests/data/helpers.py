@@ -71,7 +71,7 @@ def open_loader(
     return build_loader(
         data_config(path, **values),
         augment,
-        img_size=16,
+        image_sides=(16, 16),
         in_chans=3,
         num_classes=num_classes,
         training=training,

@@ -25,7 +25,9 @@ def _image(in_chans: int, size=(40, 30)) -> Image.Image:
 @pytest.mark.parametrize("in_chans", [1, 3])
 def test_training_shapes_and_range(in_chans, policy):
     augment = AugmentConfig(auto_augment=policy, random_erase=0)
-    transform = build_transform(augment, 32, in_chans, [0.0] * in_chans, [1.0] * in_chans, True)
+    transform = build_transform(
+        augment, (32, 32), in_chans, [0.0] * in_chans, [1.0] * in_chans, True
+    )
     image = _image(in_chans)
     for draw in range(60):  # enough that each operation of a policy has its turn
         with seeded(draw):
@@ -38,7 +40,7 @@ def test_training_shapes_and_range(in_chans, policy):
 @pytest.mark.parametrize("in_chans", [1, 3])
 def test_evaluation_is_resize_crop_normalise(in_chans):
     mean, std = [0.4, 0.5, 0.6][:in_chans], [0.2, 0.3, 0.4][:in_chans]
-    transform = build_transform(AugmentConfig(), 28, in_chans, mean, std, False)
+    transform = build_transform(AugmentConfig(), (28, 28), in_chans, mean, std, False)
     image = _image(in_chans, size=(64, 64))
     small = image.resize((32, 32), Image.Resampling.BICUBIC).crop((2, 2, 30, 30))
     expected = np.asarray(small, np.float32).reshape(28, 28, in_chans) / 255
@@ -48,13 +50,13 @@ def test_evaluation_is_resize_crop_normalise(in_chans):
 
 def test_evaluation_without_crop_keeps_the_pixels():
     augment = AugmentConfig(eval_crop=1.0)
-    transform = build_transform(augment, 28, 1, [0.0], [1.0], False)
+    transform = build_transform(augment, (28, 28), 1, [0.0], [1.0], False)
     image = _image(1, size=(28, 28))
     assert torch.equal(transform(image)[0] * 255, torch.from_numpy(np.array(image)).float())
 
 
 def test_no_augmentation_keeps_the_pixels():
-    transform = build_transform(NO_AUGMENT, 28, 3, [0.0] * 3, [1.0] * 3, True)
+    transform = build_transform(NO_AUGMENT, (28, 28), 3, [0.0] * 3, [1.0] * 3, True)
     image = _image(3, size=(28, 28))
     expected = torch.from_numpy(np.array(image)).permute(2, 0, 1).float()
     torch.testing.assert_close(transform(image) * 255, expected)
@@ -93,7 +95,7 @@ _TINY = Image.fromarray(np.arange(192, dtype=np.uint8).reshape(8, 8, 3))
 @pytest.mark.parametrize("policy", ["rand-x9", "nonsense"])
 def test_unknown_policy(policy):
     with pytest.raises(ValueError, match=rf"augment\.auto_augment='{policy}"):
-        build_transform(AugmentConfig(auto_augment=policy), 8, 3, [0.0] * 3, [1.0] * 3, True)
+        build_transform(AugmentConfig(auto_augment=policy), (8, 8), 3, [0.0] * 3, [1.0] * 3, True)
 
 
 def test_unsupported_channels():

@@ -1,25 +1,72 @@
-"""Swin V2 equals the official implementation, in every intermediate tensor and in training."""
+"""The family equals the official implementations in every intermediate tensor and in training."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from swin_moe.config import ModelConfig
+from swin_moe.config import ModelConfig, MoEConfig
 from swin_moe.models import SwinTransformer
+from swin_moe.moe.router import route
 from swin_moe.optim import parameter_groups
 from tests.golden import Golden
 
 BUFFERS = ("relative_coords_table", "relative_position_index", "attn_mask")
+FAMILY = {"swin_v1_w7": "swin", "swin_mlp": "swin_mlp", "swin_moe_official": "swin_moe",
+          "swin_moe_official_cosine": "swin_moe"}  # fmt: skip
+DENSE = ["swinv2_w8", "swinv2_w4", "swinv2_w8_pretrained", "swin_v1_w7", "swin_mlp"]
+MOE = ["swin_moe_official", "swin_moe_official_cosine"]
+# Official constructor argument -> key of the section moe
+MOE_ARGUMENTS = {
+    "num_local_experts": "num_experts", "top_value": "top_k", "capacity_factor": "capacity_factor",
+    "normalize_gate": "normalize_gate", "use_bpr": "batch_prioritized", "gate_noise": "gate_noise",
+    "aux_loss_weight": "balance_weight", "moe_drop": "drop_rate", "mlp_fc2_bias": "fc2_bias",
+    "cosine_router_dim": "cosine_router_dim", "cosine_router_init_t": "cosine_router_init_t",
+}  # fmt: skip
+MOE_NAMES = {
+    "experts.fc1.weight": "experts.batched_fc1_w",
+    "experts.fc1.bias": "experts.batched_fc1_bias",
+    "experts.fc2.weight": "experts.batched_fc2_w",
+    "experts.fc2.bias": "experts.batched_fc2_bias",
+    "router.weight": "gates.0.wg.weight",
+    "router.": "gates.0.",
+}
 
 
-def load(golden: Golden) -> SwinTransformer:
-    model = SwinTransformer(ModelConfig(**golden.config["arguments"]))
-    state = {k: v for k, v in golden.weights.items() if not k.endswith(BUFFERS)}
+def configs(golden: Golden) -> tuple[ModelConfig, MoEConfig]:
+    arguments = dict(golden.config["arguments"])
+    moe = {}
+    if "moe_blocks" in arguments:
+        blocks = [[b for b in stage if b >= 0] for stage in arguments.pop("moe_blocks")]
+        moe = {"blocks": blocks, "init_std": arguments["init_std"]}
+        moe["router"] = "cosine" if arguments.pop("cosine_router") else "linear"
+        moe["eval_capacity_factor"] = arguments["capacity_factor"]
+        for theirs, ours in MOE_ARGUMENTS.items():
+            keep = theirs == "mlp_fc2_bias"
+            if theirs in arguments:
+                moe[ours] = arguments[theirs] if keep else arguments.pop(theirs)
+    family = FAMILY.get(golden.config["fixture"], "swinv2")
+    return ModelConfig(family=family, **arguments), MoEConfig(**moe)
+
+
+def load(golden: Golden, **moe_overrides: object) -> SwinTransformer:
+    model_config, moe = configs(golden)
+    model = SwinTransformer(model_config, moe.model_copy(update=moe_overrides))
+    theirs = {k: v for k, v in golden.weights.items() if not k.endswith(BUFFERS)}
+    state = {}
+    for name in model.state_dict():
+        official = name
+        if name not in theirs:
+            ours, other = next((o, t) for o, t in MOE_NAMES.items() if f".mlp.{o}" in name)
+            official = name.replace(f".mlp.{ours}", f".mlp._moe_layer.{other}")
+        tensor = theirs.pop(official)
+        state[name] = tensor.transpose(1, 2) if official.endswith("batched_fc2_w") else tensor
+    left = {name for name in theirs if not name.endswith(("_num_global_experts", "fc2_bias"))}
+    assert not left
     model.load_state_dict(state, strict=True)
     return model
 
 
-@pytest.mark.parametrize("name", ["swinv2_w8", "swinv2_w4", "swinv2_w8_pretrained"])
+@pytest.mark.parametrize("name", DENSE + MOE)
 @torch.no_grad()
 def test_forward_equals_official(name):
     golden = Golden(name)
@@ -28,8 +75,7 @@ def test_forward_equals_official(name):
     golden.check("patch_embed", model.patch_embed(images).flatten(1, 2))
     x = model.embed(images)
     for index, layer in enumerate(model.layers):
-        for block in layer.blocks:
-            x, _ = block(x)
+        x, _ = layer.forward_blocks(x)
         if layer.downsample is not None:
             golden.check(f"stage{index}.blocks", x.flatten(1, 2))
             x = layer.downsample(x)
@@ -37,7 +83,40 @@ def test_forward_equals_official(name):
     x = model.norm(x)
     golden.check("norm", x.flatten(1, 2))
     golden.check("pooled", x.mean((1, 2)))
-    golden.check("logits", model(images))
+    output = model(images)
+    golden.check("logits", output.logits if name in MOE else output)
+
+
+@pytest.mark.parametrize("name", MOE)
+@pytest.mark.parametrize("balance", ["gshard", "importance_load"])
+@torch.no_grad()
+def test_routing_equals_official(name, balance):
+    """Experts, slots and what is dropped exactly; gates and both balance losses within rounding."""
+    golden = Golden(name)
+    model = load(golden, balance=balance).eval()
+    seen = {}
+    for layer_name in model.moe_layer_names():
+        layer = model.get_submodule(f"{layer_name}.mlp")
+        layer.register_forward_hook(
+            lambda _, args, result, n=layer_name: seen.update({n: (args[0], result)})
+        )
+    output = model(golden.io["input"])
+    suffix = "gshard" if balance == "gshard" else "load_importance"
+    golden.check(f"l_aux.{suffix}", output.aux_loss.view(1))
+    weight = model.moe.balance_weight
+    for layer_name, (tokens, result) in seen.items():
+        prefix = f"{layer_name}.moe"
+        golden.check(f"{prefix}.input", tokens.flatten(1, 2))
+        golden.check(f"{prefix}.output", result.output.flatten(1, 2))
+        golden.check(f"{prefix}.l_aux.{suffix}", result.aux_loss.view(1) / weight)
+        layer = model.get_submodule(f"{layer_name}.mlp")
+        logits = layer.router(tokens.flatten(0, 2))
+        golden.check(f"{prefix}.scores", logits.softmax(1))
+        plan, _ = route(logits, layer.moe, training=False)
+        capacity = plan.capacity or int(plan.counts.max())
+        assert capacity == golden.io[f"{prefix}.capacity"].item()
+        for field in ("expert", "gate", "slot", "kept"):
+            golden.check(f"{prefix}.{field}", getattr(plan, field))
 
 
 def test_training_trajectory_equals_official():
