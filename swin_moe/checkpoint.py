@@ -287,8 +287,10 @@ class Reader:
             self._places.setdefault(key, []).append(place)
 
     def names(self) -> list[str]:
-        """Keys of all tensors, moments included."""
-        return sorted(self._places)
+        """Names of the weights."""
+        return sorted(
+            key for key, places in self._places.items() if ".optimizer." not in places[0].file.name
+        )
 
     def tensor(self, name: str, kind: str = "weight", experts: range | None = None) -> Tensor:
         """One tensor; of a stacked expert tensor those with the global indices ``experts``.

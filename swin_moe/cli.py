@@ -9,6 +9,7 @@ import time
 import traceback
 import warnings
 from pathlib import Path
+from typing import Any
 
 from . import __version__
 
@@ -60,18 +61,55 @@ def build_parser() -> argparse.ArgumentParser:
     )
     evaluate.add_argument("path", metavar="RUN_OR_CHECKPOINT")
     evaluate.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. data.path=DIR")
-    for command in (train, evaluate):
+    models = commands.add_parser("models", help="list the models, their parameters and GMACs")
+    models.add_argument("pattern", nargs="?", default="*", help="e.g. 'swinv2_base*'")
+    convert = _add_convert(commands)
+    for command in (train, evaluate, models, convert):
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
+
+
+def _add_convert(commands: Any) -> argparse.ArgumentParser:
+    convert = commands.add_parser(
+        "convert",
+        help="translate weights between ours, official, timm, Hugging Face, torchvision, mmseg",
+        description="Read weights of any dialect (.pth, .safetensors, a folder of shards, a run or "
+        "checkpoint of ours, official Swin-MoE .pth.rank* files), fit them to a model and write "
+        "them in any dialect. Prints what became of each tensor; nothing in a file is executed.",
+    )
+    convert.add_argument("input", metavar="IN")
+    convert.add_argument("output", metavar="OUT", help=".safetensors, .pth or a folder")
+    convert.add_argument("overrides", nargs="*", metavar="key=value", help="model.img_size=384")
+    known = ["swin_moe", "official", "timm", "huggingface", "torchvision", "mmseg"]
+    convert.add_argument("--from", dest="source", choices=["auto", *known], default="auto")
+    convert.add_argument("--to", dest="target", choices=known, default="swin_moe")
+    convert.add_argument(
+        "--model", default="", help="fit to this model (see `swin-moe models`); default: the file's"
+    )
+    convert.add_argument(
+        "--upcycle",
+        nargs="+",
+        metavar="key=value",
+        help="make a mixture of experts of a dense model: experts=8 [top_k=1] [noise=0.01] "
+        "[gate=zero|random]; put other overrides before it",
+    )
+    convert.add_argument("--allow-missing", action="store_true", help="go on if tensors do not fit")
+    convert.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
+    convert.add_argument(
+        "--ranks", type=int, default=1, help="files of an official Swin-MoE .pth (default 1)"
+    )
+    return convert
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
     """Options and overrides in any order, which argparse alone does not allow here."""
     parser = build_parser()
     arguments, rest = parser.parse_known_args(argv)
-    if unknown := [text for text in rest if text.startswith("-") or "=" not in text]:
+    free = hasattr(arguments, "overrides")
+    if unknown := [t for t in rest if t.startswith("-") or "=" not in t or not free]:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
-    arguments.overrides += rest
+    if rest:
+        arguments.overrides += rest
     return arguments
 
 
@@ -129,6 +167,17 @@ def _run(arguments: argparse.Namespace) -> int:
     from .config import load_config
 
     console = Console(soft_wrap=False)
+    if arguments.command == "models":
+        from .catalog import models_table
+
+        table = models_table(arguments.pattern)
+        if not console.is_terminal:
+            console.width = 120  # a pipe has none of its own
+        console.print(table)
+        return DONE
+    if arguments.command == "convert":
+        _convert(arguments, console)
+        return DONE
     if arguments.command == "train":
         config = load_config(arguments.config, arguments.overrides)
         if config.parallel.expert_parallel_size == "auto":
@@ -148,6 +197,25 @@ def _run(arguments: argparse.Namespace) -> int:
 
         run.evaluate_checkpoint(path, world, console, arguments.overrides)
     return DONE
+
+
+def _convert(arguments: argparse.Namespace, console: Any) -> None:
+    from .config import parse_overrides
+    from .convert import Upcycle, convert
+
+    convert(
+        Path(arguments.input),
+        Path(arguments.output),
+        console,
+        source_dialect=arguments.source,
+        dialect=arguments.target,
+        model_name=arguments.model,
+        overrides=parse_overrides(arguments.overrides),
+        allow_missing=arguments.allow_missing,
+        upcycling=Upcycle.parse(arguments.upcycle) if arguments.upcycle else None,
+        ranks=arguments.ranks,
+        overwrite=arguments.overwrite,
+    )
 
 
 def _quiet() -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -62,6 +62,7 @@ class ModelConfig(Section):
     init_std: Annotated[float, Field(gt=0)] = 0.02  # of Linear layers; experts have moe.init_std
     extra_norm_every_n_blocks: NonNegative = 0  # on the main branch, as in Swin V2 H and G
     use_checkpoint: bool = False  # recompute each block in the backward pass
+    pretrained: str = ""  # weights to start from, of any dialect that `swin-moe convert` reads
 
     @property
     def image_sides(self) -> tuple[int, int]:
@@ -182,6 +183,7 @@ class OptimizerConfig(Section):
     betas: list[Annotated[float, Field(ge=0, lt=1)]] = [0.9, 0.999]
     eps: Annotated[float, Field(gt=0)] = 1e-8
     weight_decay: NonNegativeFloat = 0.05
+    layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0  # rate × this per layer below the head
     clip_norm: NonNegativeFloat = 5.0  # 0 = no clipping
 
     @model_validator(mode="after")
@@ -253,11 +255,21 @@ class OpsConfig(Section):
     require_fused: bool = False  # fail rather than run on the PyTorch reference
 
 
-class Config(Section):
-    """The whole configuration. Modules are handed their own section, never this."""
+class Architecture(Section):
+    """The sections that say what a model is."""
 
     model: ModelConfig = ModelConfig()
     moe: MoEConfig = MoEConfig()
+
+    @model_validator(mode="after")
+    def _check_blocks(self) -> Architecture:
+        check_moe_blocks(self.model, self.moe)
+        return self
+
+
+class Config(Architecture):
+    """The whole configuration. Modules are handed their own section, never this."""
+
     data: DataConfig = DataConfig()
     augment: AugmentConfig = AugmentConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -272,7 +284,6 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Config:
-        check_moe_blocks(self.model, self.moe)
         size = self.parallel.expert_parallel_size
         experts, group = self.moe.num_experts, 1 if size == "auto" else size
         if not self.moe.enabled and group > 1:
@@ -491,8 +502,27 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     return validate(raw, origins, str(path))
 
 
+def parse_overrides(overrides: list[str] | tuple[str, ...]) -> dict[str, Any]:
+    """``section.key=value`` words as nested plain values, not yet validated."""
+    raw: dict[str, Any] = {}
+    for override in overrides:
+        _apply_override(raw, {}, override)
+    return raw
+
+
 def validate(raw: dict[str, Any], origins: Origins | None = None, source: str = "config") -> Config:
     """Fill in the variant that ``model.name`` names and validate nested plain values."""
+    return _validate(Config, raw, origins, source)
+
+
+def validate_architecture(raw: dict[str, Any], source: str) -> Architecture:
+    """The same for the sections ``model`` and ``moe`` alone."""
+    return _validate(Architecture, raw, None, source)
+
+
+def _validate(
+    kind: type[AnyArchitecture], raw: dict[str, Any], origins: Origins | None, source: str
+) -> AnyArchitecture:
     origins = origins or {}
     model = raw.get("model")
     name = model.get("name") if isinstance(model, dict) else None
@@ -502,10 +532,12 @@ def validate(raw: dict[str, Any], origins: Origins | None = None, source: str = 
             raise ConfigError(f"{place}: model.name={unknown_model(name)}")
         raw = _merge(KNOWN[name], raw)
     try:
-        return Config.model_validate(raw)
+        return kind.model_validate(raw)
     except ValidationError as error:
         raise _explain(error, origins, source) from None
 
+
+AnyArchitecture = TypeVar("AnyArchitecture", bound=Architecture)
 
 KNOWN = {**FAMILIES, **VARIANTS}
 

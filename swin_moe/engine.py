@@ -125,7 +125,7 @@ class Engine:
         experts = expert_parameter_names(model) if world.expert.size > 1 else set()
         self.expert_names = experts
         self.parameters = dict(model.named_parameters())
-        groups = parameter_groups(model, optimizer.weight_decay)
+        groups = parameter_groups(model, optimizer.weight_decay, optimizer.layer_decay)
         if experts:
             self._mark_experts(groups)
         global_batch = micro_batch * accumulation_steps * world.size
@@ -236,7 +236,8 @@ class Engine:
 
     @property
     def lr(self) -> float:
-        return float(self.optimizer.param_groups[0]["lr"])
+        """The rate of the last layers, which layer decay leaves as it is."""
+        return max(float(group["lr"]) for group in self.optimizer.param_groups)
 
     @torch.no_grad()
     def _clip_gradients(self) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,11 +11,12 @@ from timm.scheduler import CosineLRScheduler
 from torch import nn
 
 from .config import OptimizerConfig, ScheduleConfig
-from .models import expert_parameter_names
+from .models import SimMIM, SwinTransformer, expert_parameter_names
 
-# Names, or parts of them, that are never decayed; so are 1-D tensors and biases.
+# Parts of names, under any prefix, that are never decayed; so are 1-D tensors and biases.
 NO_DECAY = (
     "absolute_pos_embed",
+    "mask_token",
     "cpb_mlp",
     "logit_scale",
     "relative_position_bias_table",
@@ -31,38 +34,62 @@ def decays(name: str, parameter: torch.Tensor) -> bool:
     return not any(part in name for part in NO_DECAY)
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Up to four groups: dense and expert parameters, decayed and not.
+def layer_id(name: str, depths: Sequence[int]) -> int:
+    """Layer of a parameter for layer decay, 0 to Σdepths + 1, also under ``encoder.``.
 
-    Expert groups carry ``moe: True``. A group's order of parameters is the model's.
+    Patch embedding, mask token and absolute position embedding are 0, block i of the whole model is
+    i + 1, a stage's patch merging belongs to its last block, and the rest comes last (as in BEiT,
+    https://arxiv.org/abs/2106.08254).
+    """
+    name = name.removeprefix("encoder.")
+    if name.startswith(("patch_embed.", "mask_token", "absolute_pos_embed")):
+        return 0
+    place = re.match(r"layers\.(\d+)\.(?:blocks\.(\d+)|downsample)\.", name)
+    if place is None:
+        return sum(depths) + 1
+    stage, block = int(place[1]), place[2]
+    return sum(depths[: stage + 1]) if block is None else sum(depths[:stage]) + int(block) + 1
+
+
+def parameter_groups(
+    model: SwinTransformer | SimMIM, weight_decay: float, layer_decay: float = 1.0
+) -> list[dict[str, Any]]:
+    """Up to four groups, dense and expert parameters, decayed and not; with layer decay per layer.
+
+    Expert groups carry ``moe: True``. With ``layer_decay`` < 1 each group carries ``lr_scale``,
+    by which timm's schedules multiply its rate: layer_decay^(layers above it). A group's order of
+    parameters is the model's.
     """
     experts = expert_parameter_names(model)
+    depths = model.config.depths
+    chosen: dict[tuple[bool, bool, int], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            above = sum(depths) + 1 - layer_id(name, depths) if layer_decay < 1 else 0
+            key = (name in experts, not decays(name, parameter), above)
+            chosen.setdefault(key, []).append(parameter)
     groups: list[dict[str, Any]] = []
-    for moe in (False, True):
-        for decay in (True, False):
-            chosen = [
-                parameter
-                for name, parameter in model.named_parameters()
-                if parameter.requires_grad
-                and (name in experts) == moe
-                and decays(name, parameter) == decay
-            ]
-            if chosen:
-                rate = weight_decay if decay else 0.0
-                groups.append({"params": chosen, "weight_decay": rate, "moe": moe})
+    for moe, undecayed, above in sorted(chosen):
+        rate = 0.0 if undecayed else weight_decay
+        params = chosen[moe, undecayed, above]
+        groups.append({"params": params, "weight_decay": rate, "moe": moe})
+        if layer_decay < 1:
+            groups[-1]["lr_scale"] = layer_decay**above
     return groups
 
 
 def build_optimizer(
     groups: list[dict[str, Any]], optimizer: OptimizerConfig, global_batch: int
 ) -> torch.optim.AdamW:
-    """AdamW at the peak rate base_lr × global batch / 512."""
-    return torch.optim.AdamW(
-        groups,
-        lr=optimizer.base_lr * global_batch / REFERENCE_BATCH,
-        betas=(optimizer.betas[0], optimizer.betas[1]),
-        eps=optimizer.eps,
+    """AdamW at the peak rate base_lr × global batch / 512, times ``lr_scale`` of the group."""
+    peak = optimizer.base_lr * global_batch / REFERENCE_BATCH
+    adamw = torch.optim.AdamW(
+        groups, lr=peak, betas=(optimizer.betas[0], optimizer.betas[1]), eps=optimizer.eps
     )
+    for group in adamw.param_groups:
+        group["initial_lr"] = peak  # where a schedule starts from, which then scales it itself
+        group["lr"] = peak * group.get("lr_scale", 1.0)
+    return adamw
 
 
 def build_schedule(

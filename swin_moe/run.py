@@ -22,6 +22,12 @@ from .evaluation import Evaluation, evaluate
 from .metrics import MetricLog, draw_summary
 from .models import SwinTransformer, build, expert_parameter_names
 from .models.cost import count
+from .models.pretrained import (
+    Pretrained,
+    adopt_pretrained_window,
+    load_pretrained,
+    read_pretrained,
+)
 from .optim import build_schedule
 from .trainer import Plan, Position, Trainer
 
@@ -74,7 +80,9 @@ def train(config: Config, world: World, console: Console, fresh: bool = False) -
     loaders = [_build_loader(config, world, training) for training in (True, False)]
     plan = _plan(config, loaders[0])
     distributed.seed_everything(config.train.seed)
+    source = _starting_weights(run, config, fresh)
     model = build(config.model, config.moe, world.expert)
+    started_from = load_pretrained(model, source) if source else ""
     reader = _prepare_folder(run, config, fresh)
     if reader is not None:
         names = expert_parameter_names(model)
@@ -94,6 +102,8 @@ def train(config: Config, world: World, console: Console, fresh: bool = False) -
     cost = count(config.model, config.moe)
     if world.is_main:
         console.print(report.header(config, run.folder, world, engine.dtype, cost, loaders))
+    if source is not None:
+        run.say(f"started from {config.model.pretrained}: {started_from}")
     if reader is not None:
         where = f"epoch {min(position.epoch + 1, plan.epochs)}, step {position.step}"
         run.say(f"resumed from {reader.path.name} ({where})")
@@ -112,6 +122,25 @@ def train(config: Config, world: World, console: Console, fresh: bool = False) -
     for loader in loaders:
         loader.close()
     return run.folder
+
+
+def _starting_weights(run: Run, config: Config, fresh: bool) -> Pretrained | None:
+    """Weights of ``model.pretrained``; none where a checkpoint of the run goes on instead.
+
+    Sets ``model.pretrained_window_sizes`` to the file's windows where the config leaves them open,
+    and keeps that choice when the run is resumed.
+    """
+    if not config.model.pretrained:
+        return None
+    for path in [] if fresh else checkpoint.list_checkpoints(run.checkpoints):
+        if (path / "config.yaml").is_file():
+            saved = _load_saved_config(path).model.pretrained_window_sizes
+            stated = config.model.pretrained_window_sizes
+            config.model.pretrained_window_sizes = stated or saved
+            return None
+    source = read_pretrained(Path(config.model.pretrained))
+    config.model = adopt_pretrained_window(config.model, source)
+    return source
 
 
 def _check(config: Config, world: World) -> None:

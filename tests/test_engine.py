@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from swin_moe.config import PrecisionConfig
+from tests.parallel import run_worker
 
 
 @pytest.fixture(scope="module")
@@ -35,3 +36,9 @@ def test_another_deepspeed_is_refused_in_one_line(engine, monkeypatch):
     monkeypatch.delattr(engine.deepspeed_groups, "_EXPERT_PARALLEL_GROUP")
     with pytest.raises(ValueError, match=r"DeepSpeed 0\.\S+ is not supported .*lock\.txt"):
         engine.check_deepspeed()
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_layer_decay_at_every_stage_equals_plain_adamw(tmp_path, processes):
+    run_worker("layer_decay", tmp_path, processes)
+    assert (tmp_path / "passed").exists()

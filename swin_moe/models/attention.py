@@ -116,7 +116,7 @@ class WindowAttention(nn.Module):
         """x [B, H, W, C] to [B, H, W, C]; window and shift are the block's for this resolution."""
         B, H, W, C = x.shape
         if self.cosine:
-            scale = self.logit_scale
+            scale: Tensor = self.logit_scale
         else:
             scale = x.new_full((self.num_heads, 1, 1), self.scale, dtype=torch.float32)
         out = window_attention(

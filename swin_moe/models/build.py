@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 from fnmatch import fnmatch
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
-from ..config import KNOWN, ConfigError, ModelConfig, MoEConfig, unknown_model, validate
+from ..config import (
+    KNOWN,
+    ConfigError,
+    ModelConfig,
+    MoEConfig,
+    unknown_model,
+    validate_architecture,
+)
 from ..distributed import Group
 from ..variants import VARIANTS
+from .pretrained import adopt_pretrained_window, load_pretrained, read_pretrained
 from .swin import MoEOutput, SwinTransformer
 
 
@@ -21,7 +30,11 @@ def build(model: ModelConfig, moe: MoEConfig, expert_group: Group | None = None)
 def build_model(name: str, **overrides: Any) -> SwinTransformer:
     """A model by name, e.g. ``build_model("swinv2_tiny_window8_256", num_classes=10)``.
 
-    Overrides are keys of the config section ``model``, or of ``moe`` as ``moe={"top_k": 2}``.
+    Overrides are keys of the config section ``model``, or of ``moe`` as ``moe={"top_k": 2}``. With
+    ``pretrained=PATH`` the weights are those of a file, of any dialect that ``swin-moe convert``
+    reads, fitted to this image size, window and number of classes. Otherwise they are drawn from
+    torch's global generator. Under ``torch.device("meta")`` a model of any size takes no memory;
+    ``model.to_empty(device=...)`` and ``model.init_weights()`` then make it real.
 
     Raises:
         ConfigError: unknown name or key, or a value of the wrong kind.
@@ -29,8 +42,13 @@ def build_model(name: str, **overrides: Any) -> SwinTransformer:
     if name not in KNOWN:
         raise ConfigError(unknown_model(name))
     moe = overrides.pop("moe", {})
-    config = validate({"model": {"name": name, **overrides}, "moe": moe}, source=name)
-    return build(config.model, config.moe)
+    config = validate_architecture({"model": {"name": name, **overrides}, "moe": moe}, source=name)
+    if not config.model.pretrained:
+        return build(config.model, config.moe)
+    source = read_pretrained(Path(config.model.pretrained))
+    built = build(adopt_pretrained_window(config.model, source), config.moe)
+    load_pretrained(built, source)
+    return built
 
 
 def list_models(pattern: str = "*") -> list[str]:

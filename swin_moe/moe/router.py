@@ -91,8 +91,9 @@ def route(
         training: adds the gate noise and uses ``moe.capacity_factor`` instead of the evaluation's.
         noise: [T, E] standard normal draws to use instead of fresh ones.
 
-    Gates are the chosen probabilities; with ``moe.normalize_gate`` and k > 1 they are divided by
-    their sum, before anything is dropped.
+    Gates are the chosen probabilities; with ``moe.normalize_gate`` they are divided by their sum,
+    before anything is dropped. For k = 1 that makes 1, whose gradient would be zero: it is taken as
+    that of the probability's logarithm, so that the router still learns from the task.
     """
     T, E = logits.shape
     noisy = logits
@@ -103,8 +104,9 @@ def route(
     # A stable sort, not topk, whose choice among equal scores is not defined.
     expert = scores.detach().sort(dim=1, descending=True, stable=True).indices[:, : moe.top_k]
     gate = scores.gather(1, expert)
-    if moe.normalize_gate and moe.top_k > 1:
-        gate = gate / gate.sum(1, keepdim=True).clamp(min=torch.finfo(gate.dtype).eps)
+    if moe.normalize_gate:
+        total = gate.sum(1, keepdim=True).clamp(min=torch.finfo(gate.dtype).eps)
+        gate = gate / (total if moe.top_k > 1 else total.detach())
     priority = scores.detach().amax(1) if moe.batch_prioritized else None
     slot, counts = queue_slots(expert, E, priority)
     factor = moe.capacity_factor if training else moe.eval_capacity_factor

@@ -73,6 +73,11 @@ class TutelLayer(MoELayer):
         self, dim: int, hidden_dim: int, moe: MoEConfig, group: Group | None = None
     ) -> None:
         super().__init__(dim, hidden_dim, moe, group)
+        if moe.normalize_gate and moe.top_k == 1:
+            raise ValueError(
+                "moe.backend=tutel does not normalise the gate of top-1: use moe.backend=fused, or "
+                "set moe.normalize_gate=false"
+            )
         try:
             from tutel import moe as tutel_moe
         except ImportError:
@@ -127,6 +132,7 @@ class TutelLayer(MoELayer):
     def _compare(self, factor: float, top_k: int, device: torch.device) -> None:
         torch.manual_seed(1 + self.group.rank)
         changes = {"top_k": top_k, "capacity_factor": factor, "gate_noise": 0.0}
+        changes["normalize_gate"] = self.moe.normalize_gate and top_k > 1
         moe = self.moe.model_copy(update={**changes, "balance": "gshard", "drop_rate": 0.0})
         theirs = TutelLayer(8, 16, moe, self.group).to(device)
         ours = MoELayer(8, 16, moe.model_copy(update={"backend": "reference"}), self.group)

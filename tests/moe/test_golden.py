@@ -37,7 +37,7 @@ def build(case: str, balance: str, backend: str) -> MoELayer:
         router="cosine" if gate["type"] == "cosine_top" else "linear",
         eval_capacity_factor=float(gate["capacity_factor"]),
         batch_prioritized=spec["batch_prioritized_routing"],
-        normalize_gate=spec["normalize_gate"],
+        normalize_gate=spec["normalize_gate"] and spec["gate_type"]["k"] > 1,  # as Tutel takes it
         gate_noise=gate["gate_noise"],
         balance=BALANCE[balance],
         balance_weight=1.0,

@@ -148,3 +148,14 @@ def test_initial_experts_do_not_depend_on_the_expert_group():
     part.experts.reset_parameters(0.3)
     assert torch.equal(part.experts.fc1.weight, whole.experts.fc1.weight[2:])
     assert torch.equal(part.experts.fc2.weight, whole.experts.fc2.weight[2:])
+
+
+def test_a_normalised_top1_gate_is_one_and_still_teaches_the_router():
+    logits = torch.randn(12, 4, requires_grad=True)
+    moe = MoEConfig(num_experts=4, normalize_gate=True, balance="gshard", gate_noise=0.0)
+    plan, _ = route(logits, moe, training=True)
+    assert torch.equal(plan.gate.detach(), torch.ones(12, 1))
+    (gradient,) = torch.autograd.grad(plan.gate.sum(), logits)
+    log_probability = logits.log_softmax(1).gather(1, plan.expert)
+    (expected,) = torch.autograd.grad(log_probability.sum(), logits)
+    torch.testing.assert_close(gradient, expected)

@@ -1,0 +1,271 @@
+"""The command ``swin-moe convert``: weights from any dialect into any other."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from .config import Architecture, ModelConfig, MoEConfig, validate_architecture
+from .models import SwinTransformer
+from .models.dialects import Translation, from_swin_moe, huggingface_config
+from .models.pretrained import adopt_pretrained_window, explain_difference, read_pretrained
+from .models.transfer import Fit, default_moe_blocks, fit, upcycle
+from .models.weights import PICKLED, State, WeightsError, write
+
+# What each dialect's own programs look for in a .pth.
+_WRAPPER = {"official": "model", "timm": "state_dict", "mmseg": "state_dict", "torchvision": ""}
+Overrides = dict[str, dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Upcycle:
+    """``--upcycle experts=8 [top_k=1] [noise=0.0] [gate=zero|random]``."""
+
+    experts: int
+    top_k: int = 1
+    noise: float = 0.0
+    gate: str = "zero"
+
+    @classmethod
+    def parse(cls, words: list[str]) -> Upcycle:
+        """Read ``key=value`` words.
+
+        Raises:
+            ValueError: a word that is none of the four.
+        """
+        kinds = {"experts": int, "top_k": int, "noise": float, "gate": str}
+        values: dict[str, Any] = {}
+        for word in words:
+            key, _, text = word.partition("=")
+            try:
+                values[key] = kinds[key](text)
+            except (KeyError, ValueError):
+                raise ValueError(
+                    f"--upcycle {word}: expected experts=8, top_k=1, noise=0.01, gate=zero or "
+                    "gate=random (other overrides go before --upcycle)"
+                ) from None
+        if "experts" not in values or values.get("gate", "zero") not in ("zero", "random"):
+            raise ValueError("--upcycle needs experts=NUMBER, and gate is zero or random")
+        return cls(**values)
+
+
+def convert(
+    source_path: Path,
+    output: Path,
+    console: Console,
+    *,
+    source_dialect: str = "auto",
+    dialect: str = "swin_moe",
+    model_name: str = "",
+    overrides: Overrides | None = None,
+    allow_missing: bool = False,
+    upcycling: Upcycle | None = None,
+    ranks: int = 1,
+    overwrite: bool = False,
+) -> Architecture:
+    """Read, translate, fit to a model, write, and print what became of each tensor.
+
+    Args:
+        model_name: the model to fit to; empty = the one that the file holds.
+        overrides: keys of ``model`` and ``moe``, e.g. another window or number of classes.
+        allow_missing: write although tensors are left over or missing.
+        ranks: files over which an official Swin-MoE ``.pth`` spreads its experts.
+
+    Returns:
+        the model that was written.
+
+    Raises:
+        ValueError: one line for the user.
+    """
+    if output.exists() and not overwrite:
+        raise ValueError(f"{output} exists: choose another name, or add --overwrite")
+    overrides = overrides or {}
+    source = read_pretrained(source_path, source_dialect)
+    config = _target(source.config, model_name, overrides)
+    state = source.state
+    if upcycling:
+        config = _with_experts(config, upcycling, overrides.get("moe", {}))
+        state = upcycle(
+            state,
+            config.model,
+            config.moe,
+            noise=upcycling.noise,
+            random_gate=upcycling.gate == "random",
+        )
+    model = adopt_pretrained_window(config.model, source) if source.window_known else config.model
+    config = config.model_copy(update={"model": model})
+    target = _shapes(model, config.moe)
+    result = fit(state, target, source.config.model.token_grid, model.token_grid)
+    console.print(_table(source.translation, result, target))
+    missing = [name for name in result.missing if not name.startswith("head.")]
+    extra = [*source.translation.unknown, *result.left_over]
+    if (missing or extra) and not allow_missing:
+        raise WeightsError(
+            f"{source_path}: {explain_difference(missing, extra)} (--allow-missing goes on)"
+        )
+    complete = result.state | _fresh(model, config.moe, result.missing)
+    known = source.window_known or "window_size" in overrides.get("model", {}) or bool(model_name)
+    _write(output, complete, config, dialect, ranks, known)
+    console.print(_closing(output, config, dialect, known), highlight=False, soft_wrap=True)
+    return config
+
+
+def _target(found: Architecture, model_name: str, overrides: Overrides) -> Architecture:
+    """The config to write: a named model, or the file's own, with overrides."""
+    if model_name:
+        classes = {"num_classes": found.model.num_classes} if not found.model.num_classes else {}
+        model: dict[str, Any] = {"name": model_name, **classes}
+        moe: dict[str, Any] = {}
+    else:
+        model, moe = found.model.model_dump(), found.moe.model_dump()
+    model |= overrides.get("model", {})
+    moe |= overrides.get("moe", {})
+    return validate_architecture({"model": model, "moe": moe}, source="convert")
+
+
+def _with_experts(config: Architecture, upcycling: Upcycle, stated: dict[str, Any]) -> Architecture:
+    moe = config.moe.model_dump() | {
+        "blocks": config.moe.blocks or default_moe_blocks(config.model.depths),
+        "num_experts": upcycling.experts,
+        "top_k": upcycling.top_k,
+        "normalize_gate": True,  # the function stays what it was
+        "fc2_bias": config.model.mlp_fc2_bias,
+    }
+    model = config.model.model_dump()
+    return validate_architecture({"model": model, "moe": moe | stated}, source="--upcycle")
+
+
+def _shapes(model: ModelConfig, moe: MoEConfig) -> State:
+    with torch.device("meta"), torch.random.fork_rng(devices=[]):
+        built = SwinTransformer(model, moe.model_copy(update={"backend": "reference"}))
+    return {name: parameter.data for name, parameter in built.named_parameters()}
+
+
+def _fresh(model: ModelConfig, moe: MoEConfig, names: list[str]) -> State:
+    """Initial values of tensors that the file does not have."""
+    if not names:
+        return {}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        built = SwinTransformer(model, moe.model_copy(update={"backend": "reference"}))
+    parameters = dict(built.named_parameters())
+    return {name: parameters[name].detach() for name in names}
+
+
+# --------------------------------------------------------------------------------------------
+# Writing
+
+
+def _write(
+    output: Path, state: State, config: Architecture, dialect: str, ranks: int, window_known: bool
+) -> None:
+    if dialect == "swin_moe":
+        if output.suffix in PICKLED:
+            raise WeightsError(f"{output}: --to swin_moe writes .safetensors")
+        write(output, state, config if window_known else None)
+        return
+    if dialect in ("huggingface", "torchvision") and not window_known:
+        raise WeightsError(
+            "the file does not tell its window, which this dialect writes: add --model NAME or "
+            "model.window_size=N"
+        )
+    theirs = from_swin_moe(state, dialect, config.model)
+    if dialect == "huggingface" and not output.suffix:
+        write(output / "model.safetensors", theirs)
+        text = json.dumps(huggingface_config(config.model), indent=2)
+        (output / "config.json").write_text(text + "\n", encoding="utf-8")
+    elif dialect == "official" and config.moe.enabled and output.suffix in PICKLED:
+        _write_ranks(output, theirs, ranks)
+    else:
+        write(output, theirs, wrapper=_WRAPPER.get(dialect, ""))
+
+
+def _write_ranks(output: Path, state: State, ranks: int) -> None:
+    """Official Swin-MoE files: ``.master``, and each rank's experts in ``.rank<r>``."""
+    experts = {name: tensor for name, tensor in state.items() if ".experts." in name}
+    num_experts = len(next(iter(experts.values())))
+    if ranks < 1 or num_experts % ranks:
+        raise WeightsError(f"--ranks {ranks} does not divide the {num_experts} experts")
+    dense = {name: tensor for name, tensor in state.items() if name not in experts}
+    counts = {n: t for n, t in dense.items() if n.endswith("_num_global_experts")}
+    write(output.with_name(f"{output.name}.master"), dense, wrapper="model")
+    for rank in range(ranks):
+        held = {name: tensor.chunk(ranks)[rank] for name, tensor in experts.items()}
+        path = output.with_name(f"{output.name}.rank{rank}")
+        write(path, held | counts, wrapper="model")
+
+
+# --------------------------------------------------------------------------------------------
+# Telling
+
+
+def _table(translation: Translation, result: Fit, target: State) -> Table:
+    """What became of each tensor; what was only copied is counted, the rest is listed."""
+    table = Table(title="tensors", title_justify="left")
+    for column in ("what", "number", "which"):
+        table.add_column(column, overflow="fold")
+    sources = translation.sources
+    copied = [name for name in result.state if name not in result.resized]
+    matched = [name for name in copied if sources.get(name) == (name,)]
+    renamed = [name for name in copied if sources.get(name, (name,)) != (name,)]
+    made = [name for name in copied if name not in sources]
+    example = f"{' + '.join(sources[renamed[0]])} → {renamed[0]}" if renamed else ""
+    table.add_row("matched", str(len(matched)), "")
+    table.add_row("renamed", str(len(renamed)), example and f"e.g. {example}")
+    if made:
+        table.add_row("upcycled", str(len(made)), f"e.g. {made[0]}")
+    resized = [
+        f"{name} {_shape(old)} → {_shape(target[name].shape)}"
+        for name, old in result.resized.items()
+    ]
+    lost = [name for name in result.missing if not name.startswith("head.")]
+    again = [*([f"head: {result.head}"] if "re-init" in result.head else []), *lost]
+    rows = [f"head: {result.head}"] if result.head and not again else []
+    table.add_row("resized", str(len(resized) + len(rows)), _list([*rows, *resized]))
+    table.add_row("dropped", str(len(translation.dropped)), _list(_kinds(translation.dropped)))
+    left = [*translation.unknown, *result.left_over]
+    table.add_row("re-initialised", str(len(again)), _list(again))
+    table.add_row("left over", str(len(left)), _list(left))
+    return table
+
+
+def _shape(shape: Any) -> str:
+    return "×".join(map(str, shape))
+
+
+def _kinds(names: dict[str, Tensor]) -> list[str]:
+    """Last parts of names, each once: buffers come once per block."""
+    return sorted({name.rpartition(".")[2] for name in names})
+
+
+def _list(names: list[str], limit: int = 8) -> str:
+    more = f"\nand {len(names) - limit} more" if len(names) > limit else ""
+    return "\n".join(names[:limit]) + more
+
+
+def _closing(output: Path, config: Architecture, dialect: str, window_known: bool) -> str:
+    lines = [f"wrote {output} ({dialect})"]
+    if any(config.model.pretrained_window_sizes):
+        sizes = config.model.pretrained_window_sizes
+        lines.append(f"position coordinates are computed for windows trained at {sizes}")
+    if dialect == "swin_moe":
+        lines.append(f"train from it: swin-moe train CONFIG model.pretrained={output}")
+        if not window_known:
+            lines.append(
+                "the file does not tell its window: --model NAME or model.window_size=N records it"
+            )
+        if config.moe.enabled:
+            moe = config.moe
+            lines.append(
+                f"its config: moe.blocks={moe.blocks} moe.num_experts={moe.num_experts} "
+                f"moe.top_k={moe.top_k} moe.normalize_gate={str(moe.normalize_gate).lower()} "
+                f"moe.fc2_bias={str(moe.fc2_bias).lower()}"
+            )
+    return "\n".join(lines)

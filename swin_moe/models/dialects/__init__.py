@@ -1,0 +1,83 @@
+"""State dicts of other implementations in our names and back, one file per dialect.
+
+Nothing here reads files or builds models; what may stand in a file is in ``ours``, ``official``,
+``timm``, ``huggingface``, ``torchvision`` and ``mmseg``, each a table of names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from ...config import ModelConfig
+from .base import Dialect, Translation, read, write
+from .huggingface import HUGGINGFACE, huggingface_config
+from .mmseg import MMSEG
+from .official import OFFICIAL
+from .ours import OURS
+from .rules import DialectError, State
+from .timm import TIMM
+from .torchvision import TORCHVISION
+
+_ALL = {d.name: d for d in (OURS, OFFICIAL, TIMM, HUGGINGFACE, TORCHVISION, MMSEG)}
+DIALECTS: tuple[str, ...] = tuple(_ALL)
+
+__all__ = [
+    "DIALECTS",
+    "DialectError",
+    "State",
+    "Translation",
+    "detect",
+    "from_swin_moe",
+    "huggingface_config",
+    "to_swin_moe",
+]
+
+
+def detect(names: Iterable[str]) -> str:
+    """The dialect of a state dict's names; dense official files and ours alike are ``official``.
+
+    Raises:
+        DialectError: none fits.
+    """
+    names = list(names)
+    # Ours last: without experts its names are the official ones.
+    for dialect in (HUGGINGFACE, MMSEG, TORCHVISION, TIMM, OFFICIAL, OURS):
+        if dialect.recognises(names):
+            return dialect.name
+    known = ", ".join(f"{d.name} ({d.example})" for d in _ALL.values())
+    found = f"the first of {len(names)} names is {names[0]!r}" if names else "it is empty"
+    raise DialectError(f"no Swin state dict: {found}; names looked for: {known}")
+
+
+def to_swin_moe(state: State, dialect: str) -> Translation:
+    """A state dict in our names; tensors are shared with ``state`` where only names change.
+
+    Raises:
+        DialectError: unknown dialect, names of another dialect or of none, or a tensor whose shape
+            does not fit its name.
+    """
+    spec = _dialect(dialect)
+    if not spec.recognises(state):
+        other = detect(state)
+        raise DialectError(
+            f"not {dialect} names: these look like {other} names; use --from {other} or auto"
+        )
+    return read(spec, state)
+
+
+def from_swin_moe(state: State, dialect: str, model: ModelConfig) -> State:
+    """Our state dict in another implementation's names, with the buffers that it needs.
+
+    Tensors are shared with ``state`` where only names change.
+
+    Raises:
+        DialectError: unknown dialect, a name that is not ours, or a model that the other
+            implementation does not have or would compute otherwise.
+    """
+    return write(_dialect(dialect), state, model)
+
+
+def _dialect(name: str) -> Dialect:
+    if name not in _ALL:
+        raise DialectError(f"unknown dialect {name!r}: one of {', '.join(DIALECTS)}")
+    return _ALL[name]

@@ -1,0 +1,135 @@
+"""transformers' names, as they stand in its files: SwinForImageClassification and Swinv2's.
+
+transformers 5 renames V1's modules on loading and names them back on saving; state dicts of its
+modules are read too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...config import ModelConfig
+from .base import BUFFERS, Dialect, Kind, check
+from .ours import BLOCK, MERGING, has, same
+from .rules import Rule, renames
+from .windows import never_shrinks, shrinks_by_height
+
+THEIR_BLOCK = "encoder.layers.{s}.blocks.{b}."
+STEM = {
+    "patch_embed.proj.{p}": "embeddings.patch_embeddings.projection.{p}",
+    "patch_embed.norm.{p}": "embeddings.norm.{p}",
+    "absolute_pos_embed": "embeddings.position_embeddings",
+    "norm.{p}": "layernorm.{p}",
+    "head.{p}": "classifier.{p}",
+}
+PARTS = {
+    "norm1.{p}": "layernorm_before.{p}",
+    "norm2.{p}": "layernorm_after.{p}",
+    "attn.proj.{p}": "attention.output.dense.{p}",
+    "attn.relative_position_bias_table": "attention.self.relative_position_bias_table",
+    "attn.logit_scale": "attention.self.logit_scale",
+    "attn.cpb_mlp.0.{p}": "attention.self.continuous_position_bias_mlp.0.{p}",
+    "attn.cpb_mlp.2.weight": "attention.self.continuous_position_bias_mlp.2.weight",
+    "mlp.fc1.{p}": "intermediate.dense.{p}",
+    "mlp.fc2.{p}": "output.dense.{p}",
+}
+TABLE = "relative_position_bias_table"
+MODULE_PARTS = {
+    "attn.proj.{p}": "attention.o_proj.{p}",
+    f"attn.{TABLE}": f"attention.relative_position_bias.{TABLE}",
+    "mlp.fc1.{p}": "mlp.fc1.{p}",
+    "mlp.fc2.{p}": "mlp.fc2.{p}",
+}
+
+
+def _cat(tensors: list[Tensor]) -> list[Tensor]:
+    return [torch.cat(tensors)]
+
+
+def _split(tensors: list[Tensor]) -> list[Tensor]:
+    return [part.clone() for part in tensors[0].chunk(3)]  # files cannot hold views
+
+
+def _qkv(kind: str, *theirs: str) -> Rule:
+    their_names = tuple(f"{THEIR_BLOCK}attention.{name}.{kind}" for name in theirs)
+    return Rule((f"{BLOCK}attn.qkv.{kind}",), their_names, read=_cat, write=_split)
+
+
+def _rules(kind: Kind) -> list[Rule]:
+    file, module = ("self.query", "self.key", "self.value"), ("q_proj", "k_proj", "v_proj")
+    if kind.v2:  # k has no bias
+        biases = {"attn.q_bias": "attention.self.query.bias",
+                  "attn.v_bias": "attention.self.value.bias"}  # fmt: skip
+        attention = [_qkv("weight", *file), *renames(biases, BLOCK, THEIR_BLOCK)]
+    else:
+        attention = [_qkv(kind, *names) for names in (file, module) for kind in ("weight", "bias")]
+    return [
+        *renames(STEM),
+        *attention,
+        *renames(PARTS, BLOCK, THEIR_BLOCK),
+        *renames(MODULE_PARTS, BLOCK, THEIR_BLOCK),
+        *renames(same(MERGING), "layers.{s}.downsample.", "encoder.layers.{s}.downsample."),
+    ]
+
+
+def _looks_like(names: Collection[str]) -> bool:
+    return has(names, r"encoder\.layers\.\d+\.blocks\.\d+\.layernorm_before\.")
+
+
+ONLY = {
+    "patch_norm": True,
+    "qk_scale": None,
+    "mlp_fc2_bias": True,
+    "extra_norm_every_n_blocks": 0,
+}
+HUGGINGFACE = Dialect(
+    "huggingface",
+    example="swin.encoder.layers.0.blocks.0.layernorm_before.weight",
+    looks_like=_looks_like,
+    rules=_rules,
+    # V2 makes room for a class token in its position embedding, which then cannot be added.
+    only={"swin": ONLY, "swinv2": {**ONLY, "ape": False}},
+    windows={"swin": never_shrinks, "swinv2": shrinks_by_height},
+    prefix=r"(module\.)?(swin\.|swinv2\.)?",
+    body={"swin": "swin.", "swinv2": "swinv2."},
+    outside="classifier.",
+    dropped=rf"{BUFFERS}|decoder\..*|embeddings\.mask_token|hidden_states_norms\..*",
+)
+
+
+def huggingface_config(model: ModelConfig) -> dict[str, Any]:
+    """The ``config.json`` that belongs beside a state dict written for ``huggingface``.
+
+    Raises:
+        DialectError: transformers cannot compute what the model does.
+    """
+    check(HUGGINGFACE, model)
+    config: dict[str, Any] = {
+        "architectures": [f"{model.family.capitalize()}ForImageClassification"],
+        "model_type": model.family,
+        "image_size": model.img_size,
+        "patch_size": model.patch_size,
+        "num_channels": model.in_chans,
+        "num_labels": model.num_classes,
+        "embed_dim": model.embed_dim,
+        "depths": model.depths,
+        "num_heads": model.num_heads,
+        "window_size": model.window_size,
+        "mlp_ratio": model.mlp_ratio,
+        "qkv_bias": model.qkv_bias,
+        "hidden_dropout_prob": model.drop_rate,
+        "attention_probs_dropout_prob": model.attn_drop_rate,
+        "drop_path_rate": model.drop_path_rate,
+        "use_absolute_embeddings": model.ape,
+        "initializer_range": model.init_std,
+        "layer_norm_eps": 1e-5,
+        "hidden_act": "gelu",
+        "encoder_stride": model.patch_size << (len(model.depths) - 1),
+    }
+    if model.family == "swinv2":
+        config["pretrained_window_sizes"] = model.pretrained_window_sizes or [0] * len(model.depths)
+    return config

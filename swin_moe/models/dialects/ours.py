@@ -1,0 +1,71 @@
+"""Our names: the official ones without buffers, and experts of our own."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection
+
+from .base import BUFFERS, Dialect, Kind
+from .rules import Rule, renames
+
+BLOCK = "layers.{s}.blocks.{b}."
+STEM = ("patch_embed.proj.{p}", "patch_embed.norm.{p}", "absolute_pos_embed", "norm.{p}")
+HEAD = "head.{p}"
+MERGING = ("reduction.weight", "norm.{p}")
+ATTENTION = (
+    "qkv.{p}", "proj.{p}", "q_bias", "v_bias", "logit_scale", "cpb_mlp.0.{p}", "cpb_mlp.2.weight",
+    "relative_position_bias_table",
+)  # fmt: skip
+EXPERTS = (
+    "router.weight", "router.temperature", "router.cosine_projector.{p}", "router.sim_matrix",
+    "experts.fc1.{p}", "experts.fc2.{p}",
+)  # fmt: skip
+
+
+def same(names: Collection[str]) -> dict[str, str]:
+    """Names that are the same on both sides."""
+    return {name: name for name in names}
+
+
+def _kept(names: Collection[str], prefix: str = "") -> list[Rule]:
+    return renames(same(names), prefix, prefix)
+
+
+BODY = [
+    *_kept(STEM),
+    *_kept(("norm{n}.{p}", "spatial_mlp.{p}", "mlp.fc1.{p}", "mlp.fc2.{p}"), BLOCK),
+    *_kept(ATTENTION, BLOCK + "attn."),
+]
+DENSE = [*BODY, *_kept(MERGING, "layers.{s}.downsample."), *_kept([HEAD])]
+
+
+def has(names: Collection[str], pattern: str) -> bool:
+    return any(re.match(pattern, name) for name in names)
+
+
+def has_layers(names: Collection[str], *, merging_first: bool) -> bool:
+    """Whether blocks are named as official ones, patch merging being the end of a stage (ours,
+    official) or the start of the next one (timm, which also has ``head.fc``)."""
+    if has(names, r"layers\.\d+\.downsample\."):
+        first = not has(names, r"layers\.0\.downsample\.")
+    else:
+        first = has(names, r"head\.fc\.")
+    return has(names, r"layers\.\d+\.blocks\.\d+\.norm1\.") and first == merging_first
+
+
+def _looks_like(names: Collection[str]) -> bool:
+    tutel = any("._moe_layer." in name for name in names)
+    return has_layers(names, merging_first=False) and not tutel
+
+
+def _rules(kind: Kind) -> list[Rule]:
+    return [*DENSE, *_kept(EXPERTS, BLOCK + "mlp.")]
+
+
+OURS = Dialect(
+    "swin_moe",
+    example="layers.0.blocks.0.norm1.weight",
+    looks_like=_looks_like,
+    rules=_rules,
+    dropped=BUFFERS,
+)

@@ -1,0 +1,75 @@
+"""torchvision's names: one list of modules, stages at odd places, patch merging at even ones."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import torch
+from torch import Tensor
+
+from ...config import ModelConfig
+from .base import Dialect, Kind
+from .ours import ATTENTION, BLOCK, MERGING, has, same
+from .rules import Rule, State, renames
+from .windows import never_shrinks_by_axis, position_buffers
+
+THEIR_BLOCK = "features.{2s+1}.{b}."
+STEM = {
+    "patch_embed.proj.{p}": "features.0.0.{p}",
+    "patch_embed.norm.{p}": "features.0.2.{p}",
+    "norm.{p}": "norm.{p}",
+    "head.{p}": "head.{p}",
+}
+PARTS = {"norm{n}.{p}": "norm{n}.{p}", "mlp.fc1.{p}": "mlp.0.{p}", "mlp.fc2.{p}": "mlp.3.{p}"}
+
+
+def _read_bias(tensors: list[Tensor]) -> list[Tensor]:
+    """V2 has a full bias there whose k third is zeroed at each call, whatever the file says."""
+    q, _, v = tensors[0].chunk(3)
+    return [q.clone(), v.clone()]
+
+
+def _write_bias(tensors: list[Tensor]) -> list[Tensor]:
+    q, v = tensors
+    return [torch.cat((q, torch.zeros_like(q), v))]
+
+
+def _rules(kind: Kind) -> list[Rule]:
+    rules = [
+        *renames(STEM),
+        *renames(PARTS, BLOCK, THEIR_BLOCK),
+        *renames(same(MERGING), "layers.{s}.downsample.", "features.{2s+2}."),
+    ]
+    ours, theirs = BLOCK + "attn.", THEIR_BLOCK + "attn."
+    if kind.v2:
+        biases = (ours + "q_bias", ours + "v_bias")
+        rules.append(Rule(biases, (theirs + "qkv.bias",), read=_read_bias, write=_write_bias))
+    return [*rules, *renames(same(ATTENTION), ours, theirs)]
+
+
+def _looks_like(names: Collection[str]) -> bool:
+    return has(names, r"features\.\d+\.\d+\.attn\.qkv\.")
+
+
+def _extras(model: ModelConfig, state: State) -> State:
+    return position_buffers(model, THEIR_BLOCK + "attn", flat_index=True)
+
+
+ONLY = {
+    "in_chans": 3,
+    "ape": False,
+    "patch_norm": True,
+    "qkv_bias": True,
+    "qk_scale": None,
+    "mlp_fc2_bias": True,
+    "extra_norm_every_n_blocks": 0,
+}
+TORCHVISION = Dialect(
+    "torchvision",
+    example="features.1.0.attn.qkv.weight",
+    looks_like=_looks_like,
+    rules=_rules,
+    only={"swin": ONLY, "swinv2": ONLY},
+    windows={"swin": never_shrinks_by_axis, "swinv2": never_shrinks_by_axis},
+    extras=_extras,
+)

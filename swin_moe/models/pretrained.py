@@ -1,0 +1,151 @@
+"""Start from weights that someone else trained: read, translate, fit, load."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ..config import Architecture, ModelConfig, validate_architecture
+from .dialects import Translation, detect, to_swin_moe
+from .swin import SwinTransformer
+from .transfer import fit, infer_model
+from .weights import State, WeightsError, read
+
+log = logging.getLogger("swin_moe")
+
+
+@dataclass
+class Pretrained:
+    """Weights under our names, and what is known of their model.
+
+    Attributes:
+        config: sections ``model`` and ``moe``; ``data`` and others are defaults.
+        window_known: whether the file tells its window.
+    """
+
+    translation: Translation
+    dialect: str
+    config: Architecture
+    window_known: bool
+
+    @property
+    def state(self) -> State:
+        return self.translation.state
+
+
+def read_pretrained(
+    path: Path, dialect: str = "auto", overrides: dict[str, dict[str, object]] | None = None
+) -> Pretrained:
+    """Read weights of any dialect.
+
+    Args:
+        overrides: keys of ``model`` and ``moe`` that the file does not tell, or tells wrongly.
+
+    Raises:
+        ValueError: one line for the user: the file is damaged, of another dialect, or no Swin.
+    """
+    weights = read(path)
+    if dialect == "auto":
+        dialect = "swin_moe" if weights.config else detect(weights.state)
+    translation = to_swin_moe(weights.state, dialect)
+    if weights.config is not None:
+        raw = weights.config.model_dump()
+        model, moe = raw["model"], raw["moe"]
+    else:
+        model, moe = infer_model(translation.state, translation.dropped)
+        model |= {
+            ours: weights.foreign[theirs]
+            for ours, theirs in (
+                ("img_size", "image_size"),
+                ("window_size", "window_size"),
+                ("pretrained_window_sizes", "pretrained_window_sizes"),
+            )
+            if theirs in weights.foreign and (ours[0] != "p" or any(weights.foreign[theirs]))
+        }
+    for section, known in (("model", model), ("moe", moe)):
+        known |= (overrides or {}).get(section, {})
+    model["pretrained"] = ""  # a run's own beginning is of no interest to who goes on from it
+    config = validate_architecture({"model": model, "moe": moe}, source=str(path))
+    return Pretrained(translation, dialect, config, "window_size" in model)
+
+
+def adopt_pretrained_window(model: ModelConfig, source: Pretrained) -> ModelConfig:
+    """V2 at another window than the file's is asked for the coordinates that it was trained with.
+
+    Where the config does not state ``pretrained_window_sizes``, they become the file's windows.
+    """
+    if model.family not in ("swinv2", "swin_moe") or any(model.pretrained_window_sizes):
+        return model
+    theirs = source.config.model
+    if not source.window_known:
+        log.warning(
+            "the pretrained file does not tell its window; model.pretrained_window_sizes is "
+            "needed if it was not %d",
+            model.window_size,
+        )
+        return model
+    sizes = theirs.pretrained_window_sizes
+    sizes = sizes if any(sizes) else built_windows(theirs)
+    if sizes == built_windows(model):
+        return model
+    return model.model_copy(update={"pretrained_window_sizes": sizes})
+
+
+def built_windows(model: ModelConfig) -> list[int]:
+    """Window of each stage, clipped to the grid."""
+    stages = range(len(model.depths))
+    grids = [min(-(-side // 2**stage) for side in model.token_grid) for stage in stages]
+    return [min(grid, model.window_size) for grid in grids]
+
+
+@torch.no_grad()
+def load_pretrained(model: SwinTransformer, source: Pretrained) -> str:
+    """Copy weights into a model; of the experts those that this rank holds.
+
+    Returns:
+        what happened, in one line.
+
+    Raises:
+        WeightsError: the file has too much or too little, other than a head.
+    """
+    target = dict(model.named_parameters())
+    state = dict(source.state)
+    for name in [name for name in state if ".experts." in name and name in target]:
+        layer = model.get_submodule(name.rpartition(".")[0])
+        first, held = int(layer.first_expert), len(target[name])  # type: ignore[arg-type]
+        if len(state[name]) != model.moe.num_experts:
+            raise WeightsError(
+                f"{name}: the file has {len(state[name])} experts, moe.num_experts is "
+                f"{model.moe.num_experts}"
+            )
+        state[name] = state[name][first : first + held]
+    grids = source.config.model.token_grid, model.config.token_grid
+    result = fit(state, {name: p.data for name, p in target.items()}, *grids)
+    missing = [name for name in result.missing if not name.startswith("head.")]
+    extra = [*source.translation.unknown, *result.left_over]
+    extra = [name for name in extra if not name.startswith("head.")]
+    if missing or extra:
+        raise WeightsError(explain_difference(missing, extra))
+    for name, tensor in result.state.items():
+        target[name].copy_(tensor)
+    notes = [f"{len(result.state)} tensors of {source.dialect} names"]
+    if result.resized:
+        notes.append(f"{len(result.resized)} resized")
+    if result.head:
+        notes.append(f"head {result.head}")
+    return ", ".join(notes)
+
+
+def explain_difference(missing: list[str], extra: list[str]) -> str:
+    """One line on tensors that the file lacks or the model does not know."""
+    parts = []
+    if missing:
+        parts.append(f"{len(missing)} tensors of the model are not in the file ({missing[0]} …)")
+    if extra:
+        parts.append(f"{len(extra)} tensors of the file are not in the model ({extra[0]} …)")
+    experts = any(".experts." in name for name in missing)
+    hint = "; a dense model becomes a mixture by `swin-moe convert --upcycle`" if experts else ""
+    return " and ".join(parts) + hint

@@ -1,0 +1,263 @@
+"""Read and write files of weights, whatever wrote them; nothing in a file is ever executed.
+
+``.pth`` files go through torch's weights-only unpickler with a list of harmless classes: some
+official files carry their configuration, which becomes a plain dict.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+import re
+import zipfile
+from collections import OrderedDict
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .. import checkpoint
+from ..config import Architecture, ConfigError, load_config, validate_architecture
+
+State = dict[str, Tensor]
+
+PICKLED = (".pth", ".pt", ".bin", ".ckpt", ".tar")
+# Where programs keep the weights in what they save, the most telling name first.
+_WRAPPERS = ("model", "state_dict", "model_state_dict", "module")
+_RANK_FILE = re.compile(r"\.(rank\d+|master|global)$")
+_METADATA_KEY = "swin_moe"
+
+
+class WeightsError(ValueError):
+    """A file of weights that cannot be used; the message is one line for the user."""
+
+
+@dataclass
+class Weights:
+    """Tensors as a file names them.
+
+    Attributes:
+        config: the model that the file says it is, as ours do.
+        foreign: content of a ``config.json`` beside the weights (Hugging Face).
+    """
+
+    state: State
+    config: Architecture | None = None
+    foreign: dict[str, Any] = field(default_factory=dict)
+
+
+def read(path: Path) -> Weights:
+    """Read a ``.pth``, a ``.safetensors``, a folder of shards, our checkpoint or run directory, or
+    an official Swin-MoE checkpoint (``X.pth`` for ``X.pth.master`` and ``X.pth.rank*``).
+
+    Raises:
+        WeightsError: the file is missing, damaged, or holds something other than weights.
+    """
+    if path.is_dir():
+        return _read_folder(path)
+    if not path.exists() or _RANK_FILE.search(path.name):
+        stem = path.with_name(_RANK_FILE.sub("", path.name))
+        if not stem.parent.is_dir() or not any(stem.parent.glob(f"{stem.name}.*")):
+            raise WeightsError(f"{path}: no such file or folder")
+        return Weights(_read_ranks(stem))
+    if path.suffix == ".safetensors":
+        return _read_safetensors(path)
+    if path.suffix in PICKLED:
+        return Weights(_read_pickled(path))
+    raise WeightsError(f"{path}: expected .safetensors, {', '.join(PICKLED)} or a folder")
+
+
+def write(path: Path, state: State, config: Architecture | None = None, wrapper: str = "") -> None:
+    """Write ``.safetensors``, or for tools that read nothing else a ``.pth``.
+
+    Args:
+        config: kept in the metadata of a safetensors file, so that it knows its model.
+        wrapper: key of the ``.pth`` under which the weights stand; empty = they are all of it.
+
+    Raises:
+        WeightsError: the name ends in neither.
+    """
+    # Of one storage each: views and tied tensors would drag their whole storage along.
+    tensors = {name: tensor.detach().clone().contiguous() for name, tensor in state.items()}
+    partial = path.with_name(f".partial-{path.name}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".safetensors":
+        metadata = {"format": "pt"}
+        if config is not None:
+            sections = {"model": config.model.model_dump(), "moe": config.moe.model_dump()}
+            metadata[_METADATA_KEY] = json.dumps(sections)
+        save_file(tensors, partial, metadata=metadata)
+    elif path.suffix in PICKLED or _RANK_FILE.search(path.name):
+        torch.save({wrapper: tensors} if wrapper else tensors, partial)
+    else:
+        raise WeightsError(f"{path}: the name must end in .safetensors or .pth")
+    partial.replace(path)
+
+
+# --------------------------------------------------------------------------------------------
+# safetensors and folders
+
+
+def _read_safetensors(path: Path) -> Weights:
+    try:
+        with safe_open(path, framework="pt", device="cpu") as handle:
+            metadata = handle.metadata() or {}
+            state = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise WeightsError(f"{path}: truncated or not a safetensors file ({error})") from None
+    return Weights(state, _own_config(metadata.get(_METADATA_KEY), path))
+
+
+def _own_config(text: str | None, path: Path) -> Architecture | None:
+    if text is None:
+        return None
+    try:
+        return validate_architecture(json.loads(text), source=str(path))
+    except (ConfigError, json.JSONDecodeError) as error:
+        raise WeightsError(f"{path}: its metadata cannot be read ({error})") from None
+
+
+def _read_folder(path: Path) -> Weights:
+    if (path / "checkpoints").is_dir():  # a run directory
+        newest = checkpoint.latest(path / "checkpoints")
+        if newest is None:
+            raise WeightsError(f"{path}: the run has no checkpoint yet")
+        path = newest
+    if (path / "manifest.json").exists():
+        checkpoint.verify(path)
+        reader = checkpoint.Reader(path)
+        config = load_config(path / "config.yaml")
+        experts = range(config.moe.num_experts)
+        state = {
+            name: reader.tensor(name, experts=experts if ".experts." in name else None)
+            for name in reader.names()
+        }
+        return Weights(state, config)
+    shards = sorted(path.glob("*.safetensors"))
+    index = path / "model.safetensors.index.json"
+    if index.exists():
+        try:
+            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        except (ValueError, KeyError, AttributeError, TypeError):
+            raise WeightsError(f"{index}: not an index of shards") from None
+        if missing := sorted(str(n) for n in names if not (path / str(n)).is_file()):
+            raise WeightsError(f"{path}: the shard {missing[0]} is missing")
+    elif len(shards) > 1 and not all("-of-" in shard.name for shard in shards):
+        raise WeightsError(f"{path}: {len(shards)} safetensors files; name the one to read")
+    elif not shards and (path / "pytorch_model.bin").is_file():
+        return Weights(_read_pickled(path / "pytorch_model.bin"), foreign=_foreign_config(path))
+    if not shards:
+        raise WeightsError(f"{path}: no *.safetensors and no checkpoint in this folder")
+    parts = [_read_safetensors(shard) for shard in shards]
+    merged = {name: tensor for part in parts for name, tensor in part.state.items()}
+    return Weights(merged, parts[0].config, _foreign_config(path))
+
+
+def _foreign_config(folder: Path) -> dict[str, Any]:
+    try:
+        content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+# --------------------------------------------------------------------------------------------
+# .pth
+
+
+class _PlainDict:
+    """What a pickled configuration object becomes: its items, with none of its code."""
+
+    def __new__(cls) -> Any:
+        return OrderedDict()  # of the mappings that the unpickler fills, the one with attributes
+
+
+_ALLOWED: list[Any] = [
+    (_PlainDict, "yacs.config.CfgNode"),  # official files
+    (_PlainDict, "argparse.Namespace"),  # DeiT-style and timm training files
+    # numpy numbers, such as the best accuracy
+    (np._core.multiarray.scalar, "numpy.core.multiarray.scalar"),  # type: ignore[attr-defined]
+    (np._core.multiarray.scalar, "numpy._core.multiarray.scalar"),  # type: ignore[attr-defined]
+    np.dtype,
+    type(np.dtype(np.float64)),
+    type(np.dtype(np.float32)),
+    type(np.dtype(np.int64)),
+]
+
+
+def _read_pickled(path: Path) -> State:
+    try:
+        with torch.serialization.safe_globals(_ALLOWED):
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
+    except pickle.UnpicklingError as error:
+        found = re.search(r"(?:GLOBAL|global:?|class) '?([\w.]+\.[\w.]+)", str(error))
+        what = f"a Python object ({found[1]})" if found else "more than weights"
+        raise WeightsError(
+            f"{path}: holds {what}; loading that could run code, so it is refused. If you trust "
+            "the file, keep only its weights: torch.save({'model': torch.load(file, "
+            "weights_only=False)['model']}, new_file)"
+        ) from None
+    except Exception as error:  # whatever a damaged file makes the reader stumble over
+        told = isinstance(error, RuntimeError | OSError) and str(error)
+        first = (told or type(error).__name__).splitlines()[0]
+        raise WeightsError(f"{path}: truncated or not a PyTorch file ({first:.100})") from None
+    return _unwrap(content, path)
+
+
+def _is_zip(path: Path) -> bool:
+    return zipfile.is_zipfile(path)
+
+
+def _unwrap(content: Any, path: Path) -> State:
+    for name in _WRAPPERS:
+        if isinstance(content, dict) and isinstance(content.get(name), dict):
+            content = content[name]
+            break
+    state = {}
+    if isinstance(content, dict):
+        state = {name: value for name, value in content.items() if isinstance(value, Tensor)}
+    if not state:
+        raise WeightsError(f"{path}: no weights found (looked for {', '.join(_WRAPPERS)})")
+    return state
+
+
+def _read_ranks(stem: Path) -> State:
+    """Official Swin-MoE: dense weights in ``.master``, each rank's experts in ``.rank<r>``."""
+    whole = stem.with_name(f"{stem.name}.global")
+    if whole.exists():
+        return _read_pickled(whole)
+    found = {int(p.suffix[5:]): p for p in stem.parent.glob(f"{stem.name}.rank*")}
+    if sorted(found) != list(range(len(found))) or not found:
+        missing = next(r for r in range(len(found) + 1) if r not in found)
+        raise WeightsError(f"{stem}.rank{missing} is missing: the experts it holds would be lost")
+    ranks = [_read_pickled(found[rank]) for rank in range(len(found))]
+    state = dict(ranks[0])
+    master = stem.with_name(f"{stem.name}.master")
+    if master.exists():
+        state |= _read_pickled(master)
+    for name in [name for name in state if ".experts." in name]:
+        parts = [rank[name] for rank in ranks if name in rank]
+        experts = state.get(name.split(".experts.")[0] + "._num_global_experts")
+        if len(parts) != len(ranks) or experts is None:
+            raise WeightsError(f"{stem}.rank*: '{name}' is not in every rank's file")
+        state[name] = _join_experts(parts, int(experts), f"{stem}: {name}")
+    for name in [name for name in state if name.endswith("batched_fc2_bias")]:
+        # Shards of a bias are rounded up.
+        width = state[name.replace("batched_fc2_bias", "batched_fc2_w")].shape[2]
+        state[name] = state[name][:, :width]
+    return state
+
+
+def _join_experts(parts: list[Tensor], num_experts: int, what: str) -> Tensor:
+    """Ranks' [E_local, ...] to [E, ...]; k consecutive ranks may hold slices of one expert."""
+    held = sum(part.shape[0] for part in parts)
+    slices, rest = divmod(held, num_experts)
+    if rest or slices == 0 or (slices > 1 and parts[0].shape[0] != 1):
+        raise WeightsError(f"{what}: {len(parts)} ranks hold {held} of {num_experts} experts")
+    experts = [torch.cat(parts[i : i + slices], 1) for i in range(0, len(parts), slices)]
+    return torch.cat(experts if slices > 1 else parts)

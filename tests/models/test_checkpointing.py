@@ -1,0 +1,164 @@
+"""Recomputing blocks in the backward pass changes the memory and nothing else."""
+
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+from swin_moe.config import ModelConfig, MoEConfig
+from swin_moe.models import SwinTransformer, split_output
+from swin_moe.models import swin as swin_module
+from swin_moe.moe import layer as moe_layer_module
+
+MODEL = {"img_size": 32, "patch_size": 2, "num_classes": 5, "embed_dim": 16, "depths": [2, 3],
+         "num_heads": [2, 4], "window_size": 4, "drop_path_rate": 0.3, "drop_rate": 0.1,
+         "attn_drop_rate": 0.1}  # fmt: skip
+# Noise strong enough to turn the routing over, and a capacity that bites
+MOE = {"blocks": [[1], [0, 2]], "num_experts": 4, "top_k": 2, "capacity_factor": 0.75,
+       "gate_noise": 4.0, "drop_rate": 0.1}  # fmt: skip
+CASES = {
+    "swin": ("swin", None),
+    "swinv2": ("swinv2", None),
+    "swin_mlp": ("swin_mlp", None),
+    "swinv2 moe": ("swinv2", {}),
+    "swin_moe cosine": ("swin_moe", {"router": "cosine"}),
+    "swinv2 moe dropless": ("swinv2", {"capacity_factor": 0.0, "balance": "gshard"}),
+    "swin_moe reference": ("swin_moe", {"backend": "reference", "top_k": 1}),
+}
+
+
+def build(case, use_checkpoint, only_noise=False):
+    """``only_noise``: no dropout, no drop path; only the gate noise draws numbers."""
+    family, moe = CASES[case]
+    changes = {key: 0.0 for key in MODEL if key.startswith(("drop", "attn_drop")) and only_noise}
+    torch.manual_seed(0)
+    config = ModelConfig(**{**MODEL, **changes, "family": family, "use_checkpoint": use_checkpoint})
+    if moe is not None:
+        moe = MoEConfig(**{**MOE, **moe, **({"drop_rate": 0.0} if only_noise else {})})
+    model = SwinTransformer(config, moe)
+    for parameter in model.parameters():  # block norms start at zero
+        if parameter.ndim == 1:
+            torch.nn.init.normal_(parameter, mean=1.0, std=0.1)
+    return model.train()
+
+
+def step(model):
+    """One forward and backward; the output's tensors and all gradients, by name."""
+    torch.manual_seed(1)
+    images, labels = torch.randn(4, 3, 32, 32, requires_grad=True), torch.tensor([0, 1, 2, 3])
+    logits, routed = split_output(model(images))
+    seen = {"logits": logits}
+    loss = F.cross_entropy(logits, labels)
+    if routed is not None:
+        loss = loss + routed.aux_loss
+        seen |= routed._asdict()
+    loss.backward()
+    seen["after"] = torch.rand(3)  # the generator stands where it would have stood
+    seen |= {f"{name}.grad": parameter.grad for name, parameter in model.named_parameters()}
+    return {"images.grad": images.grad, **seen}
+
+
+def differences(one, other):
+    assert one.keys() == other.keys()
+    return {name for name, tensor in one.items() if not torch.equal(tensor, other[name])}
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Counts the blocks that are checkpointed."""
+    counted = []
+
+    def counting(function, *args, **kwargs):
+        counted.append(function)
+        return checkpoint(function, *args, **kwargs)
+
+    monkeypatch.setattr(swin_module, "checkpoint", counting)
+    return counted
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_output_and_gradients_are_equal_bit_for_bit(case, calls):
+    plain = step(build(case, False))
+    assert not calls
+    recomputed = step(build(case, True))
+    assert len(calls) == sum(MODEL["depths"])
+    assert not differences(plain, recomputed)
+    assert all(tensor.isfinite().all() for tensor in plain.values())
+    if CASES[case][1] is not None:
+        assert plain["counts"].shape == (3, 4)
+        assert (plain["dropped"].sum() > 0) == (case != "swinv2 moe dropless")
+
+
+@pytest.fixture
+def plans(monkeypatch):
+    """Every routing plan, in the order in which they are made."""
+    made = []
+
+    def recording(*args, **kwargs):
+        routing = original(*args, **kwargs)
+        made.append(routing.plan)
+        return routing
+
+    original = moe_layer_module.route
+    monkeypatch.setattr(moe_layer_module, "route", recording)
+    return made
+
+
+def unlike(plans):
+    """Fields in which a recomputed plan is not the first one; blocks come back in reverse."""
+    assert len(plans) == 2 * 3
+    pairs = list(zip(plans[:3], reversed(plans[3:]), strict=True))
+    fields = ("expert", "gate", "slot", "counts", "kept")
+    return {f for f in fields for a, b in pairs if not torch.equal(getattr(a, f), getattr(b, f))}
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if "moe" in case])
+def test_routing_is_the_same_when_recomputed(case, plans):
+    step(build(case, True))
+    assert not unlike(plans)
+
+
+@pytest.mark.parametrize("only_noise", [False, True])
+def test_numbers_drawn_anew_would_be_seen(only_noise, monkeypatch, plans):
+    """The tests above are sharp: without the generator's old state, routes and gradients differ."""
+    plain = step(build("swin_moe cosine", False, only_noise))
+    plans.clear()
+    monkeypatch.setattr(swin_module, "checkpoint", partial(checkpoint, preserve_rng_state=False))
+    different = differences(plain, step(build("swin_moe cosine", True, only_noise)))
+    assert unlike(plans) == {"expert", "gate", "slot", "counts", "kept"}
+    assert "logits" not in different
+    assert "layers.0.blocks.1.mlp.experts.fc1.weight.grad" in different
+    assert "patch_embed.proj.weight.grad" in different
+
+
+def saved_bytes(model):
+    """Bytes that one forward pass keeps for the backward pass, weights not counted."""
+    weights = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
+    kept = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = model(torch.randn(4, 3, 32, 32))
+    assert output is not None  # alive until here, or addresses would be used twice
+    return sum(kept.values())
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_fewer_activations_are_kept(case):
+    plain, recomputed = (saved_bytes(build(case, flag)) for flag in (False, True))
+    assert recomputed < plain / 4
+
+
+def test_nothing_is_recomputed_in_evaluation(calls):
+    model = build("swinv2 moe", True)
+    model.eval()(torch.randn(1, 3, 32, 32))
+    with torch.no_grad():
+        model.train()(torch.randn(1, 3, 32, 32))
+    assert not calls

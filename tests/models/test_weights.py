@@ -1,0 +1,178 @@
+"""Files of weights: every form is read, nothing in them is executed, damage is told in one line."""
+
+import argparse
+import os
+import pathlib
+import sys
+import types
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from swin_moe.models.weights import WeightsError, read, write
+from tests.golden import Golden
+
+STATE = {"a": torch.arange(6.0).view(2, 3), "b": torch.ones(4)}
+
+
+def same(found, expected):
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+class Evil:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (os.system, (f"touch {self.path}",))
+
+
+@pytest.fixture
+def config_class(monkeypatch):
+    """A class as yacs has it, known only while the file is written."""
+
+    class CfgNode(dict):
+        def __init__(self, items=()):
+            super().__init__(items)
+            self.__dict__["__immutable__"] = True
+
+    CfgNode.__module__, CfgNode.__qualname__ = "yacs.config", "CfgNode"
+    package, module = types.ModuleType("yacs"), types.ModuleType("yacs.config")
+    module.CfgNode = CfgNode
+    package.config = module
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "yacs", package)
+        patch.setitem(sys.modules, "yacs.config", module)
+        yield CfgNode
+
+
+@pytest.mark.parametrize("wrapper", ["model", "state_dict", ""])
+@pytest.mark.parametrize("zipped", [True, False])
+def test_pth(tmp_path, wrapper, zipped):
+    path = tmp_path / "x.pth"
+    content = {wrapper: STATE, "epoch": 3} if wrapper else STATE
+    torch.save(content, path, _use_new_zipfile_serialization=zipped)
+    same(read(path).state, STATE)
+
+
+def test_an_official_file_with_its_config_object(tmp_path, config_class):
+    path = tmp_path / "official.pth"
+    extra = {
+        "config": config_class({"MODEL": config_class({"DEPTHS": [2, 2]})}),
+        "args": argparse.Namespace(lr=1.0),
+        "max_accuracy": np.float64(81.2),
+        "optimizer": {"state": {0: {"step": 1}}, "param_groups": []},
+    }
+    torch.save({"model": STATE, **extra}, path)
+    del sys.modules["yacs"], sys.modules["yacs.config"]
+    same(read(path).state, STATE)
+
+
+def test_code_in_a_pickle_never_runs(tmp_path):
+    mark = tmp_path / "it-ran"
+    torch.save({"model": STATE, "extra": Evil(mark)}, tmp_path / "evil.pth")
+    with pytest.raises(WeightsError, match=r"holds a Python object \(posix.system\).*refused"):
+        read(tmp_path / "evil.pth")
+    torch.save({"model": STATE, "extra": pathlib.PurePosixPath("x")}, tmp_path / "odd.pth")
+    with pytest.raises(WeightsError, match="PurePosixPath"):
+        read(tmp_path / "odd.pth")
+    assert not mark.exists()
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 0.95])
+@pytest.mark.parametrize("name", ["x.pth", "legacy.pth", "x.safetensors"])
+def test_truncated_files(tmp_path, name, share):
+    path = tmp_path / name
+    if name == "legacy.pth":
+        torch.save(STATE, path, _use_new_zipfile_serialization=False)
+    else:
+        write(path, STATE)
+    path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
+    with pytest.raises(WeightsError, match="truncated or not a") as error:
+        read(path)
+    assert "\n" not in str(error.value)
+
+
+def test_other_mistakes(tmp_path):
+    with pytest.raises(WeightsError, match="no such file"):
+        read(tmp_path / "absent.pth")
+    (tmp_path / "x.txt").write_text("weights")
+    with pytest.raises(WeightsError, match=r"expected \.safetensors"):
+        read(tmp_path / "x.txt")
+    torch.save({"epoch": 3}, tmp_path / "none.pth")
+    with pytest.raises(WeightsError, match="no weights found"):
+        read(tmp_path / "none.pth")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(WeightsError, match="no checkpoint in this folder"):
+        read(tmp_path / "folder")
+    with pytest.raises(WeightsError, match="must end in"):
+        write(tmp_path / "x.onnx", STATE)
+
+
+def test_sharded_folder(tmp_path):
+    for index, name in enumerate(STATE):
+        save_file({name: STATE[name]}, tmp_path / f"model-0000{index + 1}-of-00002.safetensors")
+    same(read(tmp_path).state, STATE)
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text('{"weight_map": {"a": "model-00001-of-00002.safetensors", "c": "gone"}}')
+    with pytest.raises(WeightsError, match="the shard gone is missing"):
+        read(tmp_path)
+    index.write_text("[]")
+    with pytest.raises(WeightsError, match="not an index"):
+        read(tmp_path)
+
+
+def test_views_are_written_without_their_storage(tmp_path):
+    write(tmp_path / "x.safetensors", {"a": torch.zeros(1000, 1000)[:1]})
+    assert (tmp_path / "x.safetensors").stat().st_size < 10_000
+
+
+# --------------------------------------------------------------------------------------------
+# Official Swin-MoE: one file per rank
+
+
+def split(state, ranks):
+    """As Tutel keeps the experts on ``ranks`` ranks; more ranks than experts share one each."""
+    experts = {n: t for n, t in state.items() if ".experts." in n}
+    counts = {n: t for n, t in state.items() if n.endswith("_num_global_experts")}
+    num_experts = 4
+    files = []
+    for rank in range(ranks):
+        held = {}
+        for name, tensor in experts.items():
+            if ranks <= num_experts:
+                held[name] = tensor.chunk(ranks)[rank].clone()
+            else:
+                slices = ranks // num_experts
+                expert, part = divmod(rank, slices)
+                width = -(-tensor.shape[1] // slices)
+                padded = torch.nn.functional.pad(
+                    tensor.movedim(1, -1), (0, width * slices - tensor.shape[1])
+                ).movedim(-1, 1)
+                held[name] = padded[expert : expert + 1, part * width : (part + 1) * width].clone()
+        files.append(held | counts)
+    return {n: t for n, t in state.items() if n not in experts}, files
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4, 8, 12])
+@pytest.mark.parametrize("asked", ["", ".master", ".rank0"])
+def test_official_rank_files(tmp_path, ranks, asked):
+    state = Golden("swin_moe_official").weights
+    dense, files = split(state, ranks)
+    torch.save({"model": dense}, tmp_path / "c.pth.master")
+    for rank, held in enumerate(files):
+        torch.save({"model": held}, tmp_path / f"c.pth.rank{rank}")
+    same(read(tmp_path / f"c.pth{asked}").state, state)
+    if ranks > 1:
+        (tmp_path / "c.pth.rank1").unlink()
+        with pytest.raises(WeightsError, match=r"rank1 is missing|ranks hold|not in every"):
+            read(tmp_path / "c.pth")
+
+
+def test_official_global_file(tmp_path):
+    state = Golden("swin_moe_official").weights
+    torch.save({"model": state}, tmp_path / "c.pth.global")
+    same(read(tmp_path / "c.pth").state, state)

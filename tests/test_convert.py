@@ -1,0 +1,354 @@
+"""Weights from any dialect into any other, fitted to other images, windows, classes and experts."""
+
+import hashlib
+import json
+import re
+
+import pytest
+import torch
+from rich.console import Console
+from safetensors import safe_open
+from safetensors.torch import load_file
+from timm.models.swin_transformer import SwinTransformer as TimmSwin
+from timm.models.swin_transformer_v2 import SwinTransformerV2 as TimmSwinV2
+
+from swin_moe import build_model
+from swin_moe.config import ModelConfig, MoEConfig
+from swin_moe.convert import Upcycle, convert
+from swin_moe.models import SwinTransformer
+from swin_moe.models.pretrained import read_pretrained
+from swin_moe.models.transfer import default_moe_blocks, rows_22k_to_1k, upcycle
+from swin_moe.models.weights import WeightsError, read, write
+from tests.golden import Golden
+from tests.parallel import one_error, swin_moe, train
+
+SHAPE = {"patch_size": 4, "embed_dim": 16, "depths": (2, 2), "num_heads": (2, 4)}
+OURS = {key: list(value) if isinstance(value, tuple) else value for key, value in SHAPE.items()}
+
+
+def random_timm(version: int, **changes):
+    torch.manual_seed(version)
+    kind, window = (TimmSwin, 7) if version == 1 else (TimmSwinV2, 8)
+    arguments = {"img_size": 8 * window, "window_size": window, "num_classes": 10} | changes
+    model = kind(**SHAPE, **arguments).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    return model
+
+
+def run(source, output, **options):
+    """Convert quietly; returns what the table and the closing lines say."""
+    console = Console(width=160, record=True, quiet=False, file=open("/dev/null", "w"))  # noqa: SIM115
+    convert(source, output, console, **options)
+    return console.export_text()
+
+
+@pytest.fixture
+def timm_v1(tmp_path):
+    model = random_timm(1)
+    torch.save({"state_dict": model.state_dict(), "arch": "swin"}, tmp_path / "v1.pth")
+    return model, tmp_path / "v1.pth"
+
+
+@pytest.fixture
+def timm_v2(tmp_path):
+    model = random_timm(2, num_classes=21841)
+    write(tmp_path / "v2.safetensors", model.state_dict())
+    return model, tmp_path / "v2.safetensors"
+
+
+# --------------------------------------------------------------------------------------------
+# There and back
+
+
+@torch.no_grad()
+def test_a_converted_file_knows_its_model(timm_v1, tmp_path):
+    theirs, path = timm_v1
+    said = run(path, tmp_path / "ours.safetensors")
+    assert "renamed" in said
+    assert "layers.1.downsample.reduction.weight → layers.0.downsample.reduction.weight" in said
+    source = read_pretrained(tmp_path / "ours.safetensors")
+    assert source.config.model.window_size == 7
+    model = SwinTransformer(source.config.model).eval()
+    model.load_state_dict(source.state)
+    images = torch.randn(2, 3, 56, 56)
+    torch.testing.assert_close(model(images), theirs(images), rtol=1e-4, atol=1e-4)
+    with safe_open(tmp_path / "ours.safetensors", "pt") as handle:
+        assert json.loads(handle.metadata()["swin_moe"])["model"]["family"] == "swin"
+
+
+@pytest.mark.parametrize("dialect", ["official", "timm", "huggingface", "torchvision", "mmseg"])
+def test_round_trip_through_every_dialect(timm_v1, tmp_path, dialect):
+    theirs, path = timm_v1
+    run(path, tmp_path / "there.safetensors", dialect=dialect)
+    run(tmp_path / "there.safetensors", tmp_path / "back.pth", dialect="timm")
+    back = read(tmp_path / "back.pth").state
+    parameters = dict(theirs.named_parameters())
+    assert back.keys() == parameters.keys()
+    assert all(torch.equal(back[name], parameters[name]) for name in back)
+
+
+@torch.no_grad()
+def test_a_hugging_face_folder_opens_by_itself(timm_v1, tmp_path):
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    theirs, path = timm_v1
+    run(path, tmp_path / "hf", dialect="huggingface")
+    model = transformers.AutoModelForImageClassification.from_pretrained(tmp_path / "hf").eval()
+    images = torch.randn(2, 3, 56, 56)
+    torch.testing.assert_close(model(images).logits, theirs(images), rtol=1e-4, atol=1e-4)
+    assert read_pretrained(tmp_path / "hf").config.model.window_size == 7
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_official_moe_files_round_trip(tmp_path, ranks):
+    golden = Golden("swin_moe_official")
+    write(tmp_path / "in.safetensors", golden.weights)
+    run(tmp_path / "in.safetensors", tmp_path / "ours.safetensors")
+    run(tmp_path / "ours.safetensors", tmp_path / "out.pth", dialect="official", ranks=ranks)
+    assert sorted(p.name for p in tmp_path.glob("out.pth*")) == [
+        "out.pth.master", *(f"out.pth.rank{rank}" for rank in range(ranks))
+    ]  # fmt: skip
+    back = read(tmp_path / "out.pth").state
+    for name, tensor in golden.weights.items():
+        if not name.endswith(("relative_coords_table", "relative_position_index", "attn_mask")):
+            assert torch.equal(back[name].to(tensor), tensor), name
+
+
+@pytest.mark.parametrize(
+    "name", ["swinv2_w8", "swinv2_w4", "swinv2_w8_pretrained", "swin_v1_w7", "swin_mlp",
+             "swin_moe_official", "swin_moe_official_cosine"],
+)  # fmt: skip
+@torch.no_grad()
+def test_official_files_tell_their_model(tmp_path, name):
+    """Shapes, windows and pretrained windows are read off the tensors; the logits are right."""
+    golden = Golden(name)
+    write(tmp_path / "in.safetensors", golden.weights)
+    source = read_pretrained(tmp_path / "in.safetensors")
+    arguments = golden.config["arguments"]
+    for key in ("embed_dim", "depths", "num_heads", "window_size", "mlp_ratio", "num_classes",
+                "qkv_bias", "ape"):  # fmt: skip
+        if key in arguments:
+            assert getattr(source.config.model, key) == arguments[key], key
+    if any(arguments.get("pretrained_window_sizes", [])):
+        assert source.config.model.pretrained_window_sizes == arguments["pretrained_window_sizes"]
+    if "moe" not in name:
+        built = source.config.model.model_copy(update={"img_size": arguments["img_size"]})
+        model = SwinTransformer(built).eval()
+        model.load_state_dict(source.state)
+        golden.check("logits", model(golden.io["input"]))
+
+
+# --------------------------------------------------------------------------------------------
+# Other classes, images and windows
+
+
+def test_the_head_map_is_the_official_one():
+    rows = rows_22k_to_1k().tolist()
+    assert len(set(rows)) == 1000
+    # tench, goldfish, great white shark; teddy bear
+    assert (rows[:3], rows[850], rows[999]) == ([359, 368, 460], 5564, 21817)
+    digest = hashlib.sha256("\n".join(map(str, rows)).encode()).hexdigest()  # of the whole list
+    assert digest == "4fff66d6f337db6dd0b41d1b6c863e617f9400d37892df630eecfcfa50131aab"
+
+
+def test_heads(timm_v2, tmp_path):
+    theirs, path = timm_v2
+    said = run(path, tmp_path / "1k.safetensors", overrides={"model": {"num_classes": 1000}})
+    assert "21841 → 1000" in said
+    head = load_file(tmp_path / "1k.safetensors")["head.weight"]
+    assert torch.equal(head, theirs.head.fc.weight[rows_22k_to_1k()])
+    said = run(path, tmp_path / "7.safetensors", overrides={"model": {"num_classes": 7}})
+    assert "re-initialised for 7 classes (the file's has 21841 classes)" in said
+    head = load_file(tmp_path / "7.safetensors")["head.weight"]
+    assert head.shape == (7, 32)
+    assert 0.01 < head.std() < 0.03
+
+
+def test_v1_tables_are_resized_as_the_official_loader_does(timm_v1, tmp_path):
+    theirs, path = timm_v1
+    larger = {"model": {"img_size": 96, "window_size": 12}}
+    said = run(path, tmp_path / "w12.safetensors", overrides=larger)
+    assert "attn.relative_position_bias_table 169×2 → 529×2" in said
+    name = "layers.0.blocks.1.attn.relative_position_bias_table"
+    table = theirs.state_dict()[name]
+    image = table.t().view(1, 2, 13, 13)
+    expected = torch.nn.functional.interpolate(image, (23, 23), mode="bicubic")
+    found = load_file(tmp_path / "w12.safetensors")[name]
+    torch.testing.assert_close(found, expected.view(2, 529).t())
+
+
+@torch.no_grad()
+def test_position_embedding_of_another_image(tmp_path):
+    golden = Golden("swinv2_w4")
+    write(tmp_path / "in.safetensors", golden.weights)
+    model = build_model("swinv2", pretrained=str(tmp_path / "in.safetensors"), img_size=[96, 64],
+                        **{k: v for k, v in golden.config["arguments"].items()
+                           if k not in ("img_size", "pretrained_window_sizes")})  # fmt: skip
+    assert model.absolute_pos_embed.shape == (1, 24 * 16, 24)
+    assert model(torch.randn(1, 3, 96, 64)).isfinite().all()
+
+
+def test_v2_keeps_the_coordinates_of_the_pretrained_window(tmp_path):
+    small = SwinTransformer(ModelConfig(img_size=32, window_size=4, num_classes=5, **OURS))
+    overrides = {"model": {"img_size": 64, "window_size": 8}}
+    path = tmp_path / "w4.safetensors"
+    write(path, small.state_dict(), read_config(small))
+    said = run(path, tmp_path / "w8.safetensors", overrides=overrides)
+    assert "position coordinates are computed for windows trained at [4, 4]" in said
+    source = read_pretrained(tmp_path / "w8.safetensors")
+    assert source.config.model.pretrained_window_sizes == [4, 4]
+    direct = build_model("swinv2", pretrained=str(path), num_classes=5, **OURS,
+                         **overrides["model"])  # fmt: skip
+    attention = direct.layers[0].blocks[0].attn
+    assert (attention.window_size, attention.pretrained_window_size) == (8, 4)
+    # The offsets that the small window knew have the bias that it had.
+    known = attention.cpb_mlp(attention.coords).view(15, 15, -1)[4:11, 4:11].flatten(0, 1)
+    theirs = small.layers[0].blocks[0].attn
+    torch.testing.assert_close(known, theirs.cpb_mlp(theirs.coords))
+
+
+def read_config(model):
+    from swin_moe.config import Architecture
+
+    return Architecture(model=model.config, moe=model.moe)
+
+
+# --------------------------------------------------------------------------------------------
+# Dense to mixture of experts
+
+
+@pytest.mark.parametrize("family", ["swinv2", "swin", "swin_mlp"])
+@pytest.mark.parametrize(("top_k", "gate"), [(1, "zero"), (1, "random"), (2, "random")])
+@torch.no_grad()
+def test_upcycling_leaves_the_function_unchanged(tmp_path, family, top_k, gate):
+    torch.manual_seed(0)
+    config = ModelConfig(family=family, img_size=32, window_size=4, num_classes=5, **OURS)
+    dense = SwinTransformer(config).eval()
+    for parameter in dense.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    write(tmp_path / "dense.safetensors", dense.state_dict(), read_config(dense))
+    run(tmp_path / "dense.safetensors", tmp_path / "moe.safetensors",
+        upcycling=Upcycle(experts=4, top_k=top_k, gate=gate))  # fmt: skip
+    source = read_pretrained(tmp_path / "moe.safetensors")
+    assert source.config.moe.blocks == [[1], [1]]
+    model = SwinTransformer(source.config.model, source.config.moe).eval()
+    model.load_state_dict(source.state)
+    images = torch.randn(3, 3, 32, 32)
+    output = model(images)
+    assert output.dropped.sum() == 0
+    torch.testing.assert_close(output.logits, dense(images), rtol=1e-4, atol=1e-4)
+
+
+def test_upcycling_noise_and_mistakes():
+    model = ModelConfig(img_size=32, window_size=4, num_classes=5, **OURS)
+    moe = MoEConfig(blocks=default_moe_blocks(model.depths), num_experts=4)
+    state = SwinTransformer(model).state_dict()
+    made = upcycle(state, model, moe, noise=0.1)
+    experts = made["layers.1.blocks.1.mlp.experts.fc1.weight"]
+    dense = state["layers.1.blocks.1.mlp.fc1.weight"]
+    assert (experts - dense).std() == pytest.approx(0.1 * dense.std().item(), rel=0.1)
+    assert not torch.equal(experts[0], experts[1])
+    assert default_moe_blocks([2, 2, 18, 2]) == [[], [], list(range(1, 18, 2)), [1]]
+    with pytest.raises(WeightsError, match="no dense feed-forward"):
+        upcycle(made, model, moe)
+    with pytest.raises(ValueError, match="--upcycle expert=8: expected experts=8"):
+        Upcycle.parse(["expert=8"])
+    with pytest.raises(ValueError, match="needs experts=NUMBER"):
+        Upcycle.parse(["top_k=1"])
+
+
+# --------------------------------------------------------------------------------------------
+# What does not fit
+
+
+def test_left_over_and_missing_tensors(timm_v1, tmp_path):
+    _, path = timm_v1
+    state = torch.load(path, weights_only=True)["state_dict"]
+    state["layers.0.blocks.0.attn.extra.weight"] = torch.ones(3)
+    del state["norm.weight"]
+    write(tmp_path / "odd.safetensors", state)
+    message = r"1 tensors of the model are not in the file.*1 tensors of the file are not"
+    with pytest.raises(WeightsError, match=message):
+        run(tmp_path / "odd.safetensors", tmp_path / "out.safetensors")
+    assert not (tmp_path / "out.safetensors").exists()
+    said = run(tmp_path / "odd.safetensors", tmp_path / "out.safetensors", allow_missing=True)
+    assert "attn.extra.weight" in said
+    assert torch.equal(load_file(tmp_path / "out.safetensors")["norm.weight"], torch.ones(32))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"source_dialect": "torchvision"}, "use --from timm or auto"),
+        ({"model_name": "swin_tiny_patch4_window7_224"}, "cannot be mapped"),
+        ({"model_name": "swin_tinny_patch4_window7_224"}, "did you mean swin_tiny_patch4"),
+        ({"overrides": {"moe": {"blocks": [[1], [1]]}}}, "swin-moe convert --upcycle"),
+        ({"overrides": {"model": {"windw_size": 3}}}, "unknown key 'model.windw_size'"),
+    ],
+)
+def test_mistakes_are_one_line(timm_v1, tmp_path, options, message):
+    _, path = timm_v1
+    with pytest.raises(ValueError, match=re.escape(message)) as error:
+        run(path, tmp_path / "out.safetensors", **options)
+    assert "\n" not in str(error.value)
+
+
+def test_swin_mlp_belongs_to_its_window(tmp_path):
+    write(tmp_path / "mlp.safetensors", Golden("swin_mlp").weights)
+    with pytest.raises(WeightsError, match="belong to one window size"):
+        run(tmp_path / "mlp.safetensors", tmp_path / "x.safetensors",
+            overrides={"model": {"window_size": 4}})  # fmt: skip
+
+
+def test_nothing_is_overwritten_unasked(timm_v1, tmp_path):
+    _, path = timm_v1
+    run(path, tmp_path / "x.safetensors")
+    with pytest.raises(ValueError, match="exists: choose another name, or add --overwrite"):
+        run(path, tmp_path / "x.safetensors")
+    run(path, tmp_path / "x.safetensors", overwrite=True)
+
+
+def test_experts_must_agree(tmp_path):
+    write(tmp_path / "moe.safetensors", Golden("swin_moe_official").weights)
+    arguments = Golden("swin_moe_official").config["arguments"]
+    shape = {key: arguments[key] for key in ("img_size", "embed_dim", "depths", "num_heads",
+             "window_size", "num_classes", "mlp_ratio")}  # fmt: skip
+    for experts, message in ((8, "has 4 experts, moe.num_experts is 8"), (4, None)):
+        moe = {"blocks": [[], [], [1], [1]], "num_experts": experts}
+        options = {"pretrained": str(tmp_path / "moe.safetensors"), "moe": moe, **shape}
+        if message is None:
+            assert build_model("swin_moe", **options).moe.num_experts == 4
+            continue
+        with pytest.raises(WeightsError, match=message):
+            build_model("swin_moe", **options)
+
+
+# --------------------------------------------------------------------------------------------
+# The road: train dense, upcycle the run, train on as a mixture, resume
+
+
+def test_a_dense_run_becomes_a_mixture(tmp_path):
+    done = train(tmp_path / "dense", "moe.blocks=[]", "train.max_steps=2", "precision.dtype=fp32")
+    assert done.returncode == 0, done.stderr
+    output = tmp_path / "moe.safetensors"
+    said = run(tmp_path / "dense", output, overrides={"moe": {"blocks": [[], [1]]}},
+               upcycling=Upcycle(experts=4))  # fmt: skip
+    assert "moe.num_experts=4 moe.top_k=1 moe.normalize_gate=true" in said
+    start = [f"model.pretrained={output}", "moe.normalize_gate=true"]
+    done = train(tmp_path / "moe", *start, "train.max_steps=2", processes=2)
+    assert done.returncode == 0, done.stderr
+    assert "started from" in done.stdout
+    done = train(tmp_path / "moe", *start, "train.max_steps=3", processes=2)
+    assert "resumed from" in done.stdout
+    assert "started from" not in done.stdout
+
+
+def test_the_command(tmp_path, timm_v1):
+    _, path = timm_v1
+    done = swin_moe("convert", str(path), str(tmp_path / "x.safetensors"), "--to", "timm",
+                    "model.num_classes=7", "--upcycle", "experts=2")  # fmt: skip
+    assert done.returncode == 2
+    assert "timm has no mixtures of experts" in one_error(done)
+    done = swin_moe("convert", str(path), str(tmp_path / "x.safetensors"), "--to", "timm")
+    assert done.returncode == 0, done.stderr
+    assert "wrote" in done.stdout
