@@ -2,4 +2,27 @@
 
 import torch
 
+from tests.golden import MEASURED
+
 torch.set_num_threads(1)
+
+
+def pytest_addoption(parser):
+    parser.addoption("--parity", action="store_true", help="print the errors on golden fixtures")
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    """The parity table; without -n, for the tests' processes keep their figures to themselves."""
+    if not config.getoption("--parity"):
+        return
+    terminalreporter.write_line(
+        "\n| fixture | tensors | worst error / atol | of | error of logits |"
+    )
+    terminalreporter.write_line("|---|---|---|---|---|")
+    for fixture, rows in sorted(MEASURED.items()):
+        exact = sum(atol == 0 for _, _, atol in rows)
+        name, share = max(((n, e / a) for n, e, a in rows if a), key=lambda row: row[1])
+        logits = max((e for n, e, _ in rows if n.endswith(("logits", "loss", "output"))), default=0)
+        count = f"{len(rows)}" + (f", {exact} of them exact" if exact else "")
+        line = f"| `{fixture}` | {count} | {share:.2f} | `{name}` | {logits:.1e} |"
+        terminalreporter.write_line(line)

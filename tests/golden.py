@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 ROOT = Path(__file__).parent / "golden"
+MEASURED: dict[str, list[tuple[str, float, float]]] = {}  # fixture -> (tensor, error, atol)
 
 
 class Golden:
@@ -24,9 +25,14 @@ class Golden:
     def check(self, name: str, actual: Tensor) -> None:
         expected = self.io[name]
         assert actual.shape == expected.shape, f"{name}: {actual.shape} is not {expected.shape}"
+        rows = MEASURED.setdefault(self.config["fixture"], [])
         if not expected.is_floating_point():
+            rows.append(
+                (name, 0.0 if torch.equal(actual.to(expected.dtype), expected) else 1.0, 0.0)
+            )
             assert torch.equal(actual.to(expected.dtype), expected), f"{name}: not equal"
             return
         error = (actual.detach() - expected).abs().max().item()
         atol = self.config["tensors"][name]["atol"]
+        rows.append((name, error, atol))
         assert error <= atol, f"{name}: max error {error:.2e} is more than {atol:.0e}"

@@ -149,8 +149,8 @@ class SpatialMlp(nn.Conv1d):
         B, H, W, C = x.shape
         w, heads = self.window_size, self.num_heads
         before = w - shift_size if shift_size else 0
-        x = F.pad(x, (0, 0, before, -(W + before) % w, before, -(H + before) % w))
-        rows, cols = x.shape[1] // w, x.shape[2] // w
+        rows, cols = -(-(H + before) // w), -(-(W + before) // w)
+        x = F.pad(x, (0, 0, before, cols * w - W - before, before, rows * w - H - before))
         x = x.view(B, rows, w, cols, w, heads, C // heads)
         # [windows, heads·N, head_dim]
         x = x.permute(0, 1, 3, 5, 2, 4, 6).reshape(B * rows * cols, heads * w * w, C // heads)

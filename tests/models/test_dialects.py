@@ -214,6 +214,24 @@ def test_old_simmim_names():
     assert translation.sources["layers.0.blocks.0.attn.cpb_mlp.0.weight"] == source
 
 
+def test_the_backbone_of_an_official_detector():
+    """Microsoft's detection and segmentation files: a norm per output, necks and heads."""
+    weights = {k: v for k, v in Golden("swinv2_w8").weights.items() if not k.startswith("head.")}
+    wanted = to_swin_moe(weights, "official").state
+    detector = {
+        "backbone."
+        + (name.replace("norm.", "norm3.") if name.startswith("norm.") else name): tensor
+        for name, tensor in weights.items()
+    }
+    detector |= {"backbone.norm0.weight": torch.ones(16), "neck.convs.0.weight": torch.ones(1)}
+    detector |= {"rpn_head.conv.weight": torch.ones(1), "roi_head.bbox_head.fc.bias": torch.ones(1)}
+    assert detect(detector) == "official"
+    translation = to_swin_moe(detector, "official")
+    assert translation.unknown == []
+    assert translation.state.keys() == wanted.keys()
+    assert torch.equal(translation.state["norm.weight"], wanted["norm.weight"])
+
+
 @pytest.mark.parametrize(("dialect", "family"), PAIRS)
 def test_round_trip_from_ours(dialect, family):
     """Every name is written, read back and unchanged; nothing is left over but buffers."""

@@ -1,4 +1,4 @@
-"""Microsoft's names: V1, V2, SwinMLP, Swin-MoE, and SimMIM's pretrained encoders.
+"""Microsoft's names: V1, V2, SwinMLP, Swin-MoE, SimMIM's encoders and detectors' backbones.
 
 Ours follow them; only experts differ, which are Tutel's layers there, and buffers, which official
 files hold.
@@ -45,7 +45,13 @@ FC2 = Rule(  # ours [E, dim, hidden], theirs [E, hidden, dim]
 
 def _rules(kind: Kind) -> list[Rule]:
     attention = BLOCK + "attn."
-    return [*DENSE, *renames(EXPERTS, MLP, TUTEL), FC2, *renames(SIMMIM, attention, attention)]
+    return [
+        *DENSE,
+        *renames(EXPERTS, MLP, TUTEL),
+        FC2,
+        *renames(SIMMIM, attention, attention),
+        *renames({"norm.{p}": f"norm{kind.stages - 1}.{{p}}"}),  # detection: the last output's
+    ]
 
 
 def _looks_like(names: Collection[str]) -> bool:
@@ -112,8 +118,8 @@ OFFICIAL = Dialect(
         "swin_moe": {"extra_norm_every_n_blocks": 0},
     },
     windows=dict.fromkeys(("swin", "swinv2", "swin_mlp", "swin_moe"), _windows),
-    prefix=r"(module\.)?(encoder\.)?",
-    dropped=rf"{BUFFERS}|.*\._num_global_experts|decoder\..*|mask_token",
+    prefix=r"(module\.)?((encoder|backbone)\.)?",
+    dropped=rf"{BUFFERS}|.*\._num_global_experts|decoder\..*|mask_token|norm\d+\..*|(neck|\w+_head)\..*",
     spare=_absent_biases,
     extras=_extras,
     moe=True,
