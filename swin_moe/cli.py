@@ -78,7 +78,9 @@ def _add_convert(commands: Any) -> argparse.ArgumentParser:
         "them in any dialect. Prints what became of each tensor; nothing in a file is executed.",
     )
     convert.add_argument("input", metavar="IN")
-    convert.add_argument("output", metavar="OUT", help=".safetensors, .pth or a folder")
+    convert.add_argument(
+        "output", metavar="OUT", help="safetensors unless it ends in .pth; or a folder"
+    )
     convert.add_argument("overrides", nargs="*", metavar="key=value", help="model.img_size=384")
     known = ["swin_moe", "official", "timm", "huggingface", "torchvision", "mmseg"]
     convert.add_argument("--from", dest="source", choices=["auto", *known], default="auto")

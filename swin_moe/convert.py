@@ -73,6 +73,7 @@ def convert(
     """Read, translate, fit to a model, write, and print what became of each tensor.
 
     Args:
+        output: safetensors, unless it ends in ``.pth``; for Hugging Face also a folder.
         model_name: the model to fit to; empty = the one that the file holds.
         overrides: keys of ``model`` and ``moe``, e.g. another window or number of classes.
         allow_missing: write although tensors are left over or missing.
@@ -84,6 +85,8 @@ def convert(
     Raises:
         ValueError: one line for the user.
     """
+    if not output.suffix and dialect != "huggingface":
+        output = output.with_suffix(".safetensors")
     if output.exists() and not overwrite:
         raise ValueError(f"{output} exists: choose another name, or add --overwrite")
     overrides = overrides or {}

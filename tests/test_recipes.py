@@ -1,10 +1,14 @@
 """Every shipped recipe loads; parameters and GMACs are those of the published tables."""
 
+import io
+import re
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from swin_moe import build_model, list_models
+from swin_moe.catalog import models_table
 from swin_moe.config import ConfigError, load_config, validate
 from swin_moe.models.cost import count
 from swin_moe.variants import PUBLISHED
@@ -61,6 +65,19 @@ def test_recipes_asked_for_are_there():
     for family in ("swin_moe", "swinv2_moe"):
         rows = {f"{family}_{s}_{n}expert" for s in ("small", "base") for n in (8, 16, 32, 64)}
         assert rows <= names
+
+
+def test_the_table_of_models():
+    text = Console(width=120, record=True, file=io.StringIO())
+    text.print(models_table("swinv2_tiny*"))
+    printed = text.export_text()
+    assert all(name in printed for name in list_models("swinv2_tiny*"))
+    row = r"swinv2_tiny_window16_256 +256/16 +28\.347 +28\.347 +6\.605 +6\.61 +82\.8"
+    assert re.search(row, printed)
+        r"swinv2_tiny_window16_256 +256/16 +28\.347 +28\.347 +6\.605 +6\.61 +82\.8", printed
+    )
+    with pytest.raises(ValueError, match="did you mean swinv2_tiny"):
+        models_table("swinv2_tinny_window8_256")
 
 
 def test_build_model_and_list_models():

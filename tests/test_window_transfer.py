@@ -1,4 +1,4 @@
-"""Trained at one window, used at a larger one, without fine-tuning: the claim of Swin V2's paper."""
+"""Trained at one window, used at a larger one without fine-tuning: what Swin V2's paper claims."""
 
 import pytest
 import torch

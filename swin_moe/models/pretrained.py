@@ -17,6 +17,14 @@ from .weights import State, WeightsError, read
 log = logging.getLogger("swin_moe")
 
 
+# What tensors do not tell and a config.json does.
+HUGGINGFACE_KEYS = (
+    ("img_size", "image_size"),
+    ("window_size", "window_size"),
+    ("pretrained_window_sizes", "pretrained_window_sizes"),
+)
+
+
 @dataclass
 class Pretrained:
     """Weights under our names, and what is known of their model.
@@ -56,15 +64,8 @@ def read_pretrained(
         model, moe = raw["model"], raw["moe"]
     else:
         model, moe = infer_model(translation.state, translation.dropped)
-        model |= {
-            ours: weights.foreign[theirs]
-            for ours, theirs in (
-                ("img_size", "image_size"),
-                ("window_size", "window_size"),
-                ("pretrained_window_sizes", "pretrained_window_sizes"),
-            )
-            if theirs in weights.foreign and (ours[0] != "p" or any(weights.foreign[theirs]))
-        }
+        stated = weights.foreign
+        model |= {ours: stated[theirs] for ours, theirs in HUGGINGFACE_KEYS if theirs in stated}
     for section, known in (("model", model), ("moe", moe)):
         known |= (overrides or {}).get(section, {})
     model["pretrained"] = ""  # a run's own beginning is of no interest to who goes on from it
