@@ -12,10 +12,15 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from .config import Architecture, ModelConfig, MoEConfig, validate_architecture
+from .config import Architecture, validate_architecture
 from .models import SwinTransformer
 from .models.dialects import Translation, from_swin_moe, huggingface_config
-from .models.pretrained import adopt_pretrained_window, explain_difference, read_pretrained
+from .models.pretrained import (
+    Pretrained,
+    adopt_pretrained_window,
+    explain_difference,
+    read_pretrained,
+)
 from .models.transfer import Fit, default_moe_blocks, fit, upcycle
 from .models.weights import PICKLED, State, WeightsError, write
 
@@ -91,21 +96,16 @@ def convert(
         raise ValueError(f"{output} exists: choose another name, or add --overwrite")
     overrides = overrides or {}
     source = read_pretrained(source_path, source_dialect)
-    config = _target(source.config, model_name, overrides)
+    config = _target(source, model_name, overrides)
     state = source.state
     if upcycling:
         config = _with_experts(config, upcycling, overrides.get("moe", {}))
+        random_gate = upcycling.gate == "random"
         state = upcycle(
-            state,
-            config.model,
-            config.moe,
-            noise=upcycling.noise,
-            random_gate=upcycling.gate == "random",
+            state, config.model, config.moe, noise=upcycling.noise, random_gate=random_gate
         )
-    model = adopt_pretrained_window(config.model, source) if source.window_known else config.model
-    config = config.model_copy(update={"model": model})
-    target = _shapes(model, config.moe)
-    result = fit(state, target, source.config.model.token_grid, model.token_grid)
+    target = _shapes(config)
+    result = fit(state, target, source.config.model.token_grid, config.model.token_grid)
     console.print(_table(source.translation, result, target))
     missing = [name for name in result.missing if not name.startswith("head.")]
     extra = [*source.translation.unknown, *result.left_over]
@@ -113,15 +113,16 @@ def convert(
         raise WeightsError(
             f"{source_path}: {explain_difference(missing, extra)} (--allow-missing goes on)"
         )
-    complete = result.state | _fresh(model, config.moe, result.missing)
+    complete = result.state | _fresh(config, result.missing)
     known = source.window_known or "window_size" in overrides.get("model", {}) or bool(model_name)
     _write(output, complete, config, dialect, ranks, known)
     console.print(_closing(output, config, dialect, known), highlight=False, soft_wrap=True)
     return config
 
 
-def _target(found: Architecture, model_name: str, overrides: Overrides) -> Architecture:
+def _target(source: Pretrained, model_name: str, overrides: Overrides) -> Architecture:
     """The config to write: a named model, or the file's own, with overrides."""
+    found = source.config
     if model_name:
         classes = {"num_classes": found.model.num_classes} if not found.model.num_classes else {}
         model: dict[str, Any] = {"name": model_name, **classes}
@@ -130,7 +131,10 @@ def _target(found: Architecture, model_name: str, overrides: Overrides) -> Archi
         model, moe = found.model.model_dump(), found.moe.model_dump()
     model |= overrides.get("model", {})
     moe |= overrides.get("moe", {})
-    return validate_architecture({"model": model, "moe": moe}, source="convert")
+    config = validate_architecture({"model": model, "moe": moe}, source="convert")
+    if not source.window_known:
+        return config
+    return config.model_copy(update={"model": adopt_pretrained_window(config.model, source)})
 
 
 def _with_experts(config: Architecture, upcycling: Upcycle, stated: dict[str, Any]) -> Architecture:
@@ -145,19 +149,22 @@ def _with_experts(config: Architecture, upcycling: Upcycle, stated: dict[str, An
     return validate_architecture({"model": model, "moe": moe | stated}, source="--upcycle")
 
 
-def _shapes(model: ModelConfig, moe: MoEConfig) -> State:
+def _shapes(config: Architecture) -> State:
+    moe = config.moe.model_copy(update={"backend": "reference"})
     with torch.device("meta"), torch.random.fork_rng(devices=[]):
-        built = SwinTransformer(model, moe.model_copy(update={"backend": "reference"}))
+        built = SwinTransformer(config.model, moe)
     return {name: parameter.data for name, parameter in built.named_parameters()}
 
 
-def _fresh(model: ModelConfig, moe: MoEConfig, names: list[str]) -> State:
+def _fresh(config: Architecture, names: list[str]) -> State:
     """Initial values of tensors that the file does not have."""
     if not names:
         return {}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        built = SwinTransformer(model, moe.model_copy(update={"backend": "reference"}))
+        built = SwinTransformer(
+            config.model, config.moe.model_copy(update={"backend": "reference"})
+        )
     parameters = dict(built.named_parameters())
     return {name: parameters[name].detach() for name in names}
 

@@ -89,16 +89,7 @@ def train(config: Config, world: World, console: Console, fresh: bool = False) -
         checkpoint.load_weights(model, reader, names, _experts(config, world).start)
     engine = _build_engine(config, model, world)
     position = Position() if reader is None else _restore(reader, engine, config, world, plan)
-    log.info(
-        "rank %d of %d on %s (%s), expert rank %d of %d, torch %s",
-        world.rank,
-        world.size,
-        distributed.hostname(),
-        world.device,
-        world.expert.rank,
-        world.expert.size,
-        torch.__version__,
-    )
+    _log_place(world)
     cost = count(config.model, config.moe)
     if world.is_main:
         console.print(report.header(config, run.folder, world, engine.dtype, cost, loaders))
@@ -122,6 +113,19 @@ def train(config: Config, world: World, console: Console, fresh: bool = False) -
     for loader in loaders:
         loader.close()
     return run.folder
+
+
+def _log_place(world: World) -> None:
+    log.info(
+        "rank %d of %d on %s (%s), expert rank %d of %d, torch %s",
+        world.rank,
+        world.size,
+        distributed.hostname(),
+        world.device,
+        world.expert.rank,
+        world.expert.size,
+        torch.__version__,
+    )
 
 
 def _starting_weights(run: Run, config: Config, fresh: bool) -> Pretrained | None:
