@@ -11,6 +11,7 @@ from functools import lru_cache
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from swin_moe.ops import _library
 
@@ -51,25 +52,25 @@ def window_attention(
     N = window_size * window_size
     if bias.shape != (heads, N, N):
         raise ValueError(f"bias has shape {tuple(bias.shape)}, expected {(heads, N, N)}")
-    pad_h, pad_w = -H % window_size, -W % window_size
-    if pad_h or pad_w:
-        qkv = F.pad(qkv, (0, 0, 0, 0, 0, 0, 0, pad_w, 0, pad_h))
+    rows, cols = -(-H // window_size), -(-W // window_size)
+    Hp, Wp = rows * window_size, cols * window_size
+    # Of a size that is dynamic in a compiled graph nothing is known: it is padded, perhaps by zero.
+    padded = not (statically_known_true(Hp == H) and statically_known_true(Wp == W))
+    if padded:
+        qkv = F.pad(qkv, (0, 0, 0, 0, 0, 0, 0, Wp - W, 0, Hp - H))
     if shift_size:
         qkv = torch.roll(qkv, (-shift_size, -shift_size), (1, 2))
-    Hp, Wp = H + pad_h, W + pad_w
-    rows, cols = Hp // window_size, Wp // window_size
-    windows = qkv.view(B, rows, window_size, cols, window_size, 3, heads, head_dim)
-    # [3, B, nW, heads, N, head_dim]
-    windows = windows.permute(5, 0, 1, 3, 6, 2, 4, 7).reshape(3, B, rows * cols, heads, N, head_dim)
-    q, k, v = windows.unbind(0)
+    q, k, v = _partition(qkv, rows, cols).unbind(0)
     compute = torch.promote_types(qkv.dtype, torch.float32)
     factor = scale.to(compute)
     if cosine:
         factor = factor.clamp(max=MAX_LOG_SCALE).exp()
         q, k = _unit(q), _unit(k)
     logits = (q @ k.transpose(-2, -1)).to(compute) * factor + bias.to(compute)
-    if shift_size or pad_h or pad_w:
-        mask = _region_mask(H, W, window_size, shift_size, str(qkv.device))
+    if shift_size or padded:
+        # A compiled or exported graph computes its mask: it must hold for other sizes, too.
+        region_mask = _region_mask if torch.compiler.is_compiling() else _cached_region_mask
+        mask = region_mask(H, W, window_size, shift_size, qkv.device)
         logits = logits + mask.to(compute)[:, None]  # [nW, 1, N, N]
     probabilities = F.dropout(logits.softmax(-1), dropout_p, training=dropout_p > 0)
     out = probabilities.to(v.dtype) @ v  # [B, nW, heads, N, head_dim]
@@ -77,7 +78,18 @@ def window_attention(
     out = out.permute(0, 1, 4, 2, 5, 3, 6).reshape(B, Hp, Wp, heads * head_dim)
     if shift_size:
         out = torch.roll(out, (shift_size, shift_size), (1, 2))
-    return out[:, :H, :W] if pad_h or pad_w else out
+    if not padded:
+        return out
+    # What follows copies a slice anyway; a copy here, and no graph asks whether it is contiguous.
+    return out[:, :H, :W].clone(memory_format=torch.contiguous_format)
+
+
+def _partition(qkv: Tensor, rows: int, cols: int) -> Tensor:
+    """[B, rows·w, cols·w, 3, heads, head_dim] to windows [3, B, rows·cols, heads, w², head_dim]."""
+    windows = qkv.unflatten(2, (cols, -1)).unflatten(1, (rows, -1))
+    # [B, rows, w, cols, w, 3, heads, head_dim]
+    windows = windows.permute(5, 0, 1, 3, 6, 2, 4, 7)
+    return windows.flatten(5, 6).flatten(2, 3)
 
 
 def _unit(x: Tensor) -> Tensor:
@@ -86,31 +98,38 @@ def _unit(x: Tensor) -> Tensor:
     return F.normalize(wide, dim=-1).to(x.dtype)
 
 
-def _region_ids(length: int, padded: int, window_size: int, shift_size: int) -> Tensor:
-    """Region of each position of the shifted axis: 0 to 2 as in the paper, −1 for padding."""
-    ids = torch.zeros(padded, dtype=torch.long)
+def _region_ids(length: int, window_size: int, shift_size: int, device: torch.device) -> Tensor:
+    """Region of each position of the shifted axis: 0 to 2 as in the paper, −1 for padding.
+
+    [⌈length / window_size⌉, window_size]
+    """
+    windows = -(-length // window_size)
+    padded = windows * window_size
+    shifted = torch.arange(padded, device=device)
+    ids = torch.zeros_like(shifted)
     if shift_size:
-        ids[-window_size:-shift_size] = 1
-        ids[-shift_size:] = 2
-    positions = (torch.arange(padded) + shift_size) % padded
-    return torch.where(positions < length, ids, -1)
+        ids = (shifted >= padded - window_size).long() + (shifted >= padded - shift_size).long()
+    original = (shifted + shift_size) % padded
+    return torch.where(original < length, ids, -1).view(windows, window_size)
+
+
+def _region_mask(H: int, W: int, window_size: int, shift_size: int, device: torch.device) -> Tensor:
+    """[nW, N, N]: 0 within a region, −100 across regions, −inf towards padded keys."""
+    row = _region_ids(H, window_size, shift_size, device)[:, None, :, None]
+    col = _region_ids(W, window_size, shift_size, device)[None, :, None, :]
+    region = torch.where((row < 0) | (col < 0), -1, row * 3 + col)  # [rows, cols, w, w]
+    region = region.flatten(2).flatten(0, 1)
+    different = region[:, None, :] != region[:, :, None]
+    mask = torch.where(different, MASK_VALUE, 0.0)
+    return mask.masked_fill((region < 0)[:, None, :], float("-inf"))
 
 
 @lru_cache(maxsize=64)
-def _region_mask(H: int, W: int, window_size: int, shift_size: int, device: str) -> Tensor:
-    """[nW, N, N]: 0 within a region, −100 across regions, −inf towards padded keys."""
+def _cached_region_mask(
+    H: int, W: int, window_size: int, shift_size: int, device: torch.device
+) -> Tensor:
     with torch.inference_mode(False), torch.no_grad():
-        pad_h, pad_w = -H % window_size, -W % window_size
-        row = _region_ids(H, H + pad_h, window_size, shift_size)
-        col = _region_ids(W, W + pad_w, window_size, shift_size)
-        region = torch.where((row[:, None] < 0) | (col < 0), -1, row[:, None] * 3 + col)
-        w = window_size
-        region = region.view((H + pad_h) // w, w, (W + pad_w) // w, w)
-        region = region.transpose(1, 2).reshape(-1, w * w)
-        different = region[:, None, :] != region[:, :, None]
-        mask = torch.zeros(different.shape).masked_fill(different, MASK_VALUE)
-        mask = mask.masked_fill((region < 0)[:, None, :], float("-inf"))
-        return mask.to(device)
+        return _region_mask(H, W, window_size, shift_size, device)
 
 
 _library.declare_reference("window_attention")
