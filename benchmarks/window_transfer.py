@@ -84,15 +84,10 @@ def transferred(weights: Path, family: str, pixels: int, window: int, own: bool)
     Args:
         own: V2 only: scale the coordinates to the new window, as if it had been trained with it.
     """
-    model = build_model(
-        family, pretrained=str(weights), img_size=pixels, window_size=window, **SHAPE
+    sizes = {"pretrained_window_sizes": [0, 0]} if own else {}
+    return build_model(
+        family, pretrained=str(weights), img_size=pixels, window_size=window, **SHAPE, **sizes
     )
-    if own:
-        blind = model.config.model_copy(update={"pretrained_window_sizes": []})
-        other = SwinTransformer(blind)
-        other.load_state_dict(model.state_dict())
-        return other
-    return model
 
 
 def measure(steps: int, images: int, targets: list[tuple[int, int]]) -> list[dict[str, object]]:

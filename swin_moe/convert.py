@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
@@ -22,7 +24,7 @@ from .models.pretrained import (
     read_pretrained,
 )
 from .models.transfer import Fit, default_moe_blocks, fit, upcycle
-from .models.weights import PICKLED, State, WeightsError, write
+from .models.weights import PICKLED, State, WeightsError, rank_files, write
 
 # What each dialect's own programs look for in a .pth.
 _WRAPPER = {"official": "model", "timm": "state_dict", "mmseg": "state_dict", "torchvision": ""}
@@ -58,6 +60,8 @@ class Upcycle:
                 ) from None
         if "experts" not in values or values.get("gate", "zero") not in ("zero", "random"):
             raise ValueError("--upcycle needs experts=NUMBER, and gate is zero or random")
+        if not 0 <= values.get("noise", 0.0) < math.inf:
+            raise ValueError(f"--upcycle noise={values['noise']} must be a number from 0 on")
         return cls(**values)
 
 
@@ -92,9 +96,9 @@ def convert(
     """
     if not output.suffix and dialect != "huggingface":
         output = output.with_suffix(".safetensors")
-    if output.exists() and not overwrite:
-        raise ValueError(f"{output} exists: choose another name, or add --overwrite")
-    overrides = overrides or {}
+    if not overwrite and (found := [p for p in (output, *rank_files(output)) if p.exists()]):
+        raise ValueError(f"{found[0]} exists: choose another name, or add --overwrite")
+    overrides = _checked(overrides or {})
     source = read_pretrained(source_path, source_dialect)
     config = _target(source, model_name, overrides)
     state = source.state
@@ -114,10 +118,22 @@ def convert(
             f"{source_path}: {explain_difference(missing, extra)} (--allow-missing goes on)"
         )
     complete = result.state | _fresh(config, result.missing)
-    known = source.window_known or "window_size" in overrides.get("model", {}) or bool(model_name)
+    stated = {"window_size", "img_size"} <= overrides.get("model", {}).keys()
+    known = source.window_known or stated or bool(model_name)
     _write(output, complete, config, dialect, ranks, known)
-    console.print(_closing(output, config, dialect, known), highlight=False, soft_wrap=True)
+    closing = _closing(output, config, dialect, known)
+    console.print(closing, highlight=False, markup=False, soft_wrap=True)
     return config
+
+
+def _checked(overrides: Overrides) -> Overrides:
+    for section, values in overrides.items():
+        if section not in ("model", "moe") or not isinstance(values, dict):
+            raise ValueError(
+                f"override '{section}': only keys of model and moe count here, e.g. "
+                "model.window_size=16"
+            )
+    return overrides
 
 
 def _target(source: Pretrained, model_name: str, overrides: Overrides) -> Architecture:
@@ -142,7 +158,9 @@ def _with_experts(config: Architecture, upcycling: Upcycle, stated: dict[str, An
         "blocks": config.moe.blocks or default_moe_blocks(config.model.depths),
         "num_experts": upcycling.experts,
         "top_k": upcycling.top_k,
-        "normalize_gate": True,  # the function stays what it was
+        # The function stays what it was: gates sum to one, and nothing is dropped.
+        "normalize_gate": True,
+        "eval_capacity_factor": 0.0,
         "fc2_bias": config.model.mlp_fc2_bias,
     }
     model = config.model.model_dump()
@@ -181,13 +199,14 @@ def _write(
             raise WeightsError(f"{output}: --to swin_moe writes .safetensors")
         write(output, state, config if window_known else None)
         return
-    if dialect in ("huggingface", "torchvision") and not window_known:
+    has_window = config.model.family in ("swinv2", "swin_moe") and dialect != "timm"
+    if has_window and not window_known:
         raise WeightsError(
-            "the file does not tell its window, which this dialect writes: add --model NAME or "
-            "model.window_size=N"
+            f"the file does not tell its window, which {dialect} files do: add --model NAME, or "
+            "model.window_size=N and model.img_size=N"
         )
     theirs = from_swin_moe(state, dialect, config.model)
-    if dialect == "huggingface" and not output.suffix:
+    if dialect == "huggingface" and output.suffix not in (".safetensors", *PICKLED):
         write(output / "model.safetensors", theirs)
         text = json.dumps(huggingface_config(config.model), indent=2)
         (output / "config.json").write_text(text + "\n", encoding="utf-8")
@@ -203,6 +222,7 @@ def _write_ranks(output: Path, state: State, ranks: int) -> None:
     num_experts = len(next(iter(experts.values())))
     if ranks < 1 or num_experts % ranks:
         raise WeightsError(f"--ranks {ranks} does not divide the {num_experts} experts")
+    stale = rank_files(output)
     dense = {name: tensor for name, tensor in state.items() if name not in experts}
     counts = {n: t for n, t in dense.items() if n.endswith("_num_global_experts")}
     write(output.with_name(f"{output.name}.master"), dense, wrapper="model")
@@ -210,6 +230,10 @@ def _write_ranks(output: Path, state: State, ranks: int) -> None:
         held = {name: tensor.chunk(ranks)[rank] for name, tensor in experts.items()}
         path = output.with_name(f"{output.name}.rank{rank}")
         write(path, held | counts, wrapper="model")
+        stale = [old for old in stale if old != path]
+    for old in stale:  # of another number of ranks: they would be read along
+        if not old.name.endswith(".master"):
+            old.unlink()
 
 
 # --------------------------------------------------------------------------------------------
@@ -226,7 +250,7 @@ def _table(translation: Translation, result: Fit, target: State) -> Table:
     matched = [name for name in copied if sources.get(name) == (name,)]
     renamed = [name for name in copied if sources.get(name, (name,)) != (name,)]
     made = [name for name in copied if name not in sources]
-    example = f"{' + '.join(sources[renamed[0]])} → {renamed[0]}" if renamed else ""
+    example = escape(f"{' + '.join(sources[renamed[0]])} → {renamed[0]}") if renamed else ""
     table.add_row("matched", str(len(matched)), "")
     table.add_row("renamed", str(len(renamed)), example and f"e.g. {example}")
     if made:
@@ -257,7 +281,7 @@ def _kinds(names: dict[str, Tensor]) -> list[str]:
 
 def _list(names: list[str], limit: int = 8) -> str:
     more = f"\nand {len(names) - limit} more" if len(names) > limit else ""
-    return "\n".join(names[:limit]) + more
+    return escape("\n".join(names[:limit])) + more
 
 
 def _closing(output: Path, config: Architecture, dialect: str, window_known: bool) -> str:
@@ -269,13 +293,15 @@ def _closing(output: Path, config: Architecture, dialect: str, window_known: boo
         lines.append(f"train from it: swin-moe train CONFIG model.pretrained={output}")
         if not window_known:
             lines.append(
-                "the file does not tell its window: --model NAME or model.window_size=N records it"
+                "the file does not tell its window: --model NAME, or model.window_size=N and "
+                "model.img_size=N, records it"
             )
         if config.moe.enabled:
             moe = config.moe
             lines.append(
                 f"its config: moe.blocks={moe.blocks} moe.num_experts={moe.num_experts} "
                 f"moe.top_k={moe.top_k} moe.normalize_gate={str(moe.normalize_gate).lower()} "
+                f"moe.eval_capacity_factor={moe.eval_capacity_factor:g} "
                 f"moe.fc2_bias={str(moe.fc2_bias).lower()}"
             )
     return "\n".join(lines)

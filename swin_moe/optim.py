@@ -37,12 +37,12 @@ def decays(name: str, parameter: torch.Tensor) -> bool:
 def layer_id(name: str, depths: Sequence[int]) -> int:
     """Layer of a parameter for layer decay, 0 to Σdepths + 1, also under ``encoder.``.
 
-    Patch embedding, mask token and absolute position embedding are 0, block i of the whole model is
-    i + 1, a stage's patch merging belongs to its last block, and the rest comes last (as in BEiT,
-    https://arxiv.org/abs/2106.08254).
+    Patch embedding and mask token are 0, block i of the whole model is i + 1, a stage's patch
+    merging belongs to its last block, and the rest comes last, an absolute position embedding
+    included: the ids of the official fine-tuning of SimMIM.
     """
     name = name.removeprefix("encoder.")
-    if name.startswith(("patch_embed.", "mask_token", "absolute_pos_embed")):
+    if name.startswith(("patch_embed.", "mask_token")):
         return 0
     place = re.match(r"layers\.(\d+)\.(?:blocks\.(\d+)|downsample)\.", name)
     if place is None:

@@ -25,6 +25,7 @@ from .models.cost import count
 from .models.pretrained import (
     Pretrained,
     adopt_pretrained_window,
+    built_windows,
     load_pretrained,
     read_pretrained,
 )
@@ -320,11 +321,19 @@ def _check_same_model(reader: checkpoint.Reader, config: Config) -> None:
                 f"{old[key]!r}: change it back, set another train.output, or use --fresh"
             )
 
+    old_windows, new_windows = built_windows(saved.model), built_windows(config.model)
+    if old_windows != new_windows:
+        raise ConfigError(
+            f"model.window_size and model.img_size give windows {new_windows}, but the checkpoint "
+            f"{reader.path} has {old_windows}: change them back, or start another run from it by "
+            "model.pretrained"
+        )
+
 
 _SHAPE_KEYS = {
     "family", "patch_size", "in_chans", "num_classes", "embed_dim", "depths", "num_heads",
     "mlp_ratio", "mlp_fc2_bias", "qkv_bias", "ape", "patch_norm", "extra_norm_every_n_blocks",
-    "blocks", "num_experts", "router", "cosine_router_dim", "fc2_bias",
+    "pretrained_window_sizes", "blocks", "num_experts", "router", "cosine_router_dim", "fc2_bias",
 }  # fmt: skip
 
 
@@ -411,19 +420,24 @@ def evaluate_checkpoint(
         if found is None:
             raise ValueError(f"{path}: neither a checkpoint nor a run directory that holds one")
     assert found is not None
-    checkpoint.verify(found)
-    reader = checkpoint.Reader(found)
+    source = read_pretrained(found)
     config = load_config(found / "config.yaml", overrides)
     torch.set_flush_denormal(config.precision.flush_denormals)
+    if config.model.num_classes != source.config.model.num_classes:
+        raise ConfigError(
+            f"model.num_classes={config.model.num_classes}, but {found} was trained for "
+            f"{source.config.model.num_classes}: its head cannot be evaluated"
+        )
+    config.model = adopt_pretrained_window(config.model, source)
     with torch.random.fork_rng(devices=[]):
         model = build(config.model, config.moe)
-    checkpoint.load_weights(model, reader, expert_parameter_names(model), 0)
+    load_pretrained(model, source)
     model.eval().to(world.device)
     dtype = resolve_precision(config.precision, world.device)
     loader = _build_loader(config, world, training=False)
     forward = _inference(model, dtype, config.zero.stage > 0)
     result = evaluate(forward, loader, config.model.num_classes, world.device)
-    report.print_evaluation(console, reader.path, result, loader.class_names)
+    report.print_evaluation(console, found.resolve(), result, loader.class_names)
     loader.close()
     return result
 

@@ -158,7 +158,7 @@ def test_heads(timm_v2, tmp_path):
     head = load_file(tmp_path / "1k.safetensors")["head.weight"]
     assert torch.equal(head, theirs.head.fc.weight[rows_22k_to_1k()])
     said = run(path, tmp_path / "7.safetensors", overrides={"model": {"num_classes": 7}})
-    assert "re-initialised for 7 classes (the file's has 21841 classes)" in said
+    assert "re-initialised for 7 classes (the file's is for 21841 of width 32)" in said
     head = load_file(tmp_path / "7.safetensors")["head.weight"]
     assert head.shape == (7, 32)
     assert 0.01 < head.std() < 0.03
@@ -184,8 +184,9 @@ def test_position_embedding_of_another_image(tmp_path):
     model = build_model("swinv2", pretrained=str(tmp_path / "in.safetensors"), img_size=[96, 64],
                         **{k: v for k, v in golden.config["arguments"].items()
                            if k not in ("img_size", "pretrained_window_sizes")})  # fmt: skip
-    assert model.absolute_pos_embed.shape == (1, 24 * 16, 24)
-    assert model(torch.randn(1, 3, 96, 64)).isfinite().all()
+    image = golden.weights["absolute_pos_embed"].view(1, 16, 16, 24).permute(0, 3, 1, 2)
+    expected = torch.nn.functional.interpolate(image, (24, 16), mode="bicubic")
+    torch.testing.assert_close(model.absolute_pos_embed, expected.flatten(2).transpose(1, 2))
 
 
 def test_v2_keeps_the_coordinates_of_the_pretrained_window(tmp_path):
@@ -211,6 +212,65 @@ def read_config(model):
     from swin_moe.config import Architecture
 
     return Architecture(model=model.config, moe=model.moe)
+
+
+@pytest.mark.parametrize("family", ["swinv2", "swin_moe", "swin"])
+@pytest.mark.parametrize("pixels", [32, 48, 96])
+@torch.no_grad()
+def test_another_image_is_the_same_by_call_and_by_load(tmp_path, family, pixels):
+    torch.manual_seed(0)
+    config = ModelConfig(family=family, img_size=64, window_size=16, num_classes=5, **OURS)
+    model = SwinTransformer(config).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    path = tmp_path / "x.safetensors"
+    write(path, model.state_dict(), read_config(model))
+    built = build_model(family, pretrained=str(path), img_size=pixels, window_size=16,
+                        num_classes=5, **OURS).eval()  # fmt: skip
+    images = torch.randn(2, 3, pixels, pixels)
+    torch.testing.assert_close(built(images), model(images), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("theirs", "ours"), [(1, 3), (3, 1), (4, 3), (2, 5)])
+@torch.no_grad()
+def test_other_channels(tmp_path, theirs, ours):
+    model = SwinTransformer(ModelConfig(img_size=32, window_size=4, in_chans=theirs, **OURS))
+    path = tmp_path / "x.safetensors"
+    write(path, model.state_dict(), read_config(model))
+    run(path, tmp_path / "y.safetensors", overrides={"model": {"in_chans": ours}})
+    weight = load_file(tmp_path / "y.safetensors")["patch_embed.proj.weight"]
+    assert weight.shape[1] == ours
+    if 1 in (theirs, ours):  # a grey image in all channels gives what it gave
+        torch.testing.assert_close(weight.sum(1), model.patch_embed.proj.weight.sum(1))
+
+
+def test_a_file_of_unknown_window_claims_none(timm_v2, tmp_path):
+    _, path = timm_v2
+    for dialect in ("official", "mmseg", "huggingface", "torchvision"):
+        with pytest.raises(WeightsError, match="does not tell its window"):
+            run(path, tmp_path / "out.pth", dialect=dialect)
+    stated = {"model": {"window_size": 8, "img_size": 64}}
+    run(path, tmp_path / "out.pth", dialect="official", overrides=stated)
+    assert read_pretrained(tmp_path / "out.pth").config.model.window_size == 8
+
+
+def test_windows_that_differ_by_stage_are_refused(tmp_path):
+    theirs = random_timm(1, img_size=56, window_size=7)
+    state = theirs.state_dict()
+    for block in (0, 1):
+        state[f"layers.1.blocks.{block}.attn.relative_position_bias_table"] = torch.ones(27**2, 4)
+    write(tmp_path / "s3.safetensors", state)
+    with pytest.raises(WeightsError, match=r"windows \[7, 14\]: no single window_size"):
+        run(tmp_path / "s3.safetensors", tmp_path / "x.safetensors")
+
+
+@pytest.mark.parametrize(("dim", "ratio"), [(12, 1.3), (14, 61 / 14), (352, 4.0), (10, 0.55)])
+def test_the_feed_forward_ratio_is_read_off_all_stages(tmp_path, dim, ratio):
+    shape = {**OURS, "embed_dim": dim, "mlp_ratio": ratio, "num_heads": [2, 2]}
+    model = SwinTransformer(ModelConfig(family="swin", img_size=56, window_size=7, **shape))
+    write(tmp_path / "x.safetensors", model.state_dict())
+    found = read_pretrained(tmp_path / "x.safetensors").config.model
+    SwinTransformer(found).load_state_dict(model.state_dict())
 
 
 # --------------------------------------------------------------------------------------------
@@ -284,6 +344,8 @@ def test_left_over_and_missing_tensors(timm_v1, tmp_path):
         ({"model_name": "swin_tinny_patch4_window7_224"}, "did you mean swin_tiny_patch4"),
         ({"overrides": {"moe": {"blocks": [[1], [1]]}}}, "swin-moe convert --upcycle"),
         ({"overrides": {"model": {"windw_size": 3}}}, "unknown key 'model.windw_size'"),
+        ({"overrides": {"window_size": 3}}, "only keys of model and moe count here"),
+        ({"overrides": {"model": 3}}, "only keys of model and moe count here"),
     ],
 )
 def test_mistakes_are_one_line(timm_v1, tmp_path, options, message):
@@ -298,6 +360,41 @@ def test_swin_mlp_belongs_to_its_window(tmp_path):
     with pytest.raises(WeightsError, match="belong to one window size"):
         run(tmp_path / "mlp.safetensors", tmp_path / "x.safetensors",
             overrides={"model": {"window_size": 4}})  # fmt: skip
+
+
+def test_rank_files_are_not_overwritten_either(tmp_path):
+    write(tmp_path / "in.safetensors", Golden("swin_moe_official").weights)
+    run(tmp_path / "in.safetensors", tmp_path / "c.pth", dialect="official", ranks=4)
+    with pytest.raises(ValueError, match="exists: choose another name"):
+        run(tmp_path / "c.pth", tmp_path / "c.pth", dialect="official")
+    run(tmp_path / "c.pth", tmp_path / "c.pth", dialect="official", ranks=2, overwrite=True)
+    assert len(list(tmp_path.glob("c.pth.rank*"))) == 2
+    assert read_pretrained(tmp_path / "c.pth").config.moe.num_experts == 4
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: s.update({"layers.0.blocks.999.norm1.weight": torch.ones(16)}), "without gaps"),
+        (lambda s: s.pop("head.fc.bias"), "other half of the head"),
+        (lambda s: [s.pop(n) for n in list(s) if ".mlp." in n], "has a feed-forward"),
+        (
+            lambda s: s.update({"layers.0.blocks.0.mlp.fc1.weight": torch.tensor(1.0)}),
+            "shapes that",
+        ),
+        (lambda s: s.update({"patch_embed.proj.weight": torch.ones(4)}), "shapes that"),
+        (lambda s: s.update({"a\nb": torch.ones(4)}), "no name of a tensor"),
+        (lambda s: s.update({"a[/b]c": torch.ones(4)}), "are not in the model"),
+    ],
+)
+def test_odd_files_are_told_in_one_line(timm_v1, tmp_path, change, message):
+    theirs, _ = timm_v1
+    state = dict(theirs.state_dict())
+    change(state)
+    torch.save(state, tmp_path / "odd.pth")
+    with pytest.raises(ValueError, match=re.escape(message)) as error:
+        run(tmp_path / "odd.pth", tmp_path / "x.safetensors")
+    assert "\n" not in str(error.value)
 
 
 def test_nothing_is_overwritten_unasked(timm_v1, tmp_path):

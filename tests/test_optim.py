@@ -13,7 +13,7 @@ from tests.golden import Golden
 TINY = {"img_size": 32, "embed_dim": 8, "num_heads": [1, 2, 4, 8], "depths": [2, 2, 6, 2]}
 # Prefix of a name -> layer, in a model of depths [2, 2, 6, 2]
 LAYERS = {
-    "patch_embed.": 0, "mask_token": 0, "absolute_pos_embed": 0,
+    "patch_embed.": 0, "mask_token": 0, "absolute_pos_embed": 13,
     "layers.0.blocks.0.": 1, "layers.0.blocks.1.": 2, "layers.0.downsample.": 2,
     "layers.1.blocks.0.": 3, "layers.1.blocks.1.": 4, "layers.1.downsample.": 4,
     "layers.2.blocks.0.": 5, "layers.2.blocks.1.": 6, "layers.2.blocks.2.": 7,

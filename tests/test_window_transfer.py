@@ -26,6 +26,13 @@ def test_most_of_the_accuracy_is_kept_at_a_larger_window(trained, pixels, window
     assert after > share * before, f"{before:.1f} % at window 4, {after:.1f} % at {window}"
 
 
+def test_the_pretrained_window_counts(trained):
+    """Both settings keep the accuracy here, so that alone would not show which one is in use."""
+    images = torch.randn(2, 1, 64, 64)
+    known, own = (transferred(trained[1], "swinv2", 64, 8, own=own).eval() for own in (False, True))
+    assert (known(images) - own(images)).abs().max() > 1e-3
+
+
 def test_the_same_size_is_the_same_model(trained):
     model, path = trained
     again = transferred(path, "swinv2", 32, 4, own=False)

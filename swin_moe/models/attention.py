@@ -100,7 +100,9 @@ class WindowAttention(nn.Module):
         else:
             coords = self.coords
             if other:
-                coords = relative_coords(window_size, self.pretrained_window_size, coords.device)
+                # Scaled as at the window that the weights know: 0 stands for the built one.
+                trained = self.pretrained_window_size or self.window_size
+                coords = relative_coords(window_size, trained, coords.device)
             table = self.cpb_mlp(coords)  # [(2w−1)², heads]
         bias = table[index].permute(2, 0, 1)
         return 16 * bias.sigmoid() if self.kind == "log_cpb_sigmoid" else bias

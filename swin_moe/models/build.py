@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from ..distributed import Group
 from ..variants import VARIANTS
 from .pretrained import adopt_pretrained_window, load_pretrained, read_pretrained
 from .swin import MoEOutput, SwinTransformer
+
+log = logging.getLogger("swin_moe")
 
 
 def build(model: ModelConfig, moe: MoEConfig, expert_group: Group | None = None) -> SwinTransformer:
@@ -47,7 +50,9 @@ def build_model(name: str, **overrides: Any) -> SwinTransformer:
         return build(config.model, config.moe)
     source = read_pretrained(Path(config.model.pretrained))
     built = build(adopt_pretrained_window(config.model, source), config.moe)
-    load_pretrained(built, source)
+    done = load_pretrained(built, source)
+    if "re-initialised" in done:
+        log.warning("%s: %s", config.model.pretrained, done)
     return built
 
 

@@ -17,40 +17,29 @@ from .weights import State, WeightsError, read
 log = logging.getLogger("swin_moe")
 
 
-# What tensors do not tell and a config.json does.
-HUGGINGFACE_KEYS = (
-    ("img_size", "image_size"),
-    ("window_size", "window_size"),
-    ("pretrained_window_sizes", "pretrained_window_sizes"),
-)
-
-
 @dataclass
 class Pretrained:
     """Weights under our names, and what is known of their model.
 
     Attributes:
-        config: sections ``model`` and ``moe``; ``data`` and others are defaults.
+        config: what the file tells of its model, defaults elsewhere.
         window_known: whether the file tells its window.
+        own: whether the file is ours and knows its routing, too.
     """
 
     translation: Translation
     dialect: str
     config: Architecture
     window_known: bool
+    own: bool
 
     @property
     def state(self) -> State:
         return self.translation.state
 
 
-def read_pretrained(
-    path: Path, dialect: str = "auto", overrides: dict[str, dict[str, object]] | None = None
-) -> Pretrained:
+def read_pretrained(path: Path, dialect: str = "auto") -> Pretrained:
     """Read weights of any dialect.
-
-    Args:
-        overrides: keys of ``model`` and ``moe`` that the file does not tell, or tells wrongly.
 
     Raises:
         ValueError: one line for the user: the file is damaged, of another dialect, or no Swin.
@@ -64,23 +53,42 @@ def read_pretrained(
         model, moe = raw["model"], raw["moe"]
     else:
         model, moe = infer_model(translation.state, translation.dropped)
-        stated = weights.foreign
-        model |= {ours: stated[theirs] for ours, theirs in HUGGINGFACE_KEYS if theirs in stated}
-    for section, known in (("model", model), ("moe", moe)):
-        known |= (overrides or {}).get(section, {})
+        model |= _huggingface_model(weights.foreign, path)
     model["pretrained"] = ""  # a run's own beginning is of no interest to who goes on from it
     config = validate_architecture({"model": model, "moe": moe}, source=str(path))
-    return Pretrained(translation, dialect, config, "window_size" in model)
+    own = weights.config is not None
+    return Pretrained(translation, dialect, config, "window_size" in model, own)
+
+
+def _huggingface_model(stated: dict[str, object], path: Path) -> dict[str, object]:
+    """What tensors do not tell and a ``config.json`` does.
+
+    Raises:
+        WeightsError: it asks for what the family does not have.
+    """
+    for key, value in (("hidden_act", "gelu"), ("layer_norm_eps", 1e-5)):
+        if stated.get(key, value) != value:
+            raise WeightsError(
+                f"{path}: its config.json has {key}={stated[key]!r}, ours is {value}"
+            )
+    keys = {"img_size": "image_size", "window_size": "window_size"}
+    model = {ours: stated[theirs] for ours, theirs in keys.items() if theirs in stated}
+    sizes = stated.get("pretrained_window_sizes")
+    if isinstance(sizes, list) and any(sizes):
+        model["pretrained_window_sizes"] = sizes
+    return model
 
 
 def adopt_pretrained_window(model: ModelConfig, source: Pretrained) -> ModelConfig:
     """V2 at another window than the file's is asked for the coordinates that it was trained with.
 
-    Where the config does not state ``pretrained_window_sizes``, they become the file's windows.
+    Where the config leaves ``pretrained_window_sizes`` empty, they become the file's windows.
     """
-    if model.family not in ("swinv2", "swin_moe") or any(model.pretrained_window_sizes):
-        return model
     theirs = source.config.model
+    if model.family not in ("swinv2", "swin_moe") or model.pretrained_window_sizes:
+        return model
+    if len(theirs.depths) != len(model.depths):
+        return model  # the weights will not fit, and that is told
     if not source.window_known:
         log.warning(
             "the pretrained file does not tell its window; model.pretrained_window_sizes is "
@@ -114,6 +122,7 @@ def load_pretrained(model: SwinTransformer, source: Pretrained) -> str:
     """
     target = dict(model.named_parameters())
     state = dict(source.state)
+    _warn_of_other_routing(model, source)
     for name in [name for name in state if ".experts." in name and name in target]:
         layer = model.get_submodule(name.rpartition(".")[0])
         first, held = int(layer.first_expert), len(target[name])  # type: ignore[arg-type]
@@ -138,6 +147,21 @@ def load_pretrained(model: SwinTransformer, source: Pretrained) -> str:
     if result.head:
         notes.append(f"head {result.head}")
     return ", ".join(notes)
+
+
+def _warn_of_other_routing(model: SwinTransformer, source: Pretrained) -> None:
+    """Our files know how their mixtures route; another way computes something else."""
+    theirs = source.config.moe
+    if not source.own or not theirs.enabled:
+        return
+    for key in ("top_k", "normalize_gate"):
+        if getattr(theirs, key) != getattr(model.moe, key):
+            log.warning(
+                "moe.%s=%s, but the pretrained model has %s",
+                key,
+                getattr(model.moe, key),
+                getattr(theirs, key),
+            )
 
 
 def explain_difference(missing: list[str], extra: list[str]) -> str:

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 
 import torch
 from timm.data import ImageNetInfo
-from timm.models import adapt_input_conv
 from torch import Tensor
 
 from ..config import ModelConfig, MoEConfig
@@ -64,6 +63,7 @@ def fit(state: State, target: State, source_grid: Grid, target_grid: Grid) -> Fi
         if tensor.shape != wanted.shape:
             result.resized[name] = tuple(tensor.shape)
             tensor = _resize(name, tensor, wanted, source_grid, target_grid)
+            assert tensor.shape == wanted.shape, name
         result.state[name] = tensor
     _fit_head(state, target, result)
     return result
@@ -71,18 +71,34 @@ def fit(state: State, target: State, source_grid: Grid, target_grid: Grid) -> Fi
 
 def _resize(name: str, tensor: Tensor, wanted: Tensor, source: Grid, target: Grid) -> Tensor:
     same_rank = tensor.ndim == wanted.ndim
+    if not same_rank:
+        raise WeightsError(_unmappable(name, tensor, wanted))
     if name.endswith("relative_position_bias_table") and tensor.shape[1:] == wanted.shape[1:]:
         return resize_bias_table(tensor, (math.isqrt(len(wanted)) + 1) // 2)
-    if name == "absolute_pos_embed" and tensor.shape[2:] == wanted.shape[2:]:
+    fits = tensor.shape[1:2] == (source[0] * source[1],)
+    if name == "absolute_pos_embed" and fits and tensor.shape[2:] == wanted.shape[2:]:
         return resize_position_embedding(tensor, source, target)
-    if name == "patch_embed.proj.weight" and same_rank and tensor.shape[2:] == wanted.shape[2:]:
-        return adapt_input_conv(wanted.shape[1], tensor)
+    sides = tensor.shape[:1] + tensor.shape[2:]
+    if name == "patch_embed.proj.weight" and sides == wanted.shape[:1] + wanted.shape[2:]:
+        return _other_channels(tensor, wanted.shape[1])
+    raise WeightsError(_unmappable(name, tensor, wanted))
+
+
+def _other_channels(weight: Tensor, channels: int) -> Tensor:
+    """A patch embedding [O, I, p, p] for other channels: a grey image in all gives the same."""
+    if channels == 1:
+        return weight.sum(1, keepdim=True)
+    repeated = weight.repeat(1, -(-channels // weight.shape[1]), 1, 1)[:, :channels]
+    return repeated * (weight.shape[1] / channels)
+
+
+def _unmappable(name: str, tensor: Tensor, wanted: Tensor) -> str:
     hint = ""
     if "spatial_mlp" in name:
         hint = " (SwinMLP's weights belong to one window size)"
     elif ".experts." in name or ".router." in name:
         hint = " (the number of experts differs)"
-    raise WeightsError(
+    return (
         f"{name} has shape {list(tensor.shape)}, the model's is {list(wanted.shape)}: cannot be "
         f"mapped{hint}"
     )
@@ -93,7 +109,9 @@ def _fit_head(state: State, target: State, result: Fit) -> None:
         result.left_over += [name for name in HEAD if name in state]
         return
     wanted = target[HEAD[0]].shape
-    found = state[HEAD[0]].shape if HEAD[0] in state else None
+    if len(there := [name for name in HEAD if name in state]) == 1:
+        raise WeightsError(f"the file has {there[0]} and not the other half of the head")
+    found = state[HEAD[0]].shape if there else None
     if found == wanted:
         result.state |= {name: state[name] for name in HEAD}
     elif found and (found[0], wanted[0]) == (21841, 1000) and found[1] == wanted[1]:
@@ -102,7 +120,7 @@ def _fit_head(state: State, target: State, result: Fit) -> None:
         result.head = "21841 → 1000 classes by their rows"
     else:
         result.missing += HEAD
-        what = f"the file's has {found[0]} classes" if found else "the file has none"
+        what = f"the file's is for {found[0]} of width {found[1]}" if found else "the file has none"
         result.head = f"re-initialised for {wanted[0]} classes ({what})"
 
 
@@ -132,15 +150,26 @@ def infer_model(state: State, dropped: State) -> tuple[dict[str, object], dict[s
     the smallest at which windows are as they are.
 
     Raises:
-        WeightsError: the names are not those of a Swin model.
+        WeightsError: the names or shapes are not those of a Swin model.
     """
+    try:
+        return _infer_model(state, dropped)
+    except (LookupError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
+        if isinstance(error, WeightsError):
+            raise
+        raise WeightsError("the tensors have shapes that those of no Swin model have") from None
+
+
+def _infer_model(state: State, dropped: State) -> tuple[dict[str, object], dict[str, object]]:
     blocks: dict[int, set[int]] = {}
     for name in state:
-        if found := re.match(r"layers\.(\d+)\.blocks\.(\d+)\.", name):
+        if found := re.match(r"layers\.(\d{1,4})\.blocks\.(\d{1,4})\.", name):
             blocks.setdefault(int(found[1]), set()).add(int(found[2]))
-    if sorted(blocks) != list(range(len(blocks))) or "patch_embed.proj.weight" not in state:
-        raise WeightsError("these are not the weights of a Swin model: patch embedding or stages")
-    depths = [max(blocks[stage]) + 1 for stage in range(len(blocks))]
+    stages = [blocks.get(stage, set()) for stage in range(len(blocks))]
+    gaps = any(not found or max(found) >= len(found) for found in stages)
+    if gaps or not stages or "patch_embed.proj.weight" not in state:
+        raise WeightsError("a Swin model has a patch embedding and stages of blocks without gaps")
+    depths = [len(found) for found in stages]
     embed_dim, in_chans, patch_size = state["patch_embed.proj.weight"].shape[:3]
     model: dict[str, object] = {
         "embed_dim": embed_dim,
@@ -154,11 +183,16 @@ def infer_model(state: State, dropped: State) -> tuple[dict[str, object], dict[s
     }
     model |= _infer_family(state, depths)
     model |= _infer_feed_forward(state, embed_dim)
-    windows = _windows(state, dropped)
+    windows = _stage_windows(state, dropped)
     if windows:
-        model["window_size"] = max(windows)
+        model["window_size"] = max(windows.values())
         # The last stage is one window: the smallest grid that does not clip it.
-        model["img_size"] = min(windows) * patch_size * 2 ** (len(depths) - 1)
+        grid = min(windows.values()) * 2 ** (len(depths) - 1)
+        model["img_size"] = grid * patch_size
+        for stage, window in windows.items():
+            if window != min(max(windows.values()), grid >> max(stage, 0)):
+                sizes = [size for _, size in sorted(windows.items())]
+                raise WeightsError(f"its stages have windows {sizes}: no single window_size fits")
     if "absolute_pos_embed" in state:
         model["img_size"] = _square_side(state["absolute_pos_embed"]) * patch_size
     if pretrained := _pretrained_windows(dropped, len(depths)):
@@ -184,12 +218,22 @@ def _infer_family(state: State, depths: list[int]) -> dict[str, object]:
 
 
 def _infer_feed_forward(state: State, embed_dim: int) -> dict[str, object]:
-    name = next(n for n in state if n.endswith(("mlp.fc1.weight", "mlp.experts.fc1.weight")))
-    dim = embed_dim << int(name.split(".")[1])
-    hidden = state[name].shape[-2]
+    low, high = 0.0, math.inf  # hidden = int(dim · ratio) in every stage
+    for name, weight in state.items():
+        if name.endswith(("mlp.fc1.weight", "mlp.experts.fc1.weight")):
+            dim, hidden = embed_dim << int(name.split(".")[1]), weight.shape[-2]
+            low, high = max(low, hidden / dim), min(high, (hidden + 1) / dim)
+    if low == 0:
+        raise WeightsError("a Swin model has a feed-forward in each block")
+    ratio = (low + high) / 2
+    for digits in range(12):  # the shortest number that will do
+        short = math.ceil(low * 10**digits) / 10**digits
+        if low <= short < high:
+            ratio = short
+            break
     bias = any(re.search(r"\.mlp\.fc2\.bias$", n) for n in state)
     dense = any(re.search(r"\.mlp\.fc2\.weight$", n) for n in state)
-    return {"mlp_ratio": hidden / dim, "mlp_fc2_bias": bias or not dense}
+    return {"mlp_ratio": ratio, "mlp_fc2_bias": bias or not dense}
 
 
 def _infer_moe(state: State, depths: list[int]) -> dict[str, object]:
@@ -219,17 +263,33 @@ def _square_side(embedding: Tensor) -> int:
     return side
 
 
-def _windows(state: State, dropped: State) -> set[int]:
-    """Sides of all windows that tables, grouped layers or buffers tell."""
-    found = set()
-    for name, tensor in {**state, **dropped}.items():
+def _stage_windows(state: State, dropped: State) -> dict[int, int]:
+    """Stage to the side of the window that a table, a grouped layer or a buffer tells."""
+    found: dict[int, int] = {}
+    for name, tensor in {**dropped, **state}.items():
         if name.endswith("relative_position_bias_table"):
-            found.add((math.isqrt(len(tensor)) + 1) // 2)
+            side = (math.isqrt(len(tensor)) + 1) // 2
+            area = (2 * side - 1) ** 2 == len(tensor)
         elif name.endswith("spatial_mlp.weight"):
-            found.add(math.isqrt(tensor.shape[1]))
+            side = math.isqrt(tensor.shape[1])
+            area = side**2 == tensor.shape[1]
         elif name.endswith("relative_position_index"):
-            found.add(math.isqrt(math.isqrt(tensor.numel())))
+            side = math.isqrt(math.isqrt(tensor.numel()))
+            area = side**4 == tensor.numel()
+        else:
+            continue
+        if not area:
+            raise WeightsError(f"{name}: windows are squares, and this one is not")
+        found[_stage_of(name)] = side
     return found
+
+
+def _stage_of(name: str) -> int:
+    """The stage in anyone's names; torchvision counts patch embedding and merging as well."""
+    if match := re.search(r"features\.(\d+)\.", name):
+        return (int(match[1]) - 1) // 2
+    match = re.search(r"(?:layers|stages)\.(\d+)\.", name)
+    return int(match[1]) if match else 0
 
 
 def _pretrained_windows(dropped: State, stages: int) -> list[int]:

@@ -6,6 +6,7 @@ official files carry their configuration, which becomes a plain dict.
 
 from __future__ import annotations
 
+import glob
 import json
 import pickle
 import re
@@ -28,9 +29,12 @@ State = dict[str, Tensor]
 
 PICKLED = (".pth", ".pt", ".bin", ".ckpt", ".tar")
 # Where programs keep the weights in what they save, the most telling name first.
-_WRAPPERS = ("model", "state_dict", "model_state_dict", "module")
+_WRAPPERS = ("model", "state_dict", "model_state_dict", "module", "model_ema", "state_dict_ema")
+# What wrappers of modules put before every name: DDP, torch.compile, Lightning.
+_PREFIXES = ("module.", "_orig_mod.", "model.")
 _RANK_FILE = re.compile(r"\.(rank\d+|master|global)$")
 _METADATA_KEY = "swin_moe"
+_INDEX = "model.safetensors.index.json"
 
 
 class WeightsError(ValueError):
@@ -58,17 +62,41 @@ def read(path: Path) -> Weights:
     Raises:
         WeightsError: the file is missing, damaged, or holds something other than weights.
     """
+    weights = _read(path)
+    weights.state = _plain(weights.state, path)
+    return weights
+
+
+def _plain(state: State, path: Path) -> State:
+    """Names without the prefixes of wrappers; refuses what is not a plain tensor on the CPU."""
+    for name, tensor in state.items():
+        if not isinstance(name, str) or not name.isprintable():
+            raise WeightsError(f"{path}: {name!r:.80} is no name of a tensor")
+        if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_quantized:
+            raise WeightsError(f"{path}: '{name}' is sparse, quantised or without content")
+    for prefix in _PREFIXES:
+        if all(name.startswith(prefix) for name in state):
+            state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
+    return state
+
+
+def _read(path: Path) -> Weights:
     if path.is_dir():
         return _read_folder(path)
     if not path.exists() or _RANK_FILE.search(path.name):
         stem = path.with_name(_RANK_FILE.sub("", path.name))
-        if not stem.parent.is_dir() or not any(stem.parent.glob(f"{stem.name}.*")):
+        if not rank_files(stem):
             raise WeightsError(f"{path}: no such file or folder")
         return Weights(_read_ranks(stem))
+    foreign = {}
+    if path.stem in ("model", "pytorch_model"):  # of a Hugging Face folder
+        foreign = _foreign_config(path.parent)
     if path.suffix == ".safetensors":
-        return _read_safetensors(path)
+        weights = _read_safetensors(path)
+        weights.foreign = foreign
+        return weights
     if path.suffix in PICKLED:
-        return Weights(_read_pickled(path))
+        return Weights(_read_pickled(path), foreign=foreign)
     raise WeightsError(f"{path}: expected .safetensors, {', '.join(PICKLED)} or a folder")
 
 
@@ -84,19 +112,32 @@ def write(path: Path, state: State, config: Architecture | None = None, wrapper:
     """
     # Of one storage each: views and tied tensors would drag their whole storage along.
     tensors = {name: tensor.detach().clone().contiguous() for name, tensor in state.items()}
+    pickled = path.suffix in PICKLED or bool(_RANK_FILE.search(path.name))
+    if path.suffix != ".safetensors" and not pickled:
+        raise WeightsError(f"{path}: the name must end in .safetensors or .pth")
+    if path.is_dir():
+        raise WeightsError(f"{path} is a folder")
     partial = path.with_name(f".partial-{path.name}")
     path.parent.mkdir(parents=True, exist_ok=True)
-    if path.suffix == ".safetensors":
-        metadata = {"format": "pt"}
-        if config is not None:
-            sections = {"model": config.model.model_dump(), "moe": config.moe.model_dump()}
-            metadata[_METADATA_KEY] = json.dumps(sections)
-        save_file(tensors, partial, metadata=metadata)
-    elif path.suffix in PICKLED or _RANK_FILE.search(path.name):
-        torch.save({wrapper: tensors} if wrapper else tensors, partial)
-    else:
-        raise WeightsError(f"{path}: the name must end in .safetensors or .pth")
-    partial.replace(path)
+    try:
+        if pickled:
+            torch.save({wrapper: tensors} if wrapper else tensors, partial)
+        else:
+            save_file(tensors, partial, metadata=_metadata(config))
+            partial.chmod(0o644)  # safetensors keeps its files to their owner
+        partial.replace(path)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        first = str(error).splitlines()[0]
+        raise WeightsError(f"{path}: cannot be written ({first:.100})") from None
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _metadata(config: Architecture | None) -> dict[str, str]:
+    if config is None:
+        return {"format": "pt"}
+    sections = {"model": config.model.model_dump(), "moe": config.moe.model_dump()}
+    return {"format": "pt", _METADATA_KEY: json.dumps(sections)}
 
 
 # --------------------------------------------------------------------------------------------
@@ -138,17 +179,11 @@ def _read_folder(path: Path) -> Weights:
             for name in reader.names()
         }
         return Weights(state, config)
-    shards = sorted(path.glob("*.safetensors"))
-    index = path / "model.safetensors.index.json"
-    if index.exists():
-        try:
-            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        except (ValueError, KeyError, AttributeError, TypeError):
-            raise WeightsError(f"{index}: not an index of shards") from None
-        if missing := sorted(str(n) for n in names if not (path / str(n)).is_file()):
-            raise WeightsError(f"{path}: the shard {missing[0]} is missing")
-    elif len(shards) > 1 and not all("-of-" in shard.name for shard in shards):
-        raise WeightsError(f"{path}: {len(shards)} safetensors files; name the one to read")
+    shards = _shards(path)
+    if len(shards) > 1 and not (path / _INDEX).exists() and not _complete(shards):
+        raise WeightsError(
+            f"{path}: {len(shards)} safetensors files, no complete set: name the one to read"
+        )
     elif not shards and (path / "pytorch_model.bin").is_file():
         return Weights(_read_pickled(path / "pytorch_model.bin"), foreign=_foreign_config(path))
     if not shards:
@@ -156,6 +191,29 @@ def _read_folder(path: Path) -> Weights:
     parts = [_read_safetensors(shard) for shard in shards]
     merged = {name: tensor for part in parts for name, tensor in part.state.items()}
     return Weights(merged, parts[0].config, _foreign_config(path))
+
+
+def _shards(folder: Path) -> list[Path]:
+    """The files that the index names, without an index all; others are not looked at."""
+    index = folder / _INDEX
+    if not index.exists():
+        return sorted(folder.glob("*.safetensors"))
+    try:
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except (ValueError, KeyError, AttributeError, TypeError):
+        raise WeightsError(f"{index}: not an index of shards") from None
+    shards = [folder / str(name) for name in sorted(map(str, names))]
+    for shard in shards:
+        if shard.parent != folder or not shard.is_file():
+            raise WeightsError(f"{folder}: the shard {shard.name} is missing")
+    return shards
+
+
+def _complete(shards: list[Path]) -> bool:
+    """Whether names end in -00001-of-00003 and so on, and none is missing."""
+    found = [re.search(r"^(.*)-(\d+)-of-(\d+)$", shard.stem) for shard in shards]
+    sets = {(match[1], match[3]) for match in found if match}
+    return all(found) and len(sets) == 1 and int(sets.pop()[1]) == len(shards)
 
 
 def _foreign_config(folder: Path) -> dict[str, Any]:
@@ -214,16 +272,17 @@ def _is_zip(path: Path) -> bool:
 
 
 def _unwrap(content: Any, path: Path) -> State:
-    for name in _WRAPPERS:
-        if isinstance(content, dict) and isinstance(content.get(name), dict):
-            content = content[name]
-            break
-    state = {}
+    candidates = [content]
     if isinstance(content, dict):
-        state = {name: value for name, value in content.items() if isinstance(value, Tensor)}
-    if not state:
-        raise WeightsError(f"{path}: no weights found (looked for {', '.join(_WRAPPERS)})")
-    return state
+        held = [content[name] for name in _WRAPPERS if isinstance(content.get(name), dict)]
+        inner = [part.get("state_dict") for part in held]
+        candidates = [*held, *inner, content]
+    for candidate in candidates:
+        if isinstance(candidate, dict):
+            state = {name: t for name, t in candidate.items() if isinstance(t, Tensor)}
+            if state:
+                return state
+    raise WeightsError(f"{path}: no weights found (looked for {', '.join(_WRAPPERS)})")
 
 
 def _read_ranks(stem: Path) -> State:
@@ -251,6 +310,12 @@ def _read_ranks(stem: Path) -> State:
         width = state[name.replace("batched_fc2_bias", "batched_fc2_w")].shape[2]
         state[name] = state[name][:, :width]
     return state
+
+
+def rank_files(stem: Path) -> list[Path]:
+    """The files of an official Swin-MoE checkpoint ``X.pth`` that are there."""
+    found = stem.parent.glob(f"{glob.escape(stem.name)}.*") if stem.parent.is_dir() else ()
+    return sorted(path for path in found if _RANK_FILE.sub("", path.name) == stem.name)
 
 
 def _join_experts(parts: list[Tensor], num_experts: int, what: str) -> Tensor:

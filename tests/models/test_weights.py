@@ -58,6 +58,16 @@ def test_pth(tmp_path, wrapper, zipped):
     same(read(path).state, STATE)
 
 
+@pytest.mark.parametrize("wrapper", ["model_ema", "state_dict_ema"])
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "model."])
+def test_wrapped_weights(tmp_path, wrapper, prefix):
+    held = {prefix + name: tensor for name, tensor in STATE.items()}
+    torch.save({wrapper: held, "model": {}}, tmp_path / "x.pth")
+    same(read(tmp_path / "x.pth").state, STATE)
+    torch.save({"model": {"state_dict": held}}, tmp_path / "y.pth")
+    same(read(tmp_path / "y.pth").state, STATE)
+
+
 def test_an_official_file_with_its_config_object(tmp_path, config_class):
     path = tmp_path / "official.pth"
     extra = {
@@ -105,6 +115,9 @@ def test_other_mistakes(tmp_path):
     torch.save({"epoch": 3}, tmp_path / "none.pth")
     with pytest.raises(WeightsError, match="no weights found"):
         read(tmp_path / "none.pth")
+    torch.save({"a": torch.ones(2, device="meta")}, tmp_path / "meta.pth")
+    with pytest.raises(WeightsError, match="without content"):
+        read(tmp_path / "meta.pth")
     (tmp_path / "folder").mkdir()
     with pytest.raises(WeightsError, match="no checkpoint in this folder"):
         read(tmp_path / "folder")
@@ -119,6 +132,12 @@ def test_sharded_folder(tmp_path):
     index = tmp_path / "model.safetensors.index.json"
     index.write_text('{"weight_map": {"a": "model-00001-of-00002.safetensors", "c": "gone"}}')
     with pytest.raises(WeightsError, match="the shard gone is missing"):
+        read(tmp_path)
+    save_file({"a": torch.zeros(1)}, tmp_path / "zz_old.safetensors")
+    index.write_text('{"weight_map": {"a": "model-00001-of-00002.safetensors"}}')
+    same(read(tmp_path).state, {"a": STATE["a"]})
+    index.write_text('{"weight_map": {"a": "../outside.safetensors"}}')
+    with pytest.raises(WeightsError, match="is missing"):
         read(tmp_path)
     index.write_text("[]")
     with pytest.raises(WeightsError, match="not an index"):
