@@ -4,12 +4,14 @@ import json
 import re
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy
 import pytest
 from PIL import Image
 
 from swin_moe.checkpoint import list_checkpoints
+from swin_moe.config import ConfigError, dump_config, load_config
 from swin_moe.metrics import read_metrics
 from tests.parallel import MICRO, ROOT, SMALL, command, environment, one_error, swin_moe, train
 
@@ -99,3 +101,19 @@ def test_corrupt_images_are_skipped_counted_and_reported(tmp_path):
     done = swin_moe("evaluate", str(tmp_path / "run"))
     assert done.returncode == 0, done.stderr
     assert "(7 images, 1 unreadable)" in done.stdout
+
+
+def test_a_resume_keeps_its_windows(tmp_path):
+    """Another window is another function: it takes a new run, which adopts the old windows."""
+    from swin_moe.run import _check_same_model
+
+    (tmp_path / "config.yaml").write_text(dump_config(load_config(MICRO)))
+    reader = SimpleNamespace(path=tmp_path)
+    _check_same_model(reader, load_config(MICRO, ["schedule.epochs=3"]))
+    for overrides, message in (
+        (["model.window_size=8", "model.img_size=64"], r"windows \[8, 8, 4\].*\[4, 4, 2\]"),
+        (["model.pretrained_window_sizes=[8,8,8]"], "model.pretrained_window_sizes"),
+        (["model.embed_dim=32"], "model.embed_dim=32"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            _check_same_model(reader, load_config(MICRO, overrides))

@@ -257,8 +257,8 @@ def _read_pickled(path: Path) -> State:
         what = f"a Python object ({found[1]})" if found else "more than weights"
         raise WeightsError(
             f"{path}: holds {what}; loading that could run code, so it is refused. If you trust "
-            "the file, keep only its weights: torch.save({'model': torch.load(file, "
-            "weights_only=False)['model']}, new_file)"
+            "the file, open it with torch.load(file, weights_only=False) and torch.save only its "
+            "dictionary of weights"
         ) from None
     except Exception as error:  # whatever a damaged file makes the reader stumble over
         told = isinstance(error, RuntimeError | OSError) and str(error)
