@@ -43,7 +43,7 @@ def shrinks_by_height(model: ModelConfig, stage: int) -> Windows:
 def never_shrinks(model: ModelConfig, stage: int) -> Windows:
     """transformers' V1 and OpenMMLab's V1: the table is of the configured window in every stage.
 
-    mmseg, other than mmpretrain, shifts even where one window covers the map; its images are larger.
+    mmseg, unlike mmpretrain, shifts even where one window covers the map; its images are larger.
     """
     return [(model.window_size, min(sides(model, stage)) > model.window_size)] * 2
 
