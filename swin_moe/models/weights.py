@@ -235,12 +235,13 @@ class _PlainDict:
         return OrderedDict()  # of the mappings that the unpickler fills, the one with attributes
 
 
+_NUMPY_SCALAR = np.float64(0).__reduce__()[0]  # its module changed its name in numpy 2
 _ALLOWED: list[Any] = [
     (_PlainDict, "yacs.config.CfgNode"),  # official files
     (_PlainDict, "argparse.Namespace"),  # DeiT-style and timm training files
     # numpy numbers, such as the best accuracy
-    (np._core.multiarray.scalar, "numpy.core.multiarray.scalar"),  # type: ignore[attr-defined]
-    (np._core.multiarray.scalar, "numpy._core.multiarray.scalar"),  # type: ignore[attr-defined]
+    (_NUMPY_SCALAR, "numpy.core.multiarray.scalar"),
+    (_NUMPY_SCALAR, "numpy._core.multiarray.scalar"),
     np.dtype,
     type(np.dtype(np.float64)),
     type(np.dtype(np.float32)),
