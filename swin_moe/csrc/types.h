@@ -16,4 +16,37 @@ struct MoeShape {
   int64_t width;
 };
 
+// Sizes of one attention within shifted windows. The map is padded at the bottom and the right to
+// rows x columns windows; position (y, x) of the shifted, padded map is position
+// ((y + shift_h) mod padded height, (x + shift_w) mod padded width) of the padded one.
+struct WindowShape {
+  int64_t batch;
+  int64_t height;
+  int64_t width;
+  int64_t heads;
+  int64_t head_dim;
+  int64_t window_h;
+  int64_t window_w;
+  int64_t shift_h;
+  int64_t shift_w;
+
+  int64_t rows() const { return (height + window_h - 1) / window_h; }
+  int64_t columns() const { return (width + window_w - 1) / window_w; }
+  int64_t windows() const { return batch * rows() * columns(); }  // image, row, column
+  int64_t tokens() const { return window_h * window_w; }          // N, in one window
+};
+
+// The numbers of an attention that are not sizes.
+struct WindowOptions {
+  bool cosine;     // cosine attention, and `scale` is the logarithm of the factor
+  float dropout;   // probability that a probability is dropped; 0 reads no seed
+};
+
+// The factor of cosine attention is exp(min(scale, kMaxLogScale)); ln 100.
+constexpr float kMaxLogScale = 4.605170186f;
+// What is added to logits between regions that are not neighbours in the image.
+constexpr float kMaskValue = -100.0f;
+// Norms below this are taken for it, as torch.nn.functional.normalize does.
+constexpr float kMinNorm = 1e-12f;
+
 }  // namespace swin_moe

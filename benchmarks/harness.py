@@ -1,0 +1,137 @@
+"""What the benchmarks share: interleaved timing under equal conditions, floors, table and JSON.
+
+A shared machine is noisy, so contenders run in turn within one process and a figure is a median.
+Fresh memory and denormals cost CPU programs more than most kernels do; every contender gets the
+tuned allocator of the launchers and flushed denormals alike (`tuned_process`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+# The launchers' setting for glibc, see launch/common.sh.
+ALLOCATOR = {
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": "16000000000",
+    "MALLOC_TOP_PAD_": "67108864",
+}
+
+
+def tuned_process() -> None:
+    """Start this program anew with the tuned allocator, unless it has it; flush denormals."""
+    torch.set_flush_denormal(True)
+    if "malloc" not in os.environ.get("LD_PRELOAD", "") and any(
+        os.environ.get(key) != value for key, value in ALLOCATOR.items()
+    ):
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **ALLOCATOR})
+
+
+def arguments(description: str) -> argparse.ArgumentParser:
+    """The options that every benchmark takes: ``--json`` and ``--quick``."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--json", type=Path, help="write the table here as well")
+    parser.add_argument("--quick", action="store_true", help="few cells and few rounds")
+    return parser
+
+
+def device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def seconds(run: Callable[[], object]) -> float:
+    """Wall time of one call, the device's work included."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    run()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def interleaved(
+    contenders: dict[str, Callable[[], object]], rounds: int, warmup: int = 2
+) -> dict[str, float]:
+    """Median milliseconds of each contender over rounds in which all of them take a turn."""
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    for turn in range(rounds + warmup):
+        for name, run in contenders.items():
+            taken = seconds(run)
+            if turn >= warmup:
+                times[name].append(taken)
+    return {name: 1e3 * statistics.median(taken) for name, taken in times.items()}
+
+
+def cell(
+    name: str, dtype: torch.dtype, mode: str, times: dict[str, float], **more: object
+) -> dict[str, object]:
+    """One row of a table of milliseconds; ``speedup`` is the best peer's time over ours."""
+    peers = {peer: round(taken, 3) for peer, taken in times.items() if peer != "ours"}
+    return {
+        "name": name,
+        "dtype": str(dtype).removeprefix("torch."),
+        "mode": mode,
+        "unit": "ms",
+        "ours": round(times["ours"], 3),
+        "peers": peers,
+        "speedup": round(min(peers.values()) / times["ours"], 2),
+        **more,
+    }
+
+
+def machine() -> dict[str, object]:
+    """What the figures were measured on."""
+    if torch.cuda.is_available():
+        return {"device": torch.cuda.get_device_name()}
+    model = platform.processor() or "CPU"
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next(line.split(": ", 1)[1] for line in lines if line.startswith("model name"))
+        flags = next(line.split(": ", 1)[1].split() for line in lines if line.startswith("flags"))
+    except (OSError, StopIteration, IndexError):
+        flags = []
+    extensions = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if flag in flags]
+    return {"device": model, "instructions": extensions, "threads": torch.get_num_threads()}
+
+
+def report(title: str, columns: list[str], rows: list[list[str]]) -> None:
+    """Print a table."""
+    table = Table(title=title)
+    for column in columns:
+        table.add_column(column, justify="right")
+    for row in rows:
+        table.add_row(*row)
+    console = Console()
+    console.width = max(console.width, 120)
+    console.print(table)
+
+
+def write_json(path: Path | None, cells: list[dict[str, object]], **more: object) -> None:
+    """Write the cells with versions and machine, if a path was given."""
+    if path is None:
+        return
+    content = {
+        "versions": {"torch": torch.__version__, "python": platform.python_version()},
+        "machine": machine(),
+        **more,
+        "cells": cells,
+    }
+    path.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def geometric_mean(values: list[float]) -> float:
+    return statistics.geometric_mean(values)
