@@ -3,7 +3,9 @@
 #include <atomic>
 
 #include "bind_moe_dispatch.h"
+#include "bind_window_attention.h"
 #include "cpu/moe_dispatch.h"
+#include "cpu/window_attention.h"
 
 namespace swin_moe {
 namespace {
@@ -58,9 +60,78 @@ struct Cpu {
                                        destinations, grad_y.mutable_data_ptr(), grad_gates);
     });
   }
+
+  static bool window_supported(DType dtype, const WindowShape& shape) {
+    return cpu::window_attention_supported(dtype, shape);
+  }
+
+  static void window_forward(const WindowInputs& in, Tensor& out, Tensor& lse) {
+    const cpu::WindowForward tensors{in.qkv.const_data_ptr(),
+                                     in.bias.const_data_ptr<float>(),
+                                     in.scale.const_data_ptr<float>(),
+                                     in.seed_pointer(),
+                                     out.mutable_data_ptr(),
+                                     lse.mutable_data_ptr<float>()};
+    const auto& kernels = cpu::window_kernels(in.dtype);
+    torch::stable::parallel_for(
+        0, cpu::head_groups(in.shape).count * in.shape.windows(), 1, [&](int64_t begin, int64_t end) {
+          kernels.forward(in.dtype, in.shape, in.options, tensors, {begin, end});
+        });
+  }
+
+  static void window_backward(const WindowInputs& in, const Tensor& grad_out, const Tensor& out,
+                              const Tensor& lse, Tensor& grad_qkv, Tensor& grad_bias,
+                              Tensor& grad_scale) {
+    const int64_t groups = cpu::window_groups(in.shape), heads = in.shape.heads;
+    const int64_t pairs = in.shape.tokens() * in.shape.tokens();
+    Tensor bias_parts =
+        groups == 1 ? grad_bias : torch::stable::new_empty(grad_bias, {heads, groups, pairs});
+    Tensor scale_parts = torch::stable::new_empty(grad_scale, {heads, groups});
+    const cpu::WindowBackward tensors{grad_out.const_data_ptr(),
+                                      in.qkv.const_data_ptr(),
+                                      in.bias.const_data_ptr<float>(),
+                                      in.scale.const_data_ptr<float>(),
+                                      in.seed_pointer(),
+                                      out.const_data_ptr(),
+                                      lse.const_data_ptr<float>(),
+                                      grad_qkv.mutable_data_ptr(),
+                                      bias_parts.mutable_data_ptr<float>(),
+                                      scale_parts.mutable_data_ptr<float>()};
+    const auto& kernels = cpu::window_kernels(in.dtype);
+    const int64_t units = cpu::head_groups(in.shape).count * groups;
+    torch::stable::parallel_for(0, units, 1, [&](int64_t begin, int64_t end) {
+      kernels.backward(in.dtype, in.shape, in.options, tensors, {begin, end});
+    });
+    add_parts(bias_parts.const_data_ptr<float>(), heads, groups, pairs,
+              grad_bias.mutable_data_ptr<float>());
+    add_parts(scale_parts.const_data_ptr<float>(), heads, groups, 1,
+              grad_scale.mutable_data_ptr<float>());
+  }
+
+ private:
+  // [heads, groups, size] to [heads, size], in the order of the groups.
+  static void add_parts(const float* parts, int64_t heads, int64_t groups, int64_t size,
+                        float* sums) {
+    if (parts == sums) return;
+    torch::stable::parallel_for(0, heads * size, 16 * 1024, [&](int64_t begin, int64_t end) {
+      for (int64_t at = begin; at < end;) {
+        const int64_t head = at / size, first = at % size;
+        const int64_t count = std::min(end - at, size - first);
+        const float* part = parts + head * groups * size + first;
+        std::copy_n(part, count, sums + at);
+        for (int64_t group = 1; group < groups; ++group) {
+          for (int64_t i = 0; i < count; ++i) sums[at + i] += part[group * size + i];
+        }
+        at += count;
+      }
+    });
+  }
 };
 
 }  // namespace
 }  // namespace swin_moe
 
-STABLE_TORCH_LIBRARY_IMPL(swin_moe, CPU, m) { swin_moe::register_moe_dispatch<swin_moe::Cpu>(m); }
+STABLE_TORCH_LIBRARY_IMPL(swin_moe, CPU, m) {
+  swin_moe::register_moe_dispatch<swin_moe::Cpu>(m);
+  swin_moe::register_window_attention<swin_moe::Cpu>(m);
+}

@@ -99,6 +99,7 @@ def require_fused(device_type: str) -> None:
         )
 
 
-def has_kernel(tensor: Tensor) -> bool:
-    """Whether the kernels of the tensor's device take its dtype, if they were built."""
-    return tensor.dtype in KERNEL_DTYPES.get(tensor.device.type, ())
+def has_kernel(op: str, tensor: Tensor) -> bool:
+    """Whether a compiled kernel of an op may serve a tensor of this device and dtype."""
+    kind = tensor.device.type
+    return tensor.dtype in KERNEL_DTYPES.get(kind, ()) and _fused_on(op, kind)

@@ -1,22 +1,28 @@
-"""Shifted-window attention from qkv to output: the PyTorch reference.
+"""Shifted-window attention from qkv to output, as one op.
 
-Formulas: Swin Transformer V2 (https://arxiv.org/abs/2111.09883), section 3.2.
+Windows are read from the map and written back to it by index arithmetic: nothing is rolled,
+partitioned or padded in memory, no mask is made, and the backward pass computes the probabilities
+anew from one number per query. The kernels are in ``csrc/cpu/window_*.h`` and
+``csrc/cuda/window_attention*``, the reference in ``window_reference.py``.
 """
 
 from __future__ import annotations
 
-import math
-from functools import lru_cache
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from swin_moe.ops import _library
+from swin_moe.ops.window_reference import (
+    Windows,
+    attention_reference,
+    backward_reference,
+    forward_reference,
+)
 
-MASK_VALUE = -100.0  # additive, as the family has it: V2's logits may exceed 100, then keys leak
-MAX_LOG_SCALE = math.log(100.0)
+KERNEL_HEAD_DIMS = (16, 32, 48, 64)
+MAX_KERNEL_TOKENS = 32 * 32  # of a window
 
 
 def window_attention(
@@ -24,112 +30,178 @@ def window_attention(
     bias: Tensor,
     scale: Tensor,
     *,
-    window_size: int,
-    shift_size: int = 0,
+    window_size: int | tuple[int, int],
+    shift_size: int | tuple[int, int] = 0,
     cosine: bool = True,
     dropout_p: float = 0.0,
 ) -> Tensor:
     """Multi-head attention within (shifted) windows of a feature map.
 
-    Sides that the window does not divide are padded inside; padded keys never take part.
+    Sides that the window does not divide are padded inside; padded keys never take part. Under
+    autocast ``qkv`` is cast like the operands of a matrix product. A head width that the kernels do
+    not know (other than 16, 32, 48, 64) goes to the reference, as fp64 does.
 
     Args:
         qkv: [B, H, W, 3, heads, head_dim].
-        bias: [heads, N, N] position bias, N = window_size².
+        bias: [heads, N, N] position bias of query and key, N tokens in a window; float32 or the
+            dtype of ``qkv``.
         scale: [heads, 1, 1]; with ``cosine`` the *log* of the logit scale, clamped at ln 100,
-            else the factor itself.
-        window_size: side of a window in tokens.
-        shift_size: cyclic shift; regions that are not neighbours in the image get −100.
+            else the factor itself; float32 or the dtype of ``qkv``.
+        window_size: side of a window in tokens, or (height, width).
+        shift_size: cyclic shift, or (rows, columns); regions that are not neighbours in the image
+            get −100.
         cosine: cosine attention (V2) instead of the scaled dot product (V1).
-        dropout_p: dropout on the probabilities.
+        dropout_p: dropout on the probabilities, drawn from torch's default generator.
 
     Returns:
-        [B, H, W, heads·head_dim] in the dtype of ``qkv``.
+        [B, H, W, heads·head_dim] in the dtype of ``qkv``; differentiable in ``qkv``, ``bias`` and
+        ``scale``.
+
+    Raises:
+        ValueError: a shape, dtype, device, window or shift does not fit; names the argument.
     """
-    B, H, W, three, heads, head_dim = qkv.shape
-    if three != 3:
-        raise ValueError(f"qkv has shape {tuple(qkv.shape)}: dimension 3 must be 3 (q, k, v)")
-    N = window_size * window_size
-    if bias.shape != (heads, N, N):
-        raise ValueError(f"bias has shape {tuple(bias.shape)}, expected {(heads, N, N)}")
-    rows, cols = -(-H // window_size), -(-W // window_size)
-    Hp, Wp = rows * window_size, cols * window_size
-    # Of a size that is dynamic in a compiled graph nothing is known: it is padded, perhaps by zero.
-    padded = not (statically_known_true(Hp == H) and statically_known_true(Wp == W))
-    if padded:
-        qkv = F.pad(qkv, (0, 0, 0, 0, 0, 0, 0, Wp - W, 0, Hp - H))
-    if shift_size:
-        qkv = torch.roll(qkv, (-shift_size, -shift_size), (1, 2))
-    q, k, v = _partition(qkv, rows, cols).unbind(0)
-    compute = torch.promote_types(qkv.dtype, torch.float32)
-    factor = scale.to(compute)
-    if cosine:
-        factor = factor.clamp(max=MAX_LOG_SCALE).exp()
-        q, k = _unit(q), _unit(k)
-    logits = (q @ k.transpose(-2, -1)).to(compute) * factor + bias.to(compute)
-    if shift_size or padded:
-        # A compiled or exported graph computes its mask: it must hold for other sizes, too.
-        region_mask = _region_mask if torch.compiler.is_compiling() else _cached_region_mask
-        mask = region_mask(H, W, window_size, shift_size, qkv.device)
-        logits = logits + mask.to(compute)[:, None]  # [nW, 1, N, N]
-    probabilities = F.dropout(logits.softmax(-1), dropout_p, training=dropout_p > 0)
-    out = probabilities.to(v.dtype) @ v  # [B, nW, heads, N, head_dim]
-    out = out.view(B, rows, cols, heads, window_size, window_size, head_dim)
-    out = out.permute(0, 1, 4, 2, 5, 3, 6).reshape(B, Hp, Wp, heads * head_dim)
-    if shift_size:
-        out = torch.roll(out, (shift_size, shift_size), (1, 2))
-    if not padded:
-        return out
-    # What follows copies a slice anyway; a copy here, and no graph asks whether it is contiguous.
-    return out[:, :H, :W].clone(memory_format=torch.contiguous_format)
+    windows = Windows(_pair(window_size), _pair(shift_size), cosine, dropout_p)
+    _check(qkv, bias, scale, windows)
+    device = qkv.device.type
+    if torch.is_autocast_enabled(device) and qkv.dtype != torch.float64:
+        qkv = qkv.to(torch.get_autocast_dtype(device))
+    seed = None
+    if dropout_p > 0:
+        seed = torch.randint(2**63 - 1, (1,), device=qkv.device)
+    with torch.autocast(device, enabled=False):
+        if not _fits_kernel(qkv, windows):
+            return attention_reference(qkv, bias, scale, seed, windows)
+        out, _ = torch.ops.swin_moe.window_attention(
+            qkv, bias.float(), scale.float().flatten(), seed, *_numbers(windows)
+        )
+    return out
 
 
-def _partition(qkv: Tensor, rows: int, cols: int) -> Tensor:
-    """[B, rows·w, cols·w, 3, heads, head_dim] to windows [3, B, rows·cols, heads, w², head_dim]."""
-    windows = qkv.unflatten(2, (cols, -1)).unflatten(1, (rows, -1))
-    # [B, rows, w, cols, w, 3, heads, head_dim]
-    windows = windows.permute(5, 0, 1, 3, 6, 2, 4, 7)
-    return windows.flatten(5, 6).flatten(2, 3)
+def _fits_kernel(qkv: Tensor, windows: Windows) -> bool:
+    """Whether the op can serve this call; the reference does the rest."""
+    return (
+        _library.has_kernel("window_attention", qkv)
+        and qkv.shape[5] in KERNEL_HEAD_DIMS
+        and windows.size[0] * windows.size[1] <= MAX_KERNEL_TOKENS
+    )
 
 
-def _unit(x: Tensor) -> Tensor:
-    """Rows of length one; the norm is taken in at least fp32."""
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    return F.normalize(wide, dim=-1).to(x.dtype)
+def _pair(value: int | tuple[int, int]) -> tuple[int, int]:
+    return value if isinstance(value, tuple) else (value, value)
 
 
-def _region_ids(length: int, window_size: int, shift_size: int, device: torch.device) -> Tensor:
-    """Region of each position of the shifted axis: 0 to 2 as in the paper, −1 for padding.
-
-    [⌈length / window_size⌉, window_size]
-    """
-    windows = -(-length // window_size)
-    padded = windows * window_size
-    shifted = torch.arange(padded, device=device)
-    ids = torch.zeros_like(shifted)
-    if shift_size:
-        ids = (shifted >= padded - window_size).long() + (shifted >= padded - shift_size).long()
-    original = (shifted + shift_size) % padded
-    return torch.where(original < length, ids, -1).view(windows, window_size)
+def _numbers(windows: Windows) -> tuple[int, int, int, int, bool, float]:
+    return *windows.size, *windows.shift, windows.cosine, windows.dropout_p
 
 
-def _region_mask(H: int, W: int, window_size: int, shift_size: int, device: torch.device) -> Tensor:
-    """[nW, N, N]: 0 within a region, −100 across regions, −inf towards padded keys."""
-    row = _region_ids(H, window_size, shift_size, device)[:, None, :, None]
-    col = _region_ids(W, window_size, shift_size, device)[None, :, None, :]
-    region = torch.where((row < 0) | (col < 0), -1, row * 3 + col)  # [rows, cols, w, w]
-    region = region.flatten(2).flatten(0, 1)
-    different = region[:, None, :] != region[:, :, None]
-    mask = torch.where(different, MASK_VALUE, 0.0)
-    return mask.masked_fill((region < 0)[:, None, :], float("-inf"))
+def _check(qkv: Tensor, bias: Tensor, scale: Tensor, windows: Windows) -> None:
+    if qkv.dim() != 6 or qkv.shape[3] != 3:
+        raise ValueError(
+            f"qkv has shape {tuple(qkv.shape)}, expected [B, H, W, 3, heads, head_dim]"
+        )
+    if not qkv.dtype.is_floating_point:
+        raise ValueError(f"qkv must be of a float dtype, not {qkv.dtype}")
+    if min(windows.size) < 1:
+        raise ValueError(f"window_size must be at least 1, not {windows.size}")
+    if any(not 0 <= shift < size for shift, size in zip(windows.shift, windows.size, strict=True)):
+        raise ValueError(
+            f"shift_size must be at least 0 and below window_size {windows.size},"
+            f" not {windows.shift}"
+        )
+    if not 0 <= windows.dropout_p <= 1:
+        raise ValueError(f"dropout_p must be between 0 and 1, not {windows.dropout_p}")
+    heads, tokens = qkv.shape[4], windows.size[0] * windows.size[1]
+    for name, tensor, shape in (
+        ("bias", bias, (heads, tokens, tokens)),
+        ("scale", scale, (heads, 1, 1)),
+    ):
+        if tensor.shape != shape:
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {shape}")
+        if tensor.dtype not in (torch.float32, qkv.dtype):
+            raise ValueError(
+                f"{name} must be float32 or, like qkv, {qkv.dtype}, not {tensor.dtype}"
+            )
+        if tensor.device != qkv.device:
+            raise ValueError(f"{name} is on {tensor.device}, but qkv on {qkv.device}")
 
 
-@lru_cache(maxsize=64)
-def _cached_region_mask(
-    H: int, W: int, window_size: int, shift_size: int, device: torch.device
-) -> Tensor:
-    with torch.inference_mode(False), torch.no_grad():
-        return _region_mask(H, W, window_size, shift_size, device)
+def _windows(numbers: tuple[Any, ...]) -> Windows:
+    height, width, shift_h, shift_w, cosine, dropout_p = numbers
+    return Windows((height, width), (shift_h, shift_w), cosine, dropout_p)
 
 
-_library.declare_reference("window_attention")
+def _forward(
+    qkv: Tensor, bias: Tensor, scale: Tensor, seed: Tensor | None, *numbers: Any
+) -> tuple[Tensor, Tensor]:
+    return forward_reference(qkv, bias, scale.view(-1, 1, 1), seed, _windows(numbers))
+
+
+def _backward(
+    grad_out: Tensor,
+    qkv: Tensor,
+    bias: Tensor,
+    scale: Tensor,
+    seed: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    *numbers: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    windows = _windows(numbers)
+    grads = backward_reference(
+        grad_out, qkv, bias, scale.view(-1, 1, 1), seed, out, lse, windows
+    )
+    return grads[0], grads[1], grads[2].flatten()
+
+
+_NUMBERS = "int window_h, int window_w, int shift_h, int shift_w, bool cosine, float dropout_p"
+_library.declare(
+    "window_attention(Tensor qkv, Tensor bias, Tensor scale, Tensor? seed,"
+    f" {_NUMBERS}) -> (Tensor, Tensor)",
+    _forward,
+)
+_library.declare(
+    "window_attention_backward(Tensor grad_out, Tensor qkv, Tensor bias, Tensor scale,"
+    f" Tensor? seed, Tensor out, Tensor lse, {_NUMBERS}) -> (Tensor, Tensor, Tensor)",
+    _backward,
+)
+
+
+@torch.library.register_fake("swin_moe::window_attention")
+def _(
+    qkv: Tensor, bias: Tensor, scale: Tensor, seed: Tensor | None, *numbers: Any
+) -> tuple[Tensor, Tensor]:
+    B, H, W, _, heads, head_dim = qkv.shape
+    rows, cols = _windows(numbers).grid(H, W)
+    out = qkv.new_empty(B, H, W, heads * head_dim)
+    return out, bias.new_empty(B * rows * cols, heads, bias.shape[1])
+
+
+@torch.library.register_fake("swin_moe::window_attention_backward")
+def _(
+    grad_out: Tensor,
+    qkv: Tensor,
+    bias: Tensor,
+    scale: Tensor,
+    seed: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    *numbers: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return qkv.new_empty(qkv.shape), bias.new_empty(bias.shape), scale.new_empty(scale.shape)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*inputs[:4], *output)
+    ctx.numbers = inputs[4:]
+    ctx.mark_non_differentiable(output[1])
+
+
+def _gradients(ctx: Any, grad_out: Tensor, _grad_lse: Tensor) -> tuple[Tensor | None, ...]:
+    qkv, bias, scale, seed, out, lse = ctx.saved_tensors
+    grads = torch.ops.swin_moe.window_attention_backward(
+        grad_out, qkv, bias, scale, seed, out, lse, *ctx.numbers
+    )
+    return *grads, None, *(None for _ in ctx.numbers)
+
+
+torch.library.register_autograd("swin_moe::window_attention", _gradients, setup_context=_save)

@@ -6,13 +6,9 @@
 #pragma once
 
 #include "../types.h"
+#include "range.h"
 
 namespace swin_moe::cpu {
-
-struct Range {
-  int64_t begin;
-  int64_t end;
-};
 
 // out[s] = x[source[s] / top_k], zeros where source[s] is -1.    Rows: slots.
 bool moe_dispatch(DType dtype, const MoeShape& shape, Range rows, const void* x,

@@ -1,0 +1,93 @@
+#include "window_attention.h"
+
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <new>
+
+#include "window_tiles.h"
+
+namespace swin_moe::cpu {
+
+extern const WindowKernels kGenericKernels;
+#if defined(__x86_64__)
+extern const WindowKernels kAvx2Kernels, kAvx512Kernels, kAvx512Bf16Kernels;
+#endif
+
+namespace {
+
+constexpr int64_t kWindowsPerGroup = 16;
+constexpr int64_t kSecondCache = int64_t{2} << 20;
+constexpr int64_t kMaxPartialBytes = int64_t{64} << 20;  // of the bias gradient
+
+struct Free {
+  void operator()(char* memory) const { std::free(memory); }
+};
+
+struct Choice {
+  const WindowKernels* kernels;
+  bool available;
+};
+
+const WindowKernels& choose(bool has_bf16_dot) {
+  const char* wish = std::getenv("SWIN_MOE_ISA");
+  const Choice choices[] = {
+#if defined(__x86_64__)
+      {&kAvx512Bf16Kernels, has_bf16_dot && __builtin_cpu_supports("avx512bf16")},
+      {&kAvx512Kernels, __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                            __builtin_cpu_supports("avx512vl") &&
+                            __builtin_cpu_supports("avx512dq")},
+      {&kAvx2Kernels, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")},
+#endif
+      {&kGenericKernels, true},
+  };
+  bool reached = wish == nullptr;
+  for (const Choice& choice : choices) {
+    reached |= wish != nullptr && std::strcmp(wish, choice.kernels->name) == 0;
+    if (reached && choice.available) return *choice.kernels;
+  }
+  return choose(has_bf16_dot);
+}
+
+}  // namespace
+
+char* thread_scratch(int64_t bytes) {
+  thread_local std::unique_ptr<char, Free> memory;
+  thread_local int64_t size = 0;
+  if (size < bytes) {
+    memory.reset();
+    memory.reset(static_cast<char*>(std::aligned_alloc(64, round_up(bytes, 4096))));
+    if (memory == nullptr) throw std::bad_alloc();
+    size = bytes;
+  }
+  return memory.get();
+}
+
+HeadGroups head_groups(const WindowShape& shape) {
+  const int64_t bytes = 2 * 4 * shape.tokens() * shape.tokens();  // the bias and its gradient
+  int64_t size = kSecondCache / bytes;
+  size = size < 1 ? 1 : size > kMaxHeadsTogether ? kMaxHeadsTogether : size;
+  const int64_t count = (shape.heads + size - 1) / size;
+  return {(shape.heads + count - 1) / count, count};
+}
+
+int64_t window_groups(const WindowShape& shape) {
+  const int64_t windows = shape.windows(), n = shape.tokens();
+  const int64_t most = kMaxPartialBytes / (shape.heads * n * n * 4);
+  int64_t groups = (windows + kWindowsPerGroup - 1) / kWindowsPerGroup;
+  if (groups > most) groups = most;
+  return groups > 0 ? groups : 1;
+}
+
+bool window_attention_supported(DType dtype, const WindowShape& shape) {
+  const int64_t d = shape.head_dim;
+  return dtype != DType::kFloat16 && (d == 16 || d == 32 || d == 48 || d == 64);
+}
+
+const WindowKernels& window_kernels(DType dtype) {
+  static const WindowKernels& for_fp32 = choose(false);
+  static const WindowKernels& for_bf16 = choose(true);
+  return dtype == DType::kBFloat16 ? for_bf16 : for_fp32;
+}
+
+}  // namespace swin_moe::cpu

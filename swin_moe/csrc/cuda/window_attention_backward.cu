@@ -1,0 +1,421 @@
+#include "window_attention.h"
+#include "window_attention_partials.cuh"
+#include "window_attention_tiles.cuh"
+
+namespace swin_moe::cuda {
+namespace {
+
+template <typename T>
+struct Tensors {
+  const T* grad_out;
+  const T* qkv;
+  const float* bias;
+  const float* scale;
+  const int64_t* seed;
+  const T* out;
+  const float* lse;
+  T* grad_qkv;
+};
+
+// Sums over a query's keys, of which each lane has its columns'. Slopes add up to nothing, but for
+// the rounding of `out` in delta. That error would grow with the mean of the products on its way to
+// the gradient of the scale, a sum in which most else cancels: it is taken out again.
+struct Means {
+  float slopes[2] = {};
+  float products[2] = {};  // weighted by probabilities
+};
+
+// What a thread knows of its two rows of scores, g and g + 8 of its warp's.
+struct Rows {
+  Norm norm[2];
+  float scale[2];
+  int region[2];
+  // of queries
+  float lse[2];
+  float delta[2];
+  uint32_t random[2];
+};
+
+// Norms and scales of a warp's rows, which are brought to norms in [1, 2) if attention is cosine.
+template <typename T, int D>
+__device__ __forceinline__ void normalise_rows(const Problem& p, float factor, const Place* places,
+                                               T* rows, int lane, Rows& result) {
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const int row = lane / 4 + r * 8;
+    if (p.cosine) result.norm[r] = normalise<T, D, true>(rows + row * Tile<T, D>::kStride, lane);
+    result.scale[r] = factor * kLog2E * result.norm[r].weight;
+    result.region[r] = places[row].region;
+  }
+}
+
+// The gradient of a warp's rows of q or k takes their place in shared memory, given its sums of the
+// other's rows. `dots` become the inner products of the (normalised) rows and the sums.
+template <typename T, int D>
+__device__ __forceinline__ void project(const Problem& p, float factor, const Rows& rows,
+                                        const float (&sums)[D / 8][4], T* tile, int lane,
+                                        float (&dots)[2]) {
+  __syncwarp();  // the rows have been read
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    T* pairs = tile + (lane / 4 + r * 8) * Tile<T, D>::kStride + lane % 4 * 2;
+    float dot = 0.0f;
+#pragma unroll
+    for (int n = 0; n < D / 8; ++n) {
+      const float2 x = load_pair(pairs + n * 8);
+      dot += x.x * sums[n][2 * r] + x.y * sums[n][2 * r + 1];
+    }
+    const Norm& norm = rows.norm[r];
+    dots[r] = quad_sum(dot) * norm.weight;
+    const float times = factor * norm.inverse;
+    const bool direct = !p.cosine || norm.tiny;
+    const float along = -times * dots[r] * norm.weight;
+#pragma unroll
+    for (int n = 0; n < D / 8; ++n) {
+      const float2 x = load_pair(pairs + n * 8);
+      float dx = times * sums[n][2 * r], dy = times * sums[n][2 * r + 1];
+      if (!direct) {
+        dx += along * x.x;
+        dy += along * x.y;
+      }
+      store_pair(dx, dy, pairs + n * 8);
+    }
+  }
+  __syncwarp();
+}
+
+// ---- queries own the rows ----------------------------------------------------------------------
+
+// What belongs to a warp's queries, which are in shared memory with their gradients. Leaves delta
+// for the keys.
+template <typename T, int D>
+__device__ __forceinline__ Rows describe_queries(const Problem& p, const Tensors<T>& tensors,
+                                                 const Partials& partials, const Task& task,
+                                                 float factor, int first, const Place* places,
+                                                 T* rows, const T* grads) {
+  const int lane = threadIdx.x % kWarp;
+  const auto out = matrix_of(p, tensors.out, task.window, task.head, D, 0, 1);
+  Rows result;
+  normalise_rows<T, D>(p, factor, places, rows, lane, result);
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const int row = lane / 4 + r * 8, position = places[row].position;
+    const int64_t all = row_of(p, task, first + row);
+    const T* other = position < 0 ? nullptr : out.row(position);
+    result.delta[r] =
+        quad_dot<T, D>(grads + row * Tile<T, D>::kStride, other, p.aligned, lane);
+    result.lse[r] = position < 0 ? INFINITY : tensors.lse[all];
+    result.random[r] = p.dropout.on ? random_row(all, *tensors.seed) : 0;
+    if (lane % 4 == 0 && first + row < p.tokens) partials.delta[all] = result.delta[r];
+  }
+  __syncwarp();
+  return result;
+}
+
+// Brings a block of keys and values to shared memory, and what normalises the keys.
+template <typename T, int D>
+__device__ __forceinline__ void load_keys(const Problem& p, const Tensors<T>& tensors,
+                                          const Task& task, const Shared<T, D>& shared, int first) {
+  const int lane = threadIdx.x % kWarp;
+  const auto k = matrix_of(p, tensors.qkv, task.window, task.head, D, 1, 3);
+  const auto v = matrix_of(p, tensors.qkv, task.window, task.head, D, 2, 3);
+  const Place* places = shared.places + first;
+  __syncthreads();  // the last block has been read
+  load_rows<T, D>(shared.block[0], k, places, kBlock, threadIdx.x, blockDim.x, p.aligned);
+  load_rows<T, D>(shared.block[1], v, places, kBlock, threadIdx.x, blockDim.x, p.aligned);
+  wait_for_copies();
+  __syncthreads();
+  for (int r = threadIdx.x / 4; r < kBlock; r += blockDim.x / 4) {
+    T* row = shared.block[0] + r * Tile<T, D>::kStride;
+    const float weight = p.cosine ? normalise<T, D, true>(row, lane).weight : 1.0f;
+    if (lane % 4 == 0) shared.columns[r].weight = weight;
+  }
+  __syncthreads();
+}
+
+// Gradients of logits, in place of those of probabilities.
+template <typename T, int D>
+__device__ __forceinline__ void query_slopes(const Problem& p, const Shared<T, D>& shared,
+                                             const Rows& rows, const Strip& scores,
+                                             const Strip& bias, int strip, bool masked, int lane,
+                                             Strip& slopes, Means& means) {
+#pragma unroll
+  for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int r = i / 2, j = column_of(strip, lane, n, i);
+      const float product = scores[n][i] * shared.columns[j % kBlock].weight;
+      float logit = fmaf(product, rows.scale[r], bias[n][i] * kLog2E);
+      if (masked) logit += mask_of(rows.region[r], shared.places[j].region);
+      if (j >= p.tokens) logit = -INFINITY;
+      const float probability = exp2f(logit - rows.lse[r]);
+      if (p.dropout.on) slopes[n][i] *= kept(p.dropout, rows.random[r], j);
+      slopes[n][i] = probability * (slopes[n][i] - rows.delta[r]);
+      means.slopes[r] += slopes[n][i];
+      means.products[r] = fmaf(probability, product, means.products[r]);
+    }
+  }
+}
+
+// Adds to the partial gradient of the bias: nobody else has these numbers.
+__device__ __forceinline__ void add_bias(float* partial, const Strip& slopes, int lane,
+                                         bool fresh) {
+#pragma unroll
+  for (int n = 0; n < kTiles; ++n) {
+    float4* at = reinterpret_cast<float4*>(partial) + n * kWarp + lane;
+    float4 sum = make_float4(slopes[n][0], slopes[n][1], slopes[n][2], slopes[n][3]);
+    if (!fresh) {
+      const float4 before = *at;
+      sum = make_float4(before.x + sum.x, before.y + sum.y, before.z + sum.z, before.w + sum.w);
+    }
+    *at = sum;
+  }
+}
+
+// One window: dQ, and its part of the gradients of bias and scale; the latter is returned, a part
+// from each quad, the same in its four lanes.
+template <typename T, int D>
+__device__ __forceinline__ float query_window(const Problem& p, const Tensors<T>& tensors,
+                                              const Partials& partials, const Task& task,
+                                              const Shared<T, D>& shared, float* bias_sums,
+                                              bool fresh) {
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  __syncthreads();  // the last window's places have been read
+  const bool masked = list_places(p, task.window, shared.places);
+  const int first = (task.block * p.warps + warp) * kRows;
+  const bool busy = first < p.tokens;
+  const float factor = factor_of(p, tensors.scale[task.head]);
+  const Place* places = shared.places + first;
+  T* tile = shared.own[0] + warp * kRows * Tile<T, D>::kStride;
+  T* grads = shared.own[1] + warp * kRows * Tile<T, D>::kStride;
+  const auto q = matrix_of(p, tensors.qkv, task.window, task.head, D, 0, 3);
+  const auto grad = matrix_of(p, tensors.grad_out, task.window, task.head, D, 0, 1);
+  load_rows<T, D>(tile, q, places, kRows, lane, kWarp, p.aligned);
+  load_rows<T, D>(grads, grad, places, kRows, lane, kWarp, p.aligned);
+  load_keys<T, D>(p, tensors, task, shared, 0);  // queries arrive along with it
+  const Rows rows =
+      describe_queries<T, D>(p, tensors, partials, task, factor, first, places, tile, grads);
+  Left<T, D> left, left_grad;
+  left.load(tile, lane);
+  left_grad.load(grads, lane);
+
+  Means means;
+  float sums[D / 8][4] = {};
+  for (int block = 0; block < p.tokens; block += kBlock) {
+    if (block > 0) load_keys<T, D>(p, tensors, task, shared, block);
+    for (int strip = block; busy && strip < block + kBlock && strip < p.tokens; strip += kStrip) {
+      const int offset = (strip - block) * Tile<T, D>::kStride;
+      Strip bias, scores, slopes;
+      load_bias<false>(p, tensors.bias, task.head, first, strip, lane, bias);
+      left.multiply(scores, shared.block[0] + offset, lane);
+      left_grad.multiply(slopes, shared.block[1] + offset, lane);
+      query_slopes<T, D>(p, shared, rows, scores, bias, strip, masked, lane, slopes,
+                         means);
+      add_bias(bias_sums + strip * kRows, slopes, lane, fresh);
+#pragma unroll
+      for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          slopes[n][i] *= shared.columns[column_of(strip, lane, n, i) % kBlock].weight;
+        }
+      }
+      accumulate<T, D>(sums, slopes, shared.block[0] + offset, lane);
+    }
+  }
+  float dots[2];
+  project<T, D>(p, factor, rows, sums, tile, lane, dots);
+  store_rows<T, D>(tile, matrix_of(p, tensors.grad_qkv, task.window, task.head, D, 0, 3), places,
+                   lane, p.aligned);
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const float mean = quad_sum(means.products[r]) * rows.norm[r].weight;
+    dots[r] -= quad_sum(means.slopes[r]) * mean;
+  }
+  return (dots[0] + dots[1]) * (p.cosine ? factor : 1.0f);
+}
+
+// The sum of a CTA's quads, to be called by all threads; thread 0 has it.
+__device__ __forceinline__ float sum_quads(const Problem& p, float value, float* sums) {
+  const int lane = threadIdx.x % kWarp;
+  for (int half = 16; half >= 4; half /= 2) value += __shfl_xor_sync(kAllLanes, value, half);
+  __syncthreads();
+  if (lane == 0) sums[threadIdx.x / kWarp] = value;
+  __syncthreads();
+  float sum = 0.0f;
+  for (int w = 0; threadIdx.x == 0 && w < p.warps; ++w) sum += sums[w];
+  return sum;
+}
+
+template <typename T, int D>
+__global__ void __launch_bounds__(kMaxWarps<T> * kWarp)
+    query_kernel(Problem p, Tensors<T> tensors, Partials partials) {
+  Task task = task_of(p, blockIdx.x);
+  const int group = task.window, tile = task.block * p.warps + threadIdx.x / kWarp;
+  const Shared<T, D> shared(p, 2);
+  float* bias_sums = partials.bias +
+                     (static_cast<int64_t>(group) * p.heads + task.head) * partials.bias_size() +
+                     static_cast<int64_t>(tile) * partials.strips * kRows * kStrip;
+  const int first = group * partials.group;
+  float scale = 0.0f;
+  for (task.window = first; task.window < first + partials.group && task.window < p.windows;
+       ++task.window) {
+    scale += query_window<T, D>(p, tensors, partials, task, shared, bias_sums,
+                                task.window == first);
+  }
+  const float sum = sum_quads(p, scale, reinterpret_cast<float*>(shared.columns));
+  if (threadIdx.x == 0) {
+    const int64_t row = static_cast<int64_t>(task.head) * partials.groups + group;
+    partials.scale[row * p.blocks + task.block] = sum;
+  }
+}
+
+// ---- keys own the rows -------------------------------------------------------------------------
+
+// Brings a block of queries and their gradients to shared memory, and all that belongs to them.
+template <typename T, int D>
+__device__ __forceinline__ void load_queries(const Problem& p, const Tensors<T>& tensors,
+                                             const Partials& partials, const Task& task,
+                                             const Shared<T, D>& shared, int first) {
+  const int lane = threadIdx.x % kWarp;
+  const auto q = matrix_of(p, tensors.qkv, task.window, task.head, D, 0, 3);
+  const auto grad = matrix_of(p, tensors.grad_out, task.window, task.head, D, 0, 1);
+  const Place* places = shared.places + first;
+  __syncthreads();  // the last block has been read
+  load_rows<T, D>(shared.block[0], q, places, kBlock, threadIdx.x, blockDim.x, p.aligned);
+  load_rows<T, D>(shared.block[1], grad, places, kBlock, threadIdx.x, blockDim.x, p.aligned);
+  wait_for_copies();
+  __syncthreads();
+  for (int r = threadIdx.x / 4; r < kBlock; r += blockDim.x / 4) {
+    T* row = shared.block[0] + r * Tile<T, D>::kStride;
+    Column column = {1.0f, INFINITY, 0.0f, 0};
+    if (p.cosine) column.weight = normalise<T, D, true>(row, lane).weight;
+    if (places[r].position >= 0) {
+      const int64_t all = row_of(p, task, first + r);
+      column.lse = tensors.lse[all];
+      column.delta = partials.delta[all];
+      if (p.dropout.on) column.random = random_row(all, *tensors.seed);
+    }
+    if (lane % 4 == 0) shared.columns[r] = column;
+  }
+  __syncthreads();
+}
+
+// Probabilities as values are weighted by, in place of scores, and gradients of logits, times what
+// normalises the queries, in place of those of probabilities.
+template <typename T, int D>
+__device__ __forceinline__ void key_slopes(const Problem& p, const Shared<T, D>& shared,
+                                           const Rows& rows, const Strip& bias, int first,
+                                           int strip, bool masked, int lane, Strip& scores,
+                                           Strip& slopes) {
+#pragma unroll
+  for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int r = i / 2, j = first + lane / 4 + r * 8, query = column_of(strip, lane, n, i);
+      const Column column = shared.columns[query % kBlock];
+      float logit = fmaf(scores[n][i] * rows.scale[r], column.weight, bias[n][i] * kLog2E);
+      if (masked) logit += mask_of(shared.places[query].region, rows.region[r]);
+      if (j >= p.tokens) logit = -INFINITY;
+      const float probability = exp2f(logit - column.lse);
+      const float times = p.dropout.on ? kept(p.dropout, column.random, j) : 1.0f;
+      scores[n][i] = probability * times;
+      slopes[n][i] = probability * (slopes[n][i] * times - column.delta) * column.weight;
+    }
+  }
+}
+
+template <typename T, int D>
+__global__ void __launch_bounds__(kMaxWarps<T> * kWarp)
+    key_kernel(Problem p, Tensors<T> tensors, Partials partials) {
+  const Task task = task_of(p, blockIdx.x);
+  const Shared<T, D> shared(p, 2);
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  const bool masked = list_places(p, task.window, shared.places);
+  const int first = (task.block * p.warps + warp) * kRows;
+  const float factor = factor_of(p, tensors.scale[task.head]);
+  const Place* places = shared.places + first;
+  T* keys = shared.own[0] + warp * kRows * Tile<T, D>::kStride;
+  T* values = shared.own[1] + warp * kRows * Tile<T, D>::kStride;
+  const auto k = matrix_of(p, tensors.qkv, task.window, task.head, D, 1, 3);
+  const auto v = matrix_of(p, tensors.qkv, task.window, task.head, D, 2, 3);
+  load_rows<T, D>(keys, k, places, kRows, lane, kWarp, p.aligned);
+  load_rows<T, D>(values, v, places, kRows, lane, kWarp, p.aligned);
+  load_queries<T, D>(p, tensors, partials, task, shared, 0);  // keys arrive along with it
+  Rows rows;
+  normalise_rows<T, D>(p, factor, places, keys, lane, rows);
+  __syncwarp();
+  Left<T, D> left, left_values;
+  left.load(keys, lane);
+  left_values.load(values, lane);
+
+  float key_sums[D / 8][4] = {}, value_sums[D / 8][4] = {};
+  for (int block = 0; block < p.tokens; block += kBlock) {
+    if (block > 0) load_queries<T, D>(p, tensors, partials, task, shared, block);
+    for (int strip = block; first < p.tokens && strip < block + kBlock && strip < p.tokens;
+         strip += kStrip) {
+      const int offset = (strip - block) * Tile<T, D>::kStride;
+      Strip bias, scores, slopes;
+      load_bias<true>(p, tensors.bias, task.head, first, strip, lane, bias);
+      left.multiply(scores, shared.block[0] + offset, lane);
+      left_values.multiply(slopes, shared.block[1] + offset, lane);
+      key_slopes<T, D>(p, shared, rows, bias, first, strip, masked, lane, scores, slopes);
+      accumulate<T, D>(value_sums, scores, shared.block[1] + offset, lane);
+      accumulate<T, D>(key_sums, slopes, shared.block[0] + offset, lane);
+    }
+  }
+  float dots[2];
+  project<T, D>(p, factor, rows, key_sums, keys, lane, dots);
+  put_rows<T, D>(value_sums, {1.0f, 1.0f}, values, lane);
+  __syncwarp();
+  const auto grad_k = matrix_of(p, tensors.grad_qkv, task.window, task.head, D, 1, 3);
+  const auto grad_v = matrix_of(p, tensors.grad_qkv, task.window, task.head, D, 2, 3);
+  store_rows<T, D>(keys, grad_k, places, lane, p.aligned);
+  store_rows<T, D>(values, grad_v, places, lane, p.aligned);
+}
+
+}  // namespace
+
+int64_t window_attention_workspace(const WindowShape& shape) {
+  int64_t bytes = 0;
+  make_partials(shape, nullptr, &bytes);
+  return bytes;
+}
+
+cudaError_t window_attention_backward(DType dtype, const WindowShape& shape,
+                                      const WindowOptions& options, const void* grad_out,
+                                      const void* qkv, const float* bias, const float* scale,
+                                      const int64_t* seed, const void* out, const float* lse,
+                                      void* grad_qkv, float* grad_bias, float* grad_scale,
+                                      void* workspace, cudaStream_t stream) {
+  if (!window_attention_supported(shape)) return cudaErrorInvalidValue;
+  if (shape.heads == 0) return cudaSuccess;
+  if (shape.windows() == 0) {
+    const size_t numbers = shape.heads * shape.tokens() * shape.tokens();
+    const cudaError_t error = cudaMemsetAsync(grad_bias, 0, numbers * sizeof(float), stream);
+    if (error != cudaSuccess) return error;
+    return cudaMemsetAsync(grad_scale, 0, shape.heads * sizeof(float), stream);
+  }
+  int64_t bytes = 0;
+  const Partials partials = make_partials(shape, workspace, &bytes);
+  return launch_for(dtype, shape.head_dim, [&](auto number, auto head_dim) {
+    using T = decltype(number);
+    constexpr int D = decltype(head_dim)::value;
+    const Problem p = make_problem(shape, options, kMaxWarps<T>, bias,
+                                   {grad_out, qkv, out, grad_qkv});
+    const Tensors<T> tensors = {static_cast<const T*>(grad_out), static_cast<const T*>(qkv), bias,
+                                scale, seed, static_cast<const T*>(out), lse,
+                                static_cast<T*>(grad_qkv)};
+    const int64_t ctas = static_cast<int64_t>(p.blocks) * p.heads;
+    const int threads = p.warps * kWarp;
+    const size_t shared = Shared<T, D>::bytes(p, 2);
+    cudaError_t error = launch(query_kernel<T, D>, partials.groups * ctas, threads, shared, stream,
+                               p, tensors, partials);
+    if (error != cudaSuccess) return error;
+    error = launch(key_kernel<T, D>, p.windows * ctas, threads, shared, stream, p, tensors,
+                   partials);
+    if (error != cudaSuccess) return error;
+    return reduce(p, partials, scale, grad_bias, grad_scale, stream);
+  });
+}
+
+}  // namespace swin_moe::cuda

@@ -1,0 +1,227 @@
+"""Shifted-window attention in plain PyTorch: what the kernels are held against, and the way out
+where there are none.
+
+Formulas: Swin Transformer V2 (https://arxiv.org/abs/2111.09883), section 3.2; the backward pass is
+FlashAttention-2's (https://arxiv.org/abs/2307.08691), appendix B, with the norms put back.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+MASK_VALUE = -100.0  # additive, as the family has it: V2's logits may exceed 100, then keys leak
+MAX_LOG_SCALE = math.log(100.0)
+MIN_NORM = 1e-12  # as in torch.nn.functional.normalize
+_GOLDEN = 0x9E3779B9
+
+
+class Windows(NamedTuple):
+    """How a map is cut: the same for every tensor of one call.
+
+    Attributes:
+        size: (height, width) of a window in tokens.
+        shift: (rows, columns) of the cyclic shift.
+        cosine: cosine attention, else the scaled dot product.
+        dropout_p: dropout on the probabilities.
+    """
+
+    size: tuple[int, int]
+    shift: tuple[int, int]
+    cosine: bool = True
+    dropout_p: float = 0.0
+
+    def grid(self, height: int, width: int) -> tuple[int, int]:
+        """(rows, columns) of windows on a map, padding included."""
+        return -(-height // self.size[0]), -(-width // self.size[1])
+
+    def split(self, x: Tensor) -> Tensor:
+        """Map [B, H, W, ...] to windows [B, nW, N, ...]; the sides are padded with zeros."""
+        H, W = x.shape[1:3]
+        rows, cols = self.grid(H, W)
+        if self.padded(H, W):
+            below, right = rows * self.size[0] - H, cols * self.size[1] - W
+            x = F.pad(x, (*(0, 0) * (x.dim() - 3), 0, right, 0, below))
+        if any(self.shift):
+            x = torch.roll(x, (-self.shift[0], -self.shift[1]), (1, 2))
+        x = x.unflatten(2, (cols, -1)).unflatten(1, (rows, -1)).transpose(2, 3)
+        return x.flatten(3, 4).flatten(1, 2)
+
+    def merge(self, x: Tensor, height: int, width: int) -> Tensor:
+        """Windows [B, nW, N, ...] back to the map [B, H, W, ...], less its padding."""
+        rows, cols = self.grid(height, width)
+        x = x.unflatten(2, self.size).unflatten(1, (rows, cols)).transpose(2, 3)
+        x = x.flatten(3, 4).flatten(1, 2)
+        if any(self.shift):
+            x = torch.roll(x, self.shift, (1, 2))
+        if not self.padded(height, width):
+            return x
+        # What follows copies a slice anyway; a copy here, and no graph asks if it is contiguous.
+        return x[:, :height, :width].clone(memory_format=torch.contiguous_format)
+
+    def padded(self, height: int, width: int) -> bool:
+        """Whether there may be padding; of a size that is dynamic in a graph nothing is known."""
+        fits = (statically_known_true(n % w == 0) for n, w in zip((height, width), self.size))
+        return not all(fits)
+
+    def mask(self, height: int, width: int, device: torch.device) -> Tensor | None:
+        """[nW, N, N]: 0 within a region, −100 across regions, −inf towards padded keys."""
+        if not (any(self.shift) or self.padded(height, width)):
+            return None
+        # A compiled or exported graph computes its mask: it must hold for other sizes, too.
+        build = _region_mask if torch.compiler.is_compiling() else _cached_region_mask
+        return build(height, width, self.size, self.shift, device)
+
+
+def attention_reference(
+    qkv: Tensor, bias: Tensor, scale: Tensor, seed: Tensor | None, windows: Windows
+) -> Tensor:
+    """`window_attention` in PyTorch, for any float dtype; differentiable any number of times."""
+    B, H, W, _, heads, head_dim = qkv.shape
+    q, k, v = windows.split(qkv).permute(3, 0, 1, 4, 2, 5).unbind(0)  # [B, nW, heads, N, d]
+    if windows.cosine:
+        q, k = _unit(q), _unit(k)
+    probabilities = _logits(q, k, bias, scale, windows, (H, W)).softmax(-1)
+    if windows.dropout_p > 0:
+        probabilities = probabilities * _keep(seed, probabilities, windows.dropout_p)
+    out = (probabilities.to(v.dtype) @ v).transpose(2, 3).flatten(3)  # [B, nW, N, heads·d]
+    return windows.merge(out, H, W)
+
+
+def forward_reference(
+    qkv: Tensor, bias: Tensor, scale: Tensor, seed: Tensor | None, windows: Windows
+) -> tuple[Tensor, Tensor]:
+    """The op's forward: the output, and log₂ Σ 2^(logit·log₂e) per query [B·nW, heads, N]."""
+    H, W = qkv.shape[1:3]
+    q, k, _ = windows.split(qkv).permute(3, 0, 1, 4, 2, 5).unbind(0)
+    if windows.cosine:
+        q, k = _unit(q), _unit(k)
+    lse = _logits(q, k, bias, scale, windows, (H, W)).logsumexp(-1) * math.log2(math.e)
+    return attention_reference(qkv, bias, scale, seed, windows), lse.flatten(0, 1).to(bias.dtype)
+
+
+def backward_reference(
+    grad_out: Tensor,
+    qkv: Tensor,
+    bias: Tensor,
+    scale: Tensor,
+    seed: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    windows: Windows,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of qkv, bias and scale by the formulas that the kernels follow, in fp32 at least."""
+    B, H, W, _, heads, _ = qkv.shape
+    wide = torch.promote_types(qkv.dtype, torch.float32)
+    raw_q, raw_k, v = windows.split(qkv.to(wide)).permute(3, 0, 1, 4, 2, 5).unbind(0)
+    per_head = (windows.split(x.to(wide)).unflatten(3, (heads, -1)) for x in (grad_out, out))
+    grad, out = (x.transpose(2, 3) for x in per_head)  # [B, nW, heads, N, d]
+    q, k = (_unit(raw_q), _unit(raw_k)) if windows.cosine else (raw_q, raw_k)
+    logits = _logits(q, k, bias, scale, windows, (H, W))
+    p = torch.exp2(logits * math.log2(math.e) - lse.view(logits.shape[:-1]).unsqueeze(-1))
+    keep = _keep(seed, p, windows.dropout_p) if windows.dropout_p > 0 else torch.ones_like(p)
+    grad_v = (p * keep).transpose(-2, -1) @ grad
+    grad_p = keep * (grad @ v.transpose(-2, -1))
+    grad_logits = p * (grad_p - (grad * out).sum(-1, keepdim=True))
+    factor = _factor(scale, windows.cosine, wide)
+    grad_q, grad_k = grad_logits @ k * factor, grad_logits.transpose(-2, -1) @ q * factor
+    grad_factor = (grad_logits @ k * q).sum((0, 1, 3, 4)).view_as(scale)
+    if windows.cosine:
+        grad_factor = grad_factor * factor * (scale <= MAX_LOG_SCALE)
+        grad_q, grad_k = _through_unit(raw_q, q, grad_q), _through_unit(raw_k, k, grad_k)
+    grads = torch.stack([grad_q, grad_k, grad_v], 3)  # [B, nW, heads, 3, N, d]
+    grad_qkv = windows.merge(grads.permute(0, 1, 4, 3, 2, 5), H, W)
+    return grad_qkv.to(qkv.dtype), grad_logits.sum((0, 1)).to(bias.dtype), grad_factor.to(bias.dtype)
+
+
+def _factor(scale: Tensor, cosine: bool, dtype: torch.dtype) -> Tensor:
+    factor = scale.to(dtype)
+    return factor.clamp(max=MAX_LOG_SCALE).exp() if cosine else factor
+
+
+def _logits(
+    q: Tensor, k: Tensor, bias: Tensor, scale: Tensor, windows: Windows, sides: tuple[int, int]
+) -> Tensor:
+    """[B, nW, heads, N, N] in at least fp32, of rows that are of length one if they shall be."""
+    wide = torch.promote_types(q.dtype, torch.float32)
+    factor = _factor(scale, windows.cosine, wide)
+    logits = (q @ k.transpose(-2, -1)).to(wide) * factor + bias.to(wide)
+    mask = windows.mask(*sides, q.device)
+    return logits if mask is None else logits + mask.to(wide)[:, None]
+
+
+def _unit(x: Tensor) -> Tensor:
+    """Rows of length one; the norm is taken in at least fp32."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    return F.normalize(wide, dim=-1, eps=MIN_NORM).to(x.dtype)
+
+
+def _through_unit(raw: Tensor, unit: Tensor, grad: Tensor) -> Tensor:
+    """The gradient of rows from that of the unit rows; a clamped norm is a constant."""
+    norm = raw.norm(dim=-1, keepdim=True)
+    radial = (unit * grad).sum(-1, keepdim=True).where(norm > MIN_NORM, 0.0)
+    return (grad - unit * radial) / norm.clamp(min=MIN_NORM)
+
+
+def _keep(seed: Tensor | None, probabilities: Tensor, dropout_p: float) -> Tensor:
+    """0 or 1 / (1 − p) per probability [B, nW, heads, N, N], a hash of its place and the seed.
+
+    The hash is 32-bit "lowbias32" (https://nullprogram.com/blog/2018/07/31/), here in int64.
+    """
+    assert seed is not None
+    B, nW, heads, N, _ = probabilities.shape
+    row = torch.arange(B * nW * heads * N, device=seed.device)
+    low, high = seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF
+    key = _mix(_mix((row & 0xFFFFFFFF) ^ low) ^ (row >> 32) ^ high)
+    column = torch.arange(N, device=seed.device) * _GOLDEN
+    hashed = _mix((key[:, None] + column) & 0xFFFFFFFF)
+    kept = hashed >= min(int(dropout_p * 2**32), 2**32 - 1)
+    scale = 1 / (1 - dropout_p) if dropout_p < 1 else 0.0
+    return kept.view_as(probabilities) * scale
+
+
+def _mix(x: Tensor) -> Tensor:
+    x = ((x ^ (x >> 16)) * 0x7FEB352D) & 0xFFFFFFFF
+    x = ((x ^ (x >> 15)) * 0x846CA68B) & 0xFFFFFFFF
+    return x ^ (x >> 16)
+
+
+def _region_ids(length: int, window: int, shift: int, device: torch.device) -> Tensor:
+    """Region of each position of the shifted axis: 0 to 2 as in the paper, −1 for padding.
+
+    [⌈length / window⌉, window]
+    """
+    windows = -(-length // window)
+    padded = windows * window
+    shifted = torch.arange(padded, device=device)
+    ids = torch.zeros_like(shifted)
+    if shift:
+        ids = (shifted >= padded - window).long() + (shifted >= padded - shift).long()
+    original = (shifted + shift) % padded
+    return torch.where(original < length, ids, -1).view(windows, window)
+
+
+def _region_mask(
+    H: int, W: int, size: tuple[int, int], shift: tuple[int, int], device: torch.device
+) -> Tensor:
+    row = _region_ids(H, size[0], shift[0], device)[:, None, :, None]
+    col = _region_ids(W, size[1], shift[1], device)[None, :, None, :]
+    region = torch.where((row < 0) | (col < 0), -1, row * 3 + col)  # [rows, cols, h, w]
+    region = region.flatten(2).flatten(0, 1)
+    different = region[:, None, :] != region[:, :, None]
+    mask = torch.where(different, MASK_VALUE, 0.0)
+    return mask.masked_fill((region < 0)[:, None, :], float("-inf"))
+
+
+@lru_cache(maxsize=64)
+def _cached_region_mask(
+    H: int, W: int, size: tuple[int, int], shift: tuple[int, int], device: torch.device
+) -> Tensor:
+    with torch.inference_mode(False), torch.no_grad():
+        return _region_mask(H, W, size, shift, device)

@@ -1,0 +1,4 @@
+// In the place of the toolkit's header.
+#pragma once
+
+#include "cuda_emulation.h"

@@ -1,0 +1,39 @@
+// The launchers of the window attention for ctypes.
+#include "../../swin_moe/csrc/cuda/window_attention.h"
+
+using swin_moe::DType;
+using swin_moe::WindowOptions;
+using swin_moe::WindowShape;
+
+extern "C" {
+
+const char* emulation_error() { return cuda_emulation::machine().error.c_str(); }
+
+void emulation_reverse(bool reversed) { cuda_emulation::machine().reversed = reversed; }
+
+bool window_attention_supported(const WindowShape* shape) {
+  return swin_moe::cuda::window_attention_supported(*shape);
+}
+
+int64_t window_attention_workspace(const WindowShape* shape) {
+  return swin_moe::cuda::window_attention_workspace(*shape);
+}
+
+int window_attention(int dtype, const WindowShape* shape, const WindowOptions* options,
+                     const void* qkv, const float* bias, const float* scale, const int64_t* seed,
+                     void* out, float* lse) {
+  return swin_moe::cuda::window_attention(static_cast<DType>(dtype), *shape, *options, qkv, bias,
+                                          scale, seed, out, lse, nullptr);
+}
+
+int window_attention_backward(int dtype, const WindowShape* shape, const WindowOptions* options,
+                              const void* grad_out, const void* qkv, const float* bias,
+                              const float* scale, const int64_t* seed, const void* out,
+                              const float* lse, void* grad_qkv, float* grad_bias,
+                              float* grad_scale, void* workspace) {
+  return swin_moe::cuda::window_attention_backward(
+      static_cast<DType>(dtype), *shape, *options, grad_out, qkv, bias, scale, seed, out, lse,
+      grad_qkv, grad_bias, grad_scale, workspace, nullptr);
+}
+
+}  // extern "C"
