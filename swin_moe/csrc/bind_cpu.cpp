@@ -1,6 +1,7 @@
 // The CPU kernels as torch operators, run on torch's own thread pool.
 #include <algorithm>
 #include <atomic>
+#include <string>
 
 #include "bind_moe_dispatch.h"
 #include "bind_window_attention.h"
@@ -65,6 +66,13 @@ struct Cpu {
     return cpu::window_attention_supported(dtype, shape);
   }
 
+  static const cpu::WindowKernels& window_kernels(DType dtype) {
+    const cpu::WindowKernels* kernels = cpu::window_kernels(dtype);
+    STD_TORCH_CHECK(kernels != nullptr,
+                    "SWIN_MOE_ISA must be avx512_bf16, avx512, avx2 or generic");
+    return *kernels;
+  }
+
   static void window_forward(const WindowInputs& in, Tensor& out, Tensor& lse) {
     const cpu::WindowForward tensors{in.qkv.const_data_ptr(),
                                      in.bias.const_data_ptr<float>(),
@@ -72,7 +80,7 @@ struct Cpu {
                                      in.seed_pointer(),
                                      out.mutable_data_ptr(),
                                      lse.mutable_data_ptr<float>()};
-    const auto& kernels = cpu::window_kernels(in.dtype);
+    const cpu::WindowKernels& kernels = window_kernels(in.dtype);
     torch::stable::parallel_for(
         0, cpu::head_groups(in.shape).count * in.shape.windows(), 1, [&](int64_t begin, int64_t end) {
           kernels.forward(in.dtype, in.shape, in.options, tensors, {begin, end});
@@ -97,7 +105,7 @@ struct Cpu {
                                       grad_qkv.mutable_data_ptr(),
                                       bias_parts.mutable_data_ptr<float>(),
                                       scale_parts.mutable_data_ptr<float>()};
-    const auto& kernels = cpu::window_kernels(in.dtype);
+    const cpu::WindowKernels& kernels = window_kernels(in.dtype);
     const int64_t units = cpu::head_groups(in.shape).count * groups;
     torch::stable::parallel_for(0, units, 1, [&](int64_t begin, int64_t end) {
       kernels.backward(in.dtype, in.shape, in.options, tensors, {begin, end});
@@ -128,10 +136,21 @@ struct Cpu {
   }
 };
 
+// The instruction set that the attention kernels use: for fp32, and for bf16.
+std::string instruction_set(bool bf16) {
+  return Cpu::window_kernels(bf16 ? DType::kBFloat16 : DType::kFloat32).name;
+}
+
 }  // namespace
 }  // namespace swin_moe
 
 STABLE_TORCH_LIBRARY_IMPL(swin_moe, CPU, m) {
   swin_moe::register_moe_dispatch<swin_moe::Cpu>(m);
   swin_moe::register_window_attention<swin_moe::Cpu>(m);
+}
+
+STABLE_TORCH_LIBRARY_FRAGMENT(swin_moe, m) { m.def("cpu_instruction_set(bool bf16) -> str"); }
+
+STABLE_TORCH_LIBRARY_IMPL(swin_moe, CompositeExplicitAutograd, m) {
+  m.impl("cpu_instruction_set", TORCH_BOX(&swin_moe::instruction_set));
 }

@@ -193,7 +193,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
         pytest.skip("no g++")
     path = tmp_path_factory.mktemp("emulation") / "window_attention.so"
     flags = ["-std=c++17", "-O2", "-fno-strict-aliasing", "-shared", "-fPIC", "-I", str(EMULATION)]
-    flags += ["-Wall", "-Werror", "-Wno-unknown-pragmas", "-DSWIN_MOE_CUDA_EMULATION"]
+    flags += ["-Wall", "-Wno-unknown-pragmas", "-DSWIN_MOE_CUDA_EMULATION"]
     sources = [*sorted(EMULATION.glob("*.cpp")), *sorted(KERNELS.glob("window_attention*.cu"))]
     subprocess.run([compiler, *flags, "-x", "c++", *map(str, sources), "-o", str(path)], check=True)
     loaded = ctypes.CDLL(str(path))

@@ -1,15 +1,13 @@
 // x86-64 with AVX2 and FMA.
-#if defined(__x86_64__)
+#include "target.h"
+
+#if SWIN_MOE_X86
 #include <immintrin.h>
 
 #include <cstdint>
 #include <cstring>
 
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
-#else
 #pragma GCC target("avx2,fma")
-#endif
 #include "window_kernels.h"
 
 namespace swin_moe::cpu {
@@ -31,7 +29,4 @@ struct Avx2 : Simd<8> {
 extern const WindowKernels kAvx2Kernels{"avx2", forward<Avx2>, backward<Avx2>};
 
 }  // namespace swin_moe::cpu
-#if defined(__clang__)
-#pragma clang attribute pop
-#endif
 #endif

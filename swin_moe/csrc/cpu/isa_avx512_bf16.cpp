@@ -1,17 +1,13 @@
 // x86-64 with AVX512-BF16: pairs of bf16 are multiplied and added in one instruction.
-#if defined(__x86_64__)
+#include "target.h"
+
+#if SWIN_MOE_X86
 #include <immintrin.h>
 
 #include <cstdint>
 #include <cstring>
 
-#if defined(__clang__)
-#pragma clang attribute push(                                                       \
-    __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,fma"))), \
-    apply_to = function)
-#else
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,fma,prefer-vector-width=512")
-#endif
 #include "simd_avx512.h"
 #include "window_kernels.h"
 
@@ -19,6 +15,7 @@ namespace swin_moe::cpu {
 namespace {
 
 struct Avx512Bf16 : Avx512 {
+  static constexpr bool kBf16Only = true;
   template <typename T, typename Isa>
   static SWIN_MOE_INLINE Float dot(Float acc, Word a, Word b) {
     if constexpr (kPair<T> == 1) {
@@ -61,7 +58,4 @@ extern const WindowKernels kAvx512Bf16Kernels{"avx512_bf16", forward<Avx512Bf16>
                                               backward<Avx512Bf16>};
 
 }  // namespace swin_moe::cpu
-#if defined(__clang__)
-#pragma clang attribute pop
-#endif
 #endif

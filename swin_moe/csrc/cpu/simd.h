@@ -48,6 +48,7 @@ SWIN_MOE_LANES(16)
 template <int L>
 struct Simd {
   static constexpr int kLanes = L;
+  static constexpr bool kBf16Only = false;  // fp32 has kernels elsewhere
   using Float = typename Lanes<L>::Float;
   using Int = typename Lanes<L>::Int;
   using Word = typename Lanes<L>::Word;
@@ -138,9 +139,17 @@ struct Simd {
       low[i] = (i & bit) ? L + (i ^ bit) : i;
       high[i] = (i & bit) ? L + i : (i ^ bit);
     }
+#if defined(__clang__)  // whose shuffles want their order as template arguments
+    const V before_a = a, before_b = b;
+    for (int i = 0; i < L; ++i) {
+      a[i] = low[i] < L ? before_a[low[i]] : before_b[low[i] - L];
+      b[i] = high[i] < L ? before_a[high[i]] : before_b[high[i] - L];
+    }
+#else
     const V first = __builtin_shuffle(a, b, low);
     b = __builtin_shuffle(a, b, high);
     a = first;
+#endif
   }
   // L vectors as an L x L matrix, transposed in place.
   template <int kBit = 1>

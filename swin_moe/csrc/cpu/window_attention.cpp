@@ -5,12 +5,13 @@
 #include <memory>
 #include <new>
 
+#include "target.h"
 #include "window_tiles.h"
 
 namespace swin_moe::cpu {
 
 extern const WindowKernels kGenericKernels;
-#if defined(__x86_64__)
+#if SWIN_MOE_X86
 extern const WindowKernels kAvx2Kernels, kAvx512Kernels, kAvx512Bf16Kernels;
 #endif
 
@@ -29,10 +30,11 @@ struct Choice {
   bool available;
 };
 
-const WindowKernels& choose(bool has_bf16_dot) {
+// None for a wish that names nothing.
+const WindowKernels* choose(bool has_bf16_dot) {
   const char* wish = std::getenv("SWIN_MOE_ISA");
   const Choice choices[] = {
-#if defined(__x86_64__)
+#if SWIN_MOE_X86
       {&kAvx512Bf16Kernels, has_bf16_dot && __builtin_cpu_supports("avx512bf16")},
       {&kAvx512Kernels, __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                             __builtin_cpu_supports("avx512vl") &&
@@ -44,9 +46,9 @@ const WindowKernels& choose(bool has_bf16_dot) {
   bool reached = wish == nullptr;
   for (const Choice& choice : choices) {
     reached |= wish != nullptr && std::strcmp(wish, choice.kernels->name) == 0;
-    if (reached && choice.available) return *choice.kernels;
+    if (reached && choice.available) return choice.kernels;
   }
-  return choose(has_bf16_dot);
+  return nullptr;
 }
 
 }  // namespace
@@ -84,9 +86,9 @@ bool window_attention_supported(DType dtype, const WindowShape& shape) {
   return dtype != DType::kFloat16 && (d == 16 || d == 32 || d == 48 || d == 64);
 }
 
-const WindowKernels& window_kernels(DType dtype) {
-  static const WindowKernels& for_fp32 = choose(false);
-  static const WindowKernels& for_bf16 = choose(true);
+const WindowKernels* window_kernels(DType dtype) {
+  static const WindowKernels* const for_fp32 = choose(false);
+  static const WindowKernels* const for_bf16 = choose(true);
   return dtype == DType::kBFloat16 ? for_bf16 : for_fp32;
 }
 

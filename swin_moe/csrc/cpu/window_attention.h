@@ -56,7 +56,8 @@ struct WindowKernels {
 bool window_attention_supported(DType dtype, const WindowShape& shape);
 
 // The kernels for a dtype on this processor, chosen when first asked. The environment variable
-// SWIN_MOE_ISA (avx512_bf16, avx512, avx2, generic) asks for less than the processor has.
-const WindowKernels& window_kernels(DType dtype);
+// SWIN_MOE_ISA (avx512_bf16, avx512, avx2, generic) asks for less than the processor has; another
+// name gives none.
+const WindowKernels* window_kernels(DType dtype);
 
 }  // namespace swin_moe::cpu

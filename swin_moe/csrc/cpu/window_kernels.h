@@ -32,11 +32,12 @@ void run(DType dtype, const WindowShape& shape, const WindowOptions& options,
   const FlushDenormals flush;
   const auto with_width = [&](auto width) {
     constexpr int D = decltype(width)::value;
-    if (dtype == DType::kFloat32) {
-      Kernel<Isa, float, D>(shape, options, tensors).run(units);
-    } else {
-      Kernel<Isa, BFloat16, D>(shape, options, tensors).run(units);
+    if constexpr (!Isa::kBf16Only) {
+      if (dtype == DType::kFloat32) {
+        return Kernel<Isa, float, D>(shape, options, tensors).run(units);
+      }
     }
+    Kernel<Isa, BFloat16, D>(shape, options, tensors).run(units);
   };
   switch (shape.head_dim) {
     case 16: return with_width(Constant<16>{});

@@ -1,9 +1,17 @@
+// Backward: a kernel whose warps own queries (dQ, gradients of bias and scale), then one whose warps
+// own keys (dK, dV), then sums over the groups of windows. The tiling is explained in
+// window_attention_common.cuh.
 #include "window_attention.h"
 #include "window_attention_partials.cuh"
 #include "window_attention_tiles.cuh"
 
 namespace swin_moe::cuda {
 namespace {
+
+// Registers are to be enough for so many threads of an SM: up to head_dim 32 three CTAs of 4 warps,
+// beyond that one of 8.
+template <int D>
+constexpr int kRegisterThreads = D <= 32 ? 384 : 256;
 
 template <typename T>
 struct Tensors {
@@ -247,7 +255,7 @@ __device__ __forceinline__ float sum_quads(const Problem& p, float value, float*
 }
 
 template <typename T, int D>
-__global__ void __launch_bounds__(kMaxWarps<T> * kWarp)
+__global__ void __launch_bounds__(kRegisterThreads<D>)
     query_kernel(Problem p, Tensors<T> tensors, Partials partials) {
   Task task = task_of(p, blockIdx.x);
   const int group = task.window, tile = task.block * p.warps + threadIdx.x / kWarp;
@@ -325,7 +333,7 @@ __device__ __forceinline__ void key_slopes(const Problem& p, const Shared<T, D>&
 }
 
 template <typename T, int D>
-__global__ void __launch_bounds__(kMaxWarps<T> * kWarp)
+__global__ void __launch_bounds__(kRegisterThreads<D>)
     key_kernel(Problem p, Tensors<T> tensors, Partials partials) {
   const Task task = task_of(p, blockIdx.x);
   const Shared<T, D> shared(p, 2);

@@ -1,3 +1,5 @@
+// Forward: scores in registers, online softmax, dropout, product with the values. The tiling is
+// explained in window_attention_common.cuh.
 #include "window_attention.h"
 #include "window_attention_tiles.cuh"
 
