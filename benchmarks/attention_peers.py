@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from timm.models.swin_transformer_v2 import window_partition, window_reverse
 from torch import Tensor
+from torch.nn.attention import flex_attention as flex
 
 
 class Inputs(NamedTuple):
@@ -77,10 +78,8 @@ def sdpa_attention(inputs: Inputs) -> Tensor:
     return merged(inputs, out.reshape(-1, heads, n, d))
 
 
-def flex(inputs: Inputs) -> Tensor:
-    """``flex_attention`` with bias and mask looked up by a score function."""
-    from torch.nn.attention.flex_attention import flex_attention
-
+def flex_attention(inputs: Inputs) -> Tensor:
+    """torch's ``flex_attention`` with bias and mask looked up by a score function."""
     q, k, v = _unit(inputs)
     heads = q.shape[1]
     bias, mask = inputs.bias, inputs.mask
@@ -95,4 +94,4 @@ def flex(inputs: Inputs) -> Tensor:
         def score(value, b, h, i, j):
             return value + bias[h, i, j] + mask[b % count, i, j]
 
-    return merged(inputs, flex_attention(q, k, v, score_mod=score, scale=1.0).reshape(v.shape))
+    return merged(inputs, flex.flex_attention(q, k, v, score_mod=score, scale=1.0))

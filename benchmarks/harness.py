@@ -35,7 +35,9 @@ def tuned_process() -> None:
     if "malloc" not in os.environ.get("LD_PRELOAD", "") and any(
         os.environ.get(key) != value for key, value in ALLOCATOR.items()
     ):
-        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **ALLOCATOR})
+        module = sys.modules["__main__"].__spec__
+        program = ["-m", module.name, *sys.argv[1:]] if module else sys.argv
+        os.execve(sys.executable, [sys.executable, *program], {**os.environ, **ALLOCATOR})
 
 
 def arguments(description: str) -> argparse.ArgumentParser:
@@ -93,6 +95,32 @@ def cell(
     }
 
 
+def columns(*more: str) -> list[str]:
+    """Headings of the rows that :func:`row` makes."""
+    return ["cell", "dtype", "mode", "ours", "best peer", "which", "speedup", *more]
+
+
+def row(cell: dict[str, object], *more: str) -> list[str]:
+    """A cell as strings: our figure, the best peer's, the speedup, and further keys."""
+    peers = cell["peers"]
+    assert isinstance(peers, dict)
+    best = min(peers, key=peers.__getitem__)
+    named = [str(cell[key]) for key in ("name", "dtype", "mode")]
+    figures = [f"{cell['ours']:.2f}", f"{peers[best]:.2f}", best, f"{cell['speedup']:.2f}x"]
+    return named + figures + [str(cell[key]) for key in more]
+
+
+def summary(cells: list[dict[str, object]]) -> None:
+    """Print the geometric mean and the lowest speedup of each dtype and mode."""
+    kinds = dict.fromkeys((cell["dtype"], cell["mode"]) for cell in cells)
+    for kind in kinds:
+        speedups = [
+            float(str(cell["speedup"])) for cell in cells if (cell["dtype"], cell["mode"]) == kind
+        ]
+        mean = statistics.geometric_mean(speedups)
+        print(f"{kind[0]} {kind[1]}: {mean:.2f}x the best peer (lowest {min(speedups):.2f}x)")
+
+
 def machine() -> dict[str, object]:
     """What the figures were measured on."""
     if torch.cuda.is_available():
@@ -131,7 +159,3 @@ def write_json(path: Path | None, cells: list[dict[str, object]], **more: object
         "cells": cells,
     }
     path.write_text(json.dumps(content, indent=1) + "\n")
-
-
-def geometric_mean(values: list[float]) -> float:
-    return statistics.geometric_mean(values)

@@ -50,10 +50,20 @@ def header(
     table.add_row("ZeRO", f"stage {config.zero.stage}{offload}")
     weights = "bf16 weights, fp32 masters" if config.zero.stage else "autocast over fp32 weights"
     table.add_row("precision", "fp32" if dtype == torch.float32 else f"bf16 ({weights})")
-    table.add_row("ops", ", ".join(f"{name}: {kind}" for name, kind in ops.status().items()))
-    if world.device.type == "cuda":
-        table.add_row("", "CUDA kernels: compiled, not yet verified on a GPU; `make test` does")
+    table.add_row("ops", _ops(world, dtype))
     return table
+
+
+def _ops(world: World, dtype: torch.dtype) -> str:
+    """A line per kind of status, and the instruction set of the attention on a CPU."""
+    status = ops.status()
+    lines = []
+    for kind in dict.fromkeys(status.values()):
+        lines.append(f"{', '.join(op for op in status if status[op] == kind)}: {kind}")
+    instructions = ops.cpu_instruction_set(dtype)
+    if world.device.type == "cpu" and instructions:
+        lines.append(f"attention kernels for {instructions}")
+    return "\n".join(lines)
 
 
 def _model(model: ModelConfig, moe: MoEConfig) -> str:

@@ -237,6 +237,7 @@ class LogConfig(Section):
 
 class OpsConfig(Section):
     require_fused: bool = False  # fail rather than run on the PyTorch reference
+    allow_unverified: bool = False  # use CUDA kernels that have not yet run on this architecture
 
 
 class Architecture(Section):

@@ -5,7 +5,12 @@ the compiled library if it was built; `status` says what each op runs on.
 """
 
 from swin_moe.ops import _library
-from swin_moe.ops._library import require_fused, status
+from swin_moe.ops._library import (
+    allow_unverified,
+    cpu_instruction_set,
+    require_fused,
+    status,
+)
 from swin_moe.ops.moe_dispatch import (
     moe_combine,
     moe_combine_reference,
@@ -15,6 +20,8 @@ from swin_moe.ops.moe_dispatch import (
 from swin_moe.ops.window_attention import window_attention
 
 __all__ = [
+    "allow_unverified",
+    "cpu_instruction_set",
     "moe_combine",
     "moe_combine_reference",
     "moe_dispatch",

@@ -18,10 +18,14 @@ KERNEL_DTYPES = {
     "cuda": (torch.float32, torch.float16, torch.bfloat16),
 }
 
+# GPU architectures (compute capabilities) on which an op's CUDA kernels have passed their tests. On
+# others they are compiled and left off, until `allow_unverified`.
+VERIFIED: dict[str, set[tuple[int, int]]] = {}
+
 _PACKAGE = Path(__file__).parent.parent
 _declarations = torch.library.Library("swin_moe", "FRAGMENT")
 _op_names: list[str] = []
-_reference_only: list[str] = []
+_unverified_allowed = False
 
 
 def declare(schema: str, reference: Callable[..., object]) -> None:
@@ -35,11 +39,6 @@ def declare(schema: str, reference: Callable[..., object]) -> None:
     _declarations.define(schema)
     _declarations.impl(name, reference, "CompositeExplicitAutograd")
     _op_names.append(name)
-
-
-def declare_reference(name: str) -> None:
-    """Name an op that has no kernels yet, so that :func:`status` says so."""
-    _reference_only.append(name)
 
 
 def load(folder: Path = _PACKAGE) -> bool:
@@ -62,26 +61,55 @@ def load(folder: Path = _PACKAGE) -> bool:
     return not problem
 
 
-def _fused_on(op: str, device_type: str) -> bool:
-    """Whether an op, with its backward where it has one, is compiled for a device."""
+def _compiled_for(op: str, device_type: str) -> bool:
+    """Whether an op, with its backward where it has one, is compiled for a kind of device."""
     key = {"cpu": "CPU", "cuda": "CUDA"}[device_type]
     names = [name for name in (op, f"{op}_backward") if name in _op_names]
     has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
     return all(has_kernel(f"swin_moe::{name}", key) for name in names)
 
 
+def _trusted_on(op: str, device_type: str) -> bool:
+    """Whether the kernels have run on the present architecture, or were asked for all the same."""
+    if device_type == "cpu" or _unverified_allowed:
+        return True
+    return torch.cuda.is_available() and torch.cuda.get_device_capability() in VERIFIED.get(op, ())
+
+
+def allow_unverified() -> None:
+    """Use CUDA kernels on architectures, too, on which they have not been verified."""
+    global _unverified_allowed
+    _unverified_allowed = True
+
+
 def status() -> dict[str, str]:
-    """What each op runs on: ``"fused (cpu)"``, ``"fused (cpu, cuda)"`` or ``"reference"``."""
+    """What each op runs on, for people: the devices it is fused on, and what is off and why.
+
+    ``"fused (cpu)"``, ``"fused (cpu, cuda)"``, ``"reference"``; where there is a GPU that the
+    kernels have not run on, then ``"; cuda compiled, not yet verified on this architecture: off"``.
+    """
+    kinds = [kind for kind in KERNEL_DTYPES if kind == "cpu" or torch.cuda.is_available()]
     result = {}
     for op in _op_names:
-        if not op.endswith("_backward"):
-            devices = [kind for kind in KERNEL_DTYPES if _fused_on(op, kind)]
-            result[op] = f"fused ({', '.join(devices)})" if devices else "reference"
-    return result | dict.fromkeys(_reference_only, "reference")
+        if op.endswith("_backward"):
+            continue
+        compiled = [kind for kind in kinds if _compiled_for(op, kind)]
+        fused = [kind for kind in compiled if _trusted_on(op, kind)]
+        result[op] = f"fused ({', '.join(fused)})" if fused else "reference"
+        if len(fused) < len(compiled):
+            result[op] += "; cuda compiled, not yet verified on this architecture: off"
+    return result
+
+
+def cpu_instruction_set(dtype: torch.dtype) -> str | None:
+    """The instruction set that the attention kernels use for a dtype, if they were built."""
+    if not _compiled_for("window_attention", "cpu") or dtype not in KERNEL_DTYPES["cpu"]:
+        return None
+    return torch.ops.swin_moe.cpu_instruction_set(dtype == torch.bfloat16)
 
 
 def require_fused(device_type: str) -> None:
-    """Insist that every op that has kernels is compiled for a device.
+    """Insist that every op runs its kernels on a kind of device.
 
     Args:
         device_type: ``"cpu"`` or ``"cuda"``.
@@ -91,15 +119,26 @@ def require_fused(device_type: str) -> None:
     """
     if device_type not in KERNEL_DTYPES:
         raise ValueError(f"ops: no kernels exist for device {device_type!r}, only for cpu and cuda")
-    missing = [op for op in status() if op in _op_names and not _fused_on(op, device_type)]
+    missing = [op for op in status() if not _compiled_for(op, device_type)]
     if missing:
         raise ValueError(
             f"ops.require_fused: not compiled for {device_type}: {', '.join(missing)};"
             f" {BUILD_HINT}" + (" where nvcc is found" if device_type == "cuda" else "")
+        )
+    untrusted = [op for op in status() if not _trusted_on(op, device_type)]
+    if untrusted:
+        raise ValueError(
+            f"ops.require_fused: not yet verified on this architecture: {', '.join(untrusted)};"
+            " ops.allow_unverified=true uses them all the same"
         )
 
 
 def has_kernel(op: str, tensor: Tensor) -> bool:
     """Whether a compiled kernel of an op may serve a tensor of this device and dtype."""
     kind = tensor.device.type
-    return tensor.dtype in KERNEL_DTYPES.get(kind, ()) and _fused_on(op, kind)
+    return tensor.dtype in KERNEL_DTYPES.get(kind, ()) and _serves(op, kind)
+
+
+@torch.compiler.assume_constant_result  # a graph cannot ask the dispatcher
+def _serves(op: str, device_type: str) -> bool:
+    return _compiled_for(op, device_type) and _trusted_on(op, device_type)

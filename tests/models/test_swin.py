@@ -53,7 +53,7 @@ def test_window_attention_checks_shapes():
     good = torch.randn(1, 4, 4, 3, 2, 8)
     with pytest.raises(ValueError, match="bias has shape"):
         window_attention(good, torch.zeros(2, 4, 4), torch.zeros(2, 1, 1), window_size=4)
-    with pytest.raises(ValueError, match="dimension 3 must be 3"):
+    with pytest.raises(ValueError, match="qkv has shape"):
         window_attention(
             good[:, :, :, :2], torch.zeros(2, 16, 16), torch.zeros(2, 1, 1), window_size=4
         )

@@ -1,5 +1,5 @@
-// Backward: a kernel whose warps own queries (dQ, gradients of bias and scale), then one whose warps
-// own keys (dK, dV), then sums over the groups of windows. The tiling is explained in
+// Backward: a kernel whose warps own queries (dQ, gradients of bias and scale), then one whose
+// warps own keys (dK, dV), then sums over the groups of windows. The tiling is explained in
 // window_attention_common.cuh.
 #include "window_attention.h"
 #include "window_attention_partials.cuh"

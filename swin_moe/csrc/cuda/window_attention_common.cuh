@@ -6,7 +6,7 @@
 // window and head; together they bring the rows that belong to the columns, 64 at a time, to shared
 // memory, by cp.async, 16 bytes each, zeros for padding. So shared memory depends on head_dim and
 // the type, hardly on the window (17 to 79 KiB), and windows up to 1024 tokens take the same route.
-// A window of up to 128 tokens is one CTA and is read once. Blocks are not loaded ahead: most
+// A window of up to 128 tokens (64 in fp32) is one CTA and is read once. Blocks are not loaded ahead: most
 // windows have one or two, and it is the other CTAs of the SM that compute meanwhile.
 //
 // The grid runs over heads first: CTAs that run together read neighbouring heads, whose rows of 32
@@ -25,8 +25,9 @@
 // shared memory are 16 bytes longer than head_dim: eight rows then start in different banks.
 //
 // Numbers. Scores are products of raw q and k; norms, factor, bias and mask are applied to the fp32
-// product, with log2(e) folded in. Backward multiplies the rows by a power of two that brings the norm into [1, 2): exact,
-// and gradients stay within fp16 on their way through the tensor cores, zero rows included.
+// product, with log2(e) folded in. Backward multiplies the rows by a power of two that brings the
+// norm into [1, 2): exact, and gradients stay within fp16 on their way through the tensor cores,
+// zero rows included.
 #pragma once
 
 #include <cmath>
