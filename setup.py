@@ -62,7 +62,7 @@ def extension():
     flags = ["-O3", "-g0", "-std=c++17", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
     options: dict = {
         "extra_compile_args": {"cxx": [*flags, "-fvisibility=hidden"], "nvcc": flags},
-        "depends": [str(path) for path in sorted(CSRC.rglob("*.h"))],
+        "depends": [str(path) for path in sorted(CSRC.rglob("*.h")) + sorted(CSRC.rglob("*.cuh"))],
         "py_limited_api": True,  # links neither Python nor torch's Python bindings
     }
     make = cpp_extension.CppExtension

@@ -17,7 +17,7 @@ from torch.nn.attention import flex_attention as flex
 
 
 class Inputs(NamedTuple):
-    """Arguments of one call: qkv [B, H, W, 3, heads, d], bias [heads, N, N], scale [heads, 1, 1]."""
+    """Of one call: qkv [B, H, W, 3, heads, d], bias [heads, N, N], scale [heads, 1, 1]."""
 
     qkv: Tensor
     bias: Tensor
@@ -81,7 +81,6 @@ def sdpa_attention(inputs: Inputs) -> Tensor:
 def flex_attention(inputs: Inputs) -> Tensor:
     """torch's ``flex_attention`` with bias and mask looked up by a score function."""
     q, k, v = _unit(inputs)
-    heads = q.shape[1]
     bias, mask = inputs.bias, inputs.mask
     if mask is None:
 

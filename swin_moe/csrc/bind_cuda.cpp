@@ -6,7 +6,9 @@
 #include <torch/csrc/stable/macros.h>
 
 #include "bind_moe_dispatch.h"
+#include "bind_window_attention.h"
 #include "cuda/moe_dispatch.h"
+#include "cuda/window_attention.h"
 
 namespace swin_moe {
 namespace {
@@ -46,6 +48,32 @@ struct Cuda {
         source.const_data_ptr<int32_t>(), destination.const_data_ptr<int32_t>(),
         grad_y.mutable_data_ptr(), grad_gate.mutable_data_ptr<float>(), current_stream(y)));
   }
+
+  static bool window_supported(DType, const WindowShape& shape) {
+    return cuda::window_attention_supported(shape);
+  }
+
+  static void window_forward(const WindowInputs& in, Tensor& out, Tensor& lse) {
+    const torch::stable::accelerator::DeviceGuard guard(in.qkv.get_device_index());
+    STD_CUDA_CHECK(cuda::window_attention(
+        in.dtype, in.shape, in.options, in.qkv.const_data_ptr(), in.bias.const_data_ptr<float>(),
+        in.scale.const_data_ptr<float>(), in.seed_pointer(), out.mutable_data_ptr(),
+        lse.mutable_data_ptr<float>(), current_stream(in.qkv)));
+  }
+
+  static void window_backward(const WindowInputs& in, const Tensor& grad_out, const Tensor& out,
+                              const Tensor& lse, Tensor& grad_qkv, Tensor& grad_bias,
+                              Tensor& grad_scale) {
+    const torch::stable::accelerator::DeviceGuard guard(in.qkv.get_device_index());
+    const int64_t bytes = cuda::window_attention_workspace(in.shape);
+    Tensor workspace = torch::stable::new_empty(in.bias, {(bytes + 3) / 4});
+    STD_CUDA_CHECK(cuda::window_attention_backward(
+        in.dtype, in.shape, in.options, grad_out.const_data_ptr(), in.qkv.const_data_ptr(),
+        in.bias.const_data_ptr<float>(), in.scale.const_data_ptr<float>(), in.seed_pointer(),
+        out.const_data_ptr(), lse.const_data_ptr<float>(), grad_qkv.mutable_data_ptr(),
+        grad_bias.mutable_data_ptr<float>(), grad_scale.mutable_data_ptr<float>(),
+        workspace.mutable_data_ptr(), current_stream(in.qkv)));
+  }
 };
 
 }  // namespace
@@ -53,4 +81,5 @@ struct Cuda {
 
 STABLE_TORCH_LIBRARY_IMPL(swin_moe, CUDA, m) {
   swin_moe::register_moe_dispatch<swin_moe::Cuda>(m);
+  swin_moe::register_window_attention<swin_moe::Cuda>(m);
 }

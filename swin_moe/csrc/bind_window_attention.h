@@ -41,7 +41,7 @@ WindowInputs checked_window(Tensor qkv, const Tensor& bias, const Tensor& scale,
   STD_TORCH_CHECK(Device::window_supported(dtype, shape), "no attention kernel for head width ",
                   shape.head_dim, " and windows of ", shape.tokens(), " tokens");
   WindowInputs inputs{shape,
-                      {cosine, static_cast<float>(dropout_p)},
+                      {cosine, dropout_p},
                       dtype,
                       qkv,
                       checked(bias, "bias", 3, ScalarType::Float, qkv),

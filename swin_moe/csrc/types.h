@@ -38,8 +38,8 @@ struct WindowShape {
 
 // The numbers of an attention that are not sizes.
 struct WindowOptions {
-  bool cosine;     // cosine attention, and `scale` is the logarithm of the factor
-  float dropout;   // probability that a probability is dropped; 0 reads no seed
+  bool cosine;      // cosine attention, and `scale` is the logarithm of the factor
+  double dropout;   // probability that a probability is dropped; 0 reads no seed
 };
 
 // The factor of cosine attention is exp(min(scale, kMaxLogScale)); ln 100.

@@ -73,6 +73,12 @@ class WindowAttention(nn.Module):
         self.proj_drop = nn.Dropout(proj_drop)
         index = torch.empty(window_size**2, window_size**2, dtype=torch.long)
         self.register_buffer("index", index, persistent=False)
+        self._evaluated_bias: tuple[tuple[object, ...], Tensor] | None = None
+
+    def train(self, mode: bool = True) -> WindowAttention:
+        """As any module; and forgets the bias that evaluation keeps."""
+        self._evaluated_bias = None
+        return super().train(mode)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -89,7 +95,27 @@ class WindowAttention(nn.Module):
                     nn.init.zeros_(bias)
 
     def position_bias(self, window_size: int) -> Tensor:
-        """The bias of each pair of positions in a window: [heads, N, N]; networks give fp32."""
+        """The bias of each pair of positions in a window: [heads, N, N]; networks give fp32.
+
+        In evaluation without gradients it is computed once, and anew when weights have changed in
+        place or the module was put in training or evaluation mode again.
+        """
+        if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return self._position_bias(window_size)
+        sources: list[Tensor]
+        if self.kind == "table":
+            sources = [self.relative_position_bias_table]
+        else:
+            sources = [self.coords, *self.cpb_mlp.parameters()]
+        if any(source.is_inference() for source in sources):  # their changes are not counted
+            return self._position_bias(window_size)
+        key = (window_size, *((source.data_ptr(), source._version) for source in sources))
+        if self._evaluated_bias is None or self._evaluated_bias[0] != key:
+            with torch.inference_mode(False), torch.no_grad():
+                self._evaluated_bias = (key, self._position_bias(window_size))
+        return self._evaluated_bias[1]
+
+    def _position_bias(self, window_size: int) -> Tensor:
         index = self.index
         other = window_size != self.window_size  # another resolution than the one built for
         if other:
@@ -104,8 +130,9 @@ class WindowAttention(nn.Module):
                 trained = self.pretrained_window_size or self.window_size
                 coords = relative_coords(window_size, trained, coords.device)
             table = self.cpb_mlp(coords)  # [(2w−1)², heads]
-        bias = table[index].permute(2, 0, 1)
-        return 16 * bias.sigmoid() if self.kind == "log_cpb_sigmoid" else bias
+        if self.kind == "log_cpb_sigmoid":
+            table = 16 * table.sigmoid()
+        return table[index].permute(2, 0, 1)
 
     def _qkv(self, x: Tensor) -> Tensor:
         if not self.cosine or self.q_bias is None or self.v_bias is None:

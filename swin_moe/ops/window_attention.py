@@ -147,9 +147,7 @@ def _backward(
     *numbers: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     windows = _windows(numbers)
-    grads = backward_reference(
-        grad_out, qkv, bias, scale.view(-1, 1, 1), seed, out, lse, windows
-    )
+    grads = backward_reference(grad_out, qkv, bias, scale.view(-1, 1, 1), seed, out, lse, windows)
     return grads[0], grads[1], grads[2].flatten()
 
 

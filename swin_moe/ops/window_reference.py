@@ -67,8 +67,10 @@ class Windows(NamedTuple):
 
     def padded(self, height: int, width: int) -> bool:
         """Whether there may be padding; of a size that is dynamic in a graph nothing is known."""
-        fits = (statically_known_true(n % w == 0) for n, w in zip((height, width), self.size))
-        return not all(fits)
+        return not (
+            statically_known_true(height % self.size[0] == 0)
+            and statically_known_true(width % self.size[1] == 0)
+        )
 
     def mask(self, height: int, width: int, device: torch.device) -> Tensor | None:
         """[nW, N, N]: 0 within a region, −100 across regions, −inf towards padded keys."""
@@ -83,7 +85,7 @@ def attention_reference(
     qkv: Tensor, bias: Tensor, scale: Tensor, seed: Tensor | None, windows: Windows
 ) -> Tensor:
     """`window_attention` in PyTorch, for any float dtype; differentiable any number of times."""
-    B, H, W, _, heads, head_dim = qkv.shape
+    H, W = qkv.shape[1:3]
     q, k, v = windows.split(qkv).permute(3, 0, 1, 4, 2, 5).unbind(0)  # [B, nW, heads, N, d]
     if windows.cosine:
         q, k = _unit(q), _unit(k)
@@ -116,8 +118,8 @@ def backward_reference(
     lse: Tensor,
     windows: Windows,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of qkv, bias and scale by the formulas that the kernels follow, in fp32 at least."""
-    B, H, W, _, heads, _ = qkv.shape
+    """Gradients of qkv, bias and scale by the kernels' formulas, in fp32 at least."""
+    H, W, heads = qkv.shape[1], qkv.shape[2], qkv.shape[4]
     wide = torch.promote_types(qkv.dtype, torch.float32)
     raw_q, raw_k, v = windows.split(qkv.to(wide)).permute(3, 0, 1, 4, 2, 5).unbind(0)
     per_head = (windows.split(x.to(wide)).unflatten(3, (heads, -1)) for x in (grad_out, out))
@@ -137,7 +139,11 @@ def backward_reference(
         grad_q, grad_k = _through_unit(raw_q, q, grad_q), _through_unit(raw_k, k, grad_k)
     grads = torch.stack([grad_q, grad_k, grad_v], 3)  # [B, nW, heads, 3, N, d]
     grad_qkv = windows.merge(grads.permute(0, 1, 4, 3, 2, 5), H, W)
-    return grad_qkv.to(qkv.dtype), grad_logits.sum((0, 1)).to(bias.dtype), grad_factor.to(bias.dtype)
+    return (
+        grad_qkv.to(qkv.dtype),
+        grad_logits.sum((0, 1)).to(bias.dtype),
+        grad_factor.to(bias.dtype),
+    )
 
 
 def _factor(scale: Tensor, cosine: bool, dtype: torch.dtype) -> Tensor:

@@ -40,7 +40,7 @@ class Shape(ctypes.Structure):
 
 
 class Options(ctypes.Structure):
-    _fields_ = [("cosine", ctypes.c_bool), ("dropout", ctypes.c_float)]
+    _fields_ = [("cosine", ctypes.c_bool), ("dropout", ctypes.c_double)]
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,7 @@ def dropout_factors(case: Case, seed: int) -> Tensor:
     key = mix(key ^ (row >> 32) & MASK ^ (seed >> 32) & MASK)
     column = torch.arange(case.tokens) * 0x9E3779B9
     u = mix(key[:, None] + column & MASK)
-    p = ctypes.c_float(case.dropout).value
+    p = case.dropout
     keep = u >= int(min(p * 2.0**32, 2.0**32 - 1))
     return (keep / (1 - p)).view(windows, case.heads, case.tokens, case.tokens)
 

@@ -1,17 +1,14 @@
 """Window attention: the reference against a plain loop, the kernels against the reference in fp64.
 
-What is not numbers (errors, autograd, compilation, memory) is in test_window_attention_api.py.
+Odd values, dropout and the instruction sets are in test_window_attention_values.py; errors,
+layouts, compilation and memory in test_window_attention_api.py.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-import os
-import subprocess
-import sys
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -42,8 +39,8 @@ PLACES = [("cpu", dtype) for dtype in DTYPES] + [
 ]
 RESULTS = ("out", "grad_qkv", "grad_bias", "grad_scale")
 # Largest error, relative to the largest number of the tensor, that is never held against a kernel.
-FLOOR = {torch.float32: 5e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}
-SCALE_FLOOR = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}  # terms cancel
+FLOOR = {torch.float32: 5e-6, torch.float16: 3e-3, torch.bfloat16: 1.5e-2}
+SCALE_FLOOR = {torch.float32: 2e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}  # terms cancel
 
 
 @dataclass(frozen=True)
@@ -111,6 +108,14 @@ def run(function, inputs: list[Tensor]) -> list[Tensor]:
     return [out.detach(), *(x.grad for x in inputs)]
 
 
+def floor(name: str, dtype: torch.dtype, case: Case) -> float:
+    """What rounding may do; at the clamp logits are near 100 and lose that many more digits."""
+    sharp = case.cosine and case.scale > 4
+    if name == "grad_scale":
+        return SCALE_FLOOR[dtype] * (4 if sharp else 1)
+    return FLOOR[dtype] * (4 if sharp and dtype == torch.float32 else 1)
+
+
 def error(actual: Tensor, exact: Tensor) -> float:
     if exact.numel() == 0:
         return 0.0
@@ -130,8 +135,9 @@ def check_parity(case: Case, dtype=torch.float32, device="cpu") -> None:
     exact = run(case.reference, [x.double() for x in inputs])
     for name, mine, theirs, wanted in zip(RESULTS, fused, same, exact, strict=True):
         assert (mine.shape, mine.dtype) == (theirs.shape, theirs.dtype), name
-        floor = (SCALE_FLOOR if name == "grad_scale" else FLOOR)[dtype]
-        limit = max(3 * error(theirs, wanted), floor) if dtype == torch.float32 else floor
+        limit = floor(name, dtype, case)
+        if dtype == torch.float32:
+            limit = max(2 * error(theirs, wanted), limit)
         assert error(mine, wanted) <= limit, f"{name}: {error(mine, wanted):.1e} > {limit:.1e}"
 
 
@@ -283,67 +289,10 @@ def test_statistics_are_those_of_the_reference(cosine):
     numbers = (*case.window, *case.shift, cosine, 0.0)
     out, lse = torch.ops.swin_moe.window_attention(qkv, bias, scale.flatten(), None, *numbers)
     expected, expected_lse = forward_reference(qkv, bias, scale, None, case.windows)
-    torch.testing.assert_close(lse, expected_lse, rtol=1e-6, atol=1e-5)
+    real = case.windows.split(torch.ones(2, *case.size, 1)).flatten(0, 1).view(-1, 1, case.tokens)
+    real = real.bool().expand_as(lse)  # what is kept of a padded query has no use
+    torch.testing.assert_close(lse[real], expected_lse[real], rtol=1e-6, atol=1e-5)
     torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
-
-
-ISA_CASES = [
-    Case((7, 7), (3, 3), (15, 9), 1, 4, 32, cosine=False),
-    Case((4, 6), (2, 3), (10, 13), 2, 3, 48, dropout=0.3),
-    Case((8, 8), (4, 4), (16, 12), 1, 1, 64, scale=4.6),
-    Case((12, 12), (6, 6), (24, 20), 1, 2, 16),
-]
-
-
-def in_process(code: str, isa: str) -> subprocess.CompletedProcess[str]:
-    """Runs code where the kernels, which are chosen once per process, are those of `isa`."""
-    return subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=Path(__file__).parents[2],
-        env={**os.environ, "SWIN_MOE_ISA": isa, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-
-
-@needs_library
-@pytest.mark.parametrize("isa", ["generic", "avx2", "avx512", "avx512_bf16"])
-def test_parity_of_every_instruction_set(isa):
-    code = f"""
-import torch
-from tests.ops.test_window_attention import DTYPES, ISA_CASES, check_nan_places, check_parity
-used = torch.ops.swin_moe.cpu_instruction_set(True)
-print("used", used)
-if used == {isa!r}:
-    assert torch.ops.swin_moe.cpu_instruction_set(False) == used.removesuffix("_bf16")
-    for dtype in DTYPES:
-        for case in ISA_CASES:
-            check_parity(case, dtype)
-        for cosine in (True, False):
-            check_nan_places(cosine, dtype)
-    print("done")
-"""
-    result = in_process(code, isa)
-    assert result.returncode == 0, result.stderr
-    if f"used {isa}\n" not in result.stdout:
-        pytest.skip(f"this processor lacks {isa}: {result.stdout.strip()}")
-    assert result.stdout.endswith("done\n")
-
-
-@needs_library
-def test_an_unknown_instruction_set_is_an_error():
-    code = """
-import torch
-from tests.ops.test_window_attention import Case
-try:
-    Case().fused(*Case().inputs())
-except RuntimeError as error:
-    print(error)
-"""
-    result = in_process(code, "avx1024")
-    assert result.returncode == 0, result.stderr
-    assert "SWIN_MOE_ISA must be avx512_bf16, avx512, avx2 or generic" in result.stdout
 
 
 @needs_library
@@ -363,196 +312,3 @@ def test_deterministic_for_any_number_of_threads(dtype):
                 assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
     finally:
         torch.set_num_threads(threads)
-
-
-def same_window(case: Case, row: int, column: int) -> Tensor:
-    """[H, W] where a token's own window is, for maps without padding."""
-    number = torch.arange(case.size[0] * case.size[1]).view(1, *case.size, 1)
-    windows = case.windows.split(number).squeeze(-1)  # [1, nW, N]
-    own = windows[(windows == number[0, row, column]).any(-1)]
-    return torch.isin(number[0, :, :, 0], own)
-
-
-def check_nan_places(cosine: bool, dtype: torch.dtype, device: str = "cpu") -> None:
-    """A NaN shows where it must and nowhere else, and everything else keeps every bit."""
-    for case in (
-        Case((4, 4), (2, 2), (8, 12), cosine=cosine),
-        Case((7, 7), (3, 3), (14, 14), cosine=cosine, dropout=0.2),
-    ):
-        image, row, column, head, channel = 1, 5, 3, 1, 9
-        window = same_window(case, row, column)
-        for part, value in itertools.product(range(3), (float("nan"), float("inf"))):
-            qkv, bias, scale = case.inputs(dtype, device)
-            clean = run(case.fused, [qkv, bias, scale])
-            qkv[image, row, column, part, head, channel] = value
-            dirty = run(case.fused, [qkv, bias, scale])
-            expected = torch.zeros_like(clean[0], dtype=torch.bool).unflatten(3, (case.heads, -1))
-            if part == 0:
-                expected[image, row, column, head] = True
-            elif part == 1:
-                expected[image, window, head] = True
-            else:
-                expected[image, window, head, channel] = True
-            expected = expected.flatten(3)
-            changed = dirty[0] != clean[0]
-            assert not (changed & ~expected).any()
-            reference = case.reference(qkv, bias, scale)
-            if value != value:
-                assert torch.equal(reference.isnan(), expected)
-                assert torch.equal(dirty[0].isnan(), expected)
-            elif part < 2:
-                assert torch.equal(dirty[0].isnan(), reference.isnan())
-            touched = torch.zeros_like(dirty[1], dtype=torch.bool)
-            touched[image, window, :, head] = True
-            assert not ((dirty[1] != clean[1]) & ~touched).any()
-            others = torch.arange(case.heads) != head
-            for grad, before in zip(dirty[2:], clean[2:], strict=True):
-                assert torch.equal(grad[others], before[others])
-
-
-@pytest.mark.parametrize(("device", "dtype"), PLACES, ids=str)
-@pytest.mark.parametrize("cosine", [True, False])
-def test_a_nan_shows_where_it_must_and_nowhere_else(cosine, dtype, device):
-    check_nan_places(cosine, dtype, device)
-
-
-@pytest.mark.parametrize(("device", "dtype"), PLACES, ids=str)
-@pytest.mark.parametrize("cosine", [True, False])
-def test_non_finite_bias_and_scale(cosine, dtype, device):
-    case = Case((4, 4), (2, 2), (10, 8), cosine=cosine)
-    nan, inf = float("nan"), float("inf")
-    for name, place, value in [
-        ("bias", (1, 3, 5), nan),
-        ("bias", (1, 3, 5), inf),
-        ("bias", (1, 3), -inf),  # no key is left
-        ("scale", (1,), nan),
-        ("scale", (1,), inf),
-        ("scale", (1,), -inf),
-    ]:
-        qkv, bias, scale = inputs = case.inputs(dtype, device)
-        clean = case.fused(*inputs)
-        (bias if name == "bias" else scale)[place] = value
-        out, reference = case.fused(*inputs), case.reference(*inputs)
-        assert torch.equal(out.isnan(), reference.isnan()), (name, place, value)
-        same = (out == clean).unflatten(3, (case.heads, -1))
-        assert same[:, :, :, [0, 2]].all(), (name, place, value)
-
-
-@pytest.mark.parametrize(("device", "dtype"), PLACES, ids=str)
-@pytest.mark.parametrize("window", [4, 7])
-@pytest.mark.parametrize("cosine", [True, False])
-def test_a_bias_of_minus_infinity_is_a_mask(cosine, window, dtype, device):
-    """As if the key were not there: its own gradients are zero, and its value does not matter."""
-    case = Case((window, window), (1, 1), (2 * window, window), cosine=cosine)
-    qkv, bias, scale = case.inputs(dtype, device)
-    bias[:, :, 2::3] = float("-inf")
-    bias[1, :, 0] = float("-inf")
-    fused = run(case.fused, [qkv, bias, scale])
-    exact = run(case.reference, [x.double() for x in (qkv, bias, scale)])
-    assert fused[2][:, :, 2::3].abs().max() == 0
-    for name, mine, wanted in zip(RESULTS, fused, exact, strict=True):
-        limit = (SCALE_FLOOR if name == "grad_scale" else FLOOR)[dtype]
-        assert error(mine, wanted) <= limit, name
-    hidden = qkv.clone()
-    tokens = torch.arange(case.size[0] * case.size[1]).view(1, *case.size, 1)
-    masked = case.windows.split(tokens)[0, :, 2::3].flatten()
-    hidden.flatten(1, 2)[:, masked, 1:] = 3.0
-    torch.testing.assert_close(case.fused(hidden, bias, scale), fused[0])
-
-
-@pytest.mark.parametrize(("device", "dtype"), PLACES, ids=str)
-@pytest.mark.parametrize("window", [4, 7, 12])
-@pytest.mark.parametrize("cosine", [True, False])
-def test_large_logits(cosine, window, dtype, device):
-    """Bias in steps of 16 at the largest scale, and dot products in the hundreds."""
-    case = Case((window, window), (2, 2), (2 * window, window), 1, 2, 32, 5.0, cosine)
-    qkv, bias, scale = case.inputs(dtype, device)
-    bias = 16.0 * bias.round()
-    qkv[:, :, :, :2] *= 1 if cosine else 6
-    results = run(case.fused, [qkv, bias, scale])
-    assert all(x.isfinite().all() for x in results)
-    exact = case.reference(*(x.double() for x in (qkv, bias, scale)))
-    assert error(results[0], exact) <= {torch.float32: 1e-4}.get(dtype, 2e-2)
-
-
-# The number of tokens of windows of 7 is no multiple of a tile of rows, that of 4 and 8 is.
-@pytest.mark.parametrize(("device", "dtype"), PLACES, ids=str)
-@pytest.mark.parametrize("window", [4, 7, 8])
-@pytest.mark.parametrize("cosine", [True, False])
-@pytest.mark.parametrize("level", [-1000.0, -180.0, -100.0, 100.0, 1000.0])
-def test_all_logits_of_a_query_may_be_moved_together(level, cosine, window, dtype, device):
-    """Softmax does not see it; fp32 loses a few bits of the logits."""
-    case = Case((window, window), (0, 0), (window, window), 1, 2, 16, 1.0, cosine)
-    qkv, bias, scale = case.inputs(dtype, device)
-    fused = run(case.fused, [qkv, bias / 8 + level, scale])
-    exact = run(case.reference, [x.double() for x in (qkv, bias / 8 + level, scale)])
-    for name, mine, wanted in zip(RESULTS, fused, exact, strict=True):
-        floor = (SCALE_FLOOR if name == "grad_scale" else FLOOR)[dtype]
-        assert error(mine, wanted) <= max(floor, 5e-4), name
-
-
-@pytest.mark.parametrize("device", DEVICES)
-def test_rows_of_zeros_have_no_direction(device):
-    case = Case((4, 4), (2, 2), (8, 8))
-    qkv, bias, scale = case.inputs(device=device)
-    qkv[0, 1, 2, :2], qkv[1, 3, 0, 0] = 0.0, 1e-14
-    fused = run(case.fused, [qkv, bias, scale])
-    exact = run(case.reference, [x.double() for x in (qkv, bias, scale)])
-    for name, mine, wanted in zip(RESULTS, fused, exact, strict=True):
-        assert error(mine, wanted) <= 1e-5, name
-    moderate = exact[1].abs() < 1e6  # beside gradients of 10^12 nothing else shows
-    assert error(fused[1][moderate], exact[1][moderate]) <= 1e-5
-
-
-def dropout_mask(case: Case, dtype=torch.float32, device="cpu", function=None) -> Tensor:
-    """[B, H, W, heads, N]: what each probability was multiplied by, shown by values of e_j."""
-    qkv, bias, scale = case.inputs(dtype, device)
-    unit = torch.eye(case.tokens).view(case.tokens, 1, case.tokens)
-    one_window = unit.expand(-1, case.heads, -1).unflatten(0, case.window)
-    rows, columns = (n // w for n, w in zip(case.size, case.window, strict=True))
-    qkv[:, :, :, :2] = 0
-    qkv[:, :, :, 2] = one_window.repeat(rows, columns, 1, 1).to(qkv)
-    out = (function or case.fused)(qkv, 0 * bias, scale)
-    return (out.float() * case.tokens).unflatten(3, (case.heads, -1))
-
-
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("p", [0.1, 0.3, 0.5, 0.9])
-def test_dropout_drops_what_the_reference_drops(p, device):
-    case = Case((4, 4), (0, 0), (16, 16), head_dim=16, dropout=p, cosine=False)
-    mask = dropout_mask(case, device=device)
-    torch.testing.assert_close(mask, dropout_mask(case, device=device, function=case.reference))
-    kept = mask != 0
-    torch.testing.assert_close(mask[kept], torch.full_like(mask[kept], 1 / (1 - p)))
-    assert abs(kept.float().mean() - (1 - p)) < 0.015  # five standard deviations
-    # Heads, images, windows, queries and keys have draws of their own.
-    halves = [x.chunk(2, dim) for dim, x in enumerate((kept,) * 4) if dim < 3]
-    halves += [(kept[:, :, :, 0], kept[:, :, :, 1]), (kept[..., 1:], kept[..., :-1])]
-    halves += [(kept[:, :, 1:], kept[:, :, :-1])]
-    for one, other in halves:
-        assert abs((one == other).float().mean() - (p**2 + (1 - p) ** 2)) < 0.03
-
-
-@pytest.mark.parametrize("device", DEVICES)
-def test_dropout_follows_the_generator(device):
-    case = Case(dropout=0.5)
-    qkv, bias, scale = case.inputs(device=device)
-
-    def draw():
-        return ops.window_attention(qkv, bias, scale, window_size=4, dropout_p=0.5)
-
-    torch.manual_seed(3)
-    first, second = draw(), draw()
-    assert not torch.equal(first, second)
-    torch.manual_seed(3)
-    assert torch.equal(draw(), first)
-    assert torch.equal(draw(), second)
-    state = torch.get_rng_state()
-    ops.window_attention(qkv, bias, scale, window_size=4)  # without dropout nothing is drawn
-    assert torch.equal(torch.get_rng_state(), state)
-
-
-@pytest.mark.parametrize(("device", "dtype"), PLACES, ids=str)
-def test_dropout_of_everything(dtype, device):
-    results = run(Case(dropout=1.0).fused, Case(dropout=1.0).inputs(dtype, device))
-    assert all((x == 0).all() for x in results)

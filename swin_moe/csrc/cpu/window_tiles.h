@@ -285,9 +285,9 @@ struct Dropout {
 
   Dropout(const WindowOptions& options, const int64_t* seed_pointer) {
     if (options.dropout <= 0) return;
-    const double scaled = static_cast<double>(options.dropout) * 4294967296.0;
+    const double scaled = options.dropout * 4294967296.0;
     threshold = scaled < 4294967295.0 ? static_cast<uint32_t>(scaled) : 0xffffffffu;
-    keep_scale = options.dropout < 1 ? 1 / (1 - options.dropout) : 0.0f;
+    keep_scale = options.dropout < 1 ? static_cast<float>(1 / (1 - options.dropout)) : 0.0f;
     seed = static_cast<uint64_t>(*seed_pointer);
   }
 

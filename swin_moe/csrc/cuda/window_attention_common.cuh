@@ -6,8 +6,8 @@
 // window and head; together they bring the rows that belong to the columns, 64 at a time, to shared
 // memory, by cp.async, 16 bytes each, zeros for padding. So shared memory depends on head_dim and
 // the type, hardly on the window (17 to 79 KiB), and windows up to 1024 tokens take the same route.
-// A window of up to 128 tokens (64 in fp32) is one CTA and is read once. Blocks are not loaded ahead: most
-// windows have one or two, and it is the other CTAs of the SM that compute meanwhile.
+// A window of up to 128 tokens (64 in fp32) is one CTA and is read once. Blocks are not loaded
+// ahead: most windows have one or two, and it is the other CTAs of the SM that compute meanwhile.
 //
 // The grid runs over heads first: CTAs that run together read neighbouring heads, whose rows of 32
 // to 256 bytes share cache lines. One CTA per head rather than a loop over heads, because one stage
@@ -192,8 +192,7 @@ constexpr int64_t kMaxGrid = 2147483647;
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-inline Dropout make_dropout(float probability) {
-  const double p = probability;
+inline Dropout make_dropout(double p) {
   const double threshold = p * 4294967296.0;
   return {p > 0.0, static_cast<uint32_t>(threshold < 4294967295.0 ? threshold : 4294967295.0),
           p < 1.0 ? static_cast<float>(1.0 / (1.0 - p)) : 0.0f};

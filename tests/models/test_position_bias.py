@@ -1,0 +1,78 @@
+"""The position bias that evaluation keeps: never another one than the weights give."""
+
+import copy
+
+import pytest
+import torch
+
+from tests.models.test_swin import lively
+
+FAMILIES = ["swin", "swinv2", "swin_moe"]
+
+
+def attention_of(model):
+    return model.layers[0].blocks[0].attn
+
+
+def count_computations(attention, monkeypatch):
+    calls = []
+    compute = attention._position_bias
+
+    def counted(window_size):
+        calls.append(window_size)
+        return compute(window_size)
+
+    monkeypatch.setattr(attention, "_position_bias", counted)
+    return calls
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_evaluation_computes_it_once(family, context, monkeypatch):
+    model = lively(family).eval()
+    calls = count_computations(attention_of(model), monkeypatch)
+    images = torch.randn(2, 3, 32, 32)
+    expected = model(images).detach()  # with gradients: computed each time
+    with context():
+        for _ in range(3):
+            assert torch.equal(model(images), expected)
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_changed_weights_are_seen(family):
+    model, images = lively(family).eval(), torch.randn(2, 3, 32, 32)
+    changed = copy.deepcopy(model)
+    with torch.no_grad():
+        model(images)
+        for target in (model, changed):
+            for name, parameter in target.named_parameters():
+                if "cpb_mlp" in name or "bias_table" in name:
+                    parameter.mul_(3)
+        assert torch.equal(model(images), changed(images))
+
+
+def test_weights_replaced_behind_autograds_back_are_seen_after_eval():
+    """As engines do that keep masters elsewhere and copy into ``.data``."""
+    model, images = lively("swinv2").eval(), torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        before = model(images)
+        for parameter in attention_of(model).cpb_mlp.parameters():
+            parameter.data.copy_(5 * parameter.data)
+        model.train()
+        after = model.eval()(images)
+        assert not torch.equal(before, after)
+        assert torch.equal(after, copy.deepcopy(model).train().eval()(images))
+
+
+def test_another_window_and_training_are_not_served_from_it(monkeypatch):
+    model = lively("swinv2").eval()
+    calls = count_computations(attention_of(model), monkeypatch)
+    with torch.no_grad():
+        for side in (32, 16, 32):
+            model(torch.randn(1, 3, side, side))
+        windows = len(calls)
+        model.train()
+        model(torch.randn(1, 3, 32, 32))
+        model(torch.randn(1, 3, 32, 32))
+    assert len(calls) == windows + 2
