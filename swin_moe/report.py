@@ -61,7 +61,7 @@ def _ops(world: World, dtype: torch.dtype) -> str:
     for kind in dict.fromkeys(status.values()):
         lines.append(f"{', '.join(op for op in status if status[op] == kind)}: {kind}")
     instructions = ops.cpu_instruction_set(dtype)
-    if world.device.type == "cpu" and instructions:
+    if world.device.type == "cpu" and status["window_attention"] != "reference" and instructions:
         lines.append(f"attention kernels for {instructions}")
     return "\n".join(lines)
 

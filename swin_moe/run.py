@@ -152,6 +152,8 @@ def _check(config: Config, world: World) -> None:
     """What can be refused before anything is built."""
     if config.model.num_classes == 0:
         raise ValueError("model.num_classes=0: training needs at least one class")
+    if not config.ops.fused:
+        ops.use_references()
     if config.ops.allow_unverified:
         ops.allow_unverified()
     if config.ops.require_fused:

@@ -236,6 +236,7 @@ class LogConfig(Section):
 
 
 class OpsConfig(Section):
+    fused: bool = True  # false: every op runs its PyTorch reference, to see if a kernel is to blame
     require_fused: bool = False  # fail rather than run on the PyTorch reference
     allow_unverified: bool = False  # use CUDA kernels that have not yet run on this architecture
 

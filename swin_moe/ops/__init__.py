@@ -10,6 +10,7 @@ from swin_moe.ops._library import (
     cpu_instruction_set,
     require_fused,
     status,
+    use_references,
 )
 from swin_moe.ops.moe_dispatch import (
     moe_combine,
@@ -28,6 +29,7 @@ __all__ = [
     "moe_dispatch_reference",
     "require_fused",
     "status",
+    "use_references",
     "window_attention",
 ]
 

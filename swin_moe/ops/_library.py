@@ -26,6 +26,7 @@ _PACKAGE = Path(__file__).parent.parent
 _declarations = torch.library.Library("swin_moe", "FRAGMENT")
 _op_names: list[str] = []
 _unverified_allowed = False
+_fused_wanted = True
 
 
 def declare(schema: str, reference: Callable[..., object]) -> None:
@@ -70,7 +71,9 @@ def _compiled_for(op: str, device_type: str) -> bool:
 
 
 def _trusted_on(op: str, device_type: str) -> bool:
-    """Whether the kernels have run on the present architecture, or were asked for all the same."""
+    """Whether kernels are wanted, and have run on this architecture or were asked for anyway."""
+    if not _fused_wanted:
+        return False
     if device_type == "cpu" or _unverified_allowed:
         return True
     return torch.cuda.is_available() and torch.cuda.get_device_capability() in VERIFIED.get(op, ())
@@ -80,6 +83,12 @@ def allow_unverified() -> None:
     """Use CUDA kernels on architectures, too, on which they have not been verified."""
     global _unverified_allowed
     _unverified_allowed = True
+
+
+def use_references() -> None:
+    """Run every op's PyTorch reference from now on: to see whether a kernel is to blame."""
+    global _fused_wanted
+    _fused_wanted = False
 
 
 def status() -> dict[str, str]:
@@ -96,7 +105,7 @@ def status() -> dict[str, str]:
         compiled = [kind for kind in kinds if _compiled_for(op, kind)]
         fused = [kind for kind in compiled if _trusted_on(op, kind)]
         result[op] = f"fused ({', '.join(fused)})" if fused else "reference"
-        if len(fused) < len(compiled):
+        if len(fused) < len(compiled) and _fused_wanted:
             result[op] += "; cuda compiled, not yet verified on this architecture: off"
     return result
 
@@ -125,6 +134,8 @@ def require_fused(device_type: str) -> None:
             f"ops.require_fused: not compiled for {device_type}: {', '.join(missing)};"
             f" {BUILD_HINT}" + (" where nvcc is found" if device_type == "cuda" else "")
         )
+    if not _fused_wanted:
+        raise ValueError("ops.require_fused: ops.fused=false asks for the opposite")
     untrusted = [op for op in status() if not _trusted_on(op, device_type)]
     if untrusted:
         raise ValueError(

@@ -1,0 +1,116 @@
+"""Whole models with the attention kernels against the same models on the reference."""
+
+import importlib
+
+import pytest
+import torch
+
+from swin_moe import build_model, ops
+from swin_moe.ops import _library
+
+op = importlib.import_module("swin_moe.ops.window_attention")
+needs_library = pytest.mark.skipif(
+    not ops.status()["window_attention"].startswith("fused (cpu"),
+    reason=f"the compiled library is not built; {_library.BUILD_HINT}",
+)
+SHAPE = {
+    "img_size": 64,
+    "patch_size": 4,
+    "num_classes": 10,
+    "embed_dim": 64,
+    "depths": [2, 2],
+    "num_heads": [2, 4],  # of width 32
+    "window_size": 4,
+    "drop_path_rate": 0.0,
+}
+
+
+def small(family):
+    """A model in which every part matters: the zeros that training starts from are drawn."""
+    torch.manual_seed(0)
+    model = build_model(family, **SHAPE)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.normal_(1.0 if name.endswith("weight") else 0.0, 0.3)
+    return model
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """How often the op was served by its kernels."""
+    served = []
+    fits = op._fits_kernel
+
+    def counted(qkv, windows):
+        served.append(fits(qkv, windows))
+        return served[-1]
+
+    monkeypatch.setattr(op, "_fits_kernel", counted)
+    return served
+
+
+def on_the_reference(monkeypatch):
+    monkeypatch.setattr(op, "_fits_kernel", lambda qkv, windows: False)
+
+
+@needs_library
+@pytest.mark.parametrize("size", [(64, 64), (60, 44)])
+@pytest.mark.parametrize("family", ["swin", "swinv2", "swin_moe"])
+def test_logits_and_gradients(family, size, calls, monkeypatch):
+    model, images = small(family), torch.randn(2, 3, *size)
+
+    def run():
+        model.zero_grad()
+        logits = model(images)
+        logits.square().sum().backward()
+        return logits, {name: p.grad for name, p in model.named_parameters()}
+
+    logits, gradients = run()
+    assert calls == [True] * 4
+    on_the_reference(monkeypatch)
+    expected, expected_gradients = run()
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
+    for name, gradient in gradients.items():
+        scale = expected_gradients[name].abs().max().clamp(min=1e-2)
+        error = (gradient - expected_gradients[name]).abs().max() / scale
+        assert error < 2e-4, f"{name}: {error}"
+
+
+@needs_library
+def test_the_training_curve_is_the_references(calls, monkeypatch):
+    """Same seed, 30 steps of AdamW: the losses agree to 1e-4 while rounding grows."""
+
+    def losses():
+        model = small("swinv2").train()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        generator = torch.Generator().manual_seed(1)
+        images = torch.randn(16, 3, 64, 64, generator=generator)
+        labels = torch.randint(10, (16,), generator=generator)
+        found = []
+        for _ in range(30):
+            loss = torch.nn.functional.cross_entropy(model(images), labels)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            found.append(loss.item())
+        return found
+
+    fused = losses()
+    assert all(calls)
+    on_the_reference(monkeypatch)
+    reference = losses()
+    assert reference[-1] < 0.5 * reference[0]  # it learns
+    assert fused == pytest.approx(reference, rel=1e-4)
+    assert fused != reference  # by rounding: they are not the same code
+
+
+@needs_library
+def test_kernels_can_be_switched_off(monkeypatch, calls):
+    monkeypatch.setattr(_library, "_fused_wanted", True)
+    ops.use_references()
+    assert set(ops.status().values()) == {"reference"}
+    small("swinv2")(torch.randn(1, 3, 64, 64))
+    assert not any(calls)
+    with pytest.raises(ValueError, match="ops.fused=false"):
+        ops.require_fused("cpu")
