@@ -78,11 +78,12 @@ struct Cpu {
                                      in.bias.const_data_ptr<float>(),
                                      in.scale.const_data_ptr<float>(),
                                      in.seed_pointer(),
+                                     cpu::head_groups(in.shape, in.shape.windows(), units_wanted()),
                                      out.mutable_data_ptr(),
                                      lse.mutable_data_ptr<float>()};
     const cpu::WindowKernels& kernels = window_kernels(in.dtype);
     torch::stable::parallel_for(
-        0, cpu::head_groups(in.shape).count * in.shape.windows(), 1, [&](int64_t begin, int64_t end) {
+        0, tensors.groups.count * in.shape.windows(), 1, [&](int64_t begin, int64_t end) {
           kernels.forward(in.dtype, in.shape, in.options, tensors, {begin, end});
         });
   }
@@ -100,13 +101,14 @@ struct Cpu {
                                       in.bias.const_data_ptr<float>(),
                                       in.scale.const_data_ptr<float>(),
                                       in.seed_pointer(),
+                                      cpu::head_groups(in.shape, groups, units_wanted()),
                                       out.const_data_ptr(),
                                       lse.const_data_ptr<float>(),
                                       grad_qkv.mutable_data_ptr(),
                                       bias_parts.mutable_data_ptr<float>(),
                                       scale_parts.mutable_data_ptr<float>()};
     const cpu::WindowKernels& kernels = window_kernels(in.dtype);
-    const int64_t units = cpu::head_groups(in.shape).count * groups;
+    const int64_t units = tensors.groups.count * groups;
     torch::stable::parallel_for(0, units, 1, [&](int64_t begin, int64_t end) {
       kernels.backward(in.dtype, in.shape, in.options, tensors, {begin, end});
     });
@@ -117,6 +119,9 @@ struct Cpu {
   }
 
  private:
+  // Enough to spread evenly over the threads.
+  static int64_t units_wanted() { return 8 * int64_t{torch::stable::get_num_threads()}; }
+
   // [heads, groups, size] to [heads, size], in the order of the groups.
   static void add_parts(const float* parts, int64_t heads, int64_t groups, int64_t size,
                         float* sums) {

@@ -65,9 +65,10 @@ char* thread_scratch(int64_t bytes) {
   return memory.get();
 }
 
-HeadGroups head_groups(const WindowShape& shape) {
+HeadGroups head_groups(const WindowShape& shape, int64_t per_head, int64_t units) {
   const int64_t bytes = 2 * 4 * shape.tokens() * shape.tokens();  // the bias and its gradient
   int64_t size = kSecondCache / bytes;
+  if (size > shape.heads * per_head / units) size = shape.heads * per_head / units;
   size = size < 1 ? 1 : size > kMaxHeadsTogether ? kMaxHeadsTogether : size;
   const int64_t count = (shape.heads + size - 1) / size;
   return {(shape.heads + count - 1) / count, count};

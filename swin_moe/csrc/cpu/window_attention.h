@@ -7,12 +7,25 @@
 
 namespace swin_moe::cpu {
 
+// Neighbouring heads are worked on together, window by window: a token's rows of q lie side by side
+// in memory, and so do those of k and v.
+struct HeadGroups {
+  int64_t size;  // heads in each but the last
+  int64_t count;
+};
+constexpr int64_t kMaxHeadsTogether = 4;
+
+// As many heads together as keep their bias in the second cache and still leave `units` units of
+// work, of `per_head` to a head. Results do not depend on it.
+HeadGroups head_groups(const WindowShape& shape, int64_t per_head, int64_t units);
+
 // Every pointer is to a contiguous tensor; T is the dtype that a call names.
 struct WindowForward {
   const void* qkv;      // T [batch, height, width, 3, heads, head_dim]
   const float* bias;    // [heads, N, N]
   const float* scale;   // [heads]
   const int64_t* seed;  // [1], read if there is dropout
+  HeadGroups groups;
   void* out;            // T [batch, height, width, heads * head_dim]
   float* lse;           // [windows, heads, N], log2 of the sum of 2^(logit log2 e)
 };
@@ -23,6 +36,7 @@ struct WindowBackward {
   const float* bias;
   const float* scale;
   const int64_t* seed;
+  HeadGroups groups;
   const void* out;
   const float* lse;
   void* grad_qkv;     // T, like qkv
@@ -33,15 +47,6 @@ struct WindowBackward {
 // Windows are worked on in groups whose number depends on the shape alone, and the parts of the
 // groups are added in their order: gradients do not depend on the number of threads.
 int64_t window_groups(const WindowShape& shape);
-
-// Neighbouring heads are worked on together, window by window: a token's rows of q lie side by side
-// in memory, and so do those of k and v. As many as keep their bias in the second cache.
-struct HeadGroups {
-  int64_t size;   // heads in each but the last
-  int64_t count;
-};
-constexpr int64_t kMaxHeadsTogether = 4;
-HeadGroups head_groups(const WindowShape& shape);
 
 // The kernels of one instruction set. Units are independent, and any thread may do any range.
 struct WindowKernels {

@@ -91,14 +91,14 @@ class Backward {
     tile_ = arena.take<float>(8 * L::kBlock);
     grad_query_ = arena.take<float>(padded * D);
     grad_key_ = arena.take<float>(padded * D);
-    for (int64_t head = 0; head < head_groups(shape_).size; ++head) {
+    for (int64_t head = 0; head < tensors_.groups.size; ++head) {
       heads_[head].bias = arena.take<float>(rows * lanes);
       heads_[head].grad_bias = arena.take<float>(rows * lanes);
     }
   }
 
   void load_heads(int64_t group) {
-    const HeadGroups groups = head_groups(shape_);
+    const HeadGroups& groups = tensors_.groups;
     const int64_t first = group * groups.size, left = shape_.heads - first;
     const int64_t n = layout_.tokens;
     count_ = left < groups.size ? left : groups.size;

@@ -65,14 +65,14 @@ class Forward {
     values_ = arena.take<uint32_t>(layout_.rows / kPair<T> * D);
     probabilities_ = arena.take<uint32_t>(layout_.rows / kPair<T> * L::kBlock);
     scores_ = arena.take<float>(layout_.rows * L::kBlock);
-    for (int64_t head = 0; head < head_groups(shape_).size; ++head) {
+    for (int64_t head = 0; head < tensors_.groups.size; ++head) {
       heads_[head].offset = arena.take<float>(layout_.padded);
       heads_[head].bias = arena.take<float>(layout_.rows * layout_.lanes);
     }
   }
 
   void load_heads(int64_t group) {
-    const HeadGroups groups = head_groups(shape_);
+    const HeadGroups& groups = tensors_.groups;
     const int64_t first = group * groups.size, left = shape_.heads - first;
     count_ = left < groups.size ? left : groups.size;
     for (head_ = heads_; head_ < heads_ + count_; ++head_) load_head(first + (head_ - heads_));
