@@ -112,5 +112,40 @@ def test_kernels_can_be_switched_off(monkeypatch, calls):
     assert set(ops.status().values()) == {"reference"}
     small("swinv2")(torch.randn(1, 3, 64, 64))
     assert not any(calls)
-    with pytest.raises(ValueError, match="ops.fused=false"):
+    with pytest.raises(ValueError, match=r"ops\.fused=false"):
         ops.require_fused("cpu")
+
+
+@needs_library
+def test_one_graph_holds_the_op_of_every_block():
+    model, images = small("swinv2").eval(), torch.randn(2, 3, 60, 44)
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append([str(node.target) for node in graph.graph.nodes])
+        return graph
+
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    torch.testing.assert_close(compiled(images), model(images))
+    torch._dynamo.reset()
+    (targets,) = graphs
+    assert sum("window_attention" in target for target in targets) == 4
+    assert not any("softmax" in target or "roll" in target for target in targets)
+
+
+@needs_library
+def test_checkpointing_recomputes_the_same(calls):
+    images = torch.randn(2, 3, 60, 44)
+    gradients = []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        model = build_model(
+            "swinv2", **{**SHAPE, "attn_drop_rate": 0.3, "use_checkpoint": checkpointing}
+        )
+        model.load_state_dict(small("swinv2").state_dict())
+        torch.manual_seed(1)
+        model.train()(images).square().sum().backward()
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    assert len(calls) == 4 + 8  # forward, then forward and its recomputation
+    assert all(torch.equal(plain, again) for plain, again in zip(*gradients, strict=True))
