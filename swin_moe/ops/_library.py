@@ -42,6 +42,17 @@ def declare(schema: str, reference: Callable[..., object]) -> None:
     _op_names.append(name)
 
 
+def refuse_second_derivative(op: str) -> None:
+    """Make the gradient of an op's gradient an error: torch would take it for zero."""
+
+    def refuse(ctx: object, *grads: object) -> None:
+        raise RuntimeError(
+            f"{op} has no second derivative; ops.fused=false (swin_moe.ops.use_references) has one"
+        )
+
+    torch.library.register_autograd(f"swin_moe::{op}_backward", refuse)
+
+
 def load(folder: Path = _PACKAGE) -> bool:
     """Load ``_C*.so`` from a folder, and log in one line what the ops run on.
 

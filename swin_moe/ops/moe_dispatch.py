@@ -182,3 +182,5 @@ torch.library.register_autograd(
 torch.library.register_autograd(
     "swin_moe::moe_combine", _combine_backward, setup_context=_save_combine
 )
+_library.refuse_second_derivative("moe_dispatch")
+_library.refuse_second_derivative("moe_combine")

@@ -61,19 +61,25 @@ def window_attention(
         ValueError: a shape, dtype, device, window or shift does not fit; names the argument.
     """
     windows = Windows(_pair(window_size), _pair(shift_size), cosine, dropout_p)
-    _check(qkv, bias, scale, windows)
     device = qkv.device.type
-    if torch.is_autocast_enabled(device) and qkv.dtype != torch.float64:
+    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+        return _attention(qkv, bias, scale, windows)
+    if qkv.is_floating_point() and qkv.dtype != torch.float64:
         qkv = qkv.to(torch.get_autocast_dtype(device))
-    seed = None
-    if dropout_p > 0:
-        seed = torch.randint(2**63 - 1, (1,), device=qkv.device)
     with torch.autocast(device, enabled=False):
-        if not _fits_kernel(qkv, windows):
-            return attention_reference(qkv, bias, scale, seed, windows)
-        out, _ = torch.ops.swin_moe.window_attention(
-            qkv, bias.float(), scale.float().flatten(), seed, *_numbers(windows)
-        )
+        return _attention(qkv, bias, scale, windows)
+
+
+def _attention(qkv: Tensor, bias: Tensor, scale: Tensor, windows: Windows) -> Tensor:
+    _check(qkv, bias, scale, windows)
+    seed = None
+    if windows.dropout_p > 0:
+        seed = torch.randint(2**63 - 1, (1,), device=qkv.device)
+    if not _fits_kernel(qkv, windows):
+        return attention_reference(qkv, bias, scale, seed, windows)
+    out, _ = torch.ops.swin_moe.window_attention(
+        qkv, bias.float(), scale.float().flatten(), seed, *_numbers(windows)
+    )
     return out
 
 
@@ -203,3 +209,4 @@ def _gradients(ctx: Any, grad_out: Tensor, _grad_lse: Tensor) -> tuple[Tensor | 
 
 
 torch.library.register_autograd("swin_moe::window_attention", _gradients, setup_context=_save)
+_library.refuse_second_derivative("window_attention")

@@ -341,7 +341,7 @@ class Backward {
   void write_parts(int64_t group, int64_t groups) {
     const int64_t part = head_->index * groups + group, n = layout_.tokens;
     write_bias(tensors_.grad_bias + part * n * n);
-    const bool clamped = options_.cosine && tensors_.scale[head_->index] > kMaxLogScale;
+    const bool clamped = options_.cosine && !(tensors_.scale[head_->index] < kMaxLogScale);
     const double slope = options_.cosine ? head_->factor : 1.0;
     tensors_.grad_scale[part] = clamped ? 0.0f : static_cast<float>(slope * head_->grad_factor);
   }

@@ -92,9 +92,9 @@ class Forward {
       if (!head.bounded) Isa::store(Float{}, head.offset + lane);
       const Float offset = Isa::load(head.offset + lane);
       float* column = layout_.column(head.bias, lane);
-      for (int64_t j = 0; j < n && head.bounded; ++j) {
+      for (int64_t j = 0; j < layout_.rows && head.bounded; ++j) {
         float* at = column + j * layout_.block_width_of(lane);
-        Isa::store(Isa::load(at) - offset, at);
+        Isa::store(Isa::max(Isa::set(kLowest), Isa::load(at) - offset), at);
       }
     }
   }

@@ -98,7 +98,7 @@ struct Pack {
   }
 
   // The bias of one head [N, N], query by key, to blocks of [rows][lanes]: transposed, in units of
-  // log2. Rows of padding get kLowest, lanes of padding 0.
+  // log2. Rows of padding get -infinity, lanes of padding 0.
   static void bias(const float* from, const L& layout, float* to) {
     const int64_t n = layout.tokens;
     for (int64_t lane = 0; lane < layout.lanes; lane += L::kBlock) {
@@ -111,7 +111,7 @@ struct Pack {
           Isa::transpose(square);
           for (int r = 0; r < kLanes && j + r < layout.rows; ++r) {
             const Float value = Isa::as_float(square[r]) * kLog2E;
-            Isa::store(j + r < n ? value : Isa::set(kLowest), column + (j + r) * width);
+            Isa::store(j + r < n ? value : Isa::set(-__builtin_inff()), column + (j + r) * width);
           }
         }
       }

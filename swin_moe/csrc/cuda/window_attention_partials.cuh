@@ -54,7 +54,7 @@ __global__ void reduce_scale_kernel(Problem p, Partials partials, const float* _
     sum += partials.scale[static_cast<int64_t>(head) * count + i];
   }
   for (int half = kWarp / 2; half > 0; half /= 2) sum += __shfl_xor_sync(kAllLanes, sum, half);
-  const bool free = !p.cosine || scale[head] <= kMaxLogScale;  // a clamp passes nothing to a NaN
+  const bool free = !p.cosine || scale[head] < kMaxLogScale;  // a clamp passes nothing to a NaN
   if (threadIdx.x == 0) grad_scale[head] = free ? sum : 0.0f;
 }
 
