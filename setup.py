@@ -59,9 +59,9 @@ def extension():
     device_kinds = ["cpu"] if NO_CUDA else ["cpu", "cuda"]
     sources = [CSRC / f"bind_{kind}.cpp" for kind in device_kinds]
     sources += sorted((CSRC / "cpu").glob("*.cpp"))
-    flags = ["-O3", "-g0", "-std=c++17", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
+    flags = ["-O3", "-std=c++17", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
     options: dict = {
-        "extra_compile_args": {"cxx": [*flags, "-fvisibility=hidden"], "nvcc": flags},
+        "extra_compile_args": {"cxx": [*flags, "-g0", "-fvisibility=hidden"], "nvcc": flags},
         "depends": [str(path) for path in sorted(CSRC.rglob("*.h")) + sorted(CSRC.rglob("*.cuh"))],
         "py_limited_api": True,  # links neither Python nor torch's Python bindings
     }
