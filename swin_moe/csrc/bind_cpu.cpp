@@ -69,7 +69,7 @@ struct Cpu {
   static const cpu::WindowKernels& window_kernels(DType dtype) {
     const cpu::WindowKernels* kernels = cpu::window_kernels(dtype);
     STD_TORCH_CHECK(kernels != nullptr,
-                    "SWIN_MOE_ISA must be avx512_bf16, avx512, avx2 or generic");
+                    "SWIN_MOE_ISA must be amx_bf16, avx512_bf16, avx512, avx2 or generic");
     return *kernels;
   }
 

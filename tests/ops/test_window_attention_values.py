@@ -247,7 +247,8 @@ def check_instruction_set() -> str:
     """The set in use; the checks are run if it is the one that was asked for."""
     used = torch.ops.swin_moe.cpu_instruction_set(True)
     if used == os.environ["SWIN_MOE_ISA"]:
-        assert torch.ops.swin_moe.cpu_instruction_set(False) == used.removesuffix("_bf16")
+        for_fp32 = {"amx_bf16": "avx512", "avx512_bf16": "avx512"}.get(used, used)
+        assert torch.ops.swin_moe.cpu_instruction_set(False) == for_fp32
         for dtype in DTYPES:
             for case in ISA_CASES:
                 check_parity(case, dtype)
@@ -263,7 +264,7 @@ def error_of_the_op() -> str:
 
 
 @needs_library
-@pytest.mark.parametrize("isa", ["generic", "avx2", "avx512", "avx512_bf16"])
+@pytest.mark.parametrize("isa", ["generic", "avx2", "avx512", "avx512_bf16", "amx_bf16"])
 def test_parity_of_every_instruction_set(isa):
     used = with_isa(isa, check_instruction_set)
     if used != isa:
@@ -273,4 +274,4 @@ def test_parity_of_every_instruction_set(isa):
 @needs_library
 def test_an_unknown_instruction_set_is_an_error():
     message = with_isa("avx1024", error_of_the_op)
-    assert "SWIN_MOE_ISA must be avx512_bf16, avx512, avx2 or generic" in message
+    assert "SWIN_MOE_ISA must be amx_bf16, avx512_bf16, avx512, avx2 or generic" in message

@@ -49,6 +49,8 @@ template <int L>
 struct Simd {
   static constexpr int kLanes = L;
   static constexpr bool kBf16Only = false;  // fp32 has kernels elsewhere
+  static constexpr bool kTiles = false;     // it multiplies matrices, 16 by 16 results at a time
+  struct Session {};                        // what must live while kernels run
   using Float = typename Lanes<L>::Float;
   using Int = typename Lanes<L>::Int;
   using Word = typename Lanes<L>::Word;

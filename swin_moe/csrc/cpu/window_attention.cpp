@@ -5,6 +5,7 @@
 #include <memory>
 #include <new>
 
+#include "amx_available.h"
 #include "target.h"
 #include "window_tiles.h"
 
@@ -13,6 +14,9 @@ namespace swin_moe::cpu {
 extern const WindowKernels kGenericKernels;
 #if SWIN_MOE_X86
 extern const WindowKernels kAvx2Kernels, kAvx512Kernels, kAvx512Bf16Kernels;
+#endif
+#if SWIN_MOE_AMX
+extern const WindowKernels kAmxBf16Kernels;
 #endif
 
 namespace {
@@ -34,6 +38,12 @@ struct Choice {
 const WindowKernels* choose(bool has_bf16_dot) {
   const char* wish = std::getenv("SWIN_MOE_ISA");
   const Choice choices[] = {
+#if SWIN_MOE_AMX
+      // Only for those who name it: these kernels have not run on a processor with AMX yet, and
+      // until they have, none gets them unasked.
+      {&kAmxBf16Kernels, has_bf16_dot && wish != nullptr &&
+                             std::strcmp(wish, kAmxBf16Kernels.name) == 0 && amx_available()},
+#endif
 #if SWIN_MOE_X86
       {&kAvx512Bf16Kernels, has_bf16_dot && __builtin_cpu_supports("avx512bf16")},
       {&kAvx512Kernels, __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&

@@ -61,8 +61,8 @@ struct WindowKernels {
 bool window_attention_supported(DType dtype, const WindowShape& shape);
 
 // The kernels for a dtype on this processor, chosen when first asked. The environment variable
-// SWIN_MOE_ISA (avx512_bf16, avx512, avx2, generic) asks for less than the processor has; another
-// name gives none.
+// SWIN_MOE_ISA (amx_bf16, avx512_bf16, avx512, avx2, generic) asks for less than the processor has, or
+// for amx_bf16, which is used only if named; another name gives none.
 const WindowKernels* window_kernels(DType dtype);
 
 }  // namespace swin_moe::cpu

@@ -36,6 +36,10 @@ class Backward {
     take(count);
     Arena arena{thread_scratch(count.used)};
     take(arena);
+    if constexpr (Isa::kTiles) {  // the ends of their rows, which stay
+      std::memset(probabilities_, 0, kKeyBlock * layout_.lane_depth() * sizeof(T));
+      std::memset(grad_scores_, 0, kKeyBlock * layout_.lane_depth() * sizeof(T));
+    }
   }
 
   void run(Range units) {
@@ -54,6 +58,10 @@ class Backward {
         for (head_ = heads_; head_ < heads_ + count_; ++head_) {
           pack(window);
           for (int64_t j = 0; j < layout_.rows; j += kKeyBlock) key_block(j);
+          if constexpr (Isa::kTiles) {
+            P::turn(reinterpret_cast<const uint32_t*>(turned_grad_query_), D, layout_.lanes,
+                    reinterpret_cast<uint32_t*>(grad_query_));
+          }
           head_->grad_factor += finish(0, rows_, query_norm_, grad_query_, layout_.lanes);
           finish(1, keys_, key_norm_, grad_key_, layout_.padded);
         }
@@ -80,17 +88,22 @@ class Backward {
     values_ = arena.take<uint32_t>(padded * L::kStride);
     out_rows_ = arena.take<uint32_t>(padded * L::kStride);
     grad_rows_ = arena.take<uint32_t>(padded * L::kStride);
-    queries_ = arena.take<uint32_t>(lanes * L::kWords);
-    grads_ = arena.take<uint32_t>(lanes * L::kWords);
+    queries_ = arena.take<uint32_t>(lanes * L::kDepth);
+    grads_ = arena.take<uint32_t>(lanes * L::kDepth);
     zipped_grads_ = arena.take<uint32_t>(padded / kPair<T> * D);
     zipped_queries_ = arena.take<uint32_t>(padded / kPair<T> * D);
     zipped_keys_ = arena.take<uint32_t>(padded / kPair<T> * D);
-    probabilities_ = arena.take<T>(kKeyBlock * lanes);
-    grad_scores_ = arena.take<T>(kKeyBlock * lanes);
+    probabilities_ = arena.take<T>(kKeyBlock * layout_.lane_depth());
+    grad_scores_ = arena.take<T>(kKeyBlock * layout_.lane_depth());
     zipped_scores_ = arena.take<uint32_t>(kKeyBlock / kPair<T> * lanes);
     tile_ = arena.take<float>(8 * L::kBlock);
     grad_query_ = arena.take<float>(padded * D);
     grad_key_ = arena.take<float>(padded * D);
+    if constexpr (Isa::kTiles) {
+      turned_keys_ = arena.take<uint32_t>(padded / kPair<T> * D);
+      turned_grad_query_ = arena.take<float>(lanes * D);
+      products_ = arena.take<float>(kKeyBlock * L::kBlock);
+    }
     for (int64_t head = 0; head < tensors_.groups.size; ++head) {
       heads_[head].bias = arena.take<float>(rows * lanes);
       heads_[head].grad_bias = arena.take<float>(rows * lanes);
@@ -128,9 +141,12 @@ class Backward {
     }
     P::transpose(rows_, layout_, queries_);
     P::transpose(grad_rows_, layout_, grads_);
-    P::zip(grad_rows_, layout_.lanes, nullptr, zipped_grads_);
-    P::zip(rows_, layout_.lanes, query_norm_, zipped_queries_);
-    P::zip(keys_, layout_.rows, key_norm_, zipped_keys_);
+    P::zip(grad_rows_, layout_.lane_depth(), nullptr, zipped_grads_);
+    P::zip(rows_, layout_.lane_depth(), query_norm_, zipped_queries_);
+    P::zip(keys_, layout_.row_depth(), key_norm_, zipped_keys_);
+    if constexpr (Isa::kTiles) {
+      P::turn(zipped_keys_, layout_.row_depth() / kPair<T>, D, turned_keys_);
+    }
     const int64_t n = layout_.tokens;
     std::memset(lse_, 0, padded * sizeof(float));
     std::memcpy(lse_, tensors_.lse + (window * shape_.heads + head) * n, n * sizeof(float));
@@ -173,14 +189,21 @@ class Backward {
   void differentiate(int64_t lane, int64_t first, int64_t count) {
     constexpr int MR = NV * 4 <= L::kVectors * 2 ? 8 : 4;
     constexpr int64_t kWidth = NV * kLanes;
-    const uint32_t* queries = queries_ + layout_.block(lane, L::kWords);
-    const uint32_t* grads = grads_ + layout_.block(lane, L::kWords);
+    const uint32_t* queries = queries_ + layout_.block(lane, L::kDepth);
+    const uint32_t* grads = grads_ + layout_.block(lane, L::kDepth);
     for (int64_t j = first; j < first + count; j += MR) {
       Float acc[MR][NV];
       ahead_.step();
-      score_tile<Isa, T, L::kWords>(keys_ + j * L::kStride, L::kStride, queries, kWidth, acc);
-      recompute<MR, NV>(lane, first, j, acc);
-      score_tile<Isa, T, L::kWords>(values_ + j * L::kStride, L::kStride, grads, kWidth, acc);
+      if constexpr (Isa::kTiles) {
+        Strips<Isa, L>{keys_, queries, products_, first, first + count}.tile(j, acc);
+        recompute<MR, NV>(lane, first, j, acc);
+        float* products = products_ + kKeyBlock / 2 * L::kBlock;
+        Strips<Isa, L>{values_, grads, products, first, first + count}.tile(j, acc);
+      } else {
+        score_tile<Isa, T, L::kWords>(keys_ + j * L::kStride, L::kStride, queries, kWidth, acc);
+        recompute<MR, NV>(lane, first, j, acc);
+        score_tile<Isa, T, L::kWords>(values_ + j * L::kStride, L::kStride, grads, kWidth, acc);
+      }
       grad_score<MR, NV>(lane, first, j, acc);
     }
   }
@@ -193,7 +216,7 @@ class Backward {
 #pragma GCC unroll 8
     for (int r = 0; r < MR; ++r) {
       const Float key_norm = Isa::set(key_norm_[j + r]);
-      T* row = probabilities_ + (j - first + r) * layout_.lanes + lane;
+      T* row = probabilities_ + (j - first + r) * layout_.lane_depth() + lane;
 #pragma GCC unroll 4
       for (int n = 0; n < NV; ++n) {
         const int64_t at = lane + n * kLanes;
@@ -243,13 +266,13 @@ class Backward {
   template <int NV>
   SWIN_MOE_INLINE void store_scores(int64_t row, int64_t lane, const Float (&low)[NV],
                                     const Float (&high)[NV]) {
-    T* to = grad_scores_ + row * layout_.lanes + lane;
+    T* to = grad_scores_ + row * layout_.lane_depth() + lane;
 #pragma GCC unroll 4
     for (int n = 0; n < NV; ++n, to += kLanes) {
       if constexpr (kPair<T> == 1) {
         Isa::store_row(high[n], to);
       } else {
-        Isa::store(Isa::template store_rows<Isa>(low[n], high[n], to - layout_.lanes, to),
+        Isa::store(Isa::template store_rows<Isa>(low[n], high[n], to - layout_.lane_depth(), to),
                    zipped_scores_ + row / 2 * layout_.lanes + lane + n * kLanes);
       }
     }
@@ -257,6 +280,7 @@ class Backward {
 
   // The three products of a key block.
   void multiply(int64_t first, int64_t count) {
+    if constexpr (Isa::kTiles) return multiply_matrices(first, count);
     constexpr int R = kProductRows<Isa, D>;
     const int64_t row_words = layout_.lanes / kPair<T>, words = row_words;
     const int64_t part = shape_.heads * D;
@@ -289,6 +313,31 @@ class Backward {
                                 store_fp32(acc, sum + r * D);
                               });
     }
+  }
+
+  // The same by matrices; what is zipped over keys stands on the right, and dq^ is turned later.
+  void multiply_matrices(int64_t first, int64_t count) {
+    const int64_t words = layout_.lane_depth() / 2, lanes = layout_.lanes;
+    Isa::multiply({reinterpret_cast<const uint32_t*>(probabilities_), words, zipped_grads_, D,
+                   words, products_, D, /*add=*/false},
+                  count, D);
+    const int64_t part = shape_.heads * D;
+    T* grad_v = static_cast<T*>(tensors_.grad_qkv) + 2 * part + head_->index * D;
+    for (int64_t j = 0; j < count && first + j < layout_.tokens; ++j) {
+      const int64_t index = tokens_.index[first + j];
+      for (int d = 0; d < D && index >= 0; d += kLanes) {
+        Isa::store_row(Isa::load(products_ + j * D + d), grad_v + index * 3 * part + d);
+      }
+    }
+    Isa::multiply({reinterpret_cast<const uint32_t*>(grad_scores_), words, zipped_queries_, D,
+                   words, grad_key_ + first * D, D, /*add=*/false},
+                  count, D);
+    const int64_t depth = round_up(count, 32) / 2;
+    std::memset(zipped_scores_ + count / 2 * lanes, 0,
+                (depth - count / 2) * lanes * sizeof(uint32_t));
+    Isa::multiply({turned_keys_ + first / 2, layout_.row_depth() / 2, zipped_scores_, lanes, depth,
+                   turned_grad_query_, lanes, /*add=*/first != 0},
+                  D, lanes);
   }
 
   SWIN_MOE_INLINE static void store_fp32(const Float (&acc)[D / kLanes], float* to) {
@@ -395,12 +444,17 @@ class Backward {
   float *lse_ = nullptr, *delta_ = nullptr;
   uint32_t *rows_ = nullptr, *keys_ = nullptr, *values_ = nullptr;
   uint32_t *out_rows_ = nullptr, *grad_rows_ = nullptr;
-  uint32_t *queries_ = nullptr, *grads_ = nullptr;  // blocks of [kWords][lanes]: q and dO
+  uint32_t *queries_ = nullptr, *grads_ = nullptr;  // blocks of [kDepth][lanes]: q and dO
   uint32_t *zipped_grads_ = nullptr, *zipped_queries_ = nullptr, *zipped_keys_ = nullptr;
   T *probabilities_ = nullptr, *grad_scores_ = nullptr;  // [kKeyBlock][lanes]
   uint32_t* zipped_scores_ = nullptr;                    // [kKeyBlock / kPair][lanes]
   float* tile_ = nullptr;                                // P of one tile
   float *grad_query_ = nullptr, *grad_key_ = nullptr;    // [padded][D], of unit rows
+
+  // Where matrices are multiplied.
+  uint32_t* turned_keys_ = nullptr;      // [D][padded / kPair], from zipped_keys_
+  float* turned_grad_query_ = nullptr;   // [D][lanes]
+  float* products_ = nullptr;            // strips of scores and of dP, then a block of dV
 };
 
 }  // namespace

@@ -61,9 +61,13 @@ class Forward {
     key_factor_ = arena.take<float>(layout_.padded);
     rows_ = arena.take<uint32_t>(layout_.padded * L::kStride);
     keys_ = arena.take<uint32_t>(layout_.padded * L::kStride);
-    queries_ = arena.take<uint32_t>(layout_.lanes * L::kWords);
-    values_ = arena.take<uint32_t>(layout_.rows / kPair<T> * D);
-    probabilities_ = arena.take<uint32_t>(layout_.rows / kPair<T> * L::kBlock);
+    queries_ = arena.take<uint32_t>(layout_.lanes * L::kDepth);
+    values_ = arena.take<uint32_t>(layout_.row_depth() / kPair<T> * D);
+    probabilities_ = arena.take<uint32_t>(layout_.row_depth() / kPair<T> * L::kBlock);
+    if constexpr (Isa::kTiles) {
+      turned_values_ = arena.take<uint32_t>(layout_.row_depth() / kPair<T> * D);
+      products_ = arena.take<float>((D > 32 ? D : 32) * L::kBlock);
+    }
     scores_ = arena.take<float>(layout_.rows * L::kBlock);
     for (int64_t head = 0; head < tensors_.groups.size; ++head) {
       heads_[head].offset = arena.take<float>(layout_.padded);
@@ -125,8 +129,11 @@ class Forward {
     P::transpose(rows_, layout_, queries_);
     P::rows(map + part, step, tokens_, layout_, layout_.padded, keys_);
     P::inverse_norms(keys_, layout_.padded, options_.cosine, key_factor_);
-    P::rows(map + 2 * part, step, tokens_, layout_, layout_.rows, rows_);
-    P::zip(rows_, layout_.rows, nullptr, values_);
+    P::rows(map + 2 * part, step, tokens_, layout_, layout_.row_depth(), rows_);
+    P::zip(rows_, layout_.row_depth(), nullptr, values_);
+    if constexpr (Isa::kTiles) {
+      P::turn(values_, layout_.row_depth() / kPair<T>, D, turned_values_);
+    }
     if (options_.dropout > 0) {
       dropout_.keys(window * shape_.heads + head_->index, layout_.tokens, dropout_keys_);
     }
@@ -180,13 +187,17 @@ class Forward {
   template <int NV, bool kAtOnce, bool kMasked>
   SWIN_MOE_INLINE void score(int64_t lane, Float (&largest)[NV], Float (&sum)[NV]) {
     constexpr int MR = NV * 4 <= L::kVectors * 2 ? 8 : 4;
-    const uint32_t* queries = queries_ + layout_.block(lane, L::kWords);
+    const uint32_t* queries = queries_ + layout_.block(lane, L::kDepth);
     const float* bias = head_->bias + layout_.block(lane, layout_.rows);
     constexpr int64_t kWidth = NV * kLanes;
     for (int64_t j = 0; j < layout_.rows; j += MR) {
       Float acc[MR][NV];
       ahead_.step();
-      score_tile<Isa, T, L::kWords>(keys_ + j * L::kStride, L::kStride, queries, kWidth, acc);
+      if constexpr (Isa::kTiles) {
+        Strips<Isa, L>{keys_, queries, products_, 0, layout_.rows}.tile(j, acc);
+      } else {
+        score_tile<Isa, T, L::kWords>(keys_ + j * L::kStride, L::kStride, queries, kWidth, acc);
+      }
 #pragma GCC unroll 8
       for (int r = 0; r < MR; ++r) {
         const Float key_factor = Isa::set(key_factor_[j + r]);
@@ -256,6 +267,7 @@ class Forward {
 
   // O = P . V for the block, each query divided by its sum and stored where it came from.
   void write_output(int64_t lane, int64_t width, const float* inverse) {
+    if constexpr (Isa::kTiles) return write_turned_output(lane, width, inverse);
     constexpr int R = kProductRows<Isa, D>;
     T* out = static_cast<T*>(tensors_.out) + head_->index * D;
     const int64_t step = shape_.heads * D;
@@ -270,6 +282,33 @@ class Forward {
               Isa::store_row(acc[v] * factor, out + tokens_.index[t] * step + v * kLanes);
             }
           });
+    }
+  }
+
+  // The same by matrices, as O^T = V^T . P: the probabilities are zipped as the right side of a
+  // product is, and V is less to turn than they are.
+  void write_turned_output(int64_t lane, int64_t width, const float* inverse) {
+    const int64_t used = layout_.rows / kPair<T>, words = layout_.row_depth() / kPair<T>;
+    std::memset(probabilities_ + used * width, 0, (words - used) * width * sizeof(uint32_t));
+    Isa::multiply({turned_values_, words, probabilities_, width, words, products_, width,
+                   /*add=*/false},
+                  D, width);
+    const int64_t step = shape_.heads * D;
+    for (int64_t i = 0; i < width; i += kLanes) {
+      for (int64_t d = 0; d < D; d += kLanes) {
+        T* out = static_cast<T*>(tensors_.out) + head_->index * D + d;
+        typename Isa::Word square[kLanes];
+        for (int r = 0; r < kLanes; ++r) {
+          square[r] = Isa::as_word(Isa::load(products_ + (d + r) * width + i));
+        }
+        Isa::transpose(square);
+        for (int r = 0; r < kLanes; ++r) {
+          const int64_t t = lane + i + r;
+          if (t >= layout_.tokens || tokens_.index[t] < 0) continue;
+          const Float factor = Isa::set(inverse[i + r]);
+          Isa::store_row(Isa::as_float(square[r]) * factor, out + tokens_.index[t] * step);
+        }
+      }
     }
   }
 
@@ -299,10 +338,14 @@ class Forward {
   float* key_factor_ = nullptr;        // [padded] 1 / |k|
   uint32_t* rows_ = nullptr;           // [padded][kStride] of q, then of v
   uint32_t* keys_ = nullptr;           // [padded][kStride]
-  uint32_t* queries_ = nullptr;        // blocks of [kWords][lanes]
+  uint32_t* queries_ = nullptr;        // blocks of [kDepth][lanes]
   uint32_t* values_ = nullptr;         // [rows / kPair][D]
   uint32_t* probabilities_ = nullptr;  // [rows / kPair][block], not divided by their sum
   float* scores_ = nullptr;            // [rows][block]
+
+  // Where matrices are multiplied.
+  uint32_t* turned_values_ = nullptr;  // [D][padded / kPair], from values_
+  float* products_ = nullptr;          // strips of scores, then O^T [D][block]
 };
 
 }  // namespace

@@ -30,6 +30,7 @@ template <class Isa, template <class, class, int> class Kernel, class Tensors>
 void run(DType dtype, const WindowShape& shape, const WindowOptions& options,
          const Tensors& tensors, Range units) {
   const FlushDenormals flush;
+  [[maybe_unused]] const typename Isa::Session session{};
   const auto with_width = [&](auto width) {
     constexpr int D = decltype(width)::value;
     if constexpr (!Isa::kBf16Only) {

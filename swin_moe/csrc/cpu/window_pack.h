@@ -28,7 +28,7 @@ struct Pack {
     }
   }
 
-  // Rows [lanes][kStride] to blocks of [kWords][lanes of the block].
+  // Rows [lanes][kStride] to blocks of [kDepth][lanes of the block].
   static void transpose(const uint32_t* from, const L& layout, uint32_t* to) {
     for (int64_t lane = 0; lane < layout.lanes; lane += L::kBlock) {
       const int64_t width = layout.block_width(lane);
@@ -39,11 +39,23 @@ struct Pack {
             square[r] = Isa::load(from + (lane + i + r) * L::kStride + w);
           }
           Isa::transpose(square);
-          uint32_t* corner = to + layout.block(lane, L::kWords) + w * width + i;
-          for (int r = 0; r < kLanes && w + r < L::kWords; ++r) {
+          uint32_t* corner = to + layout.block(lane, L::kDepth) + w * width + i;
+          for (int r = 0; r < kLanes && w + r < L::kDepth; ++r) {
             Isa::store(square[r], corner + r * width);
           }
         }
+      }
+    }
+  }
+
+  // [rows][columns] to [columns][rows], both multiples of kLanes.
+  static void turn(const uint32_t* from, int64_t rows, int64_t columns, uint32_t* to) {
+    for (int64_t i = 0; i < rows; i += kLanes) {
+      for (int64_t j = 0; j < columns; j += kLanes) {
+        Word square[kLanes];
+        for (int r = 0; r < kLanes; ++r) square[r] = Isa::load(from + (i + r) * columns + j);
+        Isa::transpose(square);
+        for (int r = 0; r < kLanes; ++r) Isa::store(square[r], to + (j + r) * rows + i);
       }
     }
   }

@@ -124,18 +124,25 @@ struct Layout {
   static constexpr int kBlock = kVectors * kLanes;
   static constexpr int kWords = D / kPair<T>;                                   // of a row
   static constexpr int kStride = (kWords + kLanes - 1) / kLanes * kLanes;       // between rows
-  static constexpr int kRowStep = 8;  // rows are padded to a multiple of it
+  static constexpr int kRowStep = Isa::kTiles ? 16 : 8;  // rows are padded to a multiple of it
+  // Words of a transposed row. Matrices are multiplied by whole tiles of 16 words, which ends in
+  // zeros fill; so are rows and lanes where they are summed over, 32 elements at a time.
+  static constexpr int kDepth = Isa::kTiles ? kStride : kWords;
 
   explicit Layout(const WindowShape& shape)
       : tokens(shape.tokens()),
         lanes(round_up(tokens, kLanes)),
         rows(round_up(tokens, kRowStep)),
-        padded(lanes > rows ? lanes : rows) {}
+        padded(Isa::kTiles ? round_up(tokens, 32) : lanes > rows ? lanes : rows) {}
 
   int64_t tokens;  // N
   int64_t lanes;   // N padded to whole vectors
   int64_t rows;    // N padded to whole tiles of rows
-  int64_t padded;  // the larger one
+  int64_t padded;  // the larger one, at least
+
+  // Rows and lanes as they are summed over.
+  int64_t row_depth() const { return Isa::kTiles ? padded : rows; }
+  int64_t lane_depth() const { return Isa::kTiles ? padded : lanes; }
 
   // Tiles of scores in a window, at least.
   int64_t tiles() const { return rows / kRowStep * ((lanes + kBlock - 1) / kBlock); }
@@ -177,6 +184,39 @@ SWIN_MOE_INLINE void score_tile(const uint32_t* a, int64_t a_stride, const uint3
     }
   }
 }
+
+// The same where the processor multiplies matrices: it does so a strip of rows ahead, into memory,
+// and the next strip's products are under way while this one's scores are used. Called for every
+// MR rows in their order.
+template <class Isa, class L>
+struct Strips {
+  static constexpr int64_t kRows = 16;
+
+  const uint32_t* rows;   // [rows][kStride]
+  const uint32_t* lanes;  // [kDepth][width]
+  float* scores;          // [2][kRows][width]
+  int64_t begin, end;     // of the rows
+
+  template <int MR, int NV>
+  SWIN_MOE_INLINE void tile(int64_t j, typename Isa::Float (&acc)[MR][NV]) const {
+    constexpr int64_t kWidth = NV * Isa::kLanes;
+    if (j == begin) multiply(j, kWidth);
+    if (j % kRows == 0 && j + kRows < end) multiply(j + kRows, kWidth);
+    const float* from = scores + j % (2 * kRows) * kWidth;
+#pragma GCC unroll 8
+    for (int r = 0; r < MR; ++r) {
+#pragma GCC unroll 4
+      for (int n = 0; n < NV; ++n) acc[r][n] = Isa::load(from + r * kWidth + n * Isa::kLanes);
+    }
+  }
+
+ private:
+  void multiply(int64_t j, int64_t width) const {
+    Isa::multiply({rows + j * L::kStride, L::kStride, lanes, width, L::kDepth,
+                   scores + j % (2 * kRows) * width, width, /*add=*/false},
+                  kRows, width);
+  }
+};
 
 // Rows of a product that a register tile of D columns holds.
 template <class Isa, int D>

@@ -1,0 +1,20 @@
+// Whether the AMX kernels are compiled, and whether they can run.
+#pragma once
+
+#include "target.h"
+
+// The intrinsics came with GCC 11; the permission for tile data is Linux's.
+#if SWIN_MOE_X86 && defined(__linux__) && __GNUC__ >= 11
+#define SWIN_MOE_AMX 1
+#else
+#define SWIN_MOE_AMX 0
+#endif
+
+namespace swin_moe::cpu {
+
+// Whether processor and kernel have what the AMX kernels need. The first call asks the kernel for
+// the tile data of this process, which makes the frames of its signals 8 KiB larger: only for those
+// who will use the kernels.
+bool amx_available();
+
+}  // namespace swin_moe::cpu
