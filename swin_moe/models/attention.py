@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..ops import window_attention
 from .layers import Fp32Linear
-from .position import relative_coords, relative_index, resize_bias_table
+from .position import relative_coords, resize_bias_table, spread_bias_table
 
 CPB_HIDDEN = 512
 
@@ -30,7 +30,6 @@ class WindowAttention(nn.Module):
     """
 
     coords: Tensor
-    index: Tensor
 
     def __init__(
         self,
@@ -71,8 +70,6 @@ class WindowAttention(nn.Module):
             self.register_buffer("coords", coords, persistent=False)
         self.proj = nn.Linear(dim, dim)
         self.proj_drop = nn.Dropout(proj_drop)
-        index = torch.empty(window_size**2, window_size**2, dtype=torch.long)
-        self.register_buffer("index", index, persistent=False)
         self._evaluated_bias: tuple[tuple[object, ...], Tensor] | None = None
 
     def train(self, mode: bool = True) -> WindowAttention:
@@ -83,7 +80,6 @@ class WindowAttention(nn.Module):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """What is the attention's own, buffers included; the Linear layers are reset elsewhere."""
-        self.index.copy_(relative_index(self.window_size))
         if self.kind == "table":
             nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
         else:
@@ -116,23 +112,19 @@ class WindowAttention(nn.Module):
         return self._evaluated_bias[1]
 
     def _position_bias(self, window_size: int) -> Tensor:
-        index = self.index
-        other = window_size != self.window_size  # another resolution than the one built for
-        if other:
-            index = relative_index(window_size, index.device)
         table: Tensor
         if self.kind == "table":
             table = resize_bias_table(self.relative_position_bias_table, window_size)
         else:
             coords = self.coords
-            if other:
+            if window_size != self.window_size:  # another resolution than the one built for
                 # Scaled as at the window that the weights know: 0 stands for the built one.
                 trained = self.pretrained_window_size or self.window_size
                 coords = relative_coords(window_size, trained, coords.device)
             table = self.cpb_mlp(coords)  # [(2w−1)², heads]
         if self.kind == "log_cpb_sigmoid":
             table = 16 * table.sigmoid()
-        return table[index].permute(2, 0, 1)
+        return spread_bias_table(table, window_size)
 
     def _qkv(self, x: Tensor) -> Tensor:
         if not self.cosine or self.q_bias is None or self.v_bias is None:

@@ -34,6 +34,20 @@ def relative_index(window_size: int, device: torch.device | None = None) -> Tens
     return offset[0] * (2 * window_size - 1) + offset[1]
 
 
+def spread_bias_table(table: Tensor, window_size: int) -> Tensor:
+    """The bias of every pair of positions, from one per offset: [(2w−1)², heads] to [heads, N, N].
+
+    It is ``table[relative_index]``, made of sliding windows: along each axis the offset of query i
+    and key j is i − j, so the biases of one query are w neighbours in the table, reversed. The
+    gradient is then a sum over windows, several times faster than one that scatters by index, and
+    in a fixed order.
+    """
+    w = window_size
+    offsets = table.t().unflatten(1, (2 * w - 1, 2 * w - 1)).flip(1, 2)  # [heads, dy, dx]
+    pairs = offsets.unfold(1, w, 1).unfold(2, w, 1).flip(1, 2)  # [heads, i_y, i_x, j_y, j_x]
+    return pairs.flatten(3, 4).flatten(1, 2)
+
+
 def resize_bias_table(table: Tensor, window_size: int) -> Tensor:
     """V1's table [(2w₀−1)², heads] at another window, bicubically: [(2w−1)², heads].
 

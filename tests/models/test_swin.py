@@ -5,7 +5,7 @@ import torch
 
 from swin_moe.config import ModelConfig, MoEConfig
 from swin_moe.models import MoEOutput, SwinTransformer
-from swin_moe.models.attention import relative_coords, relative_index
+from swin_moe.models.position import relative_coords, relative_index, spread_bias_table
 from swin_moe.ops import window_attention
 
 TINY = {"img_size": 32, "patch_size": 2, "in_chans": 3, "num_classes": 5, "embed_dim": 8,
@@ -67,6 +67,18 @@ def test_coordinates_of_a_pretrained_window():
     torch.testing.assert_close(grid, own)
     assert relative_index(3).unique().numel() == 25
     assert relative_coords(1).tolist() == [[0.0, 0.0]]
+
+
+@pytest.mark.parametrize("window", [1, 4, 7])
+def test_the_bias_of_pairs_is_the_tables_by_offset(window):
+    table = torch.randn((2 * window - 1) ** 2, 3, dtype=torch.float64, requires_grad=True)
+    bias, index = spread_bias_table(table, window), relative_index(window)
+    assert torch.equal(bias, table[index].permute(2, 0, 1))
+    assert bias.is_contiguous()
+    weight = torch.randn_like(bias)
+    (expected,) = torch.autograd.grad(table[index].permute(2, 0, 1), table, weight)
+    (gradient,) = torch.autograd.grad(bias, table, weight)
+    torch.testing.assert_close(gradient, expected)
 
 
 def test_moe_blocks_take_the_place_of_dense_ones():
