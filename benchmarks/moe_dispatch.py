@@ -3,22 +3,18 @@
 Each row times forward and backward of dispatch followed by combine, with identity experts, so that
 only the movement of rows counts. The contenders run in turn in one process; figures are medians.
 
-    python benchmarks/moe_dispatch.py [--json PATH] [--quick]
+    python -m benchmarks.moe_dispatch [--json PATH] [--quick]
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import platform
-import statistics
-import time
 from collections.abc import Callable
-from pathlib import Path
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from benchmarks import harness
 from swin_moe.config import MoEConfig
 from swin_moe.moe.plan import RoutingPlan
 from swin_moe.moe.router import route
@@ -65,41 +61,19 @@ def tutel() -> Contender | None:
     return run
 
 
-def seconds(contender: Contender, x: Tensor, plan: RoutingPlan) -> float:
+def forward_backward(contender: Contender, x: Tensor, plan: RoutingPlan) -> None:
     leaf = x.detach().requires_grad_()
     plan.gate.grad = None
-    if x.is_cuda:
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    out = contender(leaf, plan)
-    out.backward(x)
-    if x.is_cuda:
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
-def measure(contenders: dict[str, Contender], x: Tensor, plan: RoutingPlan, rounds: int):
-    times: dict[str, list[float]] = {name: [] for name in contenders}
-    for turn in range(rounds + 3):
-        for name, contender in contenders.items():
-            taken = seconds(contender, x, plan)
-            if turn >= 3:  # the first ones warm up
-                times[name].append(taken)
-    return {name: 1e3 * statistics.median(taken) for name, taken in times.items()}
+    contender(leaf, plan).backward(x)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("--json", type=Path, help="write the table here as well")
-    parser.add_argument("--quick", action="store_true", help="one shape and few rounds")
-    arguments = parser.parse_args()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    options = harness.arguments(__doc__ or "").parse_args()
+    harness.tuned_process()
+    device = harness.device()
     contenders = {"reference": reference, "tutel": tutel(), "ours": ours}
-    contenders = {name: run for name, run in contenders.items() if run is not None}
-    cells = []
-    for tokens, width, experts in SHAPES[:1] if arguments.quick else SHAPES:
+    cells, rows = [], []
+    for tokens, width, experts in SHAPES[:1] if options.quick else SHAPES:
         for top_k in (1, 2):
             for dtype in (torch.float32, torch.bfloat16):
                 torch.manual_seed(0)
@@ -107,29 +81,17 @@ def main() -> None:
                 plan = route(torch.randn(tokens, experts, device=device), moe, training=True).plan
                 plan.gate.requires_grad_()
                 x = torch.randn(tokens, width, device=device, dtype=dtype)
-                found = measure(contenders, x, plan, 5 if arguments.quick else 25)
-                mine = found.pop("ours")
-                cells.append(
-                    {
-                        "name": f"T={tokens} D={width} E={experts} k={top_k}",
-                        "dtype": str(dtype).removeprefix("torch."),
-                        "mode": "forward+backward",
-                        "unit": "ms",
-                        "ours": round(mine, 3),
-                        "peers": {name: round(peer, 3) for name, peer in found.items()},
-                        "speedup": round(min(found.values()) / mine, 2),
-                    }
-                )
-                print(
-                    "{name:32} {dtype:9} ours {ours:8.2f} ms  peers {peers}  × {speedup}".format(
-                        **cells[-1]
-                    )
-                )
-    if arguments.json:
-        name = torch.cuda.get_device_name() if device == "cuda" else platform.processor() or "CPU"
-        machine = {"device": name, "threads": torch.get_num_threads()}
-        report = {"versions": {"torch": torch.__version__}, "machine": machine, "cells": cells}
-        arguments.json.write_text(json.dumps(report, indent=1) + "\n")
+                runs = {
+                    name: partial(forward_backward, run, x, plan)
+                    for name, run in contenders.items()
+                    if run is not None
+                }
+                times = harness.interleaved(runs, 5 if options.quick else 25, warmup=3)
+                name = f"T={tokens} D={width} E={experts} k={top_k}"
+                cells.append(harness.cell(name, dtype, "forward+backward", times))
+                rows.append(harness.row(cells[-1]))
+    harness.report("dispatch and combine, ms", harness.columns(), rows)
+    harness.write_json(options.json, cells)
 
 
 if __name__ == "__main__":
