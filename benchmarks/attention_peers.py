@@ -15,6 +15,8 @@ from timm.models.swin_transformer_v2 import window_partition, window_reverse
 from torch import Tensor
 from torch.nn.attention import flex_attention as flex
 
+COMPILED_FLEX = torch.compile(flex.flex_attention)
+
 
 class Inputs(NamedTuple):
     """Of one call: qkv [B, H, W, 3, heads, d], bias [heads, N, N], scale [heads, 1, 1]."""
@@ -79,7 +81,10 @@ def sdpa_attention(inputs: Inputs) -> Tensor:
 
 
 def flex_attention(inputs: Inputs) -> Tensor:
-    """torch's ``flex_attention`` with bias and mask looked up by a score function."""
+    """torch's ``flex_attention``, compiled, with bias and mask looked up by a score function.
+
+    Compiled by itself: as one graph with what is around it, it gave wrong numbers on a CPU.
+    """
     q, k, v = _unit(inputs)
     bias, mask = inputs.bias, inputs.mask
     if mask is None:
@@ -93,4 +98,4 @@ def flex_attention(inputs: Inputs) -> Tensor:
         def score(value, b, h, i, j):
             return value + bias[h, i, j] + mask[b % count, i, j]
 
-    return merged(inputs, flex.flex_attention(q, k, v, score_mod=score, scale=1.0))
+    return merged(inputs, COMPILED_FLEX(q, k, v, score_mod=score, scale=1.0))
