@@ -45,7 +45,7 @@ def make_inputs(stage: int, window: int, dtype: torch.dtype, device: str) -> Inp
     bias = 16 * torch.rand(heads, window**2, window**2, device=device)
     scale = torch.full((heads, 1, 1), 2.3026, device=device)
     windows = Windows((window, window), (shift, shift))
-    mask = windows.mask(side, side, torch.device(device))
+    mask = windows.mask(side, side, qkv)
     return Inputs(qkv, bias, scale, mask, window, shift)
 
 

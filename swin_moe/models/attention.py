@@ -98,12 +98,11 @@ class WindowAttention(nn.Module):
         """
         if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return self._position_bias(window_size)
-        sources: list[Tensor]
-        if self.kind == "table":
-            sources = [self.relative_position_bias_table]
-        else:
-            sources = [self.coords, *self.cpb_mlp.parameters()]
-        if any(source.is_inference() for source in sources):  # their changes are not counted
+        table = self.kind == "table"
+        sources = [self.relative_position_bias_table] if table else [*self.cpb_mlp.parameters()]
+        # Changes of inference tensors are not counted, and what a transform, a fake mode or a
+        # functional call puts in the parameters' place is not theirs to keep.
+        if any(type(source) is not nn.Parameter or source.is_inference() for source in sources):
             return self._position_bias(window_size)
         key = (window_size, *((source.data_ptr(), source._version) for source in sources))
         if self._evaluated_bias is None or self._evaluated_bias[0] != key:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -163,4 +164,9 @@ def has_kernel(op: str, tensor: Tensor) -> bool:
 
 @torch.compiler.assume_constant_result  # a graph cannot ask the dispatcher
 def _serves(op: str, device_type: str) -> bool:
+    return _decide(op, device_type, _fused_wanted, _unverified_allowed)
+
+
+@lru_cache  # asked at every call of an op; the dispatcher takes 16 µs to answer
+def _decide(op: str, device_type: str, wanted: bool, unverified: bool) -> bool:
     return _compiled_for(op, device_type) and _trusted_on(op, device_type)

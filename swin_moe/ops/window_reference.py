@@ -72,13 +72,15 @@ class Windows(NamedTuple):
             and statically_known_true(width % self.size[1] == 0)
         )
 
-    def mask(self, height: int, width: int, device: torch.device) -> Tensor | None:
+    def mask(self, height: int, width: int, like: Tensor) -> Tensor | None:
         """[nW, N, N]: 0 within a region, −100 across regions, −inf towards padded keys."""
         if not (any(self.shift) or self.padded(height, width)):
             return None
-        # A compiled or exported graph computes its mask: it must hold for other sizes, too.
-        build = _region_mask if torch.compiler.is_compiling() else _cached_region_mask
-        return build(height, width, self.size, self.shift, device)
+        # A compiled or exported graph computes its mask: it must hold for other sizes, too. And what
+        # is made of fake tensors is not for real ones.
+        kept = type(like) is Tensor and not torch.compiler.is_compiling()
+        build = _cached_region_mask if kept else _region_mask
+        return build(height, width, self.size, self.shift, like.device)
 
 
 def attention_reference(
@@ -158,7 +160,7 @@ def _logits(
     wide = torch.promote_types(q.dtype, torch.float32)
     factor = _factor(scale, windows.cosine, wide)
     logits = (q @ k.transpose(-2, -1)).to(wide) * factor + bias.to(wide)
-    mask = windows.mask(*sides, q.device)
+    mask = windows.mask(*sides, q)
     return logits if mask is None else logits + mask.to(wide)[:, None]
 
 

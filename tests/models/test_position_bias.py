@@ -4,6 +4,8 @@ import copy
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.func import functional_call
 
 from tests.models.test_swin import lively
 
@@ -76,3 +78,21 @@ def test_another_window_and_training_are_not_served_from_it(monkeypatch):
         model(torch.randn(1, 3, 32, 32))
         model(torch.randn(1, 3, 32, 32))
     assert len(calls) == windows + 2
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_stands_in_for_the_parameters_is_not_kept(family):
+    """Fake tensors have no storage to tell them apart by, and functional calls bring their own."""
+    model, images = lively(family).eval(), torch.randn(2, 3, 32, 32)
+    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
+    mode = FakeTensorMode()
+    with torch.no_grad():
+        with mode:
+            fakes = {name: mode.from_tensor(tensor) for name, tensor in tensors.items()}
+            fake_images = torch.empty(2, 3, 32, 32)
+            assert functional_call(model, fakes, (fake_images,)).shape == (2, 5)
+        assert attention_of(model)._evaluated_bias is None
+        other = {name: 2 * tensor for name, tensor in tensors.items()}
+        expected = functional_call(copy.deepcopy(model).train(False), other, (images,))
+        model(images)  # keeps its own
+        assert torch.equal(functional_call(model, other, (images,)), expected)
