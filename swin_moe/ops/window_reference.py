@@ -76,8 +76,8 @@ class Windows(NamedTuple):
         """[nW, N, N]: 0 within a region, −100 across regions, −inf towards padded keys."""
         if not (any(self.shift) or self.padded(height, width)):
             return None
-        # A compiled or exported graph computes its mask: it must hold for other sizes, too. And what
-        # is made of fake tensors is not for real ones.
+        # A compiled or exported graph computes its mask: it must hold for other sizes, too.
+        # And what is made of fake tensors is not for real ones.
         kept = type(like) is Tensor and not torch.compiler.is_compiling()
         build = _cached_region_mask if kept else _region_mask
         return build(height, width, self.size, self.shift, like.device)
