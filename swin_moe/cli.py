@@ -15,6 +15,8 @@ from . import __version__
 
 DONE, FAILED, WRONG_USE = 0, 1, 2
 
+_PATIENCE = 5.0  # seconds that the launcher may take to end the other processes of a node
+
 # What gloo, NCCL and the store say when the other end is gone.
 _LOST_PEER = ("closed by peer", "reset by peer", "remote process exited", "Broken pipe")
 
@@ -143,8 +145,8 @@ def main(argv: list[str] | None = None) -> int:
         if arguments.debug:
             traceback.print_exc()
         logging.getLogger("swin_moe").debug("failed", exc_info=True)
-        if isinstance(error, TrainingError):
-            return _fail(str(error), local_rank == 0)
+        if isinstance(error, TrainingError):  # raised on every rank, or on none
+            return _fail(str(error), local_rank == 0, alone=False)
         where = f"[rank {rank}] " if size > 1 else ""
         first = (str(error).strip() or "no message").splitlines()[0]
         if size > 1 and any(sign in str(error) for sign in _LOST_PEER):
@@ -152,13 +154,18 @@ def main(argv: list[str] | None = None) -> int:
         return _fail(f"{where}{type(error).__name__}: {first} (--debug shows the traceback)", True)
 
 
-def _fail(message: str, tell: bool, code: int = FAILED) -> int:
-    """Print one line; what all ranks meet alike, only the first of each node tells."""
+def _fail(message: str, tell: bool, code: int = FAILED, alone: bool = True) -> int:
+    """Print one line; what all ranks meet alike, only the first of each node tells.
+
+    Args:
+        alone: whether this rank may be the only one to fail, and must tell in the end.
+    """
     logging.getLogger("swin_moe").debug("error: %s", message)
     if not tell:
         # The first exit ends all processes of the node. Who still lives then failed alone.
-        time.sleep(3)
-    print(f"swin-moe: error: {message}", file=sys.stderr, flush=True)
+        time.sleep(_PATIENCE)
+    if tell or alone:
+        print(f"swin-moe: error: {message}", file=sys.stderr, flush=True)
     return code
 
 
