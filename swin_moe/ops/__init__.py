@@ -18,15 +18,23 @@ from swin_moe.ops.moe_dispatch import (
     moe_dispatch,
     moe_dispatch_reference,
 )
+from swin_moe.ops.moe_experts import moe_experts, moe_experts_reference
+from swin_moe.ops.moe_route import Route, RouteOptions, moe_route, moe_route_reference
 from swin_moe.ops.window_attention import window_attention
 
 __all__ = [
+    "Route",
+    "RouteOptions",
     "allow_unverified",
     "cpu_instruction_set",
     "moe_combine",
     "moe_combine_reference",
     "moe_dispatch",
     "moe_dispatch_reference",
+    "moe_experts",
+    "moe_experts_reference",
+    "moe_route",
+    "moe_route_reference",
     "require_fused",
     "status",
     "use_references",

@@ -30,17 +30,19 @@ _unverified_allowed = False
 _fused_wanted = True
 
 
-def declare(schema: str, reference: Callable[..., object]) -> None:
+def declare(schema: str, reference: Callable[..., object], *, internal: bool = False) -> None:
     """Declare an op with the reference that runs wherever no compiled kernel is registered.
 
     Args:
         schema: ``name(arguments) -> results``. A backward is an op of its own, ``name_backward``.
         reference: PyTorch implementation, not differentiated through.
+        internal: a part of another op's reference, which has no kernel of its own.
     """
     name = schema.split("(", 1)[0]
     _declarations.define(schema)
     _declarations.impl(name, reference, "CompositeExplicitAutograd")
-    _op_names.append(name)
+    if not internal:
+        _op_names.append(name)
 
 
 def refuse_second_derivative(op: str) -> None:
@@ -79,7 +81,7 @@ def _compiled_for(op: str, device_type: str) -> bool:
     key = {"cpu": "CPU", "cuda": "CUDA"}[device_type]
     names = [name for name in (op, f"{op}_backward") if name in _op_names]
     has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
-    return all(has_kernel(f"swin_moe::{name}", key) for name in names)
+    return bool(names) and all(has_kernel(f"swin_moe::{name}", key) for name in names)
 
 
 def _trusted_on(op: str, device_type: str) -> bool:
