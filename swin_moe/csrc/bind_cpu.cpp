@@ -4,6 +4,7 @@
 #include <string>
 
 #include "bind_moe_dispatch.h"
+#include "bind_moe_experts_cpu.h"
 #include "bind_window_attention.h"
 #include "cpu/moe_dispatch.h"
 #include "cpu/window_attention.h"
@@ -151,6 +152,7 @@ std::string instruction_set(bool bf16) {
 
 STABLE_TORCH_LIBRARY_IMPL(swin_moe, CPU, m) {
   swin_moe::register_moe_dispatch<swin_moe::Cpu>(m);
+  swin_moe::register_moe_experts<swin_moe::CpuExperts>(m);
   swin_moe::register_window_attention<swin_moe::Cpu>(m);
 }
 
