@@ -6,6 +6,7 @@
 #include <torch/csrc/stable/macros.h>
 
 #include "bind_moe_dispatch.h"
+#include "bind_moe_experts_cuda.h"
 #include "bind_window_attention.h"
 #include "cuda/moe_dispatch.h"
 #include "cuda/window_attention.h"
@@ -19,6 +20,10 @@ cudaStream_t current_stream(const Tensor& tensor) {
   STD_TORCH_CHECK(error == AOTI_TORCH_SUCCESS, "torch gave no current CUDA stream");
   return static_cast<cudaStream_t>(stream);
 }
+
+struct CurrentStream {
+  static cudaStream_t current(const Tensor& tensor) { return current_stream(tensor); }
+};
 
 struct Cuda {
   static constexpr bool kHasHalf = true;
@@ -81,5 +86,6 @@ struct Cuda {
 
 STABLE_TORCH_LIBRARY_IMPL(swin_moe, CUDA, m) {
   swin_moe::register_moe_dispatch<swin_moe::Cuda>(m);
+  swin_moe::register_moe_experts<swin_moe::CudaExperts<swin_moe::CurrentStream>>(m);
   swin_moe::register_window_attention<swin_moe::Cuda>(m);
 }
