@@ -5,9 +5,9 @@
 // - grouped: torch's grouped product on packed rows, whose numbers only the device needs to know.
 //
 // Between them, `Device` does what is element by element, on the rows of a `Span` at a time:
-// `activate`, `activate_backward` (with the sums of the bias gradients) and `add_bias`. Where a product
-// over rows must not meet what is in empty ones it brings `without_empty_rows`, and zeros for the
-// gradients of experts without rows: `clear_unused`, `clear_unused_biases`.
+// `activate`, `activate_backward` (with the sums of the bias gradients) and `add_bias`. Where a
+// product over rows must not meet what is in empty ones it brings `without_empty_rows`, and zeros
+// for the gradients of experts without rows: `clear_unused`, `clear_unused_biases`.
 #pragma once
 
 #include <algorithm>

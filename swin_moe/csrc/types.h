@@ -16,8 +16,8 @@ struct MoeShape {
   int64_t width;
 };
 
-// Sizes of one pass through the experts. Expert e has its first row at e * stride, or with a stride of
-// 0 where the rows of the one before end.
+// Sizes of one pass through the experts. Expert e has its first row at e * stride, or with a stride
+// of 0 where the rows of the one before end.
 struct ExpertsShape {
   int64_t rows;
   int64_t experts;

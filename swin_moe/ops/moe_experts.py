@@ -4,10 +4,10 @@ Rows S of all experts lie one after the other: packed, the rows of expert e star
 e − 1 end, or padded, at e · stride. Each expert has ``used[e]`` of them. Rows past those are empty:
 nothing reads them, and what results hold there is undefined, NaN included.
 
-The matrix products are torch's own, on the rows of one expert after the other, so that an expert
-costs what its rows cost. What lies between them is fused: one pass makes the activation, and one
-pass of the backward makes it anew together with the gradient before it, and sums the bias
-gradients. Only the rows and the hidden rows before bias and activation are kept.
+The matrix products are torch's own: on a CPU on the rows of one expert after the other, or at once
+where they are few, see docs/experts.md. What lies between them is fused: one pass makes the
+activation, and one pass of the backward makes it anew together with the gradient before it, and
+sums the bias gradients. Only the rows and the hidden rows before bias and activation are kept.
 """
 
 from __future__ import annotations
@@ -154,7 +154,9 @@ def _check(
         if tensor.device != rows.device:
             raise ValueError(f"{name} is on {tensor.device}, but rows on {rows.device}")
     if stride < 0 or E * stride > rows.shape[0]:
-        raise ValueError(f"stride is {stride}, which {rows.shape[0]} rows of {E} experts do not fit")
+        raise ValueError(
+            f"stride is {stride}, which {rows.shape[0]} rows of {E} experts do not fit"
+        )
     if not 0 <= dropout_p <= 1:
         raise ValueError(f"dropout_p must be between 0 and 1, not {dropout_p}")
 
@@ -168,10 +170,8 @@ def _slices(rows: Tensor, used: Tensor, stride: int) -> Iterator[tuple[int, slic
     counts = used.tolist()
     start = 0
     for expert, count in enumerate(counts):
-        if expert + 1 == len(counts):
-            end = rows.shape[0]
-        else:
-            end = start + (stride or count)
+        last = expert + 1 == len(counts)
+        end = rows.shape[0] if last else start + (stride or count)
         if not 0 <= count <= min(stride or count, end - start):
             raise RuntimeError(f"used[{expert}] is {count}, but there is not room for so many rows")
         yield expert, slice(start, start + count), end - start - count
@@ -225,7 +225,10 @@ def _backward(
     wide = torch.promote_types(rows.dtype, torch.float32)
     grad_rows = torch.zeros(rows.shape, dtype=rows.dtype, device=rows.device)
     grad_fc1_bias = fc1_bias.new_empty(fc1_bias.shape)
-    grad_fc1, grad_fc2 = fc1_weight.new_empty(fc1_weight.shape), fc2_weight.new_empty(fc2_weight.shape)
+    grad_fc1, grad_fc2 = (
+        fc1_weight.new_empty(fc1_weight.shape),
+        fc2_weight.new_empty(fc2_weight.shape),
+    )
     grad_fc2_bias = rows.new_empty(len(used) if has_fc2_bias else 0, rows.shape[1])
     for expert, own, _ in _slices(rows, used, stride):
         x = pre[own].to(wide) + fc1_bias[expert].to(wide)
@@ -247,7 +250,7 @@ def _backward(
 
 
 # `keep`: whether the hidden rows are wanted for a backward pass. `method`: how the products are
-# done, see csrc/bind_moe_experts_products.h; 0 chooses by shape, as everybody but a benchmark should.
+# done, see csrc/bind_moe_experts_products.h; 0 chooses by shape, the others are for benchmarks.
 _library.declare(
     "moe_experts(Tensor rows, Tensor used, Tensor fc1_weight, Tensor fc1_bias, Tensor fc2_weight,"
     " Tensor? fc2_bias, Tensor? seed, int stride, float dropout_p, bool keep, int method)"

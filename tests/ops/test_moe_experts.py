@@ -200,12 +200,14 @@ def test_reference_gradcheck(dropout):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [*METHODS, GROUPED])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.used}-{case.stride}")
 def test_parity_forward_and_backward(case, dtype, method, device):
     """With NaN in every empty row of rows and gradient. Without the library: the op's formulas."""
     case = replace(case, dtype=dtype)
+    if method == GROUPED and (case.stride or case.width % 8 or case.hidden % 8):
+        pytest.skip("torch's grouped product takes packed rows of whole 16 bytes")
     inputs = make_inputs(case, device)
     found = run(case, inputs, method)
     check(found, expected(case, inputs), dtype)
@@ -247,7 +249,9 @@ def test_dropout_rate_and_seed():
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_activation_of_every_size(dtype):
     """Against fp64, relative to each value: tails, zero, and what is not finite."""
-    x = torch.cat([torch.linspace(-12, 12, 4999), torch.tensor([0.0, -0.0, 1e-30, -1e-30, 1e4, -1e30])])
+    x = torch.cat(
+        [torch.linspace(-12, 12, 4999), torch.tensor([0.0, -0.0, 1e-30, -1e-30, 1e4, -1e30])]
+    )
     x = x.to(dtype)[:, None]
     one, zero = torch.ones(1, 1, 1, dtype=dtype), torch.zeros(1, 1, dtype=dtype)
     leaf = x.clone().requires_grad_()
@@ -393,11 +397,7 @@ def test_opcheck(case, dtype):
     weights = (inputs.fc1_weight, inputs.fc1_bias, inputs.fc2_weight)
     compiled = torch.ops.swin_moe
     arguments = (inputs.rows, inputs.used, *weights, inputs.fc2_bias)
-    for keep in (True, False):
-        if keep:
-            torch.library.opcheck(
-                compiled.moe_experts, (*arguments, *numbers(case), keep, CHOOSE)
-            )
+    torch.library.opcheck(compiled.moe_experts, (*arguments, *numbers(case), True, CHOOSE))
     with torch.no_grad():
         _, pre = compiled.moe_experts(*arguments, *numbers(case), True, CHOOSE)
         assert compiled.moe_experts(*arguments, *numbers(case), False, CHOOSE)[1].shape == (0, 32)

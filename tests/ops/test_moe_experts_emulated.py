@@ -73,7 +73,13 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
         pytest.skip("no g++")
     path = tmp_path_factory.mktemp("emulation") / "experts.so"
     flags = ["-std=c++17", "-O2", "-fno-strict-aliasing", "-shared", "-fPIC", "-I", str(EMULATION)]
-    flags += ["-Wall", "-Wno-unknown-pragmas", "-DSWIN_MOE_CUDA_EMULATION", "-include", "cuda_runtime.h"]
+    flags += [
+        "-Wall",
+        "-Wno-unknown-pragmas",
+        "-DSWIN_MOE_CUDA_EMULATION",
+        "-include",
+        "cuda_runtime.h",
+    ]
     sources = [EMULATION / "experts" / "moe_activation.cpp", KERNELS / "moe_activation.cu"]
     subprocess.run([compiler, *flags, "-x", "c++", *map(str, sources), "-o", str(path)], check=True)
     loaded = ctypes.CDLL(str(path))

@@ -1,6 +1,6 @@
 // Bias, exact GELU and dropout, forward and backward, on rows of fp32 or bf16; all of it in fp32.
 //
-//     gelu(x) = x F(x),  gelu'(x) = F(x) + x f(x),  F and f the normal distribution and its density.
+//     gelu(x) = x F(x),  gelu'(x) = F(x) + x f(x),  of the normal distribution F and its density f.
 //
 // Both need exp(-x^2 / 2): the lower tail F(-|x|) is that times a polynomial in 1 / (1 + c |x|), so
 // that its error is relative, and the upper one is what is left of 1.
@@ -86,7 +86,8 @@ SWIN_MOE_INLINE void activate_row(const ExpertActivation& a, const Dropout& drop
   T* act = row_of<T>(a.act, row, a.hidden);
   T* grad = kBackward ? row_of<T>(a.grad, row, a.hidden) : nullptr;
   for_columns<Isa>(a.hidden, [&](int64_t column, int count) SWIN_MOE_LAMBDA {
-    const Float x = load_columns<Isa>(pre + column, count) + load_columns<Isa>(bias + column, count);
+    const Float x =
+        load_columns<Isa>(pre + column, count) + load_columns<Isa>(bias + column, count);
     Float below, density;
     normal<Isa, T>(x, below, density);
     Float value = x * below;

@@ -1,10 +1,10 @@
-// A CTA does one *unit*, up to 64 rows of one expert, in 32 vectors of columns: its 8 warps take the
-// rows in turn, a lane keeps to its columns. So a bias is read once and a sum over rows stays in
-// registers, until the warps add theirs in shared memory. The units of an expert are added by a last
-// kernel, in their order: nothing depends on which CTA is first.
+// A CTA does one *unit*, up to 64 rows of one expert, in 32 vectors of columns: its 8 warps take
+// the rows in turn, a lane keeps to its columns. So a bias is read once and a sum over rows stays
+// in registers, until the warps add theirs in shared memory. The units of an expert are added by a
+// last kernel, in their order: nothing depends on which CTA is first.
 //
-// The host does not know how many rows an expert has. It launches as many units as there can be, and
-// a CTA finds its own by counting through `used`; those that are too many end there.
+// The host does not know how many rows an expert has. It launches as many units as there can be,
+// and a CTA finds its own by counting through `used`; those that are too many end there.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
@@ -141,7 +141,7 @@ __device__ __forceinline__ Place find_place(const ExpertsShape& shape, const int
           static_cast<int>(threadIdx.x) / kLanes};
 }
 
-// Adds what the warps have, and writes it to the unit's row of the workspace. All threads come here.
+// Adds what the warps have, and writes it to the unit's row of the workspace; for all threads.
 template <typename V>
 __device__ __forceinline__ void write_sums(const Place& place, const float (&sums)[V::kSize],
                                            float* workspace) {
