@@ -24,7 +24,7 @@ LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 # What only certain files may name.
 ONLY_IN = {
     "deepspeed": {"engine.py"},
-    "tutel": {"moe/tutel.py"},
+    "tutel": {"moe/backends/tutel.py"},
     "SummaryWriter": {"metrics.py"},
     "environ": {"distributed.py"},
     "getenv": set(),

@@ -1,4 +1,4 @@
-"""Feed-forward experts with stacked weights."""
+"""Feed-forward experts with stacked weights, and the one that every token meets."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .plan import Kernels
+
 
 class ExpertLinear(nn.Module):
-    """One Linear per local expert: ``weight`` [E_local, out, in], ``bias`` [E_local, out].
+    """Weights of a Linear per local expert: ``weight`` [E_local, out, in], ``bias`` [E_local, out].
 
     ``first_expert`` is the global index of the first one. Each expert is drawn from a generator of
     its own, so that the weights do not depend on how experts are spread over processes.
@@ -35,16 +37,8 @@ class ExpertLinear(nn.Module):
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
-    def forward(self, x: Tensor, rows: list[int] | None = None) -> Tensor:
-        """x [E_local, N, in], or [Σ rows, in] expert by expert, to the same with ``out`` last."""
-        if rows is not None:
-            biases = [None] * len(rows) if self.bias is None else self.bias.unbind()
-            parts = zip(x.split(rows), self.weight.unbind(), biases, strict=True)
-            return torch.cat([F.linear(part, weight, bias) for part, weight, bias in parts])
-        weight = self.weight.transpose(1, 2)
-        if self.bias is None:
-            return torch.bmm(x, weight)
-        return torch.baddbmm(self.bias[:, None], x, weight)
+    def parameters_as(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+        return self.weight.to(dtype), None if self.bias is None else self.bias.to(dtype)
 
 
 class Experts(nn.Module):
@@ -56,6 +50,7 @@ class Experts(nn.Module):
         first_expert: int,
         dim: int,
         hidden_dim: int,
+        kernels: Kernels,
         *,
         fc2_bias: bool = True,
         drop: float = 0.0,
@@ -63,12 +58,28 @@ class Experts(nn.Module):
         super().__init__()
         self.fc1 = ExpertLinear(num_local, first_expert, dim, hidden_dim, bias=True)
         self.fc2 = ExpertLinear(num_local, first_expert, hidden_dim, dim, bias=fc2_bias)
-        self.drop = nn.Dropout(drop)
+        self.kernels = kernels
+        self.drop = drop
 
     def reset_parameters(self, std: float) -> None:
         self.fc1.reset_parameters(std)
         self.fc2.reset_parameters(std)
 
-    def forward(self, x: Tensor, rows: list[int] | None = None) -> Tensor:
-        """x [E_local, N, dim], or [Σ rows, dim] with the row count of each expert."""
-        return self.fc2(self.drop(F.gelu(self.fc1(x, rows))), rows)
+    def forward(self, rows: Tensor, used: Tensor, stride: int = 0) -> Tensor:
+        """Rows [S, dim] of the local experts, see :func:`swin_moe.ops.moe_experts`."""
+        weights = (*self.fc1.parameters_as(rows.dtype), *self.fc2.parameters_as(rows.dtype))
+        drop = self.drop if self.training else 0.0
+        return self.kernels.experts(rows, used, *weights, stride=stride, dropout_p=drop)
+
+
+class SharedExpert(nn.Module):
+    """A dense feed-forward beside the experts, for every token (https://arxiv.org/abs/2401.06066)."""
+
+    def __init__(self, dim: int, hidden_dim: int, drop: float) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden_dim)
+        self.fc2 = nn.Linear(hidden_dim, dim)
+        self.drop = nn.Dropout(drop)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.drop(F.gelu(self.fc1(x))))

@@ -142,7 +142,9 @@ def moe_route_reference(
     sums = torch.stack([(part * weight).sum(0) for part in parts])
     z_sum = (clean.logsumexp(1).square() * weight[:, 0]).sum()
     scalars = _statistics(logits.detach(), probabilities.detach(), finite)
-    return Route(expert, gate, *plan[1:], sums, torch.cat((z_sum.view(1), scalars)))
+    slot, source, destination, counts, first, used = plan[1:]
+    scalars = torch.cat((z_sum.view(1), scalars))
+    return Route(expert, gate, slot, source, destination, counts, first, used, sums, scalars)
 
 
 def _scores(logits: Tensor, sigmoid: bool) -> tuple[Tensor, Tensor]:

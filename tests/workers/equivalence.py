@@ -58,7 +58,7 @@ def train(world: distributed.World, stage: int, dtype: torch.dtype, folder: Path
             images, labels = batch(step, world.rank * accumulation + micro)
             output = engine.forward(images)
             loss = F.cross_entropy(output.logits, labels) + output.aux_loss
-            assert output.dropped.sum() > 0  # the capacity bites
+            assert output.stats.dropped.sum() > 0  # the capacity bites
             engine.backward(loss)
             engine.step()
             total += loss.detach()

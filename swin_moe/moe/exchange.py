@@ -40,48 +40,34 @@ def all_to_all(
     return x if group.size == 1 else _AllToAll.apply(x, group, send, receive)
 
 
-def rows_to_experts(rows: Tensor, num_experts: int, group: Group) -> Tensor:
-    """[E·C, D] of this rank's tokens to [E_local, W·C, D] of this rank's experts."""
-    local, width = num_experts // group.size, rows.shape[1]
-    received = all_to_all(rows, group).view(group.size, local, -1, width)
-    return received.transpose(0, 1).reshape(local, -1, width)
-
-
-def rows_from_experts(rows: Tensor, group: Group) -> Tensor:
-    """Inverse of :func:`rows_to_experts`: [E_local, W·C, D] to [E·C, D]."""
-    local, _, width = rows.shape
-    by_rank = rows.view(local, group.size, -1, width).transpose(0, 1).reshape(-1, width)
-    return all_to_all(by_rank, group)
-
-
 class RaggedExchange:
-    """Dropless exchange: the queues' own lengths travel first, then the rows.
+    """Exchange of packed rows: the queues' own lengths travel first, then the rows.
 
     Args:
-        counts: [E] int64, rows of this rank per expert.
+        used: [E] int64, rows of this rank per expert.
+
+    Attributes:
+        used: [E_local] int64, rows of all ranks per expert of this rank.
     """
 
-    def __init__(self, counts: Tensor, group: Group) -> None:
+    def __init__(self, used: Tensor, group: Group) -> None:
         self.group = group
-        by_rank = counts.view(group.size, -1)  # [W, E_local]
-        received = by_rank
-        if group.size > 1:
-            received = torch.empty_like(by_rank)
-            dist.all_to_all_single(received, by_rank.contiguous(), group=group.handle)
+        by_rank = used.view(group.size, -1)  # [W, E_local]
+        received = torch.empty_like(by_rank)
+        dist.all_to_all_single(received, by_rank.contiguous(), group=group.handle)
         self.send: list[int] = by_rank.sum(1).tolist()
         self.receive: list[int] = received.sum(1).tolist()
-        self.rows_per_expert: list[int] = received.sum(0).tolist()
+        self.used = received.sum(0)
         # Rows arrive rank by rank; the experts want them expert by expert.
-        local = torch.arange(received.shape[1], device=counts.device).expand_as(received)
+        local = torch.arange(received.shape[1], device=used.device).expand_as(received)
         self.order = local.reshape(-1).repeat_interleave(received.reshape(-1)).argsort(stable=True)
 
     def to_experts(self, rows: Tensor) -> Tensor:
-        if self.group.size == 1:
-            return rows
+        rows = rows[: sum(self.send)]  # the rest is empty
         return all_to_all(rows, self.group, self.send, self.receive)[self.order]
 
-    def from_experts(self, rows: Tensor) -> Tensor:
-        if self.group.size == 1:
-            return rows
+    def from_experts(self, rows: Tensor, size: int) -> Tensor:
+        """The way back, to ``size`` rows; the empty ones at the end are zero."""
         by_rank = rows[self.order.argsort()]
-        return all_to_all(by_rank, self.group, self.receive, self.send)
+        returned = all_to_all(by_rank, self.group, self.receive, self.send)
+        return torch.nn.functional.pad(returned, (0, 0, 0, size - returned.shape[0]))

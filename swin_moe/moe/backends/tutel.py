@@ -24,10 +24,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..config import MoEConfig
-from ..distributed import Group
-from .layer import MoELayer, MoEResult
-from .router import route
+from ...config import MoEConfig
+from ...distributed import Group
+from ..layer import MoELayer, MoEResult
+from ..plan import RoutingPlan
+from .reference import KERNELS
 
 INSTALL_HINT = (
     "moe.backend=tutel needs Tutel, which is not installed: pip install --no-build-isolation "
@@ -59,7 +60,23 @@ class _ExpertsView(nn.Module):
         self.inner = experts
 
     def forward(self, x: Tensor, ctx: Any) -> Tensor:
-        return self.inner(x)
+        rows = x.reshape(-1, x.shape[-1])
+        used = torch.full((x.shape[0],), x.shape[1], dtype=torch.int64, device=x.device)
+        return self.inner(rows, used, x.shape[1]).view(x.shape)
+
+
+def _refuse_what_tutel_lacks(moe: MoEConfig) -> None:
+    lacking = {
+        f"routing={moe.routing}": moe.routing != "token_choice",
+        "score=sigmoid": moe.score == "sigmoid",
+        "route_per_image": moe.route_per_image,
+        "bias_update_rate": moe.bias_update_rate > 0,
+        "eval_top_k": moe.eval_top_k not in (0, moe.top_k),
+        "normalize_gate with top_k=1": moe.normalize_gate and moe.top_k == 1,
+    }
+    for what, wanted in lacking.items():
+        if wanted:
+            raise ValueError(f"moe.backend=tutel has no moe.{what}: use moe.backend=fused")
 
 
 class TutelLayer(MoELayer):
@@ -72,12 +89,8 @@ class TutelLayer(MoELayer):
     def __init__(
         self, dim: int, hidden_dim: int, moe: MoEConfig, group: Group | None = None
     ) -> None:
-        super().__init__(dim, hidden_dim, moe, group)
-        if moe.normalize_gate and moe.top_k == 1:
-            raise ValueError(
-                "moe.backend=tutel does not normalise the gate of top-1: use moe.backend=fused, or "
-                "set moe.normalize_gate=false"
-            )
+        super().__init__(dim, hidden_dim, moe, group, KERNELS)
+        _refuse_what_tutel_lacks(moe)
         try:
             from tutel import moe as tutel_moe
         except ImportError:
@@ -107,17 +120,18 @@ class TutelLayer(MoELayer):
         tokens = x.reshape(-1, x.shape[-1])
         logits = self.router(tokens)
         noise = torch.randn_like(logits) if self.training and moe.gate_noise else None
-        plan, balance_loss = route(logits, moe, training=self.training, noise=noise)
+        routing = self.route(tokens, noise=noise)
         if noise is not None:
             logits = logits + noise * (moe.gate_noise / moe.num_experts)
+        assert isinstance(routing.plan, RoutingPlan)
         factor = moe.capacity_factor if self.training else moe.eval_capacity_factor
         self.gate_view.logits, self.gate_view.capacity_factor = logits, factor
         layer.batch_prioritized_routing = moe.batch_prioritized and factor > 0
         output = layer(tokens, inequivalent_tokens=factor == 0)
         self.gate_view.logits = None
-        dropped = (~plan.kept).sum()
-        aux_loss = moe.balance_weight * balance_loss
-        return MoEResult(output.view_as(x).to(x.dtype), aux_loss, plan.counts, dropped)
+        if self.shared is not None:
+            output = output + self.shared(tokens)
+        return MoEResult(output.view_as(x).to(x.dtype), routing.aux_loss, routing.stats)
 
     def _self_check(self, x: Tensor) -> None:
         """Hold a small layer against ours once per group size and device; collective."""
@@ -133,9 +147,10 @@ class TutelLayer(MoELayer):
         torch.manual_seed(1 + self.group.rank)
         changes = {"top_k": top_k, "capacity_factor": factor, "gate_noise": 0.0}
         changes["normalize_gate"] = self.moe.normalize_gate and top_k > 1
-        moe = self.moe.model_copy(update={**changes, "balance": "gshard", "drop_rate": 0.0})
+        changes |= {"drop_rate": 0.0, "num_shared_experts": 0}
+        moe = self.moe.model_copy(update={**changes, "balance": "gshard"})
         theirs = TutelLayer(8, 16, moe, self.group).to(device)
-        ours = MoELayer(8, 16, moe.model_copy(update={"backend": "reference"}), self.group)
+        ours = MoELayer(8, 16, moe, self.group, KERNELS)
         theirs.experts.reset_parameters(0.5)
         ours.to(device).load_state_dict(theirs.state_dict())
         tokens = torch.randn(6 * moe.num_experts, 8, device=device)
@@ -153,3 +168,7 @@ class TutelLayer(MoELayer):
                     f"moe.backend=tutel: this version of Tutel routes or differentiates otherwise "
                     f"(capacity factor {factor}, top-{top_k}); use moe.backend=fused"
                 )
+
+
+def build(dim: int, hidden_dim: int, moe: MoEConfig, group: Group | None) -> MoELayer:
+    return TutelLayer(dim, hidden_dim, moe, group)
