@@ -29,7 +29,7 @@ def _choose(
 ) -> tuple[Tensor, Tensor, Tensor]:
     T, E = scores.shape
     # The experts' view: [E, groups, tokens of a group]; what is not finite goes last.
-    ranked = scores.masked_fill(~finite[:, None], -torch.inf).t().reshape(E, groups, -1)
+    ranked = scores.masked_fill(~finite[:, None], -torch.inf).t().reshape(E, groups, T // groups)
     best = ranked.sort(dim=2, descending=True, stable=True).indices[..., :capacity]
     first = torch.arange(groups, device=scores.device)[:, None] * (T // groups)
     token = (best + first).flatten()  # [E · groups · capacity], row by row
