@@ -64,7 +64,9 @@ def route(logits: Tensor, moe: MoEConfig, context: RouteContext) -> Routing:
     rows = groups * slots // experts
     used = torch.full((experts,), rows, dtype=torch.int64, device=logits.device)
     plan = SoftPlan(finite, into, out_of.view(sizes), used, rows)
-    mass = out_of.detach().view(T, experts, moe.slots_per_expert).sum(2)  # of each token, per expert
+    mass = (
+        out_of.detach().view(T, experts, moe.slots_per_expert).sum(2)
+    )  # of each token, per expert
     infinity = clean.new_full((1,), torch.inf)
     stats = make_stats(
         mass.sum(0).round().to(torch.int64),

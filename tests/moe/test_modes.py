@@ -204,9 +204,7 @@ def test_bias_rises_for_the_idle_and_falls_for_the_busy():
 
 def test_bias_evens_the_load():
     torch.manual_seed(0)
-    layer = make(
-        "no loss but a bias", gate_noise=0.0, capacity_factor=0.0, bias_update_rate=0.001
-    )
+    layer = make("no loss but a bias", gate_noise=0.0, capacity_factor=0.0, bias_update_rate=0.001)
     tokens = torch.randn(512, 8) + torch.randn(8)
     first = layer.route(tokens).stats.counts
     for _ in range(500):
