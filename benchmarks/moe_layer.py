@@ -191,6 +191,9 @@ class Cell:
                 self.left_out[name] = reason
             else:
                 self.add(name, build)
+        problem = wrong("ours", Ours, spec, world)
+        if problem:
+            raise RuntimeError(f"our layer: {problem}")
         self.add("ours", Ours)
 
     def reason(self, name: str, build: moe_peers.Builder) -> str:
