@@ -1,5 +1,8 @@
-// Elementary functions for loops over lanes: branch-free, so that compilers turn a loop of them
-// into vector code. Each is right to about one part in 10^7 in its domain.
+// Elementary functions for loops over lanes, each right to about one part in 10^7 in its domain.
+//
+// Compilers turn a loop of them into vector code if it has no branch, and they make one of a float
+// comparison with a constant, to fold what follows from the constant. So numbers are clamped, and
+// chosen, as integers here: numbers of one sign are in the order of their bits.
 #pragma once
 
 #include <cstdint>
@@ -22,16 +25,36 @@ SWIN_MOE_INLINE float float_of(uint32_t bits) {
   return value;
 }
 
+// The larger of a number that is not negative and a positive one.
+SWIN_MOE_INLINE float at_least(float x, float positive) {
+  const uint32_t bits = bits_of(x), least = bits_of(positive);
+  return float_of(bits > least ? bits : least);
+}
+
+// The larger of a number that is not positive and a negative one.
+SWIN_MOE_INLINE float not_below(float x, float negative) {
+  const uint32_t bits = bits_of(x), most = bits_of(negative);
+  return float_of(bits < most ? bits : most);
+}
+
+SWIN_MOE_INLINE float minus_abs(float x) { return float_of(bits_of(x) | 0x80000000u); }
+
+// a where x has a minus sign, else b.
+SWIN_MOE_INLINE float by_sign(float x, float a, float b) {
+  const uint32_t mask = 0u - (bits_of(x) >> 31);
+  return float_of((bits_of(a) & mask) | (bits_of(b) & ~mask));
+}
+
 SWIN_MOE_INLINE float larger(float a, float b) { return a > b ? a : b; }
 SWIN_MOE_INLINE float smaller(float a, float b) { return a < b ? a : b; }
 
 // ln 2 in two parts, the first of few bits: its products with small integers are exact.
 constexpr float kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;
 
-// Below 88; 0 from -104 on, denormals before.
+// From kLeastExp, where it is 0, to 88.
+constexpr float kLeastExp = -104.0f;
 SWIN_MOE_INLINE float exp_lane(float x) {
   constexpr float kRound = 12582912.0f;  // adding it leaves an integer in the low bits
-  x = x < -104.0f ? -104.0f : x;
   const float shifted = x * 1.44269504f + kRound;
   const float n = shifted - kRound;
   const float r = x - n * kLn2High - n * kLn2Low;
@@ -71,7 +94,7 @@ SWIN_MOE_INLINE float log_lane(float x) {
 
 // A rational minimax approximation; beyond 4 the result is 1 in fp32.
 SWIN_MOE_INLINE float erf_lane(float x) {
-  x = smaller(larger(x, -4.0f), 4.0f);
+  x = by_sign(x, not_below(minus_abs(x), -4.0f), -not_below(minus_abs(x), -4.0f));
   const float s = x * x;
   float p = -2.72614225801306e-10f;
   p = p * s + 2.77068142495902e-08f;

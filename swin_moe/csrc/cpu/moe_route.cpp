@@ -22,18 +22,16 @@ struct Sums {
   float scalars[kRouteScalars][kLanes];
 };
 
-// In the order of the numbers, with NaN above all, so that every choice is an expert.
+// In the order of the numbers.
 SWIN_MOE_INLINE int32_t order_of(float value) {
-  const uint32_t bits = bits_of(value + 0.0f);  // -0 becomes 0
-  const int32_t order = static_cast<int32_t>(bits);
-  const int32_t ascending = order ^ ((order >> 31) & std::numeric_limits<int32_t>::max());
-  return (bits & 0x7fffffffu) > 0x7f800000u ? std::numeric_limits<int32_t>::max() : ascending;
+  const int32_t order = static_cast<int32_t>(bits_of(value + 0.0f));  // -0 becomes 0
+  return order ^ ((order >> 31) & std::numeric_limits<int32_t>::max());
 }
 
 // The k greatest of scores plus bias, the lower index first among equals. `last` is the k-th.
 SWIN_MOE_INLINE void choose(const RouteShape& shape, int64_t count, const float* score,
                             const float* bias, int32_t* order, int64_t* expert, int32_t* last) {
-  constexpr int32_t kTaken = std::numeric_limits<int32_t>::min();  // below what any number gives
+  constexpr int32_t kTaken = std::numeric_limits<int32_t>::min();  // below that of any number
   for (int64_t e = 0; e < shape.experts; ++e) {
     const float more = bias == nullptr ? 0.0f : bias[e];
     SWIN_MOE_EACH_LANE(i) order[e * kLanes + i] = order_of(score[e * kLanes + i] + more);
@@ -79,12 +77,12 @@ SWIN_MOE_INLINE void add_scalars(int64_t experts, int64_t count, const float* cl
     sums.scalars[0][i] += weight[i] * lse[i] * lse[i];
     sums.scalars[1][i] += weight[i] * entropy[i];
   }
+  float away[kLanes];  // takes what does not count out of the extremes
+  for (int64_t i = 0; i < kLanes; ++i) away[i] = weight[i] > 0.0f ? 0.0f : kInfinity;
   for (int64_t e = 0; e < experts; ++e) {
     SWIN_MOE_EACH_LANE(i) {
-      const float value = clean[e * kLanes + i];
-      const bool counts = weight[i] > 0.0f;
-      sums.scalars[2][i] = smaller(sums.scalars[2][i], counts ? value : kInfinity);
-      sums.scalars[3][i] = larger(sums.scalars[3][i], counts ? value : -kInfinity);
+      sums.scalars[2][i] = smaller(sums.scalars[2][i], clean[e * kLanes + i] + away[i]);
+      sums.scalars[3][i] = larger(sums.scalars[3][i], clean[e * kLanes + i] - away[i]);
     }
   }
   for (int64_t i = 0; i < count; ++i) sums.scalars[4][i] += 1.0f - weight[i];
@@ -261,7 +259,7 @@ SWIN_MOE_INLINE void sums_grad(int64_t experts, float sigma, const float* grad_s
     SWIN_MOE_EACH_LANE(i) {
       const float probability = clean.score[e * kLanes + i] * clean.inverse[i];
       const float z = (probability - threshold[i]) * factor;
-      const float density = load * exp_lane(-z * z);
+      const float density = load * exp_lane(not_below(-z * z, kLeastExp));
       grad[e * kLanes + i] = importance + density;
       total[i] -= density;
     }

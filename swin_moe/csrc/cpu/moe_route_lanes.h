@@ -70,7 +70,7 @@ SWIN_MOE_INLINE void softmax(int64_t experts, const float* x, Scores& out) {
   greatest(experts, x, top);
   for (int64_t e = 0; e < experts; ++e) {
     SWIN_MOE_EACH_LANE(i) {
-      const float below = larger(x[e * kLanes + i] - top[i], -104.0f);  // finite, and exp is 0
+      const float below = not_below(x[e * kLanes + i] - top[i], kLeastExp);
       const float term = exp_lane(below);
       out.score[e * kLanes + i] = term;
       sum[i] += term;
@@ -95,17 +95,17 @@ SWIN_MOE_INLINE void sigmoid(int64_t experts, const float* x, Scores& out) {
   for (int64_t e = 0; e < experts; ++e) {
     SWIN_MOE_EACH_LANE(i) {
       const float value = x[e * kLanes + i];
-      const float small = exp_lane(value < 0.0f ? value : -value);
-      const float score = (value < 0.0f ? small : 1.0f) / (1.0f + small);
+      const float small = exp_lane(not_below(minus_abs(value), kLeastExp));
+      const float score = by_sign(value, small, 1.0f) / (1.0f + small);
       out.score[e * kLanes + i] = score;
       sum[i] += score;
-      moment[i] += score * (smaller(value, 0.0f) - log_lane(1.0f + small));
+      moment[i] += score * (by_sign(value, value, 0.0f) - log_lane(1.0f + small));
     }
   }
   SWIN_MOE_EACH_LANE(i) {
-    const float divisor = larger(sum[i], kMinScoreSum);
+    const float divisor = at_least(sum[i], kMinScoreSum);
     out.inverse[i] = 1.0f / divisor;
-    out.open[i] = sum[i] >= kMinScoreSum ? 1.0f : 0.0f;
+    out.open[i] = static_cast<float>(sum[i] >= kMinScoreSum);
     out.entropy[i] = (sum[i] * log_lane(divisor) - moment[i]) * out.inverse[i];
     out.lse[i] = 0.0f;
   }
