@@ -22,7 +22,8 @@ from swin_moe.ops.moe_dispatch import (
     moe_dispatch_reference,
 )
 from swin_moe.ops.moe_experts import moe_experts, moe_experts_reference
-from swin_moe.ops.moe_route import Route, RouteOptions, moe_route, moe_route_reference
+from swin_moe.ops.moe_route import moe_route
+from swin_moe.ops.route_reference import Route, RouteOptions, moe_route_reference
 from swin_moe.ops.window_attention import window_attention
 
 # The discrete part of a route; activation checkpointing keeps what these return.
