@@ -5,6 +5,7 @@
 
 #include "bind_moe_dispatch.h"
 #include "bind_moe_route.h"
+#include "bind_moe_experts_cpu.h"
 #include "bind_window_attention.h"
 #include "cpu/moe_dispatch.h"
 #include "cpu/moe_route.h"
@@ -219,6 +220,7 @@ std::string instruction_set(bool bf16) {
 STABLE_TORCH_LIBRARY_IMPL(swin_moe, CPU, m) {
   swin_moe::register_moe_dispatch<swin_moe::Cpu>(m);
   swin_moe::register_moe_route<swin_moe::Cpu>(m);
+  swin_moe::register_moe_experts<swin_moe::CpuExperts>(m);
   swin_moe::register_window_attention<swin_moe::Cpu>(m);
 }
 

@@ -53,6 +53,22 @@ constexpr float kMinScoreSum = 1.1920929e-7f;
 // kRouteNoKey and is in no queue.
 constexpr uint32_t kRouteLastKey = 0x7fffffffu, kRouteNoKey = 0xffffffffu;
 
+// Sizes of one pass through the experts. Expert e has its first row at e * stride, or with a stride of
+// 0 where the rows of the one before end.
+struct ExpertsShape {
+  int64_t rows;
+  int64_t experts;
+  int64_t width;
+  int64_t hidden;
+  int64_t stride;
+};
+
+// Rows from number `first` on: a tensor of all rows, or scratch for some of them.
+struct ExpertRows {
+  void* data;
+  int64_t first;
+};
+
 // Sizes of one attention within shifted windows. The map is padded at the bottom and the right to
 // rows x columns windows; position (y, x) of the shifted, padded map is position
 // ((y + shift_h) mod padded height, (x + shift_w) mod padded width) of the padded one.

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from swin_moe.ops import _library
+from swin_moe.ops.dropout import draw_seed
 from swin_moe.ops.window_reference import (
     Windows,
     attention_reference,
@@ -74,7 +75,7 @@ def _attention(qkv: Tensor, bias: Tensor, scale: Tensor, windows: Windows) -> Te
     _check(qkv, bias, scale, windows)
     seed = None
     if windows.dropout_p > 0:
-        seed = torch.randint(2**63 - 1, (1,), device=qkv.device)
+        seed = draw_seed(qkv.device)
     if not _fits_kernel(qkv, windows):
         return attention_reference(qkv, bias, scale, seed, windows)
     out, _ = torch.ops.swin_moe.window_attention(

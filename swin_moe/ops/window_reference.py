@@ -16,10 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from swin_moe.ops.dropout import keep_mask
+
 MASK_VALUE = -100.0  # additive, as the family has it: V2's logits may exceed 100, then keys leak
 MAX_LOG_SCALE = math.log(100.0)
 MIN_NORM = 1e-12  # as in torch.nn.functional.normalize
-_GOLDEN = 0x9E3779B9
 
 
 class Windows(NamedTuple):
@@ -178,26 +179,11 @@ def _through_unit(raw: Tensor, unit: Tensor, grad: Tensor) -> Tensor:
 
 
 def _keep(seed: Tensor | None, probabilities: Tensor, dropout_p: float) -> Tensor:
-    """0 or 1 / (1 − p) per probability [B, nW, heads, N, N], a hash of its place and the seed.
-
-    The hash is 32-bit "lowbias32" (https://nullprogram.com/blog/2018/07/31/), here in int64.
-    """
+    """0 or 1 / (1 − p) per probability [B, nW, heads, N, N], by the number of its query."""
     assert seed is not None
     B, nW, heads, N, _ = probabilities.shape
     row = torch.arange(B * nW * heads * N, device=seed.device)
-    low, high = seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF
-    key = _mix(_mix((row & 0xFFFFFFFF) ^ low) ^ (row >> 32) ^ high)
-    column = torch.arange(N, device=seed.device) * _GOLDEN
-    hashed = _mix((key[:, None] + column) & 0xFFFFFFFF)
-    kept = hashed >= min(int(dropout_p * 2**32), 2**32 - 1)
-    scale = 1 / (1 - dropout_p) if dropout_p < 1 else 0.0
-    return kept.view_as(probabilities) * scale
-
-
-def _mix(x: Tensor) -> Tensor:
-    x = ((x ^ (x >> 16)) * 0x7FEB352D) & 0xFFFFFFFF
-    x = ((x ^ (x >> 15)) * 0x846CA68B) & 0xFFFFFFFF
-    return x ^ (x >> 16)
+    return keep_mask(seed, row, N, dropout_p).view_as(probabilities)
 
 
 def _region_ids(length: int, window: int, shift: int, device: torch.device) -> Tensor:

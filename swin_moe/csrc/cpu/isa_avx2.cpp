@@ -8,6 +8,7 @@
 #include <cstring>
 
 #pragma GCC target("avx2,fma")
+#include "moe_activation_kernels.h"
 #include "window_kernels.h"
 
 namespace swin_moe::cpu {
@@ -27,6 +28,7 @@ struct Avx2 : Simd<8> {
 }  // namespace
 
 extern const WindowKernels kAvx2Kernels{"avx2", forward<Avx2>, backward<Avx2>};
+extern const ExpertKernels kAvx2Experts = expert_kernels_of<Avx2>("avx2");
 
 }  // namespace swin_moe::cpu
 #endif

@@ -1,4 +1,5 @@
 // Any processor: vectors of four lanes, which compilers map to SSE2 or NEON.
+#include "moe_activation_kernels.h"
 #include "window_kernels.h"
 
 namespace swin_moe::cpu {
@@ -11,5 +12,6 @@ struct Generic : Simd<4> {
 }  // namespace
 
 extern const WindowKernels kGenericKernels{"generic", forward<Generic>, backward<Generic>};
+extern const ExpertKernels kGenericExperts = expert_kernels_of<Generic>("generic");
 
 }  // namespace swin_moe::cpu

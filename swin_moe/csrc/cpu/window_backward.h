@@ -31,7 +31,7 @@ class Backward {
         options_(options),
         tensors_(tensors),
         layout_(shape),
-        dropout_(options, tensors.seed) {
+        dropout_(options.dropout, tensors.seed) {
     Arena count{nullptr};
     take(count);
     Arena arena{thread_scratch(count.used)};

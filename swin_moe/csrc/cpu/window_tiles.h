@@ -1,8 +1,8 @@
-// The parts of which forward and backward are made: tiles, packing, exponentials, dropout.
+// The parts of which forward and backward are made: tiles, packing, logarithms, masks.
 #pragma once
 
 #include "../types.h"
-#include "simd.h"
+#include "simd_math.h"
 
 namespace swin_moe::cpu {
 
@@ -17,9 +17,6 @@ struct Constant {
   static constexpr int value = N;
 };
 
-constexpr float kLog2E = 1.44269504f;
-// Exponents are of base 2. What lies this low counts for nothing and is still a normal number.
-constexpr float kLowest = -126.0f;
 // With exponents known to stay within this, no largest one has to be found.
 constexpr float kSafeRange = 80.0f;
 
@@ -259,30 +256,6 @@ SWIN_MOE_INLINE void product_tile(const uint32_t* a, int64_t row_step, int64_t w
   for (int r = 0; r < R; ++r) finish(r, acc[r]);
 }
 
-// 2^x for x >= kLowest or NaN: the nearest power of two by adding a number that leaves no room for
-// a fraction, and a minimax polynomial of the rest. Relative error 8e-8, or 8e-5 for bf16, which
-// is rounded to 2e-3 afterwards.
-template <class Isa, class T>
-SWIN_MOE_INLINE typename Isa::Float exp2(typename Isa::Float x) {
-  using Float = typename Isa::Float;
-  const Float magic = Isa::set(12582912.0f);  // 1.5 * 2^23
-  const Float shifted = x + magic;
-  const Float f = x - (shifted - magic);  // in [-0.5, 0.5]
-  Float p;
-  if constexpr (sizeof(T) == 2) {
-    p = Isa::fma(f, Isa::set(0.0551716685f), Isa::set(0.242611125f));
-    p = Isa::fma(p, f, Isa::set(0.693260968f));
-    p = Isa::fma(p, f, Isa::set(0.999928057f));
-  } else {
-    p = Isa::fma(f, Isa::set(0.00132764725f), Isa::set(0.00967554189f));
-    p = Isa::fma(p, f, Isa::set(0.0555071309f));
-    p = Isa::fma(p, f, Isa::set(0.240221202f));
-    p = Isa::fma(p, f, Isa::set(0.693146944f));
-    p = Isa::fma(p, f, Isa::set(1.00000012f));
-  }
-  return Isa::as_float(Isa::as_word(p) + (Isa::as_word(shifted) << 23));
-}
-
 // log2 of a positive normal number, to 1e-7: the exponent, and of the rest m in [0.7, 1.4] twice the
 // area tangent of (m - 1) / (m + 1). NaN gives NaN.
 template <class Isa>
@@ -307,46 +280,6 @@ SWIN_MOE_INLINE typename Isa::Float penalty(int32_t key, const int32_t* queries)
   const auto across = Isa::set(key < 0 ? -__builtin_inff() : kMaskValue * kLog2E);
   return region == key ? inside : across;
 }
-
-// Dropout by a hash of the element's place, the same in forward, backward and on every device.
-template <typename U>
-SWIN_MOE_INLINE U mix(U x) {
-  x ^= x >> 16;
-  x *= 0x7feb352du;
-  x ^= x >> 15;
-  x *= 0x846ca68bu;
-  return x ^ (x >> 16);
-}
-
-struct Dropout {
-  uint32_t threshold = 0;
-  float keep_scale = 1.0f;
-  uint64_t seed = 0;
-
-  Dropout(const WindowOptions& options, const int64_t* seed_pointer) {
-    if (options.dropout <= 0) return;
-    const double scaled = options.dropout * 4294967296.0;
-    threshold = scaled < 4294967295.0 ? static_cast<uint32_t>(scaled) : 0xffffffffu;
-    keep_scale = options.dropout < 1 ? static_cast<float>(1 / (1 - options.dropout)) : 0.0f;
-    seed = static_cast<uint64_t>(*seed_pointer);
-  }
-
-  // Keys of the queries of one (window, head).
-  void keys(uint64_t window_and_head, int64_t tokens, uint32_t* to) const {
-    for (int64_t i = 0; i < tokens; ++i) {
-      const uint64_t row = window_and_head * tokens + i;
-      const uint32_t key = mix(static_cast<uint32_t>(row) ^ static_cast<uint32_t>(seed));
-      to[i] = mix(key ^ static_cast<uint32_t>(row >> 32) ^ static_cast<uint32_t>(seed >> 32));
-    }
-  }
-  // 0 or 1 / (1 - p) for each query of the lanes and key j.
-  template <class Isa>
-  SWIN_MOE_INLINE typename Isa::Float keep(const uint32_t* query_keys, int64_t j) const {
-    const auto u = mix(Isa::load(query_keys) + static_cast<uint32_t>(j) * 0x9e3779b9u);
-    const auto kept = (typename Isa::Word)(u >= threshold);
-    return Isa::as_float(kept & Isa::as_word(Isa::set(keep_scale)));
-  }
-};
 
 }  // namespace
 }  // namespace swin_moe::cpu

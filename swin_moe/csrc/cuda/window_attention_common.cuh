@@ -34,6 +34,7 @@
 #include <initializer_list>
 #include <type_traits>
 
+#include "dropout.cuh"
 #include "window_attention_device.cuh"
 #include "../types.h"
 
@@ -71,12 +72,6 @@ struct alignas(16) Column {
   uint32_t random;  // of its row of probabilities
 };
 
-struct Dropout {
-  bool on;
-  uint32_t threshold;
-  float scale;  // of what is kept
-};
-
 // One attention, as the kernels want it.
 struct Problem {
   int height, width, heads;
@@ -106,27 +101,6 @@ struct Matrix {
   int64_t stride;
   __device__ T* row(int position) const { return first + position * stride; }
 };
-
-// ---- random numbers ----------------------------------------------------------------------------
-
-__device__ __forceinline__ uint32_t mix(uint32_t x) {
-  x ^= x >> 16;
-  x *= 0x7feb352du;
-  x ^= x >> 15;
-  x *= 0x846ca68bu;
-  return x ^ (x >> 16);
-}
-
-__device__ __forceinline__ uint32_t random_row(uint64_t row, uint64_t seed) {
-  const uint32_t key = mix(static_cast<uint32_t>(row) ^ static_cast<uint32_t>(seed));
-  return mix(key ^ static_cast<uint32_t>(row >> 32) ^ static_cast<uint32_t>(seed >> 32));
-}
-
-// What dropout multiplies probability j of a row by.
-__device__ __forceinline__ float kept(const Dropout& dropout, uint32_t random, int j) {
-  const uint32_t u = mix(random + static_cast<uint32_t>(j) * 0x9E3779B9u);
-  return u >= dropout.threshold ? dropout.scale : 0.0f;
-}
 
 // ---- windows -----------------------------------------------------------------------------------
 
@@ -191,12 +165,6 @@ constexpr int64_t kMaxTokens = 1024;
 constexpr int64_t kMaxGrid = 2147483647;
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-inline Dropout make_dropout(double p) {
-  const double threshold = p * 4294967296.0;
-  return {p > 0.0, static_cast<uint32_t>(threshold < 4294967295.0 ? threshold : 4294967295.0),
-          p < 1.0 ? static_cast<float>(1.0 / (1.0 - p)) : 0.0f};
-}
 
 inline bool is_aligned(std::initializer_list<const void*> tensors) {
   bool aligned = true;

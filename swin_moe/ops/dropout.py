@@ -1,0 +1,38 @@
+"""Dropout as a function of a seed and an element's place: nothing has to be kept for backward.
+
+Kernels of every device compute the same (``csrc/cpu/simd_math.h``, ``csrc/cuda/dropout.cuh``).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_GOLDEN = 0x9E3779B9
+
+
+def draw_seed(device: torch.device) -> Tensor:
+    """A seed [1] int64 on a device, from torch's default generator there."""
+    return torch.randint(2**63 - 1, (1,), device=device)
+
+
+def keep_mask(seed: Tensor, row: Tensor, columns: int, dropout_p: float) -> Tensor:
+    """0 or 1 / (1 − p) per element [rows, columns]: a hash of its row's number, column and seed.
+
+    The hash is 32-bit "lowbias32" (https://nullprogram.com/blog/2018/07/31/), here in int64.
+
+    Args:
+        seed: [1] int64. row: [rows] int64, numbers of the rows.
+    """
+    low, high = seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF
+    key = _mix(_mix((row & 0xFFFFFFFF) ^ low) ^ (row >> 32) ^ high)
+    column = torch.arange(columns, device=seed.device) * _GOLDEN
+    hashed = _mix((key[:, None] + column) & 0xFFFFFFFF)
+    kept = hashed >= min(int(dropout_p * 2**32), 2**32 - 1)
+    return kept * (1 / (1 - dropout_p) if dropout_p < 1 else 0.0)
+
+
+def _mix(x: Tensor) -> Tensor:
+    x = ((x ^ (x >> 16)) * 0x7FEB352D) & 0xFFFFFFFF
+    x = ((x ^ (x >> 15)) * 0x846CA68B) & 0xFFFFFFFF
+    return x ^ (x >> 16)
