@@ -7,6 +7,7 @@
 
 #include "bind_moe_dispatch.h"
 #include "bind_moe_route.h"
+#include "bind_moe_experts_cuda.h"
 #include "bind_window_attention.h"
 #include "cuda/moe_dispatch.h"
 #include "cuda/moe_route.h"
@@ -21,6 +22,10 @@ cudaStream_t current_stream(const Tensor& tensor) {
   STD_TORCH_CHECK(error == AOTI_TORCH_SUCCESS, "torch gave no current CUDA stream");
   return static_cast<cudaStream_t>(stream);
 }
+
+struct CurrentStream {
+  static cudaStream_t current(const Tensor& tensor) { return current_stream(tensor); }
+};
 
 struct Cuda {
   static constexpr bool kHasHalf = true;
@@ -117,5 +122,6 @@ struct Cuda {
 STABLE_TORCH_LIBRARY_IMPL(swin_moe, CUDA, m) {
   swin_moe::register_moe_dispatch<swin_moe::Cuda>(m);
   swin_moe::register_moe_route<swin_moe::Cuda>(m);
+  swin_moe::register_moe_experts<swin_moe::CudaExperts<swin_moe::CurrentStream>>(m);
   swin_moe::register_window_attention<swin_moe::Cuda>(m);
 }

@@ -12,20 +12,7 @@ struct CpuExperts {
   static constexpr bool kHasHalf = false;
   static constexpr bool kHasSpans = true;
 
-  // Finds the rows of each expert.
-  static void locate(Experts& in) {
-    const int64_t* used = in.used.const_data_ptr<int64_t>();
-    const ExpertsShape& s = in.shape;
-    int64_t row = 0;
-    for (int64_t e = 0; e < s.experts; ++e) {
-      if (s.stride > 0) row = e * s.stride;
-      const int64_t room = s.stride > 0 ? s.stride : s.rows - row;
-      STD_TORCH_CHECK(used[e] >= 0 && used[e] <= room, "used[", e, "] is ", used[e],
-                      ", but there is room for ", room, " rows");
-      in.pieces.push_back({e, row, used[e], row});
-      row += used[e];
-    }
-  }
+  static void locate(Experts& in) { find_pieces(in, in.used.const_data_ptr<int64_t>()); }
 
   static Results forward(const Experts& in, const std::optional<Tensor>& fc2_bias, bool keep) {
     switch (method(in)) {

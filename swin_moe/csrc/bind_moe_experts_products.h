@@ -54,6 +54,20 @@ struct ExpertsGrads {
   Tensor fc2_bias;  // of no experts if there is none
 };
 
+// Finds the rows of each expert from `used`, which the host can read.
+inline void find_pieces(Experts& in, const int64_t* used) {
+  const ExpertsShape& s = in.shape;
+  int64_t row = 0;
+  for (int64_t e = 0; e < s.experts; ++e) {
+    if (s.stride > 0) row = e * s.stride;
+    const int64_t room = s.stride > 0 ? s.stride : s.rows - row;
+    STD_TORCH_CHECK(used[e] >= 0 && used[e] <= room, "used[", e, "] is ", used[e],
+                    ", but there is room for ", room, " rows");
+    in.pieces.push_back({e, row, used[e], row});
+    row += used[e];
+  }
+}
+
 // Neighbouring rows that are worked on together, in scratch that stays in a cache.
 struct Span {
   int64_t first;
