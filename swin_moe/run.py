@@ -30,6 +30,7 @@ from .models.pretrained import (
     read_pretrained,
 )
 from .optim import build_schedule
+from .placement import ExpertShare, expert_share
 from .trainer import Plan, Position, Trainer
 
 log = logging.getLogger("swin_moe")
@@ -87,7 +88,7 @@ def train(config: Config, world: World, console: Console, fresh: bool = False) -
     reader = _prepare_folder(run, config, fresh)
     if reader is not None:
         names = expert_parameter_names(model)
-        checkpoint.load_weights(model, reader, names, _experts(config, world).start)
+        checkpoint.load_weights(model, reader, names, _share(config, world))
     engine = _build_engine(config, model, world)
     position = Position() if reader is None else _restore(reader, engine, config, world, plan)
     _log_place(world)
@@ -244,10 +245,8 @@ def _global_batch(config: Config, world: World) -> int:
     return config.data.batch_size * config.train.accumulation_steps * world.size
 
 
-def _experts(config: Config, world: World) -> range:
-    """Global indices of the experts that this rank holds."""
-    num_local = config.moe.num_experts // world.expert.size
-    return range(world.expert.rank * num_local, (world.expert.rank + 1) * num_local)
+def _share(config: Config, world: World) -> ExpertShare:
+    return expert_share(config.moe.num_experts, world.expert.rank, world.expert.size)
 
 
 def _prepare_folder(run: Run, config: Config, fresh: bool) -> checkpoint.Reader | None:
@@ -365,10 +364,10 @@ def _restore(
     position = Position(**reader.state["position"])
     _convert_position(position, reader.state["global_batch"], _global_batch(config, world), plan)
     names = expert_parameter_names(engine.model)
-    experts = _experts(config, world)
+    share = _share(config, world)
 
     def read(name: str, kind: str) -> torch.Tensor:
-        return reader.tensor(name, kind, experts if name in names else None)
+        return reader.tensor(name, kind, share if name in names else None)
 
     engine.import_state(read, position.step)
     return position
@@ -381,7 +380,7 @@ def _save(run: Run, config: Config, engine: Engine, position: Position) -> None:
         position.step,
         export=engine.export_state,
         expert_names=expert_parameter_names(engine.model),
-        num_local_experts=len(_experts(config, world)),
+        share=_share(config, world),
         state={"position": position.state(), "global_batch": _global_batch(config, world)},
         config_text=dump_config(config),
         world=world,
