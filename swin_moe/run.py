@@ -29,6 +29,7 @@ from .models.pretrained import (
     load_pretrained,
     read_pretrained,
 )
+from .moe import MoELayer, choose_overlap
 from .optim import build_schedule
 from .placement import ExpertShare, expert_share
 from .trainer import Plan, Position, Trainer
@@ -100,6 +101,7 @@ def train(config: Config, world: World, console: Console, fresh: bool = False) -
     if reader is not None:
         where = f"epoch {min(position.epoch + 1, plan.epochs)}, step {position.step}"
         run.say(f"resumed from {reader.path.name} ({where})")
+    _tune_overlap(run, config, engine)
     trainer = _build_trainer(run, config, plan, engine, loaders, position, reader is not None)
     # Last, for everything above may draw.
     distributed.seed_everything(config.train.seed, world.rank)
@@ -171,6 +173,19 @@ def _build_engine(config: Config, model: SwinTransformer, world: World) -> Engin
         micro_batch=config.data.batch_size,
         accumulation_steps=config.train.accumulation_steps,
     )
+
+
+def _tune_overlap(run: Run, config: Config, engine: Engine) -> None:
+    if config.moe.overlap_degree != "auto" or run.world.expert.size == 1:
+        return
+    height, width = config.model.token_grid
+    for index, stage in enumerate(engine.model.layers):
+        layers = [module for module in stage.modules() if isinstance(module, MoELayer)]
+        if layers:
+            sides = -(-height // 2**index), -(-width // 2**index)
+            shape = (config.data.batch_size, *sides)
+            told = choose_overlap(layers, shape, run.world.device, engine.dtype)
+            run.say(f"stage {index}: {told}")
 
 
 def _build_trainer(

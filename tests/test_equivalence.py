@@ -51,6 +51,10 @@ def same(folder, reference, num_experts):
     assert any(".experts." in name for name in names)
     for name in names:
         share = ExpertShare(range(num_experts)) if ".experts." in name else None
+        if name.endswith("rises"):
+            assert reader.tensor(name).equal(expected.tensor(name))
+            assert reader.tensor(name).any()
+            continue
         for kind in ("weight", "exp_avg", "exp_avg_sq"):
             torch.testing.assert_close(
                 reader.tensor(name, kind, share),

@@ -123,6 +123,32 @@ def test_experts_must_divide():
         MoELayer(8, 16, MoEConfig(num_experts=5), Group(None, 0, 2))
 
 
+def test_shards_must_divide_the_widths():
+    from swin_moe.distributed import Group
+
+    moe = MoEConfig(num_experts=2)
+    with pytest.raises(
+        ValueError, match=r"expert_parallel_size=6 .*num_experts=2 in 3, .* 8 .* 18"
+    ):
+        MoELayer(8, 18, moe, Group(None, 1, 6))
+
+
+def test_initial_shards_are_parts_of_whole_experts():
+    from swin_moe.distributed import Group
+
+    whole = make()
+    for rank in range(8):
+        torch.manual_seed(0)
+        part = MoELayer(8, 16, MoEConfig(num_experts=4), Group(None, rank, 8))
+        part.experts.reset_parameters(0.3)
+        expert, half = slice(rank // 2, rank // 2 + 1), rank % 2
+        fc1, fc2 = whole.experts.fc1, whole.experts.fc2
+        assert torch.equal(part.experts.fc1.weight, fc1.weight[expert].chunk(2, 1)[half])
+        assert torch.equal(part.experts.fc2.weight, fc2.weight[expert].chunk(2, 2)[half])
+        assert part.experts.fc1.bias.shape == (1, 8)
+        assert part.experts.fc2.bias.shape == (1, 4)
+
+
 def test_initial_experts_do_not_depend_on_the_expert_group():
     from swin_moe.distributed import Group
 

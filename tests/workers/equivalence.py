@@ -27,7 +27,9 @@ MOE = MoEConfig(
     blocks=[[], [1]], num_experts=4, top_k=2, capacity_factor=0.75, gate_noise=0.0,
     balance="gshard", balance_weight=0.1,
 )  # fmt: skip
-SHARDED = MOE.model_copy(update={"num_experts": 2, "overlap_degree": 2})
+SHARDED = MOE.model_copy(
+    update={"num_experts": 2, "top_k": 1, "overlap_degree": 2, "bias_update_rate": 0.05}
+)
 # Every step is clipped; eps is large enough that rounding of near-zero gradients does not show.
 OPTIMIZER = OptimizerConfig(base_lr=0.5, clip_norm=0.2, eps=1e-5)
 
@@ -57,7 +59,7 @@ def train(
     engine.train()
     losses, norms = [], []
     for step in range(STEPS):
-        total = torch.zeros(())
+        total, counts = torch.zeros(()), torch.zeros(1, moe.num_experts)
         for micro in range(accumulation):
             images, labels = batch(step, world.rank * accumulation + micro)
             output = engine.forward(images)
@@ -66,6 +68,8 @@ def train(
             engine.backward(loss)
             engine.step()
             total += loss.detach()
+            counts += output.stats.counts
+        model.update_choice_bias(distributed.all_reduce_(counts))
         losses.append(float(distributed.all_reduce_(total)) / PARTS)
         norms.append(engine.grad_norm())
     checkpoint.save(

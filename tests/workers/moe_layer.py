@@ -18,7 +18,8 @@ from swin_moe import distributed
 from swin_moe.config import MoEConfig
 from swin_moe.distributed import Group, World
 from swin_moe.models.swin import keep_routing
-from swin_moe.moe import MoELayer, build_moe
+from swin_moe.moe import MoELayer, build_moe, choose_overlap, exchange
+from swin_moe.moe.all_to_all import AllToAll
 
 DIM, HIDDEN = 8, 12
 BASE = MoEConfig(num_experts=4, gate_noise=0.0, balance="gshard", normalize_gate=True)
@@ -141,12 +142,57 @@ def check(world: World, case: Case, backend: str) -> None:
             close(distributed.all_reduce_(gradient), wanted)
 
 
+def check_order(world: World) -> None:
+    """Chunks are on their way while others are computed, in both passes alike."""
+    events = []
+    start, wait = AllToAll.start, exchange._Ferry._wait
+
+    def starting(self, x, out, back=False):
+        events.append("home" if back else "out")
+        return start(self, x, out, back)
+
+    def waiting(self, c):
+        events.append(c)
+        return wait(self, c)
+
+    case = Case({"overlap_degree": 3})
+    layer = build(case, MoEConfig(**{**BASE.model_dump(), **case.moe}), world.expert)
+    AllToAll.start, exchange._Ferry._wait = starting, waiting
+    try:
+        x = tokens_of(world.rank, case).requires_grad_()
+        result = layer(x)
+        forward, events = events, []
+        result.output.sum().backward()
+    finally:
+        AllToAll.start, exchange._Ferry._wait = start, wait
+    assert forward == ["out"] * 3 + [0, "home", 1, "home", 2, "home", 0, 1, 2], forward
+    assert events == ["out"] * 3 + [2, "home", 1, "home", 0, "home", 2, 1, 0], events
+
+
+def check_tuning(world: World) -> None:
+    """All ranks choose the same; layers and generators stay as they are."""
+    case = Case({"overlap_degree": "auto"})
+    layers = [
+        build(case, MoEConfig(**{**BASE.model_dump(), **case.moe}), world.expert) for _ in range(2)
+    ]
+    before, weights = torch.get_rng_state(), [p.clone() for p in layers[0].parameters()]
+    told = choose_overlap(layers, (4, 2, 3), world.device, torch.float32)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(torch.equal(p, w) for p, w in zip(layers[0].parameters(), weights, strict=True))
+    assert all(p.grad is None for p in layers[0].parameters())
+    chosen = torch.tensor([layers[0].overlap_degree, -layers[1].overlap_degree])
+    assert distributed.all_reduce_(chosen.clone(), "max").equal(chosen)
+    assert told.endswith(f"takes {layers[1].overlap_degree}"), told
+
+
 def main() -> None:
     _, _, size = distributed.environment_rank()
     if size == 4:
         os.environ["LOCAL_WORLD_SIZE"] = "2"  # two nodes of two
     world = distributed.init(expert_parallel_size=size)
     assert (world.expert.intra is not None) == (size == 4)
+    check_order(world)
+    check_tuning(world)
     passed = 0
     for backend in ("reference", "fused"):
         for case in cases(size):
