@@ -69,9 +69,10 @@ class Exchange:
         self.used, self.orders = self._order_arrived(traffic[:, group.rank])
 
     def _order_to_send(self, cuts: Tensor, places: Tensor) -> Tensor | None:
-        """From queue by queue (None: that is it) to chunk by chunk, rank by rank.
+        """The order from queue by queue (None: that is it) to chunk by chunk, rank by rank.
 
-        [rows · shards] row · shards + shard: each row goes to all shards of its expert.
+        Returns:
+            [rows · shards] of row · shards + shard: each row goes to all shards of its expert.
         """
         if self.degree == 1 and self.shards == 1:
             return None
@@ -83,11 +84,13 @@ class Exchange:
         return _runs(first, length, self.device, step=self.shards)
 
     def _order_arrived(self, traffic: Tensor) -> tuple[Tensor, list[Tensor | None]]:
-        """For traffic [W, E_local, degree]: rows per chunk and expert, [degree, E_local], and
+        """What is known of the rows that come here, from their traffic [W, E_local, degree].
 
-        of each chunk, the order from rank by rank (None: that is it) to expert by expert.
+        Returns:
+            rows of each chunk per expert, [degree, E_local]; for each chunk the order from rank by
+            rank (None: that is it) to expert by expert, [rows].
         """
-        used = traffic.sum(0).t().to(self.device, non_blocking=True)
+        used = traffic.sum(0).t().contiguous().to(self.device, non_blocking=True)
         orders: list[Tensor | None] = [None] * self.degree
         if traffic.shape[1] > 1:
             for c, length in enumerate(traffic.unbind(2)):
