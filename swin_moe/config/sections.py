@@ -107,6 +107,7 @@ class MoEConfig(Section):
     fc2_bias: bool = True
     init_std: Annotated[float, Field(gt=0)] = 0.02
     drop_rate: Rate = 0.0
+    overlap_degree: Positive | Literal["auto"] = 1  # chunks that travel while others are computed
     backend: Literal["fused", "reference", "tutel"] = "fused"
 
     @model_validator(mode="after")
@@ -252,9 +253,16 @@ class TrainConfig(Section):
 
 
 class ParallelConfig(Section):
-    """``auto``: as many processes of a node as divide both them and the experts."""
+    """How ranks share the experts.
+
+    ``expert_parallel_size``: consecutive ranks that hold each expert once. With more ranks than
+    experts, several hold parts of one. ``auto``: as many processes of a node as divide both them
+    and the experts. ``hierarchical_all_to_all``: within nodes first, then across; ``auto``: where
+    the ranks are of several nodes.
+    """
 
     expert_parallel_size: Positive | Literal["auto"] = 1
+    hierarchical_all_to_all: bool | Literal["auto"] = "auto"
 
 
 class ZeroConfig(Section):
@@ -325,10 +333,10 @@ class Config(Architecture):
             raise ValueError(
                 f"parallel.expert_parallel_size={group} needs MoE blocks, but moe.blocks is empty"
             )
-        if experts % group:
+        if experts % group and group % experts:
             raise ValueError(
                 f"moe.num_experts={experts} is not divisible by "
-                f"parallel.expert_parallel_size={group}"
+                f"parallel.expert_parallel_size={group}, nor the other way round"
             )
         if self.zero.stage == 3 and group > 1:
             raise ValueError(

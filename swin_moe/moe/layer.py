@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -9,9 +10,10 @@ from torch import Tensor, nn
 
 from ..config import MoEConfig
 from ..distributed import Group
+from ..placement import expert_share
 from . import expert_choice, soft, token_choice
 from .balance import ChoiceBias
-from .exchange import RaggedExchange
+from .exchange import Exchange
 from .experts import Experts, SharedExpert
 from .plan import Kernels, Plan, RouteContext, Routing, RoutingStats
 from .router import build_router
@@ -41,9 +43,15 @@ class MoELayer(nn.Module):
     """Routes tokens through feed-forward experts, ``moe.routing`` says how.
 
     Args:
-        dim: width D of the tokens. hidden_dim: width inside an expert.
-        group: expert-parallel group; its ranks hold E / size experts each.
+        dim: width D of the tokens. hidden_dim: width H inside an expert.
+        group: expert-parallel group; its ranks hold E / size experts each, or if there are more
+            ranks than experts, size / E ranks hold equal parts of one expert's hidden width.
         kernels: the ops of a backend.
+
+    Attributes:
+        overlap_degree: chunks in which rows travel, see :class:`~swin_moe.moe.exchange.Exchange`.
+        padded: whether every queue travels at its full capacity, so that the host need not know
+            how long it is; None = on CUDA.
 
     Raises:
         ValueError: the experts cannot be spread evenly over the group.
@@ -59,24 +67,21 @@ class MoELayer(nn.Module):
     ) -> None:
         super().__init__()
         self.group = group or Group()
-        if moe.num_experts % self.group.size:
+        share = expert_share(moe.num_experts, self.group.rank, self.group.size)
+        if hidden_dim % share.shards or dim % share.shards:
             raise ValueError(
-                f"moe.num_experts={moe.num_experts} is not divisible by the expert group's "
-                f"{self.group.size} ranks"
+                f"parallel.expert_parallel_size={self.group.size} cuts each of "
+                f"moe.num_experts={moe.num_experts} in {share.shards}, which does not divide the "
+                f"layer's width {dim} and its hidden width {hidden_dim}"
             )
-        self.dim = dim
+        self.dim, self.hidden_dim = dim, hidden_dim
         self.moe = moe
+        self.overlap_degree = 1 if moe.overlap_degree == "auto" else moe.overlap_degree
+        self.padded: bool | None = None
         self.kernels = kernels or _default_kernels()
         self.router = build_router(dim, moe)
-        num_local = moe.num_experts // self.group.size
         self.experts = Experts(
-            num_local,
-            self.group.rank * num_local,
-            dim,
-            hidden_dim,
-            self.kernels,
-            fc2_bias=moe.fc2_bias,
-            drop=moe.drop_rate,
+            share, dim, hidden_dim, self.kernels, fc2_bias=moe.fc2_bias, drop=moe.drop_rate
         )
         self.choice_bias: ChoiceBias | None = None
         if moe.bias_update_rate:
@@ -94,11 +99,12 @@ class MoELayer(nn.Module):
         if torch.is_autocast_enabled(x.device.type):
             tokens = tokens.to(torch.get_autocast_dtype(x.device.type))
         rows = routing.plan.dispatch(tokens, self.kernels)  # 3 dispatch
-        rows = self._apply_experts(rows, routing.plan)  # 4 experts
+        rows, waited = self._apply_experts(rows, routing.plan)  # 4 experts
         output = routing.plan.combine(rows, self.kernels)  # 5 combine
         if self.shared is not None:
             output = output + self.shared(tokens)
-        return MoEResult(output.view_as(x).to(x.dtype), routing.aux_loss, routing.stats)
+        stats = routing.stats.with_waiting(waited) if waited else routing.stats
+        return MoEResult(output.view_as(x).to(x.dtype), routing.aux_loss, stats)
 
     def route(self, tokens: Tensor, groups: int = 1, noise: Tensor | None = None) -> Routing:
         """Stages 1 and 2 for tokens [T, D]; ``groups`` runs of them are routed apart."""
@@ -106,6 +112,7 @@ class MoELayer(nn.Module):
             self.kernels,
             training=self.training,
             groups=groups,
+            padded=self.group.size > 1 and (tokens.is_cuda if self.padded is None else self.padded),
             bias=None if self.choice_bias is None else self.choice_bias(),
             noise=noise,
         )
@@ -116,13 +123,14 @@ class MoELayer(nn.Module):
             return max(x.shape[0], 1)
         return 1
 
-    def _apply_experts(self, rows: Tensor, plan: Plan) -> Tensor:
-        """Rows of all experts, of this rank's tokens, through the experts wherever they are."""
+    def _apply_experts(self, rows: Tensor, plan: Plan) -> tuple[Tensor, float]:
+        """Rows of this rank's tokens through the experts wherever those are; seconds waited."""
         if self.group.size == 1:
-            return self.experts(rows, plan.used, plan.stride)
-        exchange = RaggedExchange(plan.used, self.group)
-        out = self.experts(exchange.to_experts(rows), exchange.used)
-        return exchange.from_experts(out, rows.shape[0])
+            return self.experts(rows, plan.used, plan.stride), 0.0
+        exchange = Exchange(plan, self.group, self.kernels, self.overlap_degree)
+        weights = self.experts.weights_as(rows.dtype)
+        out = exchange.run(rows, partial(self.experts, weights=weights))
+        return out, exchange.waited
 
 
 def _default_kernels() -> Kernels:

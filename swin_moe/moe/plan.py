@@ -28,7 +28,8 @@ class RoutingStats(NamedTuple):
         counts: [E] int64, assignments per expert on this rank, dropped ones included.
         sums: [6] float64, all of which add up over steps and ranks: tokens, assignments that were
             asked for, those that found no place, tokens whose logits are not finite, entropy of the
-            routing probabilities over tokens (nats), seconds spent waiting for other ranks.
+            routing probabilities over tokens (nats), seconds spent waiting for other ranks in the
+            forward pass (see :class:`~swin_moe.moe.exchange.Exchange`).
         extremes: [2] float32: greatest router logit, and greatest negated one.
     """
 
@@ -45,6 +46,11 @@ class RoutingStats(NamedTuple):
     def nonfinite(self) -> Tensor:
         """Tokens whose logits are not finite; they are dropped."""
         return self.sums[..., 3]
+
+    def with_waiting(self, seconds: float) -> RoutingStats:
+        """These with time spent waiting for other ranks; one layer's, not stacked ones."""
+        waiting = self.sums.new_tensor([0.0, 0.0, 0.0, 0.0, 0.0, seconds])
+        return self._replace(sums=self.sums + waiting)
 
 
 def make_stats(

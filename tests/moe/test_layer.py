@@ -10,6 +10,7 @@ from swin_moe.moe.balance import importance_load_loss
 from swin_moe.moe.plan import RouteContext, expert_capacity
 from swin_moe.moe.token_choice import route
 from tests.parallel import run_worker
+from tests.workers.moe_layer import cases
 
 
 def make(dtype=torch.float32, **settings):
@@ -23,7 +24,7 @@ def make(dtype=torch.float32, **settings):
 @pytest.mark.parametrize("processes", [2, 4])
 def test_expert_parallel_equals_one_process_in_fp64(tmp_path, processes):
     run_worker("moe_layer", tmp_path, processes)
-    assert int((tmp_path / "passed").read_text()) == 32
+    assert int((tmp_path / "passed").read_text()) == 2 * len(cases(processes))
 
 
 def evaluate(logits, moe):
@@ -120,6 +121,32 @@ def test_experts_must_divide():
 
     with pytest.raises(ValueError, match=r"moe.num_experts=5 .* 2 ranks"):
         MoELayer(8, 16, MoEConfig(num_experts=5), Group(None, 0, 2))
+
+
+def test_shards_must_divide_the_widths():
+    from swin_moe.distributed import Group
+
+    moe = MoEConfig(num_experts=2)
+    with pytest.raises(
+        ValueError, match=r"expert_parallel_size=6 .*num_experts=2 in 3, .* 8 .* 18"
+    ):
+        MoELayer(8, 18, moe, Group(None, 1, 6))
+
+
+def test_initial_shards_are_parts_of_whole_experts():
+    from swin_moe.distributed import Group
+
+    whole = make()
+    for rank in range(8):
+        torch.manual_seed(0)
+        part = MoELayer(8, 16, MoEConfig(num_experts=4), Group(None, rank, 8))
+        part.experts.reset_parameters(0.3)
+        expert, half = slice(rank // 2, rank // 2 + 1), rank % 2
+        fc1, fc2 = whole.experts.fc1, whole.experts.fc2
+        assert torch.equal(part.experts.fc1.weight, fc1.weight[expert].chunk(2, 1)[half])
+        assert torch.equal(part.experts.fc2.weight, fc2.weight[expert].chunk(2, 2)[half])
+        assert part.experts.fc1.bias.shape == (1, 8)
+        assert part.experts.fc2.bias.shape == (1, 4)
 
 
 def test_initial_experts_do_not_depend_on_the_expert_group():

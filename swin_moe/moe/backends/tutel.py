@@ -92,8 +92,10 @@ class _ExpertsView(nn.Module):
         return self.inner(rows, used, x.shape[1]).view(x.shape)
 
 
-def _refuse_what_tutel_lacks(moe: MoEConfig) -> None:
+def _refuse_what_tutel_lacks(moe: MoEConfig, group: Group) -> None:
     lacking = {
+        f"num_experts={moe.num_experts} over {group.size} ranks": moe.num_experts < group.size,
+        f"overlap_degree={moe.overlap_degree}": moe.overlap_degree != 1,
         f"routing={moe.routing}": moe.routing != "token_choice",
         "score=sigmoid": moe.score == "sigmoid",
         "route_per_image": moe.route_per_image,
@@ -117,7 +119,7 @@ class TutelLayer(MoELayer):
         self, dim: int, hidden_dim: int, moe: MoEConfig, group: Group | None = None
     ) -> None:
         super().__init__(dim, hidden_dim, moe, group, KERNELS)
-        _refuse_what_tutel_lacks(moe)
+        _refuse_what_tutel_lacks(moe, self.group)
         try:
             from tutel import moe as tutel_moe
         except ImportError:
