@@ -1,9 +1,10 @@
 // Routing on the CPU: from logits to row maps, in passes, and the gradient of the logits.
 //
-// A pass computes its range, so the caller chooses how to split it over threads; no two ranges write
-// the same memory, and what is summed over tokens is summed per chunk of fixed size first, so that
-// no bit depends on the split. The order is route_scores, then route_sums and route_queues, then
-// route_plan, then route_rows. Everything is fp32; the semantics are in swin_moe/ops/moe_route.py.
+// A pass computes its range, so the caller chooses how to split it over threads; no two ranges
+// write the same memory, and what is summed over tokens is summed per chunk of fixed size first, so
+// that no bit depends on the split. The order is route_scores, then route_sums and route_queues,
+// then route_plan, then route_rows. Everything is fp32; the semantics are in
+// swin_moe/ops/moe_route.py.
 #pragma once
 
 #include "../types.h"

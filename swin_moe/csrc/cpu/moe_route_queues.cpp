@@ -14,8 +14,8 @@ int64_t digit_of(uint64_t item, int64_t digit) {
   return static_cast<int64_t>(item >> (32 + digit * kDigitBits)) & (kDigitValues - 1);
 }
 
-// Sorts items by their upper 32 bits, stable, with `spare` for as many. Returns where the result is:
-// in one of the two.
+// Sorts items by their upper 32 bits, stable, with `spare` for as many. Returns where the result
+// is: in one of the two.
 uint64_t* radix_sort(int64_t count, uint64_t* items, uint64_t* spare) {
   int64_t starts[kDigits][kDigitValues] = {};
   for (int64_t n = 0; n < count; ++n) {

@@ -1,5 +1,5 @@
-// How kernels are launched and get their shared memory. The tests run the very same kernels on a CPU:
-// they define the macro below and bring these functions of their own.
+// How kernels are launched and get their shared memory. The tests run the very same kernels on a
+// CPU: they define the macro below and bring these functions of their own.
 #pragma once
 
 #include <cuda_runtime.h>

@@ -66,6 +66,75 @@ __device__ void add_probabilities(int experts, int lane, const float* score, flo
   for (int e = lane; e < experts; e += kWarp) sums[e] += score[e] * inverse;
 }
 
+// What a warp works with, in shared memory, and what its lanes keep for themselves.
+struct Work {
+  float* sums;    // [3, E], and room for the scalars
+  float* noisy;   // [E], as are the next two
+  float* score;
+  float* apart;
+  float scalars[kRouteScalars];  // the extremes are of this lane's logits
+};
+
+__device__ Work work_of(int experts, int warp, int lane) {
+  const float infinity = __uint_as_float(0x7f800000u);
+  const int sums_size = 3 * experts + static_cast<int>(kRouteScalars);
+  float* sums = reinterpret_cast<float*>(dynamic_shared_memory()) +
+                warp * (sums_size + 3 * experts);
+  float* noisy = sums + sums_size;
+  for (int n = lane; n < 3 * experts; n += kWarp) sums[n] = 0.0f;
+  __syncwarp();
+  return {sums, noisy, noisy + experts, noisy + 2 * experts,
+          {0.0f, 0.0f, infinity, -infinity, 0.0f}};
+}
+
+// Adds a finite token to the sums.
+__device__ void add_token(const RouteOptions& options, int experts, int lane, const Token& token,
+                          const Scores& scores, int last, Work& work) {
+  const auto clean = [&](int e) { return token.clean(e); };
+  Scores of_clean = scores;
+  const float* clean_score = work.score;
+  add_probabilities(experts, lane, work.score, scores.inverse, work.sums);
+  if (token.noise != nullptr) {
+    of_clean = scores_of(options.sigmoid, experts, lane, clean, work.apart);
+    clean_score = work.apart;
+  }
+  add_probabilities(experts, lane, clean_score, of_clean.inverse, work.sums + experts);
+  for (int e = lane; e < experts && options.load_sigma > 0.0f; e += kWarp) {
+    const float above = clean_score[e] * of_clean.inverse - work.noisy[last];
+    work.sums[2 * experts + e] += 0.5f + 0.5f * erff(above * load_factor(options.load_sigma));
+  }
+  if (options.sigmoid) of_clean = softmax(experts, lane, clean, work.apart);
+  work.scalars[0] += of_clean.lse * of_clean.lse;
+  work.scalars[1] += scores.entropy;
+  for (int e = lane; e < experts; e += kWarp) {
+    work.scalars[2] = Smaller()(work.scalars[2], clean(e));
+    work.scalars[3] = Larger()(work.scalars[3], clean(e));
+  }
+}
+
+// Adds what the warps of a block have summed, in their order.
+__device__ void write_part(int experts, int lane, Work& work, float* part) {
+  work.scalars[2] = reduce(work.scalars[2], Smaller());
+  work.scalars[3] = reduce(work.scalars[3], Larger());
+  for (int n = 0; n < kRouteScalars && lane == 0; ++n) {
+    work.sums[3 * experts + n] = work.scalars[n];
+  }
+  __syncthreads();
+  const auto* all = reinterpret_cast<const float*>(dynamic_shared_memory());
+  const int size = 3 * experts + static_cast<int>(kRouteScalars), stride = size + 3 * experts;
+  const int threads = static_cast<int>(blockDim.x);
+  for (int n = static_cast<int>(threadIdx.x); n < size; n += threads) {
+    float result = all[n];
+    for (int warp = 1; warp < threads / kWarp; ++warp) {
+      const float value = all[warp * stride + n];
+      result = n == 3 * experts + 2   ? Smaller()(result, value)
+               : n == 3 * experts + 3 ? Larger()(result, value)
+                                      : result + value;
+    }
+    part[n] = result;
+  }
+}
+
 // A block does kTokensPerBlock tokens: choices, gates, keys, and its part of the sums.
 __global__ void score_kernel(RouteShape shape, RouteOptions options, RouteInputs in,
                              int64_t* __restrict__ expert, float* __restrict__ gate,
@@ -74,71 +143,30 @@ __global__ void score_kernel(RouteShape shape, RouteOptions options, RouteInputs
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
   const int warp = static_cast<int>(threadIdx.x) / kWarp;
   const int warps = static_cast<int>(blockDim.x) / kWarp;
-  float* all = reinterpret_cast<float*>(dynamic_shared_memory());
-  const int sums_size = 3 * E + static_cast<int>(kRouteScalars), stride = sums_size + 3 * E;
-  float* sums = all + warp * stride;
-  float *noisy = sums + sums_size, *score = noisy + E, *apart = score + E;
-  for (int n = lane; n < 3 * E; n += kWarp) sums[n] = 0.0f;
-  __syncwarp();
-  const float infinity = __uint_as_float(0x7f800000u);
-  float scalars[kRouteScalars] = {0.0f, 0.0f, infinity, -infinity, 0.0f};
-
+  Work work = work_of(E, warp, lane);
   const int64_t first = static_cast<int64_t>(blockIdx.x) * kTokensPerBlock;
-  const int64_t end = first + kTokensPerBlock < shape.tokens ? first + kTokensPerBlock
-                                                             : shape.tokens;
+  const int64_t limit = first + kTokensPerBlock;
+  const int64_t end = limit < shape.tokens ? limit : shape.tokens;
   for (int64_t t = first + warp; t < end; t += warps) {
     const Token token = token_at(shape, in, t, lane);
-    const auto clean = [&](int e) { return token.clean(e); };
     __syncwarp();  // the token before is done with
-    for (int e = lane; e < E; e += kWarp) noisy[e] = token.noisy(e);
-    const Scores scores =
-        scores_of(options.sigmoid, E, lane, [&](int e) { return noisy[e]; }, score);
-    const int last = choose(shape, options.normalize, lane, token.finite, score, in.bias,
-                            reinterpret_cast<int32_t*>(apart), expert + t * shape.top_k,
+    for (int e = lane; e < E; e += kWarp) work.noisy[e] = token.noisy(e);
+    const Scores scores = scores_of(
+        options.sigmoid, E, lane, [&](int e) { return work.noisy[e]; }, work.score);
+    const int last = choose(shape, options.normalize, lane, token.finite, work.score, in.bias,
+                            reinterpret_cast<int32_t*>(work.apart), expert + t * shape.top_k,
                             gate + t * shape.top_k);
     if (lane == 0) {
       const uint32_t bits = __float_as_uint(scores.best) & kRouteLastKey;
       keys[t] = token.finite ? kRouteLastKey - bits : kRouteNoKey;
     }
-    if (!token.finite) {
-      scalars[4] += 1.0f;
-      continue;
-    }
-    add_probabilities(E, lane, score, scores.inverse, sums);
-    Scores of_clean = scores;
-    const float* clean_score = score;
-    if (in.noise != nullptr) {
-      of_clean = scores_of(options.sigmoid, E, lane, clean, apart);
-      clean_score = apart;
-    }
-    add_probabilities(E, lane, clean_score, of_clean.inverse, sums + E);
-    for (int e = lane; e < E && options.load_sigma > 0.0f; e += kWarp) {
-      const float above = clean_score[e] * of_clean.inverse - noisy[last];
-      sums[2 * E + e] += 0.5f + 0.5f * erff(above * load_factor(options.load_sigma));
-    }
-    if (options.sigmoid) of_clean = softmax(E, lane, clean, apart);
-    scalars[0] += of_clean.lse * of_clean.lse;
-    scalars[1] += scores.entropy;
-    for (int e = lane; e < E; e += kWarp) {
-      scalars[2] = Smaller()(scalars[2], clean(e));
-      scalars[3] = Larger()(scalars[3], clean(e));
+    if (token.finite) {
+      add_token(options, E, lane, token, scores, last, work);
+    } else {
+      work.scalars[4] += 1.0f;
     }
   }
-  scalars[2] = reduce(scalars[2], Smaller());
-  scalars[3] = reduce(scalars[3], Larger());
-  for (int n = 0; n < kRouteScalars && lane == 0; ++n) sums[3 * E + n] = scalars[n];
-  __syncthreads();
-  float* part = parts + static_cast<int64_t>(blockIdx.x) * sums_size;
-  for (int n = static_cast<int>(threadIdx.x); n < sums_size; n += static_cast<int>(blockDim.x)) {
-    float result = all[n];
-    for (int other = 1; other < warps; ++other) {
-      const float value = all[other * stride + n];
-      result = n == 3 * E + 2   ? Smaller()(result, value)
-               : n == 3 * E + 3 ? Larger()(result, value)
-                                : result + value;
-    }
-    part[n] = result;
-  }
+  write_part(E, lane, work, parts + static_cast<int64_t>(blockIdx.x) * (3 * E + kRouteScalars));
 }
 
 // A warp does one of the numbers that every block has a part of.

@@ -1,7 +1,7 @@
 // Routing on CUDA: from logits to row maps, and the gradient of the logits; all fp32. Pointers are
-// device pointers to contiguous memory; every launch goes to `stream` and nothing waits for it. Sums
-// are taken in a fixed order and atomics add integers only, so results do not vary from run to run.
-// The semantics are in swin_moe/ops/moe_route.py.
+// device pointers to contiguous memory; every launch goes to `stream` and nothing waits for it.
+// Sums are taken in a fixed order and atomics add integers only, so results do not vary from run to
+// run. The semantics are in swin_moe/ops/moe_route.py.
 #pragma once
 
 #include <cuda_runtime_api.h>

@@ -1,9 +1,10 @@
-// Queues by stable counting: a radix sort of the tokens of each group by their keys, eight bits at a
-// time, then one more pass of the same kind in which the digit is the expert.
+// Queues by stable counting: a radix sort of the tokens of each group by their keys, eight bits at
+// a time, then one more pass of the same kind in which the digit is the expert.
 //
 // A pass goes tile by tile, a block each. How often each digit occurs in each tile is known before:
-// whoever writes an item for the next pass counts it there, at the tile where it lands. So a pass is
-// one launch: a block adds up the digits of the tiles before its own, and ranks its items by warp.
+// whoever writes an item for the next pass counts it there, at the tile where it lands. So a pass
+// is one launch: a block adds up the digits of the tiles before its own, and ranks its items by
+// warp.
 #include "moe_route_queues.h"
 
 #include <utility>
