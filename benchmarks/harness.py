@@ -66,14 +66,25 @@ def seconds(run: Callable[[], object]) -> float:
 
 
 def interleaved(
-    contenders: dict[str, Callable[[], object]], rounds: int, warmup: int = 2
+    contenders: dict[str, Callable[[], object]],
+    rounds: int,
+    warmup: int = 2,
+    *,
+    timer: Callable[[Callable[[], object]], float] = seconds,
+    every: dict[str, int] | None = None,
 ) -> dict[str, float]:
-    """Median milliseconds of each contender over rounds in which all of them take a turn."""
+    """Median milliseconds of each contender over rounds in which all of them take a turn.
+
+    Args:
+        timer: gives the seconds of one call. every: contenders that only take each n-th turn.
+    """
     times: dict[str, list[float]] = {name: [] for name in contenders}
-    for turn in range(rounds + warmup):
+    for turn in range(-warmup, rounds):
         for name, run in contenders.items():
-            taken = seconds(run)
-            if turn >= warmup:
+            if turn >= 0 and turn % (every or {}).get(name, 1):
+                continue
+            taken = timer(run)
+            if turn >= 0:
                 times[name].append(taken)
     return {name: 1e3 * statistics.median(taken) for name, taken in times.items()}
 
@@ -144,7 +155,7 @@ def report(title: str, columns: list[str], rows: list[list[str]]) -> None:
     for row in rows:
         table.add_row(*row)
     console = Console()
-    console.width = max(console.width, 120)
+    console.width = max(console.width, 150)
     console.print(table)
 
 

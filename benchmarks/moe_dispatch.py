@@ -16,8 +16,9 @@ from torch import Tensor
 
 from benchmarks import harness
 from swin_moe.config import MoEConfig
-from swin_moe.moe.plan import RoutingPlan
-from swin_moe.moe.router import route
+from swin_moe.moe.backends.fused import KERNELS
+from swin_moe.moe.plan import RouteContext, RoutingPlan
+from swin_moe.moe.token_choice import route
 from swin_moe.ops import (
     moe_combine,
     moe_combine_reference,
@@ -30,14 +31,13 @@ Contender = Callable[[Tensor, RoutingPlan], Tensor]
 
 
 def ours(x: Tensor, plan: RoutingPlan) -> Tensor:
-    source, destination = plan.row_index()
-    return moe_combine(moe_dispatch(x, source, destination), plan.gate, source, destination)
+    rows = moe_dispatch(x, plan.source, plan.destination)
+    return moe_combine(rows, plan.gate, plan.source, plan.destination)
 
 
 def reference(x: Tensor, plan: RoutingPlan) -> Tensor:
-    source, destination = plan.row_index()
-    rows = moe_dispatch_reference(x, source, destination)
-    return moe_combine_reference(rows, plan.gate, source, destination)
+    rows = moe_dispatch_reference(x, plan.source, plan.destination)
+    return moe_combine_reference(rows, plan.gate, plan.source, plan.destination)
 
 
 def tutel() -> Contender | None:
@@ -78,7 +78,9 @@ def main() -> None:
             for dtype in (torch.float32, torch.bfloat16):
                 torch.manual_seed(0)
                 moe = MoEConfig(num_experts=experts, top_k=top_k, gate_noise=0, balance="gshard")
-                plan = route(torch.randn(tokens, experts, device=device), moe, training=True).plan
+                logits = torch.randn(tokens, experts, device=device)
+                plan = route(logits, moe, RouteContext(KERNELS, padded=True)).plan
+                assert isinstance(plan, RoutingPlan)
                 plan.gate.requires_grad_()
                 x = torch.randn(tokens, width, device=device, dtype=dtype)
                 runs = {

@@ -2,17 +2,18 @@
 
 One folder per checkpoint, ``step-00000042``::
 
-    dense.safetensors               fp32 master weights
+    dense.safetensors               fp32 master weights, persistent buffers as they are
     dense.optimizer.safetensors     their moments, as <name>.exp_avg and <name>.exp_avg_sq
     experts-<first>.safetensors     experts [first, first + n) of every layer, stacked
     experts-<first>.optimizer.safetensors
+    experts-<first>-shard-<i>.…     part i of experts whose hidden width several ranks share
     rng-<rank>.safetensors          generator state of each rank
     state.json, config.yaml         position, metrics; the resolved config
     manifest.json                   size and SHA-256 of each file
 
 The folder is written beside under another name, the manifest last, and then renamed: a folder with
-the right name and a manifest that fits is complete. Expert tensors carry global indices, so any
-expert-parallel size reads what another wrote.
+the right name and a manifest that fits is complete. Expert tensors carry global indices and which
+part of the experts they are, so any expert-parallel size reads what another wrote.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from .distributed import World, barrier, rng_state, set_rng_state
+from .placement import ExpertShare, shard_axis
 
 log = logging.getLogger("swin_moe")
 
@@ -64,7 +66,7 @@ def save(
     *,
     export: Callable[[Callable[[str], bool]], StateIterator],
     expert_names: set[str],
-    num_local_experts: int,
+    share: ExpertShare,
     state: dict[str, Any],
     config_text: str,
     world: World,
@@ -72,7 +74,8 @@ def save(
     """Write ``folder/step-<step>`` atomically; called by every rank.
 
     Rank 0 writes the dense part, the first replica of each expert group its experts, every rank its
-    generator state. ``export`` is :meth:`Engine.export_state`.
+    generator state. ``export`` is :meth:`Engine.export_state`; ``share`` says which experts of a
+    layer this rank has.
     """
     final = folder / f"step-{step:08d}"
     partial = folder / f"partial-{final.name}"
@@ -80,7 +83,6 @@ def save(
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     barrier()
-    first = world.expert.rank * num_local_experts
     writes_experts = bool(expert_names) and world.expert_data.rank == 0
 
     def keep(name: str) -> bool:
@@ -97,8 +99,7 @@ def save(
         (partial / "state.json").write_text(text, encoding="utf-8")
         written += [partial / "config.yaml", partial / "state.json"]
     if writes_experts:
-        metadata = {"first_expert": str(first)}
-        written += _write_state(partial / f"experts-{first}", experts, metadata)
+        written += _write_experts(partial, experts, share)
     digests = _gather({path.name: _digest(path) for path in written}, world)
     if world.is_main:
         manifest = partial / "manifest.json"
@@ -111,6 +112,17 @@ def save(
         _sync(folder)
     barrier()
     return final
+
+
+def _write_experts(
+    folder: Path, experts: dict[str, dict[str, Tensor]], share: ExpertShare
+) -> list[Path]:
+    first = share.experts.start
+    name, metadata = f"experts-{first}", {"first_expert": str(first)}
+    if share.shards > 1:
+        name += f"-shard-{share.shard}"
+        metadata |= {"shard": str(share.shard), "shards": str(share.shards)}
+    return _write_state(folder / name, experts, metadata)
 
 
 def _write_state(
@@ -252,8 +264,12 @@ def set_aside_newer(folder: Path, chosen: Path) -> None:
 
 @dataclass(frozen=True)
 class _Place:
+    """A file, and where its stacked expert tensors lie among all experts; None: it has none."""
+
     file: Path
     first_expert: int | None
+    shard: int
+    shards: int
 
 
 class Reader:
@@ -281,42 +297,59 @@ class Reader:
         except SafetensorError as error:
             raise CheckpointError(f"{file}: not a safetensors file ({error})") from None
         self._handles[file] = handle
-        first = (handle.metadata() or {}).get("first_expert")
+        metadata = handle.metadata() or {}
+        first = metadata.get("first_expert")
+        shard, shards = int(metadata.get("shard", 0)), int(metadata.get("shards", 1))
+        place = _Place(file, None if first is None else int(first), shard, shards)
         for key in handle.keys():  # noqa: SIM118 - a handle, not a dict
-            place = _Place(file, None if first is None else int(first))
             self._places.setdefault(key, []).append(place)
 
     def names(self) -> list[str]:
-        """Names of the weights."""
+        """Names of the weights, those of persistent buffers included."""
         return sorted(
             key for key, places in self._places.items() if ".optimizer." not in places[0].file.name
         )
 
-    def tensor(self, name: str, kind: str = "weight", experts: range | None = None) -> Tensor:
-        """One tensor; of a stacked expert tensor those with the global indices ``experts``.
+    def tensor(self, name: str, kind: str = "weight", share: ExpertShare | None = None) -> Tensor:
+        """One tensor; of a stacked expert tensor a share, whatever shares the files hold.
 
         Raises:
-            CheckpointError: the checkpoint has no such tensor or not all of the experts.
+            CheckpointError: the checkpoint has no such tensor or not all of the share.
         """
         key = name if kind == "weight" else f"{name}.{kind}"
         places = self._places.get(key)
         if not places:
             raise CheckpointError(f"{self.path}: has no tensor '{key}': another model wrote it")
-        if experts is None or places[0].first_expert is None:
+        if share is None or places[0].first_expert is None:
             whole = self._handles[places[0].file].get_tensor(key)
-            return whole if experts is None else whole[experts.start : experts.stop]
-        parts = []
-        for place in sorted(places, key=lambda place: place.first_expert or 0):
-            view = self._handles[place.file].get_slice(key)
-            offset = place.first_expert or 0
-            low = max(experts.start - offset, 0)
-            high = min(experts.stop - offset, view.get_shape()[0])
-            if low < high:
-                parts.append(view[low:high])
-        found = sum(len(part) for part in parts)
-        if found != len(experts):
-            raise CheckpointError(f"{self.path}: '{key}' has {found} of {len(experts)} experts")
-        return torch.cat(parts)
+            return whole if share is None else share.of(name, whole)
+        return self._assemble(name, key, places, share)
+
+    def _assemble(self, name: str, key: str, places: list[_Place], share: ExpertShare) -> Tensor:
+        """Fill the share's box in the tensor of all experts from the boxes that the files hold."""
+        axis = shard_axis(name)
+        views = [self._handles[place.file].get_slice(key) for place in places]
+        shape = views[0].get_shape()
+        shape[axis] *= places[0].shards
+        wanted = share.index(name, tuple(shape))
+        filled, out = 0, None
+        for place, view in zip(places, views, strict=True):
+            first = place.first_expert or 0
+            held = ExpertShare(range(first, first + view.get_shape()[0]), place.shard, place.shards)
+            box = held.index(name, tuple(shape))
+            common = [_overlap(a, b) for a, b in zip(wanted, box, strict=True)]
+            if any(part.start >= part.stop for part in common):
+                continue
+            piece = view[tuple(_relative(part, b) for part, b in zip(common, box, strict=True))]
+            if out is None:
+                out = piece.new_empty([part.stop - part.start for part in wanted])
+            out[tuple(_relative(part, w) for part, w in zip(common, wanted, strict=True))] = piece
+            filled += piece.numel()
+        if out is None or filled != out.numel():
+            count = len(share.experts)
+            found = 0 if out is None else filled * count // out.numel()
+            raise CheckpointError(f"{self.path}: '{key}' has {found} of {count} experts")
+        return out
 
     def restore_rng(self, world: World) -> bool:
         """Set this rank's generators; False if the checkpoint is of fewer ranks."""
@@ -327,23 +360,40 @@ class Reader:
         return True
 
 
+def persistent_buffers(model: torch.nn.Module) -> dict[str, Tensor]:
+    """What is not learnt by gradients but belongs to the model's state."""
+    parameters = dict(model.named_parameters())
+    return {
+        name: t for name, t in model.state_dict(keep_vars=True).items() if name not in parameters
+    }
+
+
+def _overlap(a: slice, b: slice) -> slice:
+    return slice(max(a.start, b.start), min(a.stop, b.stop))
+
+
+def _relative(part: slice, box: slice) -> slice:
+    return slice(part.start - box.start, part.stop - box.start)
+
+
 @torch.no_grad()
 def load_weights(
-    model: torch.nn.Module, reader: Reader, expert_names: set[str], first_expert: int
+    model: torch.nn.Module, reader: Reader, expert_names: set[str], share: ExpertShare
 ) -> None:
     """Copy master weights into a model that DeepSpeed has not wrapped yet.
+
+    Persistent buffers too; those that the checkpoint lacks stay as they are.
 
     Raises:
         CheckpointError: a tensor is missing or has another shape.
     """
-    for name, parameter in model.named_parameters():
-        experts = None
-        if name in expert_names:
-            experts = range(first_expert, first_expert + parameter.shape[0])
-        value = reader.tensor(name, experts=experts)
-        if value.shape != parameter.shape:
+    known = set(reader.names())
+    buffers = {name: t for name, t in persistent_buffers(model).items() if name in known}
+    for name, target in {**dict(model.named_parameters()), **buffers}.items():
+        value = reader.tensor(name, share=share if name in expert_names else None)
+        if value.shape != target.shape:
             raise CheckpointError(
                 f"{reader.path}: '{name}' has shape {list(value.shape)}, the model's is "
-                f"{list(parameter.shape)}"
+                f"{list(target.shape)}"
             )
-        parameter.copy_(value)
+        target.copy_(value)

@@ -193,7 +193,10 @@ def _run(arguments: argparse.Namespace) -> int:
             shardable = config.moe.enabled and config.zero.stage < 3
             size = distributed.auto_expert_parallel_size(config.moe.num_experts)
             config.parallel.expert_parallel_size = size if shardable else 1
-        world = distributed.init(config.parallel.expert_parallel_size)
+        world = distributed.init(
+            config.parallel.expert_parallel_size,
+            hierarchical=config.parallel.hierarchical_all_to_all,
+        )
         from . import run  # imports DeepSpeed, which looks at the environment that init sets
 
         run.train(config, world, console, arguments.fresh)

@@ -18,6 +18,7 @@ from .config import Architecture, validate_architecture
 from .models import SwinTransformer
 from .models.dialects import Translation, from_swin_moe, huggingface_config
 from .models.pretrained import (
+    CHOICE_BIAS,
     Pretrained,
     adopt_pretrained_window,
     explain_difference,
@@ -111,7 +112,11 @@ def convert(
     target = _shapes(config)
     result = fit(state, target, source.config.model.token_grid, config.model.token_grid)
     console.print(_table(source.translation, result, target))
-    missing = [name for name in result.missing if not name.startswith("head.")]
+    missing = [
+        name
+        for name in result.missing
+        if not name.startswith("head.") and not name.endswith(CHOICE_BIAS)
+    ]
     extra = [*source.translation.unknown, *result.left_over]
     if (missing or extra) and not allow_missing:
         raise WeightsError(
@@ -171,7 +176,7 @@ def _shapes(config: Architecture) -> State:
     moe = config.moe.model_copy(update={"backend": "reference"})
     with torch.device("meta"), torch.random.fork_rng(devices=[]):
         built = SwinTransformer(config.model, moe)
-    return {name: parameter.data for name, parameter in built.named_parameters()}
+    return _state(built)
 
 
 def _fresh(config: Architecture, names: list[str]) -> State:
@@ -183,8 +188,12 @@ def _fresh(config: Architecture, names: list[str]) -> State:
         built = SwinTransformer(
             config.model, config.moe.model_copy(update={"backend": "reference"})
         )
-    parameters = dict(built.named_parameters())
-    return {name: parameters[name].detach() for name in names}
+    state = _state(built)
+    return {name: state[name] for name in names}
+
+
+def _state(model: SwinTransformer) -> State:
+    return {name: tensor.detach() for name, tensor in model.state_dict().items()}
 
 
 # --------------------------------------------------------------------------------------------

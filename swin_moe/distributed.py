@@ -13,8 +13,8 @@ import os
 import random
 import socket
 import sys
-from dataclasses import dataclass
-from typing import Any, NoReturn
+from dataclasses import dataclass, replace
+from typing import Any, Literal, NoReturn
 
 import numpy as np
 import torch
@@ -23,20 +23,26 @@ import torch.distributed as dist
 
 @dataclass(frozen=True)
 class Group:
-    """One process group as this rank sees it; ``handle`` is None when it is this rank alone."""
+    """One process group as this rank sees it; ``handle`` is None when it is this rank alone.
+
+    A group over several nodes may have two of its parts as groups of their own: ``intra``, its
+    ranks of this node, and ``inter``, those of all nodes that stand where this one stands in its.
+    """
 
     handle: dist.ProcessGroup | None = None
     rank: int = 0
     size: int = 1
+    intra: Group | None = None
+    inter: Group | None = None
 
 
 @dataclass(frozen=True)
 class World:
     """This process among all: its device and its groups.
 
-    Ranks ``[i·n, (i+1)·n)`` form an expert group of size n, which holds each expert once, so that
-    expert parallelism stays inside a node; ranks with equal ``rank % n`` form an expert-data group,
-    whose members replicate the same experts.
+    Ranks ``[i·n, (i+1)·n)`` form an expert group of size n, which holds each expert once: with n at
+    most a node's processes, expert parallelism stays inside the node. Ranks with equal ``rank % n``
+    form an expert-data group, whose members replicate the same experts.
     """
 
     rank: int
@@ -84,14 +90,39 @@ def check_world(world_size: int, expert_parallel_size: int) -> None:
         )
 
 
-def init(expert_parallel_size: int = 1, timeout_minutes: float = 10.0) -> World:
-    """Join the process group and make the expert groups.
+def node_share(expert_parallel_size: int, hierarchical: bool | Literal["auto"]) -> int:
+    """Ranks of an expert group in each of its nodes, if rows are to travel in two steps; else 0.
 
     Raises:
-        ValueError: the expert group does not divide the world.
+        ValueError: that is asked for, and the group is not of several equal parts of nodes.
+    """
+    n, local = expert_parallel_size, local_world_size()
+    possible = 1 < local < n and n % local == 0
+    if hierarchical is True and not possible:
+        raise ValueError(
+            f"parallel.hierarchical_all_to_all=true with parallel.expert_parallel_size={n} and "
+            f"{local} processes on this node: the group must be of several whole nodes, with "
+            "more than one process each"
+        )
+    return local if possible and hierarchical else 0
+
+
+def init(
+    expert_parallel_size: int = 1,
+    timeout_minutes: float = 10.0,
+    hierarchical: bool | Literal["auto"] = "auto",
+) -> World:
+    """Join the process group and make the expert groups.
+
+    Args:
+        hierarchical: see ``parallel.hierarchical_all_to_all``.
+
+    Raises:
+        ValueError: the expert group does not divide the world, or is of no whole nodes.
     """
     rank, local_rank, size = environment_rank()
     check_world(size, expert_parallel_size)
+    per_node = node_share(expert_parallel_size, hierarchical)
     # DeepSpeed reads these three.
     for name, value in (("RANK", rank), ("LOCAL_RANK", local_rank), ("WORLD_SIZE", size)):
         os.environ.setdefault(name, str(value))
@@ -104,6 +135,8 @@ def init(expert_parallel_size: int = 1, timeout_minutes: float = 10.0) -> World:
     if not dist.is_initialized():
         _join(rank, size, device, timeout_minutes)
     expert, expert_data = _expert_groups(rank, size, expert_parallel_size)
+    if per_node:
+        expert = _split_by_node(expert, rank, size, per_node)
     return World(rank, local_rank, size, device, expert, expert_data)
 
 
@@ -131,6 +164,18 @@ def _expert_groups(rank: int, size: int, n: int) -> tuple[Group, Group]:
         group = _make_group(ranks, rank)
         expert_data = group or expert_data
     return expert, expert_data
+
+
+def _split_by_node(expert: Group, rank: int, size: int, per_node: int) -> Group:
+    """The expert group with its parts within and across nodes of ``per_node`` ranks."""
+    intra = inter = None
+    for start in range(0, size, per_node):
+        intra = _make_group(list(range(start, start + per_node)), rank) or intra
+    for start in range(0, size, expert.size):
+        for offset in range(per_node):
+            ranks = list(range(start + offset, start + expert.size, per_node))
+            inter = _make_group(ranks, rank) or inter
+    return replace(expert, intra=intra, inter=inter)
 
 
 def _make_group(ranks: list[int], rank: int) -> Group | None:

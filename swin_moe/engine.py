@@ -22,6 +22,7 @@ from deepspeed.utils import (
 )
 from torch import Tensor, nn
 
+from .checkpoint import persistent_buffers
 from .config import OptimizerConfig, PrecisionConfig, ZeroConfig
 from .distributed import World, all_reduce_
 from .models import MoEOutput, SwinTransformer, expert_parameter_names
@@ -81,7 +82,7 @@ class _ExpertMarker(MoE):
         nn.Module.__init__(self)
         self.num_experts = num_experts
         self.ep_size = world.expert.size
-        self.num_local_experts = num_experts // world.expert.size
+        self.num_local_experts = max(num_experts // world.expert.size, 1)  # or a shard of one
         self.expert_group_name = _group_name(world)
 
     def set_deepspeed_parallelism(self, use_data_before_expert_parallel_: bool = False) -> None:
@@ -125,6 +126,7 @@ class Engine:
         experts = expert_parameter_names(model) if world.expert.size > 1 else set()
         self.expert_names = experts
         self.parameters = dict(model.named_parameters())
+        self.buffers = persistent_buffers(model)
         groups = parameter_groups(model, optimizer.weight_decay, optimizer.layer_decay)
         if experts:
             self._mark_experts(groups)
@@ -261,8 +263,9 @@ class Engine:
     def export_state(self, keep: Callable[[str], bool]) -> Iterator[tuple[str, dict[str, Tensor]]]:
         """Yield (name, {"weight": master, "exp_avg": …, "exp_avg_sq": …}), fp32 on the host.
 
-        Every rank must exhaust the iterator, as reading gathers over ranks; tensors come only for
-        the names that ``keep`` accepts.
+        Of a persistent buffer there is but the weight, in its own dtype. Every rank must exhaust
+        the iterator, as reading gathers over ranks; tensors come only for the names that ``keep``
+        accepts.
         """
         for name, parameter in self.parameters.items():
             state = {"weight": self._master(parameter)}
@@ -270,6 +273,9 @@ class Engine:
                 state[key] = self._moment(parameter, key)
             if keep(name):
                 yield name, {key: value.detach().cpu().clone() for key, value in state.items()}
+        for name, buffer in self.buffers.items():
+            if keep(name):
+                yield name, {"weight": buffer.detach().cpu().clone()}
 
     def _master(self, parameter: nn.Parameter) -> Tensor:
         return parameter.data if self.stage == 0 else safe_get_full_fp32_param(parameter)
@@ -302,8 +308,8 @@ class Engine:
     def import_state(self, read: Callable[[str, str], Tensor], updates: int) -> None:
         """Set masters and moments to what ``read(name, kind)`` returns (this rank's experts).
 
-        The module's own weights must have been loaded before the engine was made; here follow
-        the parts that only the optimizer has.
+        The module's own weights and buffers must have been loaded before the engine was made; here
+        follow the parts that only the optimizer has.
         """
         self._start_moments(updates)
         for name, parameter in self.parameters.items():

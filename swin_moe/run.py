@@ -29,7 +29,9 @@ from .models.pretrained import (
     load_pretrained,
     read_pretrained,
 )
+from .moe import MoELayer, choose_overlap
 from .optim import build_schedule
+from .placement import ExpertShare, expert_share
 from .trainer import Plan, Position, Trainer
 
 log = logging.getLogger("swin_moe")
@@ -87,7 +89,7 @@ def train(config: Config, world: World, console: Console, fresh: bool = False) -
     reader = _prepare_folder(run, config, fresh)
     if reader is not None:
         names = expert_parameter_names(model)
-        checkpoint.load_weights(model, reader, names, _experts(config, world).start)
+        checkpoint.load_weights(model, reader, names, _share(config, world))
     engine = _build_engine(config, model, world)
     position = Position() if reader is None else _restore(reader, engine, config, world, plan)
     _log_place(world)
@@ -99,6 +101,7 @@ def train(config: Config, world: World, console: Console, fresh: bool = False) -
     if reader is not None:
         where = f"epoch {min(position.epoch + 1, plan.epochs)}, step {position.step}"
         run.say(f"resumed from {reader.path.name} ({where})")
+    _tune_overlap(run, config, engine)
     trainer = _build_trainer(run, config, plan, engine, loaders, position, reader is not None)
     # Last, for everything above may draw.
     distributed.seed_everything(config.train.seed, world.rank)
@@ -170,6 +173,19 @@ def _build_engine(config: Config, model: SwinTransformer, world: World) -> Engin
         micro_batch=config.data.batch_size,
         accumulation_steps=config.train.accumulation_steps,
     )
+
+
+def _tune_overlap(run: Run, config: Config, engine: Engine) -> None:
+    if config.moe.overlap_degree != "auto" or run.world.expert.size == 1:
+        return
+    height, width = config.model.token_grid
+    for index, stage in enumerate(engine.model.layers):
+        layers = [module for module in stage.modules() if isinstance(module, MoELayer)]
+        if layers:
+            sides = -(-height // 2**index), -(-width // 2**index)
+            shape = (config.data.batch_size, *sides)
+            told = choose_overlap(layers, shape, run.world.device, engine.dtype)
+            run.say(f"stage {index}: {told}")
 
 
 def _build_trainer(
@@ -244,10 +260,8 @@ def _global_batch(config: Config, world: World) -> int:
     return config.data.batch_size * config.train.accumulation_steps * world.size
 
 
-def _experts(config: Config, world: World) -> range:
-    """Global indices of the experts that this rank holds."""
-    num_local = config.moe.num_experts // world.expert.size
-    return range(world.expert.rank * num_local, (world.expert.rank + 1) * num_local)
+def _share(config: Config, world: World) -> ExpertShare:
+    return expert_share(config.moe.num_experts, world.expert.rank, world.expert.size)
 
 
 def _prepare_folder(run: Run, config: Config, fresh: bool) -> checkpoint.Reader | None:
@@ -365,10 +379,10 @@ def _restore(
     position = Position(**reader.state["position"])
     _convert_position(position, reader.state["global_batch"], _global_batch(config, world), plan)
     names = expert_parameter_names(engine.model)
-    experts = _experts(config, world)
+    share = _share(config, world)
 
     def read(name: str, kind: str) -> torch.Tensor:
-        return reader.tensor(name, kind, experts if name in names else None)
+        return reader.tensor(name, kind, share if name in names else None)
 
     engine.import_state(read, position.step)
     return position
@@ -381,7 +395,7 @@ def _save(run: Run, config: Config, engine: Engine, position: Position) -> None:
         position.step,
         export=engine.export_state,
         expert_names=expert_parameter_names(engine.model),
-        num_local_experts=len(_experts(config, world)),
+        share=_share(config, world),
         state={"position": position.state(), "global_batch": _global_batch(config, world)},
         config_text=dump_config(config),
         world=world,

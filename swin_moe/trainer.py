@@ -165,7 +165,7 @@ class Trainer:
         if routed is not None:
             loss = loss + routed.aux_loss
             self._aux.update(routed.aux_loss)
-            self._load.update(routed.counts, routed.dropped)
+            self._load.update(routed.stats.counts, routed.stats.dropped)
         self._nonfinite = torch.maximum(self._nonfinite, (~torch.isfinite(loss.detach())).float())
         self._images += images.shape[0] * self.world.size
         self._unreadable += len(batch.skipped)

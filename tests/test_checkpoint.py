@@ -9,8 +9,13 @@ import torch
 from swin_moe import checkpoint
 from swin_moe.checkpoint import CheckpointError, Reader
 from swin_moe.distributed import Group, World
+from swin_moe.placement import ExpertShare, expert_share
 
 NAMES = {"a.experts.fc1.weight"}
+
+
+def share(first, stop, shard=0, shards=1):
+    return ExpertShare(range(first, stop), shard, shards)
 
 
 def world(rank=0, size=1):
@@ -31,7 +36,7 @@ def write(folder, step=1):
         return ((name, kinds) for name, kinds in tensors() if keep(name))
 
     return checkpoint.save(
-        folder, step, export=export, expert_names=NAMES, num_local_experts=4,
+        folder, step, export=export, expert_names=NAMES, share=share(0, 4),
         state={"position": {"step": step}}, config_text="", world=world(),
     )  # fmt: skip
 
@@ -42,7 +47,7 @@ def test_round_trip(tmp_path):
     reader = Reader(path)
     assert reader.state["position"] == {"step": 1}
     assert torch.equal(reader.tensor("a.weight", "exp_avg"), torch.zeros(2))
-    half = reader.tensor("a.experts.fc1.weight", "exp_avg", range(2, 4))
+    half = reader.tensor("a.experts.fc1.weight", "exp_avg", share(2, 4))
     assert half[:, 0].tolist() == [12, 13]
     assert reader.restore_rng(world())
     assert {file.suffix for file in path.iterdir()} == {".safetensors", ".json", ".yaml"}
@@ -56,12 +61,81 @@ def test_experts_are_stitched_from_the_files_of_two_ranks(tmp_path):
         kinds = dict(tensors(first, first + 2)[1:])
         checkpoint._write_state(path / f"experts-{first}", kinds, {"first_expert": str(first)})
     reader = Reader(path)
-    weight = reader.tensor("a.experts.fc1.weight", experts=range(1, 4))
+    weight = reader.tensor("a.experts.fc1.weight", share=share(1, 4))
     assert weight[:, 0].tolist() == [1, 2, 3]
     with pytest.raises(CheckpointError, match="has 2 of 4 experts"):
-        reader.tensor("a.experts.fc1.weight", experts=range(2, 6))
+        reader.tensor("a.experts.fc1.weight", share=share(2, 6))
     with pytest.raises(CheckpointError, match=r"no tensor 'b\.weight'"):
         reader.tensor("b.weight")
+
+
+EXPERTS = {  # of all experts, by the logical name
+    "a.experts.fc1.weight": (4, 6, 5), "a.experts.fc1.bias": (4, 6),
+    "a.experts.fc2.weight": (4, 5, 6), "a.experts.fc2.bias": (4, 8),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("experts", [1, 2, 4])
+@pytest.mark.parametrize("size", [1, 2, 4, 8])
+def test_any_expert_group_reads_what_any_other_wrote(tmp_path, experts, size):
+    if size // experts > 2:
+        return  # a width of 6 has no such parts
+    whole = {name: torch.randn(experts, *shape[1:]) for name, shape in EXPERTS.items()}
+    for rank in range(size):
+        mine = expert_share(experts, rank, size)
+        kinds = {n: {"weight": mine.of(n, t), "exp_avg": mine.of(n, -t)} for n, t in whole.items()}
+        checkpoint._write_experts(tmp_path, kinds, mine)
+    (tmp_path / "state.json").write_text("{}")
+    reader = Reader(tmp_path)
+    for readers in (1, 2, 4, 8):
+        if readers // experts > 2:
+            continue
+        for rank in range(readers):
+            wanted = expert_share(experts, rank, readers)
+            for name, tensor in whole.items():
+                assert torch.equal(reader.tensor(name, share=wanted), wanted.of(name, tensor))
+                assert torch.equal(reader.tensor(name, "exp_avg", wanted), wanted.of(name, -tensor))
+
+
+def test_a_missing_shard_is_told(tmp_path):
+    mine = share(0, 1, shard=1, shards=2)
+    checkpoint._write_experts(tmp_path, {"a.experts.fc1.bias": {"weight": torch.ones(1, 3)}}, mine)
+    (tmp_path / "state.json").write_text("{}")
+    reader = Reader(tmp_path)
+    assert reader.tensor("a.experts.fc1.bias", share=mine).shape == (1, 3)
+    with pytest.raises(CheckpointError, match="has 0 of 1 experts"):
+        reader.tensor("a.experts.fc1.bias", share=share(0, 1))
+
+
+def test_persistent_buffers_come_back_exactly(tmp_path):
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = torch.nn.Linear(2, 1, bias=False)
+            self.register_buffer("rises", torch.tensor([2**53 + 1, -3]))
+            self.register_buffer("other", torch.tensor([1.0]), persistent=False)
+
+    model = Model()
+    buffers = checkpoint.persistent_buffers(model)
+    assert set(buffers) == {"rises"}
+    kinds = {"weight": torch.ones(1, 2), "exp_avg": torch.ones(1, 2)}
+    states = [("a.weight", kinds), ("rises", {"weight": buffers["rises"].clone()})]
+    path = checkpoint.save(
+        tmp_path, 1, export=lambda keep: iter(states), expert_names=set(), share=share(0, 1),
+        state={}, config_text="", world=world(),
+    )  # fmt: skip
+    reader = Reader(path)
+    assert reader.names() == ["a.weight", "rises"]
+    model.rises.zero_()
+    checkpoint.load_weights(model, reader, set(), share(0, 1))
+    assert model.rises.tolist() == [2**53 + 1, -3]
+    older = checkpoint.save(
+        tmp_path, 2, export=lambda keep: iter(states[:1]), expert_names=set(), share=share(0, 1),
+        state={}, config_text="", world=world(),
+    )  # fmt: skip
+    model.rises.fill_(7)
+    checkpoint.load_weights(model, Reader(older), set(), share(0, 1))
+    assert model.rises.tolist() == [7, 7]  # a checkpoint without the buffer leaves it alone
 
 
 @pytest.mark.parametrize(
@@ -164,8 +238,8 @@ def test_a_pickle_in_disguise_is_not_executed(tmp_path):
 def test_another_model_does_not_load(tmp_path):
     reader = Reader(write(tmp_path))
     with pytest.raises(CheckpointError, match=r"'weight'.*another model"):
-        checkpoint.load_weights(torch.nn.Linear(2, 2), reader, set(), 0)
+        checkpoint.load_weights(torch.nn.Linear(2, 2), reader, set(), share(0, 4))
     model = torch.nn.Module()
     model.a = torch.nn.LayerNorm(3, bias=False)
     with pytest.raises(CheckpointError, match=r"shape \[2\], the model's is \[3\]"):
-        checkpoint.load_weights(model, reader, set(), 0)
+        checkpoint.load_weights(model, reader, set(), share(0, 4))

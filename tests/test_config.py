@@ -74,6 +74,10 @@ def test_variant_fills_what_the_file_leaves_open(tmp_path):
         ("moe: {blocks: [[9]]}\n", None, ["moe.blocks[0] names block 9"]),
         ("moe: {blocks: [[1]], num_experts: 6}\n", "parallel.expert_parallel_size=4",
          ["moe.num_experts=6 is not divisible by parallel.expert_parallel_size=4"]),
+        ("moe: {blocks: [[1]], num_experts: 4}\n", "parallel.expert_parallel_size=6",
+         ["nor the other way round"]),
+        ("", "moe.overlap_degree=0", ["moe.overlap_degree=0"]),
+        ("", "parallel.hierarchical_all_to_all=3", ["parallel.hierarchical_all_to_all=3"]),
         ("moe: {blocks: [[1]]}\nzero: {stage: 3}\n", "parallel.expert_parallel_size=2",
          ["zero.stage=3", "zero.stage=2"]),
         ("", "moe.gate_noise=0", ["balance=gshard"]),
@@ -94,6 +98,11 @@ def test_mistakes_are_one_helpful_line(tmp_path, text, override, parts):
     message = error(path, *([override] if override else []))
     for part in parts:
         assert part in message
+
+
+def test_more_ranks_than_experts_share_them(tmp_path):
+    path = write(tmp_path, "moe: {blocks: [[1]], num_experts: 2}\n")
+    assert load_config(path, ["parallel.expert_parallel_size=8", "moe.overlap_degree=auto"])
 
 
 def test_missing_file():

@@ -295,7 +295,7 @@ def test_upcycling_leaves_the_function_unchanged(tmp_path, family, top_k, gate):
     model.load_state_dict(source.state)
     images = torch.randn(3, 3, 32, 32)
     output = model(images)
-    assert output.dropped.sum() == 0
+    assert output.stats.dropped.sum() == 0
     torch.testing.assert_close(output.logits, dense(images), rtol=1e-4, atol=1e-4)
 
 

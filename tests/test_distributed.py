@@ -48,3 +48,14 @@ def test_expert_group_must_divide_the_world():
     distributed.check_world(4, 2)
     with pytest.raises(ValueError, match=r"expert_parallel_size=3 does not divide the 4 processes"):
         distributed.check_world(4, 3)
+
+
+def test_rows_travel_in_two_steps_where_a_group_is_of_several_nodes(environment):
+    environment(RANK=9, LOCAL_RANK=1, WORLD_SIZE=16, LOCAL_WORLD_SIZE=8)
+    assert distributed.node_share(8, "auto") == 0  # inside the node
+    assert distributed.node_share(16, "auto") == distributed.node_share(16, True) == 8
+    assert distributed.node_share(16, False) == 0
+    with pytest.raises(ValueError, match=r"hierarchical_all_to_all=true .*_size=8 and 8 processes"):
+        distributed.node_share(8, True)
+    environment(LOCAL_WORLD_SIZE=1)
+    assert distributed.node_share(16, "auto") == 0  # a node of one has nothing to bring together

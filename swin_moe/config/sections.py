@@ -85,34 +85,84 @@ class MoEConfig(Section):
 
     blocks: list[list[NonNegative]] = []
     num_experts: Positive = 8
-    router: Literal["linear", "cosine"] = "linear"
+    num_shared_experts: NonNegative = 0  # dense ones beside them, which every token meets
+    routing: Literal["token_choice", "expert_choice", "soft"] = "token_choice"
+    router: Literal["linear", "cosine"] = "linear"  # soft has its own
     cosine_router_dim: Positive = 256
     cosine_router_init_t: Annotated[float, Field(gt=0)] = 0.5
-    top_k: Annotated[int, Field(ge=1, le=2)] = 1
+    score: Literal["softmax", "sigmoid"] = "softmax"
+    top_k: Positive = 1
+    eval_top_k: NonNegative = 0  # 0 = top_k
+    slots_per_expert: Positive = 1  # of soft routing, per image
     capacity_factor: NonNegativeFloat = 1.25  # 0 = dropless
     eval_capacity_factor: NonNegativeFloat = 0.0  # dropless: a result never depends on the batch
+    route_per_image: bool = False  # token choice: each image has its own queues and capacity
     batch_prioritized: bool = True
     normalize_gate: bool = False
     gate_noise: NonNegativeFloat = 1.0
-    balance: Literal["importance_load", "gshard"] = "importance_load"
-    balance_weight: NonNegativeFloat = 0.01
+    balance: Literal["none", "importance_load", "gshard"] = "importance_load"  # of token choice
+    balance_weight: NonNegativeFloat | list[NonNegativeFloat] = 0.01  # or one per MoE layer
+    z_loss_weight: NonNegativeFloat = 0.0
+    bias_update_rate: NonNegativeFloat = 0.0  # balance without a loss; DeepSeek-V3 has 0.001
     fc2_bias: bool = True
     init_std: Annotated[float, Field(gt=0)] = 0.02
     drop_rate: Rate = 0.0
+    overlap_degree: Positive | Literal["auto"] = 1  # chunks that travel while others are computed
     backend: Literal["fused", "reference", "tutel"] = "fused"
 
     @model_validator(mode="after")
     def _check(self) -> MoEConfig:
-        if self.top_k > self.num_experts:
-            raise ValueError(f"top_k={self.top_k} is more than num_experts={self.num_experts}")
-        if self.balance == "importance_load" and self.gate_noise == 0 and self.balance_weight > 0:
-            raise ValueError("balance=importance_load needs gate_noise > 0 (or use balance=gshard)")
+        for key in ("top_k", "eval_top_k"):
+            if getattr(self, key) > self.num_experts:
+                raise ValueError(
+                    f"{key}={getattr(self, key)} is more than num_experts={self.num_experts}"
+                )
+        self._check_balance()
+        if self.routing == "expert_choice" and self.capacity_factor == 0:
+            raise ValueError(
+                "routing=expert_choice needs capacity_factor > 0: there is no dropless"
+            )
+        if self.routing == "soft" and self.router == "cosine":
+            raise ValueError("routing=soft has a router of its own: leave out router=cosine")
         return self
+
+    def _check_balance(self) -> None:
+        if self.routing != "token_choice" and self.bias_update_rate > 0:
+            raise ValueError(
+                f"bias_update_rate has no meaning with routing={self.routing}, whose loads are even"
+            )
+        if self.routing == "soft" and self.z_loss_weight > 0:
+            raise ValueError("z_loss_weight has no meaning with routing=soft")
+        weighted = self.balance_weight not in (0, [])
+        if self.routing != "token_choice" or self.balance != "importance_load" or not weighted:
+            return
+        if self.gate_noise == 0:
+            raise ValueError("balance=importance_load needs gate_noise > 0 (or use balance=gshard)")
+        if self.score == "sigmoid":
+            raise ValueError("balance=importance_load needs score=softmax (or use balance=gshard)")
 
     @property
     def enabled(self) -> bool:
         """Whether any block is an MoE block."""
         return any(self.blocks)
+
+    @property
+    def routes_images_apart(self) -> bool:
+        """Whether tokens of an image never meet the choices of another's."""
+        return self.route_per_image or self.routing != "token_choice"
+
+    @property
+    def layer_balance_weight(self) -> float:
+        """The one weight of a layer's own config, see :meth:`of_layer`."""
+        if isinstance(self.balance_weight, list):
+            raise ValueError("balance_weight: a single layer has one weight, not a list")
+        return self.balance_weight
+
+    def of_layer(self, index: int) -> MoEConfig:
+        """The config of the index-th MoE layer, with its own balance weight."""
+        weight = self.balance_weight
+        own = float(weight[index] if isinstance(weight, list) else weight)
+        return self.model_copy(update={"balance_weight": own})
 
 
 class DataConfig(Section):
@@ -203,9 +253,16 @@ class TrainConfig(Section):
 
 
 class ParallelConfig(Section):
-    """``auto``: as many processes of a node as divide both them and the experts."""
+    """How ranks share the experts.
+
+    ``expert_parallel_size``: consecutive ranks that hold each expert once. With more ranks than
+    experts, several hold parts of one. ``auto``: as many processes of a node as divide both them
+    and the experts. ``hierarchical_all_to_all``: within nodes first, then across; ``auto``: where
+    the ranks are of several nodes.
+    """
 
     expert_parallel_size: Positive | Literal["auto"] = 1
+    hierarchical_all_to_all: bool | Literal["auto"] = "auto"
 
 
 class ZeroConfig(Section):
@@ -276,10 +333,10 @@ class Config(Architecture):
             raise ValueError(
                 f"parallel.expert_parallel_size={group} needs MoE blocks, but moe.blocks is empty"
             )
-        if experts % group:
+        if experts % group and group % experts:
             raise ValueError(
                 f"moe.num_experts={experts} is not divisible by "
-                f"parallel.expert_parallel_size={group}"
+                f"parallel.expert_parallel_size={group}, nor the other way round"
             )
         if self.zero.stage == 3 and group > 1:
             raise ValueError(
@@ -302,6 +359,12 @@ class Config(Architecture):
 
 def check_moe_blocks(model: ModelConfig, moe: MoEConfig) -> None:
     """Raise ``ValueError`` if ``moe.blocks`` names a stage or block that the model lacks."""
+    layers = sum(len(blocks) for blocks in moe.blocks)
+    if isinstance(moe.balance_weight, list) and layers and len(moe.balance_weight) != layers:
+        raise ValueError(
+            f"moe.balance_weight has {len(moe.balance_weight)} weights, moe.blocks has {layers} "
+            "MoE layers"
+        )
     if len(moe.blocks) > len(model.depths):
         raise ValueError(
             f"moe.blocks has {len(moe.blocks)} stages, model.depths has {len(model.depths)}"

@@ -4,9 +4,11 @@
 #include <string>
 
 #include "bind_moe_dispatch.h"
+#include "bind_moe_route.h"
 #include "bind_moe_experts_cpu.h"
 #include "bind_window_attention.h"
 #include "cpu/moe_dispatch.h"
+#include "cpu/moe_route.h"
 #include "cpu/window_attention.h"
 
 namespace swin_moe {
@@ -60,6 +62,61 @@ struct Cpu {
       return cpu::moe_combine_backward(dtype, shape, rows, grad_out.const_data_ptr(),
                                        y.const_data_ptr(), gate.const_data_ptr<float>(), sources,
                                        destinations, grad_y.mutable_data_ptr(), grad_gates);
+    });
+  }
+
+  static bool route_supported(const RouteShape&) { return true; }
+
+  static void route(const RouteTensors& in, const MaybeTensor& bias, RouteResult& out) {
+    const RouteShape& shape = in.shape;
+    const auto scratch = [&](int64_t size, ScalarType dtype) {
+      return torch::stable::new_empty(in.logits, {size}, dtype);
+    };
+    Tensor keys = scratch(shape.tokens, ScalarType::UInt32);
+    Tensor parts =
+        scratch(cpu::route_chunks(shape) * cpu::route_part_size(shape), ScalarType::Float);
+    Tensor queues = scratch(3 * shape.queues(), ScalarType::Long);
+    int64_t* queued = queues.mutable_data_ptr<int64_t>();
+    int64_t *queued_first = queued + shape.queues(), *first_row = queued_first + shape.queues();
+    int64_t* expert = out.expert.mutable_data_ptr<int64_t>();
+    int32_t* slot = out.slot.mutable_data_ptr<int32_t>();
+    uint32_t* key = keys.mutable_data_ptr<uint32_t>();
+    float* part = parts.mutable_data_ptr<float>();
+
+    for_chunks(in, bias, [&](cpu::Range chunks, const cpu::RouteInputs& inputs) {
+      cpu::route_scores(shape, in.options, chunks, inputs, expert,
+                        out.gate.mutable_data_ptr<float>(), key, part);
+    });
+    cpu::route_sums(shape, part, out.sums.mutable_data_ptr<float>(),
+                    out.scalars.mutable_data_ptr<float>());
+    for_rows(shape.groups, shape.group_tokens() * shape.top_k * 16, [&](cpu::Range groups) {
+      cpu::route_queues(shape, in.options, groups, key, expert, slot, queued, queued_first);
+      return true;
+    });
+    cpu::route_plan(shape, queued, queued_first, out.counts.mutable_data_ptr<int64_t>(),
+                    out.first.mutable_data_ptr<int64_t>(), out.used.mutable_data_ptr<int64_t>(),
+                    first_row);
+    int32_t* source = out.source.mutable_data_ptr<int32_t>();
+    std::fill_n(source, shape.rows(), -1);
+    for_rows(shape.tokens, shape.top_k * 16, [&](cpu::Range tokens) {
+      cpu::route_rows(shape, tokens, expert, slot, first_row,
+                      out.destination.mutable_data_ptr<int32_t>(), source);
+      return true;
+    });
+  }
+
+  static void route_backward(const RouteTensors& in, const MaybeTensor& grad_gate,
+                             const MaybeTensor& grad_sums, const MaybeTensor& grad_scalars,
+                             const Tensor& expert, Tensor& grad_logits) {
+    const int64_t* chosen = expert.const_data_ptr<int64_t>();
+    for_rows(expert.numel(), sizeof(int64_t), [&](cpu::Range assignments) {
+      return cpu::route_valid(in.shape, assignments, chosen);
+    });
+    const cpu::RouteGrads grads{pointer_or_null(grad_gate), pointer_or_null(grad_sums),
+                                pointer_or_null(grad_scalars)};
+    for_chunks(in, std::nullopt, [&](cpu::Range chunks, const cpu::RouteInputs& inputs) {
+      cpu::route_backward(in.shape, in.options, chunks, grads, inputs, chosen,
+                          grad_logits.mutable_data_ptr<float>());
     });
   }
 
@@ -120,6 +177,16 @@ struct Cpu {
   }
 
  private:
+  // Splits the chunks of tokens of a routing over threads.
+  template <typename Body>
+  static void for_chunks(const RouteTensors& in, const MaybeTensor& bias, const Body& body) {
+    const cpu::RouteInputs inputs{in.logits.const_data_ptr<float>(), pointer_or_null(in.noise),
+                                  pointer_or_null(bias)};
+    torch::stable::parallel_for(
+        0, cpu::route_chunks(in.shape), 1,
+        [&](int64_t begin, int64_t end) { body(cpu::Range{begin, end}, inputs); });
+  }
+
   // Enough to spread evenly over the threads.
   static int64_t units_wanted() { return 8 * int64_t{torch::stable::get_num_threads()}; }
 
@@ -152,6 +219,7 @@ std::string instruction_set(bool bf16) {
 
 STABLE_TORCH_LIBRARY_IMPL(swin_moe, CPU, m) {
   swin_moe::register_moe_dispatch<swin_moe::Cpu>(m);
+  swin_moe::register_moe_route<swin_moe::Cpu>(m);
   swin_moe::register_moe_experts<swin_moe::CpuExperts>(m);
   swin_moe::register_window_attention<swin_moe::Cpu>(m);
 }

@@ -6,9 +6,11 @@
 #include <torch/csrc/stable/macros.h>
 
 #include "bind_moe_dispatch.h"
+#include "bind_moe_route.h"
 #include "bind_moe_experts_cuda.h"
 #include "bind_window_attention.h"
 #include "cuda/moe_dispatch.h"
+#include "cuda/moe_route.h"
 #include "cuda/window_attention.h"
 
 namespace swin_moe {
@@ -54,6 +56,34 @@ struct Cuda {
         grad_y.mutable_data_ptr(), grad_gate.mutable_data_ptr<float>(), current_stream(y)));
   }
 
+  static bool route_supported(const RouteShape& shape) { return cuda::moe_route_supported(shape); }
+
+  static void route(const RouteTensors& in, const MaybeTensor& bias, RouteResult& out) {
+    const torch::stable::accelerator::DeviceGuard guard(in.logits.get_device_index());
+    const int64_t bytes = cuda::moe_route_workspace(in.shape);
+    Tensor workspace = torch::stable::new_empty(in.logits, {(bytes + 3) / 4});
+    const cuda::RouteOutputs outputs{
+        out.gate.mutable_data_ptr<float>(),          out.sums.mutable_data_ptr<float>(),
+        out.scalars.mutable_data_ptr<float>(),       out.expert.mutable_data_ptr<int64_t>(),
+        out.slot.mutable_data_ptr<int32_t>(),        out.source.mutable_data_ptr<int32_t>(),
+        out.destination.mutable_data_ptr<int32_t>(), out.counts.mutable_data_ptr<int64_t>(),
+        out.first.mutable_data_ptr<int64_t>(),       out.used.mutable_data_ptr<int64_t>()};
+    STD_CUDA_CHECK(cuda::moe_route(in.shape, in.options, route_inputs(in, bias), outputs,
+                                   workspace.mutable_data_ptr(), current_stream(in.logits)));
+  }
+
+  static void route_backward(const RouteTensors& in, const MaybeTensor& grad_gate,
+                             const MaybeTensor& grad_sums, const MaybeTensor& grad_scalars,
+                             const Tensor& expert, Tensor& grad_logits) {
+    const torch::stable::accelerator::DeviceGuard guard(in.logits.get_device_index());
+    const cuda::RouteGrads grads{pointer_or_null(grad_gate), pointer_or_null(grad_sums),
+                                 pointer_or_null(grad_scalars)};
+    STD_CUDA_CHECK(cuda::moe_route_backward(
+        in.shape, in.options, grads, route_inputs(in, std::nullopt),
+        expert.const_data_ptr<int64_t>(), grad_logits.mutable_data_ptr<float>(),
+        current_stream(in.logits)));
+  }
+
   static bool window_supported(DType, const WindowShape& shape) {
     return cuda::window_attention_supported(shape);
   }
@@ -79,6 +109,11 @@ struct Cuda {
         grad_bias.mutable_data_ptr<float>(), grad_scale.mutable_data_ptr<float>(),
         workspace.mutable_data_ptr(), current_stream(in.qkv)));
   }
+
+ private:
+  static cuda::RouteInputs route_inputs(const RouteTensors& in, const MaybeTensor& bias) {
+    return {in.logits.const_data_ptr<float>(), pointer_or_null(in.noise), pointer_or_null(bias)};
+  }
 };
 
 }  // namespace
@@ -86,6 +121,7 @@ struct Cuda {
 
 STABLE_TORCH_LIBRARY_IMPL(swin_moe, CUDA, m) {
   swin_moe::register_moe_dispatch<swin_moe::Cuda>(m);
+  swin_moe::register_moe_route<swin_moe::Cuda>(m);
   swin_moe::register_moe_experts<swin_moe::CudaExperts<swin_moe::CurrentStream>>(m);
   swin_moe::register_window_attention<swin_moe::Cuda>(m);
 }

@@ -16,6 +16,43 @@ struct MoeShape {
   int64_t width;
 };
 
+// Sizes of one routing, see swin_moe/ops/moe_route.py. Tokens are cut into equal groups, each with a
+// queue per expert.
+struct RouteShape {
+  int64_t tokens;
+  int64_t experts;
+  int64_t top_k;
+  int64_t groups;
+  int64_t capacity;  // of a queue; 0 = no limit
+  bool padded;
+
+  int64_t group_tokens() const { return tokens / groups; }
+  int64_t queues() const { return groups * experts; }  // group, expert
+  int64_t rows() const {                               // of the experts' input
+    const int64_t places = queues() * capacity, wanted = tokens * top_k;
+    if (padded) return places;
+    return capacity > 0 && places < wanted ? places : wanted;
+  }
+};
+
+// The numbers of a routing that are not sizes.
+struct RouteOptions {
+  bool sigmoid;      // scores are sigmoids of the logits, else their softmax
+  bool normalize;    // gates are divided by their sum over a token's choices
+  bool prioritized;  // queues are by descending priority, else by index
+  float load_sigma;  // of the gate noise, for the load estimate; 0 = no estimate
+};
+
+// Numbers about a routing that are no matrix: sum of squared logsumexp, sum of entropies, least and
+// greatest logit, number of tokens that are not finite.
+constexpr int64_t kRouteScalars = 5;
+// Sums of scores below this are taken for it: the distance of 1 to the next fp32 number.
+constexpr float kMinScoreSum = 1.1920929e-7f;
+// A token's place in the order is by ascending key: kRouteLastKey less the bits of its best score,
+// which are in the order of the scores, as no score is negative. A token that is not finite has
+// kRouteNoKey and is in no queue.
+constexpr uint32_t kRouteLastKey = 0x7fffffffu, kRouteNoKey = 0xffffffffu;
+
 // Sizes of one pass through the experts. Expert e has its first row at e * stride, or with a stride
 // of 0 where the rows of the one before end.
 struct ExpertsShape {

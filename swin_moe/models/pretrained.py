@@ -8,13 +8,17 @@ from pathlib import Path
 
 import torch
 
+from ..checkpoint import persistent_buffers
 from ..config import Architecture, ModelConfig, validate_architecture
+from ..moe.experts import ExpertLinear
 from .dialects import Translation, detect, to_swin_moe
 from .swin import SwinTransformer
 from .transfer import fit, infer_model
 from .weights import State, WeightsError, read
 
 log = logging.getLogger("swin_moe")
+
+CHOICE_BIAS = "choice_bias.rises"
 
 
 @dataclass
@@ -112,7 +116,10 @@ def built_windows(model: ModelConfig) -> list[int]:
 
 @torch.no_grad()
 def load_pretrained(model: SwinTransformer, source: Pretrained) -> str:
-    """Copy weights into a model; of the experts those that this rank holds.
+    """Copy weights into a model; of the experts what this rank holds.
+
+    The bias on the choice of experts is taken along where both have one, see
+    ``moe.bias_update_rate``.
 
     Returns:
         what happened, in one line.
@@ -120,21 +127,22 @@ def load_pretrained(model: SwinTransformer, source: Pretrained) -> str:
     Raises:
         WeightsError: the file has too much or too little, other than a head.
     """
-    target = dict(model.named_parameters())
-    state = dict(source.state)
+    buffers = persistent_buffers(model)
+    target = {**dict(model.named_parameters()), **buffers}
+    state = {n: t for n, t in source.state.items() if n in target or not n.endswith(CHOICE_BIAS)}
     _warn_of_other_routing(model, source)
     for name in [name for name in state if ".experts." in name and name in target]:
         layer = model.get_submodule(name.rpartition(".")[0])
-        first, held = int(layer.first_expert), len(target[name])  # type: ignore[arg-type]
         if len(state[name]) != model.moe.num_experts:
             raise WeightsError(
                 f"{name}: the file has {len(state[name])} experts, moe.num_experts is "
                 f"{model.moe.num_experts}"
             )
-        state[name] = state[name][first : first + held]
+        assert isinstance(layer, ExpertLinear)
+        state[name] = layer.share.of(name, state[name])
     grids = source.config.model.token_grid, model.config.token_grid
     result = fit(state, {name: p.data for name, p in target.items()}, *grids)
-    missing = [name for name in result.missing if not name.startswith("head.")]
+    missing = [n for n in result.missing if not n.startswith("head.") and n not in buffers]
     extra = [*source.translation.unknown, *result.left_over]
     extra = [name for name in extra if not name.startswith("head.")]
     if missing or extra:

@@ -7,21 +7,24 @@ names are the official ones; in every family any block's feed-forward may be a m
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from timm.layers import DropPath
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from ..config import ModelConfig, MoEConfig, check_moe_blocks
 from ..distributed import Group
-from ..moe import MoEResult, build_moe
+from ..moe import MoELayer, MoEResult, RoutingStats, build_moe
 from ..moe.experts import Experts
-from ..moe.router import CosineRouter, LinearRouter
+from ..moe.router import CosineRouter, LinearRouter, SoftRouter
+from ..ops import ROUTING_OPS
 from .attention import SpatialMlp, WindowAttention
 from .layers import Mlp, PatchEmbed, PatchMerging
 from .position import resize_position_embedding
+
+_RESETTABLE = (nn.LayerNorm, nn.Conv2d, WindowAttention, CosineRouter, SoftRouter)
 
 
 class Family(NamedTuple):
@@ -54,14 +57,12 @@ class MoEOutput(NamedTuple):
     Attributes:
         logits: [B, num_classes].
         aux_loss: scalar, sum of the layers' weighted balance losses.
-        counts: [layers, E] int64, assignments per expert on this rank.
-        dropped: [layers] int64, assignments that found no slot.
+        stats: the layers' statistics, stacked: [layers, ...].
     """
 
     logits: Tensor
     aux_loss: Tensor
-    counts: Tensor
-    dropped: Tensor
+    stats: RoutingStats
 
 
 def effective_window(height: int, width: int, window_size: int, shifted: bool) -> tuple[int, int]:
@@ -69,6 +70,11 @@ def effective_window(height: int, width: int, window_size: int, shifted: bool) -
     if height <= window_size or width <= window_size:
         return (height if height <= width else width), 0  # min() would stay in a graph's sizes
     return window_size, window_size // 2 if shifted else 0
+
+
+def keep_routing() -> tuple[Any, Any]:
+    """For ``checkpoint``: what decides a route is kept, so that the recompute never re-routes."""
+    return create_selective_checkpoint_contexts(ROUTING_OPS)
 
 
 class SwinBlock(nn.Module):
@@ -143,7 +149,7 @@ class SwinStage(nn.Module):
         routed = []
         for block in self.blocks:
             if self.use_checkpoint and self.training and torch.is_grad_enabled():
-                x, result = checkpoint(block, x, use_reentrant=False)
+                x, result = checkpoint(block, x, use_reentrant=False, context_fn=keep_routing)
             else:
                 x, result = block(x)
             if result is not None:
@@ -224,7 +230,9 @@ class SwinTransformer(nn.Module):
         is_moe = stage < len(self.moe.blocks) and index in self.moe.blocks[stage]
         mlp: nn.Module
         if is_moe:
-            mlp = build_moe(dim, hidden, self.moe, expert_group)
+            names = self.moe_layer_names()
+            own = self.moe.of_layer(names.index(f"layers.{stage}.blocks.{index}"))
+            mlp = build_moe(dim, hidden, own, expert_group)
         else:
             mlp = Mlp(dim, hidden, model.drop_rate, model.mlp_fc2_bias)
         before, blocks = sum(model.depths[:stage]) + index, sum(model.depths)
@@ -256,7 +264,7 @@ class SwinTransformer(nn.Module):
                 module.reset_parameters(self.moe.init_std)
             elif isinstance(module, LinearRouter):
                 module.reset_parameters(self.config.init_std)
-            elif isinstance(module, nn.LayerNorm | nn.Conv2d | WindowAttention | CosineRouter):
+            elif isinstance(module, _RESETTABLE):
                 module.reset_parameters()
         for module in self.modules():
             if isinstance(module, SwinBlock) and module.post_norm:
@@ -273,6 +281,13 @@ class SwinTransformer(nn.Module):
             for stage, blocks in enumerate(self.moe.blocks)
             for block in sorted(blocks)
         ]
+
+    def update_choice_bias(self, counts: Tensor) -> None:
+        """Once per optimizer step: counts [layers, E] of all ranks' assignments in it."""
+        modules = (m for m in self.modules() if isinstance(m, MoELayer))
+        for layer, layer_counts in zip(modules, counts, strict=True):
+            if layer.choice_bias is not None:
+                layer.choice_bias.update(layer_counts)
 
     def add_position(self, x: Tensor) -> Tensor:
         """Patches [B, H, W, C] with the absolute position embedding, where there is one."""
@@ -308,6 +323,5 @@ class SwinTransformer(nn.Module):
         return MoEOutput(
             logits,
             torch.stack([result.aux_loss for result in routed]).sum(),
-            torch.stack([result.counts for result in routed]),
-            torch.stack([result.dropped for result in routed]),
+            RoutingStats(*map(torch.stack, zip(*(r.stats for r in routed), strict=True))),
         )

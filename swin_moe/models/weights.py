@@ -24,6 +24,7 @@ from torch import Tensor
 
 from .. import checkpoint
 from ..config import Architecture, ConfigError, load_config, validate_architecture
+from ..placement import ExpertShare
 
 State = dict[str, Tensor]
 
@@ -173,9 +174,9 @@ def _read_folder(path: Path) -> Weights:
         checkpoint.verify(path)
         reader = checkpoint.Reader(path)
         config = load_config(path / "config.yaml")
-        experts = range(config.moe.num_experts)
+        everything = ExpertShare(range(config.moe.num_experts))
         state = {
-            name: reader.tensor(name, experts=experts if ".experts." in name else None)
+            name: reader.tensor(name, share=everything if ".experts." in name else None)
             for name in reader.names()
         }
         return Weights(state, config)

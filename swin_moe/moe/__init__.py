@@ -1,21 +1,8 @@
-"""Mixture-of-Experts layers: plan, router, balance, dispatch, experts, layer."""
+"""Mixture-of-Experts layers: plan, router, routing modes, balance, exchange, experts, layer."""
 
-from ..config import MoEConfig
-from ..distributed import Group
+from .backends import build as build_moe
 from .layer import MoELayer, MoEResult
-from .plan import RoutingPlan
+from .plan import RoutingPlan, RoutingStats
+from .tuning import choose_overlap
 
-__all__ = ["MoELayer", "MoEResult", "RoutingPlan", "build_moe"]
-
-
-def build_moe(dim: int, hidden_dim: int, moe: MoEConfig, group: Group | None = None) -> MoELayer:
-    """The layer of the backend that ``moe.backend`` names.
-
-    Raises:
-        ValueError: the backend is Tutel, which is not installed.
-    """
-    if moe.backend == "tutel":
-        from .tutel import TutelLayer  # an optional extra: imported only where it is asked for
-
-        return TutelLayer(dim, hidden_dim, moe, group)
-    return MoELayer(dim, hidden_dim, moe, group)
+__all__ = ["MoELayer", "MoEResult", "RoutingPlan", "RoutingStats", "build_moe", "choose_overlap"]

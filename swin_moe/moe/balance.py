@@ -1,42 +1,52 @@
-"""Losses that keep the load of the experts even. Each returns a scalar; nothing is stored."""
+"""What keeps the load of the experts even: losses, and a bias without a loss.
+
+Each loss is a scalar made of a route's sums over tokens; nothing is stored.
+"""
 
 from __future__ import annotations
 
-import math
-
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from ..config import MoEConfig
+from ..ops import Route
 
 
-def gshard_loss(scores: Tensor, expert: Tensor) -> Tensor:
+def balance_loss(moe: MoEConfig, route: Route) -> Tensor:
+    """The losses that ``moe.balance`` and ``moe.z_loss_weight`` ask for, weighted and added."""
+    tokens = route.expert.shape[0]
+    loss = route.scalars.new_zeros(())
+    if tokens == 0:
+        return loss
+    scores, importance, load = route.sums
+    weight = moe.layer_balance_weight
+    if weight and moe.balance == "gshard":
+        loss = loss + weight * gshard_loss(scores, route.first, tokens)
+    elif weight and moe.balance == "importance_load":
+        loss = loss + weight * importance_load_loss(importance, load)
+    if moe.z_loss_weight:
+        loss = loss + moe.z_loss_weight * route.scalars[0] / tokens
+    return loss
+
+
+def gshard_loss(scores: Tensor, first: Tensor, tokens: int) -> Tensor:
     """E·Σₑ mean(scoreₑ)·(share of first choices)ₑ (GShard, https://arxiv.org/abs/2006.16668).
 
     Args:
-        scores: [T, E] probabilities, with the noise that routed. expert: [T, k].
+        scores: [E], the probabilities that routed, summed over tokens. first: [E] first choices.
     """
-    T, E = scores.shape
-    first = torch.zeros(E, dtype=scores.dtype, device=scores.device)
-    first.scatter_add_(0, expert[:, 0], torch.ones_like(expert[:, 0], dtype=scores.dtype))
-    return E * (scores.mean(0) * (first / T)).sum()
+    return scores.numel() * (scores * first.to(scores.dtype)).sum() / tokens**2
 
 
-def importance_load_loss(clean_scores: Tensor, top_logits: Tensor, gate_noise: float) -> Tensor:
+def importance_load_loss(importance: Tensor, load: Tensor) -> Tensor:
     """½[CV²(importance) + CV²(load)] (https://arxiv.org/abs/1701.06538, as Tutel computes it).
 
-    The load is the chance that an expert's noise-free *score* beats the k-th noisy *logit* under
-    the gate noise. Comparing a score with a logit is odd, but is what the published models used.
-
     Args:
-        clean_scores: [T, E] probabilities without noise.
-        top_logits: [T, k] noisy logits of the chosen experts, best first.
-        gate_noise: > 0; the noise has standard deviation gate_noise / E.
+        importance: [E], probabilities without noise, summed over tokens.
+        load: [E], chance to be chosen under the gate noise, summed over tokens, see
+            :func:`swin_moe.ops.moe_route`.
     """
-    if gate_noise <= 0:
-        raise ValueError("moe.balance=importance_load needs moe.gate_noise > 0")
-    sigma = gate_noise / clean_scores.shape[1]
-    z = (clean_scores - top_logits[:, -1:]) / (sigma * math.sqrt(2.0))
-    load = 0.5 * (1.0 + torch.erf(z))
-    return 0.5 * (_cv_squared(clean_scores.sum(0)) + _cv_squared(load.sum(0)))
+    return 0.5 * (_cv_squared(importance) + _cv_squared(load))
 
 
 def _cv_squared(x: Tensor) -> Tensor:
@@ -44,3 +54,29 @@ def _cv_squared(x: Tensor) -> Tensor:
     if x.numel() < 2:
         return x.sum() * 0.0
     return x.var() / (x.mean().square() + 1e-10)
+
+
+class ChoiceBias(nn.Module):
+    """A bias per expert on the choice, never on the gate: balance without a loss.
+
+    After each optimizer step the bias of an overloaded expert falls by the rate, that of an
+    underloaded one rises by it (https://arxiv.org/abs/2408.15664). The net number of rises is
+    kept as whole numbers, so that no precision of the model's rounds it.
+    """
+
+    rises: Tensor
+
+    def __init__(self, num_experts: int, rate: float) -> None:
+        super().__init__()
+        self.rate = rate
+        self.register_buffer("rises", torch.zeros(num_experts, dtype=torch.int64))
+
+    def forward(self) -> Tensor:
+        """[E] fp32."""
+        return self.rises.to(torch.float32) * self.rate
+
+    @torch.no_grad()
+    def update(self, counts: Tensor) -> None:
+        """To be called once per optimizer step with the assignments [E] of all ranks in it."""
+        counts = counts.to(torch.float64)
+        self.rises += (counts.mean() - counts).sign().to(torch.int64)

@@ -1,26 +1,41 @@
-"""Feed-forward experts with stacked weights."""
+"""Feed-forward experts with stacked weights, and the one that every token meets."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..placement import ExpertShare
+from .plan import Kernels
+
+Weights = tuple[Tensor, Tensor, Tensor, Tensor | None]
+
 
 class ExpertLinear(nn.Module):
-    """One Linear per local expert: ``weight`` [E_local, out, in], ``bias`` [E_local, out].
+    """Weights of a Linear per local expert: ``weight`` [E_local, out, in], ``bias`` [E_local, out].
 
-    ``first_expert`` is the global index of the first one. Each expert is drawn from a generator of
-    its own, so that the weights do not depend on how experts are spread over processes.
+    They are ``share`` of all experts' weights, named ``name`` (fc1 or fc2). Each expert is drawn
+    from a generator of its own, so that the weights do not depend on how experts are spread over
+    processes.
     """
 
     def __init__(
-        self, num_local: int, first_expert: int, in_features: int, out_features: int, bias: bool
+        self, name: str, share: ExpertShare, in_features: int, out_features: int, bias: bool
     ) -> None:
         super().__init__()
-        self.first_expert = first_expert
-        self.weight = nn.Parameter(torch.empty(num_local, out_features, in_features))
-        self.bias = nn.Parameter(torch.zeros(num_local, out_features)) if bias else None
+        self.name, self.share = name, share
+        self.whole = (out_features, in_features)  # of one expert
+        self.weight = nn.Parameter(torch.empty(self._shape("weight", self.whole)))
+        self.bias: nn.Parameter | None = None
+        if bias:
+            self.bias = nn.Parameter(torch.zeros(self._shape("bias", self.whole[:1])))
+
+    def _shape(self, kind: str, shape: tuple[int, ...]) -> list[int]:
+        index = self.share.index(f"{self.name}.{kind}", (self.share.experts.stop, *shape))
+        return [part.stop - part.start for part in index]
 
     @torch.no_grad()
     def reset_parameters(self, std: float) -> None:
@@ -28,47 +43,76 @@ class ExpertLinear(nn.Module):
         base = int(torch.randint(2**62, (1,), device="cpu"))
         if self.weight.device.type == "meta":
             return
-        for local, weight in enumerate(self.weight):
+        for expert, weight in zip(self.share.experts, self.weight, strict=True):
             generator = torch.Generator(weight.device)
-            generator.manual_seed(base + self.first_expert + local)
-            nn.init.trunc_normal_(weight, std=std, generator=generator)
+            generator.manual_seed(base + expert)
+            whole = weight if self.share.shards == 1 else weight.new_empty(self.whole)
+            nn.init.trunc_normal_(whole, std=std, generator=generator)
+            if whole is not weight:
+                alone = replace(self.share, experts=range(1))
+                weight.copy_(alone.of(f"{self.name}.weight", whole[None])[0])
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
-    def forward(self, x: Tensor, rows: list[int] | None = None) -> Tensor:
-        """x [E_local, N, in], or [Σ rows, in] expert by expert, to the same with ``out`` last."""
-        if rows is not None:
-            biases = [None] * len(rows) if self.bias is None else self.bias.unbind()
-            parts = zip(x.split(rows), self.weight.unbind(), biases, strict=True)
-            return torch.cat([F.linear(part, weight, bias) for part, weight, bias in parts])
-        weight = self.weight.transpose(1, 2)
-        if self.bias is None:
-            return torch.bmm(x, weight)
-        return torch.baddbmm(self.bias[:, None], x, weight)
+    def parameters_as(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+        return self.weight.to(dtype), None if self.bias is None else self.bias.to(dtype)
 
 
 class Experts(nn.Module):
-    """The local experts of one layer: Linear, exact GELU, dropout, Linear."""
+    """The local experts of one layer: Linear, exact GELU, dropout, Linear.
+
+    Of sharded experts it is this rank's part: the results of all shards add up to the experts'.
+    """
 
     def __init__(
         self,
-        num_local: int,
-        first_expert: int,
+        share: ExpertShare,
         dim: int,
         hidden_dim: int,
+        kernels: Kernels,
         *,
         fc2_bias: bool = True,
         drop: float = 0.0,
     ) -> None:
         super().__init__()
-        self.fc1 = ExpertLinear(num_local, first_expert, dim, hidden_dim, bias=True)
-        self.fc2 = ExpertLinear(num_local, first_expert, hidden_dim, dim, bias=fc2_bias)
-        self.drop = nn.Dropout(drop)
+        self.share = share
+        self.fc1 = ExpertLinear("fc1", share, dim, hidden_dim, bias=True)
+        self.fc2 = ExpertLinear("fc2", share, hidden_dim, dim, bias=fc2_bias)
+        self.kernels = kernels
+        self.drop = drop
 
     def reset_parameters(self, std: float) -> None:
         self.fc1.reset_parameters(std)
         self.fc2.reset_parameters(std)
 
-    def forward(self, x: Tensor, rows: list[int] | None = None) -> Tensor:
-        """x [E_local, N, dim], or [Σ rows, dim] with the row count of each expert."""
-        return self.fc2(self.drop(F.gelu(self.fc1(x, rows))), rows)
+    def weights_as(self, dtype: torch.dtype) -> Weights:
+        """What to call with, in the rows' dtype: cast once for several calls."""
+        fc1_weight, fc1_bias = self.fc1.parameters_as(dtype)
+        fc2_weight, fc2_bias = self.fc2.parameters_as(dtype)
+        if fc2_bias is not None and self.share.shards > 1:
+            before = self.share.shard * fc2_bias.shape[1]  # each shard adds its part of the bias
+            after = fc2_weight.shape[1] - before - fc2_bias.shape[1]
+            fc2_bias = F.pad(fc2_bias, (before, after))
+        assert fc1_bias is not None
+        return fc1_weight, fc1_bias, fc2_weight, fc2_bias
+
+    def forward(
+        self, rows: Tensor, used: Tensor, stride: int = 0, weights: Weights | None = None
+    ) -> Tensor:
+        """Rows [S, dim] of the local experts, see :func:`swin_moe.ops.moe_experts`."""
+        weights = weights or self.weights_as(rows.dtype)
+        drop = self.drop if self.training else 0.0
+        return self.kernels.experts(rows, used, *weights, stride=stride, dropout_p=drop)
+
+
+class SharedExpert(nn.Module):
+    """A dense feed-forward beside the experts, for every token (https://arxiv.org/abs/2401.06066)."""
+
+    def __init__(self, dim: int, hidden_dim: int, drop: float) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden_dim)
+        self.fc2 = nn.Linear(hidden_dim, dim)
+        self.drop = nn.Dropout(drop)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.drop(F.gelu(self.fc1(x))))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -9,89 +10,130 @@ from torch import Tensor, nn
 
 from ..config import MoEConfig
 from ..distributed import Group
-from ..ops import (
-    moe_combine,
-    moe_combine_reference,
-    moe_dispatch,
-    moe_dispatch_reference,
-)
-from .dispatch import RaggedExchange, rows_from_experts, rows_to_experts
-from .experts import Experts
-from .plan import RoutingPlan
-from .router import build_router, route
+from ..placement import expert_share
+from . import expert_choice, soft, token_choice
+from .balance import ChoiceBias
+from .exchange import Exchange
+from .experts import Experts, SharedExpert
+from .plan import Kernels, Plan, RouteContext, Routing, RoutingStats
+from .router import build_router
+
+ROUTINGS = {
+    "token_choice": token_choice.route,
+    "expert_choice": expert_choice.route,
+    "soft": soft.route,
+}
 
 
 class MoEResult(NamedTuple):
-    """What a layer returns; the statistics are device tensors, read only when logged.
+    """What a layer returns.
 
     Attributes:
         output: like the input.
-        aux_loss: scalar, the balance loss times its weight.
-        counts: [E] int64, assignments per expert on this rank, dropped ones included.
-        dropped: scalar int64, assignments that found no slot.
+        aux_loss: scalar, the weighted balance losses.
+        stats: see :class:`RoutingStats`.
     """
 
     output: Tensor
     aux_loss: Tensor
-    counts: Tensor
-    dropped: Tensor
+    stats: RoutingStats
 
 
 class MoELayer(nn.Module):
-    """Routes each token to k of E feed-forward experts.
+    """Routes tokens through feed-forward experts, ``moe.routing`` says how.
 
     Args:
-        dim: width D of the tokens. hidden_dim: width inside an expert.
-        group: expert-parallel group; its ranks hold E / size experts each and must see equal
-            numbers of tokens when a capacity factor is set.
+        dim: width D of the tokens. hidden_dim: width H inside an expert.
+        group: expert-parallel group; its ranks hold E / size experts each, or if there are more
+            ranks than experts, size / E ranks hold equal parts of one expert's hidden width.
+        kernels: the ops of a backend.
+
+    Attributes:
+        overlap_degree: chunks in which rows travel, see :class:`~swin_moe.moe.exchange.Exchange`.
+        padded: whether every queue travels at its full capacity, so that the host need not know
+            how long it is; None = on CUDA.
+
+    Raises:
+        ValueError: the experts cannot be spread evenly over the group.
     """
 
     def __init__(
-        self, dim: int, hidden_dim: int, moe: MoEConfig, group: Group | None = None
+        self,
+        dim: int,
+        hidden_dim: int,
+        moe: MoEConfig,
+        group: Group | None = None,
+        kernels: Kernels | None = None,
     ) -> None:
         super().__init__()
         self.group = group or Group()
-        if moe.num_experts % self.group.size:
+        share = expert_share(moe.num_experts, self.group.rank, self.group.size)
+        if hidden_dim % share.shards or dim % share.shards:
             raise ValueError(
-                f"moe.num_experts={moe.num_experts} is not divisible by the expert group's "
-                f"{self.group.size} ranks"
+                f"parallel.expert_parallel_size={self.group.size} cuts each of "
+                f"moe.num_experts={moe.num_experts} in {share.shards}, which does not divide the "
+                f"layer's width {dim} and its hidden width {hidden_dim}"
             )
+        self.dim, self.hidden_dim = dim, hidden_dim
         self.moe = moe
-        num_local = moe.num_experts // self.group.size
+        self.overlap_degree = 1 if moe.overlap_degree == "auto" else moe.overlap_degree
+        self.padded: bool | None = None
+        self.kernels = kernels or _default_kernels()
         self.router = build_router(dim, moe)
         self.experts = Experts(
-            num_local,
-            self.group.rank * num_local,
-            dim,
-            hidden_dim,
-            fc2_bias=moe.fc2_bias,
-            drop=moe.drop_rate,
+            share, dim, hidden_dim, self.kernels, fc2_bias=moe.fc2_bias, drop=moe.drop_rate
         )
-        reference = moe.backend == "reference"
-        self.dispatch = moe_dispatch_reference if reference else moe_dispatch
-        self.combine = moe_combine_reference if reference else moe_combine
+        self.choice_bias: ChoiceBias | None = None
+        if moe.bias_update_rate:
+            self.choice_bias = ChoiceBias(moe.num_experts, moe.bias_update_rate)
+        self.shared: SharedExpert | None = None
+        if moe.num_shared_experts:
+            self.shared = SharedExpert(dim, moe.num_shared_experts * hidden_dim, moe.drop_rate)
 
     def forward(self, x: Tensor) -> MoEResult:
-        """x [..., D] to a result whose output has the shape and dtype of x."""
-        tokens = x.reshape(-1, x.shape[-1])
-        # 1 gate, 2 balance
-        plan, balance_loss = route(self.router(tokens), self.moe, training=self.training)
+        """x [..., D], or [B, H, W, D] where images are routed apart, to a result like x."""
+        if x.shape[-1] != self.dim:
+            raise ValueError(f"tokens have width {x.shape[-1]}, the layer has {self.dim}")
+        tokens = x.reshape(-1, self.dim)
+        routing = self.route(tokens, self._groups(x))  # 1 gate, 2 balance
         if torch.is_autocast_enabled(x.device.type):
             tokens = tokens.to(torch.get_autocast_dtype(x.device.type))
-        # 3 dispatch, 4 experts, 5 combine
-        source, destination = plan.row_index()
-        rows = self.dispatch(tokens, source, destination)
-        rows = self._apply_experts(rows, plan)
-        output = self.combine(rows, plan.gate, source, destination)
-        dropped = (~plan.kept).sum()
-        aux_loss = self.moe.balance_weight * balance_loss
-        return MoEResult(output.view_as(x).to(x.dtype), aux_loss, plan.counts, dropped)
+        rows = routing.plan.dispatch(tokens, self.kernels)  # 3 dispatch
+        rows, waited = self._apply_experts(rows, routing.plan)  # 4 experts
+        output = routing.plan.combine(rows, self.kernels)  # 5 combine
+        if self.shared is not None:
+            output = output + self.shared(tokens)
+        stats = routing.stats.with_waiting(waited) if waited else routing.stats
+        return MoEResult(output.view_as(x).to(x.dtype), routing.aux_loss, stats)
 
-    def _apply_experts(self, rows: Tensor, plan: RoutingPlan) -> Tensor:
-        """Rows of all experts, of this rank's tokens, through the experts wherever they are."""
-        if plan.capacity:
-            grouped = rows_to_experts(rows, self.moe.num_experts, self.group)
-            return rows_from_experts(self.experts(grouped), self.group)
-        exchange = RaggedExchange(plan.counts, self.group)
-        out = self.experts(exchange.to_experts(rows), exchange.rows_per_expert)
-        return exchange.from_experts(out)
+    def route(self, tokens: Tensor, groups: int = 1, noise: Tensor | None = None) -> Routing:
+        """Stages 1 and 2 for tokens [T, D]; ``groups`` runs of them are routed apart."""
+        context = RouteContext(
+            self.kernels,
+            training=self.training,
+            groups=groups,
+            padded=self.group.size > 1 and (tokens.is_cuda if self.padded is None else self.padded),
+            bias=None if self.choice_bias is None else self.choice_bias(),
+            noise=noise,
+        )
+        return ROUTINGS[self.moe.routing](self.router(tokens), self.moe, context)
+
+    def _groups(self, x: Tensor) -> int:
+        if self.moe.routes_images_apart and x.dim() == 4:
+            return max(x.shape[0], 1)
+        return 1
+
+    def _apply_experts(self, rows: Tensor, plan: Plan) -> tuple[Tensor, float]:
+        """Rows of this rank's tokens through the experts wherever those are; seconds waited."""
+        if self.group.size == 1:
+            return self.experts(rows, plan.used, plan.stride), 0.0
+        exchange = Exchange(plan, self.group, self.kernels, self.overlap_degree)
+        weights = self.experts.weights_as(rows.dtype)
+        out = exchange.run(rows, partial(self.experts, weights=weights))
+        return out, exchange.waited
+
+
+def _default_kernels() -> Kernels:
+    from .backends.fused import KERNELS  # not above: backends are built on this module
+
+    return KERNELS

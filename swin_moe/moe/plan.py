@@ -1,11 +1,93 @@
-"""The routing plan: which expert takes which token, as plain tensors."""
+"""The routing plan: which expert takes which token, as plain tensors, and what came of it."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+
+from ..ops import Route
+
+
+class Kernels(NamedTuple):
+    """The four ops that a backend brings, with the signatures of :mod:`swin_moe.ops`."""
+
+    route: Callable[..., Route]
+    dispatch: Callable[..., Tensor]
+    combine: Callable[..., Tensor]
+    experts: Callable[..., Tensor]
+
+
+class RoutingStats(NamedTuple):
+    """What one forward pass did, on the device, to be read only when logged.
+
+    Attributes:
+        counts: [E] int64, assignments per expert on this rank, dropped ones included.
+        sums: [6] float64, all of which add up over steps and ranks: tokens, assignments that were
+            asked for, those that found no place, tokens whose logits are not finite, entropy of the
+            routing probabilities over tokens (nats), seconds spent waiting for other ranks in the
+            forward pass (see :class:`~swin_moe.moe.exchange.Exchange`).
+        extremes: [2] float32: greatest router logit, and greatest negated one.
+    """
+
+    counts: Tensor
+    sums: Tensor
+    extremes: Tensor
+
+    @property
+    def dropped(self) -> Tensor:
+        """Assignments that found no place: a scalar, or [layers] where layers are stacked."""
+        return self.sums[..., 2]
+
+    @property
+    def nonfinite(self) -> Tensor:
+        """Tokens whose logits are not finite; they are dropped."""
+        return self.sums[..., 3]
+
+    def with_waiting(self, seconds: float) -> RoutingStats:
+        """These with time spent waiting for other ranks; one layer's, not stacked ones."""
+        waiting = self.sums.new_tensor([0.0, 0.0, 0.0, 0.0, 0.0, seconds])
+        return self._replace(sums=self.sums + waiting)
+
+
+def make_stats(
+    counts: Tensor,
+    *,
+    tokens: int,
+    offered: int,
+    dropped: Tensor,
+    nonfinite: Tensor,
+    entropy: Tensor,
+    least: Tensor,
+    greatest: Tensor,
+) -> RoutingStats:
+    wide = torch.float64
+    known = torch.tensor([tokens, offered], dtype=wide, device=counts.device)
+    seen = [value.detach().to(wide).view(1) for value in (dropped, nonfinite, entropy)]
+    sums = torch.cat((known, *seen, known.new_zeros(1)))
+    return RoutingStats(counts, sums, torch.stack((greatest.detach(), -least.detach())).float())
+
+
+class Plan(Protocol):
+    """How tokens become rows of the experts and rows become tokens.
+
+    Attributes:
+        used: [E] int64, rows of each expert. stride: from one expert's first row to the next one's;
+            0 = they follow each other without gaps.
+    """
+
+    @property
+    def used(self) -> Tensor: ...
+
+    @property
+    def stride(self) -> int: ...
+
+    def dispatch(self, tokens: Tensor, kernels: Kernels) -> Tensor: ...
+
+    def combine(self, rows: Tensor, kernels: Kernels) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -15,77 +97,69 @@ class RoutingPlan:
     Attributes:
         expert: [T, k] int64, chosen expert of each assignment.
         gate: [T, k] fp32, weight of each assignment; the only differentiable member.
-        slot: [T, k] int64, place in the expert's queue (dropped ones too).
+        slot: [T, k] int32, place in the expert's queue (dropped ones too).
+        source: [S] int32, the assignment t·k+j of each row, −1 for an empty one.
+        destination: [T, k] int32, the row of each assignment, −1 for a dropped one.
         counts: [E] int64, assignments per expert before any is dropped.
-        kept: [T, k] bool, whether the slot lies within the capacity.
-        capacity: slots per expert; 0 = dropless (every queue as long as it is).
+        used, stride: see :class:`Plan`.
+        capacity: places per expert and group; 0 = dropless (every queue as long as it is).
     """
 
     expert: Tensor
     gate: Tensor
     slot: Tensor
+    source: Tensor
+    destination: Tensor
     counts: Tensor
-    kept: Tensor
+    used: Tensor
+    stride: int
     capacity: int
 
-    def row_index(self) -> tuple[Tensor, Tensor]:
-        """The plan as two inverse row maps, expert by expert, for the dispatch ops.
+    @property
+    def kept(self) -> Tensor:
+        """[T, k] bool, whether the assignment has a row."""
+        return self.destination >= 0
 
-        Returns:
-            source: [S] int32, the assignment t·k+j that fills each row, −1 for an empty one.
-            destination: [T, k] int32, the row of each assignment, −1 for a dropped one.
-            S = E·capacity, or T·k when dropless (rows then follow each other without gaps).
-        """
-        if self.capacity:
-            rows = self.counts.numel() * self.capacity
-            start = self.expert * self.capacity
-        else:
-            rows = self.expert.numel()
-            start = (self.counts.cumsum(0) - self.counts)[self.expert]
-        destination = start + self.slot
-        # Dropped assignments write to one row too many, which is cut off: fixed shapes, no sync.
-        assignment = torch.arange(self.expert.numel(), device=start.device, dtype=torch.int32)
-        source = torch.full((rows + 1,), -1, device=start.device, dtype=torch.int32)
-        source[torch.where(self.kept, destination, rows).flatten()] = assignment
-        destination = torch.where(self.kept, destination, -1).to(torch.int32)
-        return source[:rows], destination
+    def dispatch(self, tokens: Tensor, kernels: Kernels) -> Tensor:
+        """Tokens [T, D] to rows [S, D]."""
+        return kernels.dispatch(tokens, self.source, self.destination)
+
+    def combine(self, rows: Tensor, kernels: Kernels) -> Tensor:
+        """Rows [S, D] to tokens [T, D], weighted and summed over the choices."""
+        return kernels.combine(rows, self.gate, self.source, self.destination)
+
+
+class Routing(NamedTuple):
+    """What a router decides: the plan, the weighted balance loss (a scalar), the statistics."""
+
+    plan: Plan
+    aux_loss: Tensor
+    stats: RoutingStats
+
+
+@dataclass(frozen=True)
+class RouteContext:
+    """What a routing mode is told beside the logits.
+
+    Attributes:
+        training: adds the gate noise, and takes ``top_k`` and ``capacity_factor`` instead of the
+            evaluation's.
+        groups: runs of consecutive tokens (images) that are routed apart.
+        padded: every expert gets an equal block of rows, for exchanges of fixed size.
+        bias: [E] for the choice of experts, see ``moe.bias_update_rate``.
+        noise: [T, E] standard normal draws to use instead of fresh ones.
+    """
+
+    kernels: Kernels
+    training: bool = True
+    groups: int = 1
+    padded: bool = False
+    bias: Tensor | None = None
+    noise: Tensor | None = None
 
 
 def expert_capacity(num_tokens: int, num_experts: int, top_k: int, factor: float) -> int:
-    """Slots per expert: k·int(f·⌈T/E⌉), Tutel's rule, at least one; 0 if ``factor`` is 0."""
+    """Places per expert: k·int(f·⌈T/E⌉), Tutel's rule, at least one; 0 if ``factor`` is 0."""
     if factor == 0:
         return 0
     return max(1, top_k * int(factor * -(-num_tokens // num_experts)))
-
-
-@torch.no_grad()
-def queue_slots(expert: Tensor, num_experts: int, priority: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Place of every assignment in its expert's queue.
-
-    All first choices come before all second ones; within a choice, tokens stand in the order of
-    descending ``priority`` (batch-prioritised routing, https://arxiv.org/abs/2106.05974, section 4)
-    or of their index; ties by index.
-
-    Args:
-        expert: [T, k] chosen experts.
-        priority: [T], or None for the order of the index.
-
-    Returns:
-        slot [T, k] and counts [E], both int64.
-    """
-    T, k = expert.shape
-    device = expert.device
-    order = torch.arange(T, device=device)
-    if priority is not None:
-        order = priority.argsort(descending=True, stable=True)
-    queue = expert[order].t().reshape(-1)  # [k·T], choice by choice
-    by_expert = queue.argsort(stable=True)
-    counts = torch.zeros(num_experts, dtype=torch.int64, device=device)
-    counts.scatter_add_(0, queue, torch.ones_like(queue))
-    start = counts.cumsum(0) - counts
-    place = torch.arange(k * T, device=device) - start[queue[by_expert]]
-    slot = torch.empty_like(queue)
-    slot[by_expert] = place
-    unordered = torch.empty((T, k), dtype=torch.int64, device=device)
-    unordered[order] = slot.view(k, T).t()
-    return unordered, counts

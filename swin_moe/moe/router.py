@@ -1,24 +1,14 @@
-"""Routers: tokens to a routing plan and a balance loss, in fp32 throughout."""
+"""Routers: tokens to logits, in fp32 throughout."""
 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import MoEConfig
-from .balance import gshard_loss, importance_load_loss
-from .plan import RoutingPlan, expert_capacity, queue_slots
-
-
-class Routing(NamedTuple):
-    """A plan and its balance loss (a scalar, not yet weighted)."""
-
-    plan: RoutingPlan
-    balance_loss: Tensor
 
 
 class LinearRouter(nn.Module):
@@ -71,56 +61,37 @@ class CosineRouter(nn.Module):
             return F.normalize(projected, dim=1) @ matrix * scale
 
 
+class SoftRouter(nn.Module):
+    """Router of Soft MoE: scale·normalize(x)·normalize(Φ)ᵀ (https://arxiv.org/abs/2308.00951, 2.3).
+
+    ``weight`` is Φ, [slots, dim]; ``scale`` [1] starts at 1.
+    """
+
+    def __init__(self, dim: int, num_slots: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_slots, dim))
+        self.scale = nn.Parameter(torch.empty(1))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.weight, std=self.weight.shape[1] ** -0.5)
+        nn.init.ones_(self.scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [T, dim] to logits [T, slots]."""
+        wide = _wide(x)
+        with torch.autocast(x.device.type, enabled=False):
+            weight = F.normalize(self.weight.to(wide), dim=1) * self.scale.to(wide)
+            return F.linear(F.normalize(x.to(wide), dim=1), weight)
+
+
 def _wide(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
-def build_router(dim: int, moe: MoEConfig) -> nn.Module:
+def build_router(dim: int, moe: MoEConfig) -> LinearRouter | CosineRouter | SoftRouter:
+    if moe.routing == "soft":
+        return SoftRouter(dim, moe.num_experts * moe.slots_per_expert)
     if moe.router == "cosine":
         return CosineRouter(dim, moe.num_experts, moe.cosine_router_dim, moe.cosine_router_init_t)
     return LinearRouter(dim, moe.num_experts)
-
-
-def route(
-    logits: Tensor, moe: MoEConfig, *, training: bool, noise: Tensor | None = None
-) -> Routing:
-    """Choose top-k experts per token and queue them.
-
-    Args:
-        logits: [T, E], fp32 or wider.
-        training: adds the gate noise and uses ``moe.capacity_factor`` instead of the evaluation's.
-        noise: [T, E] standard normal draws to use instead of fresh ones.
-
-    Gates are the chosen probabilities; with ``moe.normalize_gate`` they are divided by their sum,
-    before anything is dropped. For k = 1 that makes 1, whose gradient would be zero: it is taken as
-    that of the probability's logarithm, so that the router still learns from the task.
-    """
-    T, E = logits.shape
-    noisy = logits
-    if training and moe.gate_noise > 0:
-        noise = torch.randn_like(logits) if noise is None else noise
-        noisy = logits + noise * (moe.gate_noise / E)
-    scores = noisy.softmax(1)
-    # A stable sort, not topk, whose choice among equal scores is not defined.
-    expert = scores.detach().sort(dim=1, descending=True, stable=True).indices[:, : moe.top_k]
-    gate = scores.gather(1, expert)
-    if moe.normalize_gate:
-        total = gate.sum(1, keepdim=True).clamp(min=torch.finfo(gate.dtype).eps)
-        gate = gate / (total if moe.top_k > 1 else total.detach())
-    priority = scores.detach().amax(1) if moe.batch_prioritized else None
-    slot, counts = queue_slots(expert, E, priority)
-    factor = moe.capacity_factor if training else moe.eval_capacity_factor
-    capacity = expert_capacity(T, E, moe.top_k, factor)
-    kept = slot < capacity if capacity else torch.ones_like(slot, dtype=torch.bool)
-    plan = RoutingPlan(expert, gate.to(logits.dtype), slot, counts, kept, capacity)
-    return Routing(plan, _balance_loss(moe, logits, noisy, scores, expert))
-
-
-def _balance_loss(
-    moe: MoEConfig, logits: Tensor, noisy: Tensor, scores: Tensor, expert: Tensor
-) -> Tensor:
-    if logits.shape[0] == 0 or moe.balance_weight == 0:
-        return logits.sum() * 0.0
-    if moe.balance == "gshard":
-        return gshard_loss(scores, expert)
-    return importance_load_loss(logits.softmax(1), noisy.gather(1, expert), moe.gate_noise)

@@ -4,6 +4,8 @@ One file per op: schema, fake implementation, autograd, reference. Importing thi
 the compiled library if it was built; `status` says what each op runs on.
 """
 
+import torch
+
 from swin_moe.ops import _library
 from swin_moe.ops._library import (
     allow_unverified,
@@ -12,6 +14,7 @@ from swin_moe.ops._library import (
     status,
     use_references,
 )
+from swin_moe.ops.moe_choose import moe_choose
 from swin_moe.ops.moe_dispatch import (
     moe_combine,
     moe_combine_reference,
@@ -19,14 +22,24 @@ from swin_moe.ops.moe_dispatch import (
     moe_dispatch_reference,
 )
 from swin_moe.ops.moe_experts import moe_experts, moe_experts_reference
-from swin_moe.ops.moe_route import Route, RouteOptions, moe_route, moe_route_reference
+from swin_moe.ops.moe_route import moe_route
+from swin_moe.ops.route_reference import Route, RouteOptions, moe_route_reference
 from swin_moe.ops.window_attention import window_attention
 
+# The discrete part of a route; activation checkpointing keeps what these return.
+ROUTING_OPS = [
+    getattr(torch.ops.swin_moe, name).default
+    for name in ("moe_assign", "moe_choose", "moe_route")
+    if hasattr(torch.ops.swin_moe, name)
+]
+
 __all__ = [
+    "ROUTING_OPS",
     "Route",
     "RouteOptions",
     "allow_unverified",
     "cpu_instruction_set",
+    "moe_choose",
     "moe_combine",
     "moe_combine_reference",
     "moe_dispatch",

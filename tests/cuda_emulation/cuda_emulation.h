@@ -399,3 +399,21 @@ template <typename V>
 V __shfl_xor_sync(unsigned mask, V value, int lane_mask) {
   return __shfl_sync(mask, value, cuda_emulation::lane_id() ^ lane_mask);
 }
+
+inline unsigned __match_any_sync(unsigned mask, unsigned value) {
+  if (mask != ~0u) cuda_emulation::fail("a match of some lanes");
+  const auto* slots = cuda_emulation::exchange(value, "match");
+  unsigned same = 0;
+  for (int lane = 0; lane < cuda_emulation::kWarp; ++lane) {
+    same |= static_cast<unsigned>(cuda_emulation::brought<unsigned>(slots, lane) == value) << lane;
+  }
+  return same;
+}
+
+inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
+
+inline int atomicAdd(int* to, int value) {
+  const int before = *to;
+  *to += value;
+  return before;
+}

@@ -7,10 +7,6 @@ using swin_moe::WindowShape;
 
 extern "C" {
 
-const char* emulation_error() { return cuda_emulation::machine().error.c_str(); }
-
-void emulation_reverse(bool reversed) { cuda_emulation::machine().reversed = reversed; }
-
 bool window_attention_supported(const WindowShape* shape) {
   return swin_moe::cuda::window_attention_supported(*shape);
 }

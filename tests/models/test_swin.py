@@ -91,8 +91,8 @@ def test_moe_blocks_take_the_place_of_dense_ones():
     ]
     output = model(torch.randn(2, 3, 32, 32))
     assert isinstance(output, MoEOutput)
-    assert output.counts.shape == (3, 4)
-    assert output.counts.sum(1).tolist() == [2 * 256, 2 * 64, 2 * 64]
+    assert output.stats.counts.shape == (3, 4)
+    assert output.stats.counts.sum(1).tolist() == [2 * 256, 2 * 64, 2 * 64]
     assert output.aux_loss.ndim == 0
     with pytest.raises(ValueError, match="names block 2"):
         SwinTransformer(ModelConfig(**TINY), MoEConfig(blocks=[[2]]))

@@ -4,8 +4,10 @@ import pytest
 import torch
 
 from swin_moe.config import MoEConfig
-from swin_moe.moe import MoELayer
-from swin_moe.moe.router import CosineRouter, route
+from swin_moe.moe import MoELayer, build_moe
+from swin_moe.moe.plan import RouteContext
+from swin_moe.moe.router import CosineRouter
+from swin_moe.moe.token_choice import route
 from tests.golden import Golden
 
 GOLDEN = Golden("moe_layer_tutel")
@@ -43,7 +45,7 @@ def build(case: str, balance: str, backend: str) -> MoELayer:
         balance_weight=1.0,
         backend=backend,
     )
-    layer = MoELayer(spec["model_dim"], spec["hidden_size"], moe).eval()
+    layer = build_moe(spec["model_dim"], spec["hidden_size"], moe).eval()
     if moe.router == "cosine":
         layer.router = CosineRouter(
             spec["model_dim"], moe.num_experts, gate["proj_dim"], gate["init_t"]
@@ -65,13 +67,13 @@ def test_equals_tutel(case, balance, backend):
 
     logits = layer.router(x.view(-1, x.shape[-1]))
     GOLDEN.check(f"{case}.scores", logits.softmax(1))
-    plan = route(logits, layer.moe, training=False).plan
+    plan = route(logits, layer.moe, RouteContext(layer.kernels, training=False)).plan
     for name in ("expert", "slot", "kept", "gate"):
         GOLDEN.check(f"{case}.{name}", getattr(plan, name))
     if plan.capacity:
         assert plan.capacity == GOLDEN.io[f"{case}.capacity"].item()
-    assert torch.equal(result.counts, plan.counts)
-    assert result.dropped.item() == GOLDEN.config["routing"][case]["dropped"]
+    assert torch.equal(result.stats.counts, plan.counts)
+    assert result.stats.dropped.item() == GOLDEN.config["routing"][case]["dropped"]
 
     GOLDEN.check(f"{case}.output", result.output)
     GOLDEN.check(f"{case}.l_aux.{balance}", result.aux_loss.view(1))

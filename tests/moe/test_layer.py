@@ -4,17 +4,19 @@ import pytest
 import torch
 
 from swin_moe.config import MoEConfig
-from swin_moe.moe import MoELayer
+from swin_moe.moe import MoELayer, build_moe
+from swin_moe.moe.backends.fused import KERNELS
 from swin_moe.moe.balance import importance_load_loss
-from swin_moe.moe.plan import expert_capacity, queue_slots
-from swin_moe.moe.router import route
+from swin_moe.moe.plan import RouteContext, expert_capacity
+from swin_moe.moe.token_choice import route
 from tests.parallel import run_worker
+from tests.workers.moe_layer import cases
 
 
 def make(dtype=torch.float32, **settings):
     torch.manual_seed(0)
     moe = MoEConfig(num_experts=4, **settings)
-    layer = MoELayer(8, 16, moe)
+    layer = build_moe(8, 16, moe)
     layer.experts.reset_parameters(0.3)
     return layer.to(dtype)
 
@@ -22,7 +24,11 @@ def make(dtype=torch.float32, **settings):
 @pytest.mark.parametrize("processes", [2, 4])
 def test_expert_parallel_equals_one_process_in_fp64(tmp_path, processes):
     run_worker("moe_layer", tmp_path, processes)
-    assert int((tmp_path / "passed").read_text()) == 32
+    assert int((tmp_path / "passed").read_text()) == 2 * len(cases(processes))
+
+
+def evaluate(logits, moe):
+    return route(logits, moe, RouteContext(KERNELS, training=False)).plan
 
 
 def test_capacity_rule():
@@ -32,34 +38,12 @@ def test_capacity_rule():
     assert expert_capacity(2, 64, 1, 0.5) == 1  # never none at all
 
 
-def test_queue_order_is_choice_then_priority_then_index():
-    expert = torch.tensor([[0, 1], [0, 1], [1, 0]])
-    slot, counts = queue_slots(expert, 2, torch.tensor([0.5, 0.9, 0.5]))
-    assert slot.tolist() == [[1, 2], [0, 1], [0, 2]]
-    assert counts.tolist() == [3, 3]
-    slot, _ = queue_slots(expert, 2, None)
-    assert slot.tolist() == [[0, 1], [1, 2], [0, 2]]
-
-
 def test_ties_go_to_the_lower_index():
     moe = MoEConfig(num_experts=4, top_k=2, eval_capacity_factor=1.0)
-    plan = route(torch.zeros(8, 4), moe, training=False).plan
+    plan = evaluate(torch.zeros(8, 4), moe)
     assert plan.expert.tolist() == [[0, 1]] * 8
     assert plan.slot[:, 0].tolist() == list(range(8))
     assert plan.kept.sum(0).tolist() == [4, 4]
-
-
-def test_row_index_is_its_own_inverse():
-    torch.manual_seed(0)
-    for factor in (0.5, 0.0):
-        moe = MoEConfig(num_experts=4, top_k=2, eval_capacity_factor=factor)
-        plan = route(torch.randn(33, 4), moe, training=False).plan
-        source, destination = plan.row_index()
-        rows = destination.flatten()
-        kept = rows >= 0
-        assert torch.equal(kept.view(33, 2), plan.kept)
-        assert torch.equal(source[rows[kept].long()], torch.arange(66, dtype=torch.int32)[kept])
-        assert (source >= 0).sum() == kept.sum()
 
 
 @pytest.mark.parametrize("backend", ["fused", "reference"])
@@ -67,8 +51,8 @@ def test_dropped_tokens_give_zero_and_are_counted(backend):
     layer = make(eval_capacity_factor=0.25, backend=backend).eval()
     result = layer(torch.randn(64, 8))
     silent = (result.output == 0).all(1)
-    assert 0 < result.dropped.item() == silent.sum().item()
-    assert result.counts.sum() == 64
+    assert 0 < result.stats.dropped.item() == silent.sum().item()
+    assert result.stats.counts.sum() == 64
 
 
 @pytest.mark.parametrize("factor", [0.0, 1.0])
@@ -81,7 +65,7 @@ def test_backends_agree_with_gradients(factor):
         leaf = x.clone().requires_grad_()
         result = layer(leaf)
         (result.output.square().sum() + result.aux_loss).backward()
-        results.append([*result, leaf.grad, *[p.grad for p in layer.parameters()]])
+        results.append([*result[:2], *result[2], leaf.grad, *[p.grad for p in layer.parameters()]])
     for fused, reference in zip(*results, strict=True):
         torch.testing.assert_close(fused, reference)
 
@@ -101,7 +85,7 @@ def test_bf16_routes_in_fp32_and_returns_bf16():
     wide = make(torch.float32).eval()
     wide.load_state_dict({k: v.float() for k, v in layer.state_dict().items()})
     expected = wide(x.float())
-    assert torch.equal(result.counts, expected.counts)
+    assert torch.equal(result.stats.counts, expected.stats.counts)
     torch.testing.assert_close(result.output.float(), expected.output, rtol=5e-2, atol=5e-2)
 
 
@@ -111,7 +95,7 @@ def test_autocast_keeps_routing_in_fp32():
     expected = layer(x)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         result = layer(x)
-    assert torch.equal(result.counts, expected.counts)
+    assert torch.equal(result.stats.counts, expected.stats.counts)
     torch.testing.assert_close(result.aux_loss, expected.aux_loss)
     assert result.output.dtype == torch.float32
 
@@ -120,16 +104,16 @@ def test_no_tokens():
     layer = make(eval_capacity_factor=0.0).eval()
     result = layer(torch.randn(0, 8))
     assert result.output.shape == (0, 8)
-    assert result.counts.sum() == 0
+    assert result.stats.counts.sum() == 0
     assert result.aux_loss == 0
 
 
 def test_balance_has_finite_gradients_at_perfect_balance():
-    scores = torch.full((8, 4), 0.25, requires_grad=True)
-    loss = importance_load_loss(scores, scores[:, :1], 1.0)
+    sums = torch.full((2, 4), 2.0, requires_grad=True)
+    loss = importance_load_loss(*sums)
     loss.backward()
     assert loss.item() == pytest.approx(0, abs=1e-6)
-    assert scores.grad.isfinite().all()
+    assert sums.grad.isfinite().all()
 
 
 def test_experts_must_divide():
@@ -137,6 +121,32 @@ def test_experts_must_divide():
 
     with pytest.raises(ValueError, match=r"moe.num_experts=5 .* 2 ranks"):
         MoELayer(8, 16, MoEConfig(num_experts=5), Group(None, 0, 2))
+
+
+def test_shards_must_divide_the_widths():
+    from swin_moe.distributed import Group
+
+    moe = MoEConfig(num_experts=2)
+    with pytest.raises(
+        ValueError, match=r"expert_parallel_size=6 .*num_experts=2 in 3, .* 8 .* 18"
+    ):
+        MoELayer(8, 18, moe, Group(None, 1, 6))
+
+
+def test_initial_shards_are_parts_of_whole_experts():
+    from swin_moe.distributed import Group
+
+    whole = make()
+    for rank in range(8):
+        torch.manual_seed(0)
+        part = MoELayer(8, 16, MoEConfig(num_experts=4), Group(None, rank, 8))
+        part.experts.reset_parameters(0.3)
+        expert, half = slice(rank // 2, rank // 2 + 1), rank % 2
+        fc1, fc2 = whole.experts.fc1, whole.experts.fc2
+        assert torch.equal(part.experts.fc1.weight, fc1.weight[expert].chunk(2, 1)[half])
+        assert torch.equal(part.experts.fc2.weight, fc2.weight[expert].chunk(2, 2)[half])
+        assert part.experts.fc1.bias.shape == (1, 8)
+        assert part.experts.fc2.bias.shape == (1, 4)
 
 
 def test_initial_experts_do_not_depend_on_the_expert_group():
@@ -153,7 +163,7 @@ def test_initial_experts_do_not_depend_on_the_expert_group():
 def test_a_normalised_top1_gate_is_one_and_still_teaches_the_router():
     logits = torch.randn(12, 4, requires_grad=True)
     moe = MoEConfig(num_experts=4, normalize_gate=True, balance="gshard", gate_noise=0.0)
-    plan, _ = route(logits, moe, training=True)
+    plan = route(logits, moe, RouteContext(KERNELS)).plan
     assert torch.equal(plan.gate.detach(), torch.ones(12, 1))
     (gradient,) = torch.autograd.grad(plan.gate.sum(), logits)
     log_probability = logits.log_softmax(1).gather(1, plan.expert)

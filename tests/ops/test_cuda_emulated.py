@@ -4,20 +4,16 @@ from __future__ import annotations
 
 import ctypes
 import math
-import shutil
-import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-ROOT = Path(__file__).parents[2]
-EMULATION = ROOT / "tests" / "cuda_emulation"
-KERNELS = ROOT / "swin_moe" / "csrc" / "cuda"
+from tests.ops.emulation import Guarded, build_emulation, pointers
+
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]  # in the order of the enumeration
 # Largest error, relative to the largest number of the tensor.
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 2e-2}
@@ -188,39 +184,11 @@ Kernels = Callable[[Case, Inputs], Outputs]
 
 @pytest.fixture(scope="session")
 def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    compiler = shutil.which("g++")
-    if compiler is None:
-        pytest.skip("no g++")
-    path = tmp_path_factory.mktemp("emulation") / "window_attention.so"
-    flags = ["-std=c++17", "-O2", "-fno-strict-aliasing", "-shared", "-fPIC", "-I", str(EMULATION)]
-    flags += ["-Wall", "-Wno-unknown-pragmas", "-DSWIN_MOE_CUDA_EMULATION"]
-    sources = [*sorted(EMULATION.glob("*.cpp")), *sorted(KERNELS.glob("window_attention*.cu"))]
-    subprocess.run([compiler, *flags, "-x", "c++", *map(str, sources), "-o", str(path)], check=True)
-    loaded = ctypes.CDLL(str(path))
-    loaded.emulation_error.restype = ctypes.c_char_p
+    names = ("window_attention", "faulty_kernels")
+    loaded = build_emulation(tmp_path_factory.mktemp("emulation"), *names)
     loaded.window_attention_supported.restype = ctypes.c_bool
     loaded.window_attention_workspace.restype = ctypes.c_int64
     return loaded
-
-
-class Guarded:
-    """A tensor of NaNs between two margins that nobody may write to."""
-
-    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, offset: int = 0) -> None:
-        size = math.prod(shape)
-        self.all = torch.full((size + 128 + offset,), torch.nan, dtype=dtype)
-        self.all[: 64 + offset] = self.all[64 + offset + size :] = 7
-        self.margins = (slice(0, 64 + offset), slice(64 + offset + size, None))
-        self.tensor = self.all[64 + offset : 64 + offset + size].view(shape)
-
-    def check(self) -> Tensor:
-        for margin in self.margins:
-            assert bool((self.all[margin] == 7).all()), "written out of bounds"
-        return self.tensor
-
-
-def pointers(*tensors: Tensor | None) -> list[ctypes.c_void_p]:
-    return [ctypes.c_void_p(None if t is None else t.data_ptr()) for t in tensors]
 
 
 def moved(tensor: Tensor, offset: int) -> Tensor:

@@ -1,20 +1,78 @@
 """Each rank runs the MoE layer on its tokens, and on one process all ranks' tokens one by one.
 
 Outputs, input gradients and the sum of the ranks' weight gradients must be equal: the reference
-backend in fp64, the fused one in the fp32 that its kernels have.
+backend in fp64, the fused one in the fp32 that its kernels have. That every collective finds its
+partners shows in that the script ends.
 """
 
+import os
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from swin_moe import distributed
 from swin_moe.config import MoEConfig
 from swin_moe.distributed import Group, World
-from swin_moe.moe import MoELayer
+from swin_moe.models.swin import keep_routing
+from swin_moe.moe import MoELayer, build_moe, choose_overlap, exchange
+from swin_moe.moe.all_to_all import AllToAll
 
-E, DIM, HIDDEN = 4, 6, 10
+DIM, HIDDEN = 8, 12
+BASE = MoEConfig(num_experts=4, gate_noise=0.0, balance="gshard", normalize_gate=True)
+DROPLESS = {"capacity_factor": 0.0}
+# Images of few tokens each, where they are routed apart
+MODES = {
+    "apart": {"route_per_image": True, "top_k": 2},
+    "experts choose": {"routing": "expert_choice", "capacity_factor": 1.5, "gate_noise": 0.0},
+    "soft": {"routing": "soft", "slots_per_expert": 3},
+}
+
+
+class Case(NamedTuple):
+    """``tokens``: how they are spread over ranks. ``moe``: changes of the config."""
+
+    moe: dict[str, Any]
+    tokens: str = "equal"
+    padded: bool = False
+    flat: bool = False  # one all-to-all, though the group is of two nodes
+    recompute: bool = False
+    frozen_input: bool = False
+
+
+def cases(processes: int) -> list[Case]:
+    plain = [
+        Case({"capacity_factor": factor, "top_k": k, "batch_prioritized": prioritized})
+        for factor in (0.5, 1.0, 0.0)
+        for k in (1, 2)
+        for prioritized in (True, False)
+    ]
+    found = [*plain, Case({}, flat=True)]
+    spreads = ("unequal", "empty", "one expert")
+    for degree in (1, 2, 3):
+        chunked: dict[str, Any] = {"overlap_degree": degree}
+        for tokens in spreads:
+            found.append(Case({**chunked, **DROPLESS, "top_k": 2}, tokens))
+            found.append(Case(chunked, tokens))
+            found.append(Case(chunked, tokens, padded=True))
+        found += [Case({**chunked, **mode}) for mode in MODES.values()]
+        found.append(Case({**chunked, "num_shared_experts": 1}, "unequal"))
+        found.append(Case({**chunked, "top_k": 2}, recompute=True))
+        found.append(Case(chunked, frozen_input=True))
+    # More ranks than experts: each is cut in two, or in as many parts as there are ranks.
+    for experts in {processes // 2, 1}:
+        sharded: dict[str, Any] = {"num_experts": experts}
+        found += [Case({**sharded, **DROPLESS}, tokens) for tokens in spreads]
+        found.append(Case({**sharded, "top_k": experts}, padded=True))
+        found += [Case({**sharded, **mode, "top_k": 1}) for mode in MODES.values()]
+        for degree in (2, 3):
+            found.append(Case({**sharded, "overlap_degree": degree}, "unequal"))
+            found.append(Case({**sharded, "overlap_degree": degree}, "empty", padded=True))
+        found.append(Case({**sharded, "fc2_bias": False}, recompute=True))
+    return found
 
 
 def close(actual: torch.Tensor, expected: torch.Tensor) -> None:
@@ -22,68 +80,130 @@ def close(actual: torch.Tensor, expected: torch.Tensor) -> None:
     torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
 
 
-def tokens_of(rank: int, case: str) -> torch.Tensor:
+def tokens_of(rank: int, case: Case) -> torch.Tensor:
     generator = torch.Generator().manual_seed(rank)
-    count = {"unequal": 5 + 8 * rank, "empty": 12 * rank}.get(case, 12)
-    x = torch.randn(count, DIM, generator=generator)
-    return x.abs() if case == "one expert" else x
+    images = {"unequal": 1 + 2 * rank, "empty": 2 * rank}.get(case.tokens, 2)
+    x = torch.randn(images, 2, 3, DIM, generator=generator)
+    return x.abs() if case.tokens == "one expert" else x
 
 
-def build(moe: MoEConfig, group: Group | None) -> MoELayer:
+def build(case: Case, moe: MoEConfig, group: Group | None) -> MoELayer:
     torch.manual_seed(0)
-    layer = MoELayer(DIM, HIDDEN, moe, group)
+    layer = build_moe(DIM, HIDDEN, moe, group)
     layer.experts.reset_parameters(0.3)
-    if moe.balance_weight == 0:  # "one expert": positive tokens all prefer the last
-        with torch.no_grad():
-            layer.router.weight.copy_(torch.arange(E)[:, None].float().expand(E, DIM))
+    layer.padded = case.padded
+    with torch.no_grad():
+        for name, parameter in layer.experts.named_parameters():
+            if name.endswith("bias"):
+                generator = torch.Generator().manual_seed(1)
+                shape = (moe.num_experts, HIDDEN if "fc1" in name else DIM)
+                whole = torch.randn(shape, generator=generator)
+                parameter.copy_(layer.experts.share.of(name, whole))
+        if case.tokens == "one expert":  # positive tokens all prefer the last
+            weight = torch.arange(moe.num_experts)[:, None].float()
+            layer.router.weight.copy_(weight.expand(-1, DIM))
     return layer.double() if moe.backend == "reference" else layer
 
 
-def run(layer: MoELayer, x: torch.Tensor):
-    x = x.to(layer.router.weight.dtype, copy=True).requires_grad_()
-    result = layer(x)
+def run(layer: MoELayer, x: torch.Tensor, case: Case):
+    x = x.to(layer.router.weight.dtype, copy=True).requires_grad_(not case.frozen_input)
+    if case.recompute and layer.group.size > 1:
+        result = checkpoint(layer, x, use_reentrant=False, context_fn=keep_routing)
+    else:
+        result = layer(x)
     (result.output.square().sum() + result.aux_loss).backward()
     return result, x.grad
 
 
-def check(world: World, case: str, moe: MoEConfig) -> None:
-    mine = build(moe, world.expert)
-    result, grad = run(mine, tokens_of(world.rank, case))
-    whole = build(moe, None)
+def check(world: World, case: Case, backend: str) -> None:
+    moe = MoEConfig(**{**BASE.model_dump(), **case.moe, "backend": backend})
+    group = replace(world.expert, intra=None, inter=None) if case.flat else world.expert
+    mine = build(case, moe, group)
+    result, grad = run(mine, tokens_of(world.rank, case), case)
+    whole = build(case, moe, None)
     for rank in range(world.size):
-        expected, expected_grad = run(whole, tokens_of(rank, case))
+        expected, expected_grad = run(whole, tokens_of(rank, case), case)
         if rank == world.rank:
-            for name in ("output", "aux_loss", "counts", "dropped"):
-                close(getattr(result, name), getattr(expected, name))
-            close(grad, expected_grad)
-    local = E // world.size
-    own = slice(world.rank * local, (world.rank + 1) * local)
-    whole_gradients = {name: p.grad for name, p in whole.named_parameters()}
-    for name, parameter in mine.named_parameters():
-        gradient = parameter.grad
-        if ".weight" in name and "router" in name:
-            gradient = distributed.all_reduce_(gradient)
-            close(gradient, whole_gradients[name])
-        elif name.startswith("experts."):
-            close(gradient, whole_gradients[name][own])
+            close(result.output, expected.output)
+            close(result.aux_loss, expected.aux_loss)
+            close(result.stats.counts, expected.stats.counts)
+            close(result.stats.sums[:5], expected.stats.sums[:5])
+            close(result.stats.extremes, expected.stats.extremes)
+            assert result.stats.sums[5] > 0
+            if not case.frozen_input:
+                close(grad, expected_grad)
+    for (name, parameter), reference in zip(
+        mine.named_parameters(), whole.parameters(), strict=True
+    ):
+        gradient, wanted = parameter.grad, reference.grad
+        if name.startswith("experts."):
+            close(gradient, mine.experts.share.of(name, wanted))
+        else:
+            close(distributed.all_reduce_(gradient), wanted)
+
+
+def check_order(world: World) -> None:
+    """Chunks are on their way while others are computed, in both passes alike."""
+    events = []
+    start, wait = AllToAll.start, exchange._Ferry._wait
+
+    def starting(self, x, out, back=False):
+        events.append("home" if back else "out")
+        return start(self, x, out, back)
+
+    def waiting(self, c):
+        events.append(c)
+        return wait(self, c)
+
+    case = Case({"overlap_degree": 3})
+    layer = build(case, MoEConfig(**{**BASE.model_dump(), **case.moe}), world.expert)
+    AllToAll.start, exchange._Ferry._wait = starting, waiting
+    try:
+        x = tokens_of(world.rank, case).requires_grad_()
+        result = layer(x)
+        forward, events = events, []
+        result.output.sum().backward()
+    finally:
+        AllToAll.start, exchange._Ferry._wait = start, wait
+    assert forward == ["out"] * 3 + [0, "home", 1, "home", 2, "home", 0, 1, 2], forward
+    assert events == ["out"] * 3 + [2, "home", 1, "home", 0, "home", 2, 1, 0], events
+
+
+def check_tuning(world: World) -> None:
+    """All ranks choose the same; layers and generators stay as they are."""
+    case = Case({"overlap_degree": "auto"})
+    layers = [
+        build(case, MoEConfig(**{**BASE.model_dump(), **case.moe}), world.expert) for _ in range(2)
+    ]
+    before, weights = torch.get_rng_state(), [p.clone() for p in layers[0].parameters()]
+    told = choose_overlap(layers, (4, 2, 3), world.device, torch.float32)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(torch.equal(p, w) for p, w in zip(layers[0].parameters(), weights, strict=True))
+    assert all(p.grad is None for p in layers[0].parameters())
+    chosen = torch.tensor([layers[0].overlap_degree, -layers[1].overlap_degree])
+    assert distributed.all_reduce_(chosen.clone(), "max").equal(chosen)
+    assert told.endswith(f"takes {layers[1].overlap_degree}"), told
 
 
 def main() -> None:
-    world = distributed.init(expert_parallel_size=distributed.environment_rank()[2])
-    base = MoEConfig(num_experts=E, gate_noise=0.0, balance="gshard", normalize_gate=True)
-    cases = [
-        (f"capacity {factor}", {"capacity_factor": factor, "top_k": k, "batch_prioritized": bpr})
-        for factor in (0.5, 1.0, 0.0)
-        for k in (1, 2)
-        for bpr in (True, False)
-    ]
-    cases += [(name, {"capacity_factor": 0.0}) for name in ("unequal", "empty")]
-    cases += [("one expert", {"capacity_factor": f, "balance_weight": 0.0}) for f in (0.0, 1.25)]
+    _, _, size = distributed.environment_rank()
+    if size == 4:
+        os.environ["LOCAL_WORLD_SIZE"] = "2"  # two nodes of two
+    world = distributed.init(expert_parallel_size=size)
+    assert (world.expert.intra is not None) == (size == 4)
+    check_order(world)
+    check_tuning(world)
+    passed = 0
     for backend in ("reference", "fused"):
-        for case, settings in cases:
-            check(world, case, base.model_copy(update={**settings, "backend": backend}))
+        for case in cases(size):
+            try:
+                check(world, case, backend)
+            except BaseException:
+                print(f"rank {world.rank}, {backend}: {case}", file=sys.stderr, flush=True)
+                raise
+            passed += 1
     if world.is_main:
-        (Path(sys.argv[1]) / "passed").write_text(str(2 * len(cases)))
+        (Path(sys.argv[1]) / "passed").write_text(str(passed))
     distributed.shutdown()
     distributed.leave(0)
 

@@ -5,29 +5,22 @@
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
-#include <cuda_runtime.h>
 
-#include <cstddef>
 #include <cstdint>
+
+#include "device.cuh"
 
 namespace swin_moe::cuda {
 
 #ifdef SWIN_MOE_CUDA_EMULATION
 
 using cuda_emulation::copy_async;
-using cuda_emulation::dynamic_shared_memory;
-using cuda_emulation::launch;
 using cuda_emulation::load_matrices;
 using cuda_emulation::load_matrices_transposed;
 using cuda_emulation::multiply_accumulate;
 using cuda_emulation::wait_for_copies;
 
 #else
-
-__device__ __forceinline__ unsigned char* dynamic_shared_memory() {
-  extern __shared__ __align__(16) unsigned char memory[];
-  return memory;
-}
 
 // Copies 16 aligned bytes from global to shared memory, zeros unless `valid`; `from` must be an
 // address of the tensor all the same. They have arrived when the same thread has waited.
@@ -85,19 +78,6 @@ __device__ __forceinline__ void multiply_accumulate(__nv_bfloat16, float (&d)[4]
       "{%8, %9}, {%0, %1, %2, %3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-
-// Launches with dynamic shared memory, asking for more than the 48 KiB of the default if need be.
-template <typename... Parameters, typename... Arguments>
-cudaError_t launch(void (*kernel)(Parameters...), int64_t blocks, int threads, size_t shared_bytes,
-                   cudaStream_t stream, Arguments... arguments) {
-  if (shared_bytes > 48 * 1024) {
-    const cudaError_t error = cudaFuncSetAttribute(
-        kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
-    if (error != cudaSuccess) return error;
-  }
-  kernel<<<static_cast<unsigned>(blocks), threads, shared_bytes, stream>>>(arguments...);
-  return cudaGetLastError();
 }
 
 #endif

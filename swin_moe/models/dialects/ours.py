@@ -1,4 +1,4 @@
-"""Our names: the official ones without buffers, and experts of our own."""
+"""Our names: the official ones without their buffers, and experts of our own."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ ATTENTION = (
 )  # fmt: skip
 EXPERTS = (
     "router.weight", "router.temperature", "router.cosine_projector.{p}", "router.sim_matrix",
-    "experts.fc1.{p}", "experts.fc2.{p}",
+    "router.scale", "experts.fc1.{p}", "experts.fc2.{p}", "shared.fc1.{p}", "shared.fc2.{p}",
+    "choice_bias.rises",
 )  # fmt: skip
 
 

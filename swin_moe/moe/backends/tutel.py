@@ -12,28 +12,56 @@ know which backend trained it. What its moe_layer does otherwise than one expect
 - unequal tokens per rank need ``inequivalent_tokens``, which dropless calls set;
 - its balance loss hangs on the output and its counts are wrong with batch-prioritised order: loss
   and counts come from our own plan of the same logits;
-- expert gradients are sums over the ranks' losses, as in our layer; the engine averages them.
+- expert gradients are sums over the ranks' losses, as in our layer; the engine averages them;
+- its kernels are cached per device and not per dtype, and a token that is not finite is spread.
 
-A self-check compares it with our layer before the first use, so that a changed Tutel fails loudly.
+A self-check (``CHECKS``) compares it with our layer before the first use, in the situations in
+which the faults above would show, so that a changed Tutel fails loudly.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ..config import MoEConfig
-from ..distributed import Group
-from .layer import MoELayer, MoEResult
-from .router import route
+from ...config import MoEConfig
+from ...distributed import Group
+from ..layer import MoELayer, MoEResult
+from ..plan import RoutingPlan
+from .reference import KERNELS
 
 INSTALL_HINT = (
     "moe.backend=tutel needs Tutel, which is not installed: pip install --no-build-isolation "
     "git+https://github.com/microsoft/tutel (NO_CUDA=1 without a GPU), or use moe.backend=fused"
 )
 _checked: set[tuple[int, str]] = set()  # group size and device of the layers that passed
+
+
+class Check(NamedTuple):
+    """One small layer of the self-check; outputs and all gradients must be ours.
+
+    Attributes:
+        what: the known fault of Tutel's that it would show, for the message.
+        more_tokens: tokens that each rank has beyond those of the rank before.
+    """
+
+    what: str
+    factor: float
+    top_k: int
+    dtype: torch.dtype = torch.float32
+    more_tokens: int = 0
+
+
+CHECKS = (
+    Check("capacity and order, or the scale of the experts' gradients", 1.0, 1),
+    Check("the second choice's place in the queue", 1.0, 2),
+    Check("dropless routing", 0.0, 2),
+    Check("unequal numbers of tokens per rank", 0.0, 1, more_tokens=3),
+    Check("kernels of another dtype", 1.0, 1, torch.bfloat16),
+    Check("kernels of another dtype, back again", 1.0, 1),
+)
 
 
 class _Gate(nn.Module):
@@ -59,7 +87,25 @@ class _ExpertsView(nn.Module):
         self.inner = experts
 
     def forward(self, x: Tensor, ctx: Any) -> Tensor:
-        return self.inner(x)
+        rows = x.reshape(-1, x.shape[-1])
+        used = torch.full((x.shape[0],), x.shape[1], dtype=torch.int64, device=x.device)
+        return self.inner(rows, used, x.shape[1]).view(x.shape)
+
+
+def _refuse_what_tutel_lacks(moe: MoEConfig, group: Group) -> None:
+    lacking = {
+        f"num_experts={moe.num_experts} over {group.size} ranks": moe.num_experts < group.size,
+        f"overlap_degree={moe.overlap_degree}": moe.overlap_degree != 1,
+        f"routing={moe.routing}": moe.routing != "token_choice",
+        "score=sigmoid": moe.score == "sigmoid",
+        "route_per_image": moe.route_per_image,
+        "bias_update_rate": moe.bias_update_rate > 0,
+        "eval_top_k": moe.eval_top_k not in (0, moe.top_k),
+        "normalize_gate with top_k=1": moe.normalize_gate and moe.top_k == 1,
+    }
+    for what, wanted in lacking.items():
+        if wanted:
+            raise ValueError(f"moe.backend=tutel has no moe.{what}: use moe.backend=fused")
 
 
 class TutelLayer(MoELayer):
@@ -72,12 +118,8 @@ class TutelLayer(MoELayer):
     def __init__(
         self, dim: int, hidden_dim: int, moe: MoEConfig, group: Group | None = None
     ) -> None:
-        super().__init__(dim, hidden_dim, moe, group)
-        if moe.normalize_gate and moe.top_k == 1:
-            raise ValueError(
-                "moe.backend=tutel does not normalise the gate of top-1: use moe.backend=fused, or "
-                "set moe.normalize_gate=false"
-            )
+        super().__init__(dim, hidden_dim, moe, group, KERNELS)
+        _refuse_what_tutel_lacks(moe, self.group)
         try:
             from tutel import moe as tutel_moe
         except ImportError:
@@ -107,38 +149,46 @@ class TutelLayer(MoELayer):
         tokens = x.reshape(-1, x.shape[-1])
         logits = self.router(tokens)
         noise = torch.randn_like(logits) if self.training and moe.gate_noise else None
-        plan, balance_loss = route(logits, moe, training=self.training, noise=noise)
+        routing = self.route(tokens, noise=noise)
         if noise is not None:
             logits = logits + noise * (moe.gate_noise / moe.num_experts)
+        assert isinstance(routing.plan, RoutingPlan)
         factor = moe.capacity_factor if self.training else moe.eval_capacity_factor
-        self.gate_view.logits, self.gate_view.capacity_factor = logits, factor
+        # Tutel would queue a bad token and spread it: it goes through as zeros, and comes out so.
+        bad = ~logits.isfinite().all(1, keepdim=True)
+        tokens = tokens.masked_fill(bad, 0.0)
+        self.gate_view.logits = logits.masked_fill(bad, 0.0)
+        self.gate_view.capacity_factor = factor
         layer.batch_prioritized_routing = moe.batch_prioritized and factor > 0
         output = layer(tokens, inequivalent_tokens=factor == 0)
+        output = output.masked_fill(bad, 0.0)
         self.gate_view.logits = None
-        dropped = (~plan.kept).sum()
-        aux_loss = moe.balance_weight * balance_loss
-        return MoEResult(output.view_as(x).to(x.dtype), aux_loss, plan.counts, dropped)
+        if self.shared is not None:
+            output = output + self.shared(tokens)
+        return MoEResult(output.view_as(x).to(x.dtype), routing.aux_loss, routing.stats)
 
     def _self_check(self, x: Tensor) -> None:
-        """Hold a small layer against ours once per group size and device; collective."""
+        """Hold small layers against ours, once per group size and device; collective."""
         key = (self.group.size, x.device.type)
         if key in _checked:
             return
         _checked.add(key)
         with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []), torch.enable_grad():
-            for factor, top_k in ((1.0, 1), (1.0, 2), (0.0, 2)):
-                self._compare(factor, top_k, x.device)
+            for check in CHECKS:
+                self._compare(check, x.device)
 
-    def _compare(self, factor: float, top_k: int, device: torch.device) -> None:
+    def _compare(self, check: Check, device: torch.device) -> None:
         torch.manual_seed(1 + self.group.rank)
-        changes = {"top_k": top_k, "capacity_factor": factor, "gate_noise": 0.0}
-        changes["normalize_gate"] = self.moe.normalize_gate and top_k > 1
-        moe = self.moe.model_copy(update={**changes, "balance": "gshard", "drop_rate": 0.0})
-        theirs = TutelLayer(8, 16, moe, self.group).to(device)
-        ours = MoELayer(8, 16, moe.model_copy(update={"backend": "reference"}), self.group)
+        changes = {"top_k": check.top_k, "capacity_factor": check.factor, "gate_noise": 0.0}
+        changes["normalize_gate"] = self.moe.normalize_gate and check.top_k > 1
+        changes |= {"drop_rate": 0.0, "num_shared_experts": 0}
+        moe = self.moe.model_copy(update={**changes, "balance": "gshard"})
+        theirs = TutelLayer(8, 16, moe, self.group).to(device, check.dtype)
+        ours = MoELayer(8, 16, moe, self.group, KERNELS).to(device, check.dtype)
         theirs.experts.reset_parameters(0.5)
-        ours.to(device).load_state_dict(theirs.state_dict())
-        tokens = torch.randn(6 * moe.num_experts, 8, device=device)
+        ours.load_state_dict(theirs.state_dict())
+        count = 6 * moe.num_experts + check.more_tokens * self.group.rank
+        tokens = torch.randn(count, 8, device=device).to(check.dtype)
         results = []
         for layer in (theirs, ours):
             leaf = tokens.clone().requires_grad_()
@@ -147,9 +197,14 @@ class TutelLayer(MoELayer):
             output.square().sum().backward()
             grads = [p.grad for p in layer.parameters()]
             results.append([output, leaf.grad, *grads])
+        tolerance = 1e-3 if check.dtype == torch.float32 else 1e-1
         for theirs_value, our_value in zip(*results, strict=True):
-            if not torch.allclose(theirs_value, our_value, rtol=1e-3, atol=1e-4):
+            if not torch.allclose(theirs_value, our_value, rtol=tolerance, atol=tolerance):
                 raise ValueError(
-                    f"moe.backend=tutel: this version of Tutel routes or differentiates otherwise "
-                    f"(capacity factor {factor}, top-{top_k}); use moe.backend=fused"
+                    f"moe.backend=tutel: this version of Tutel computes otherwise ({check.what}, "
+                    f"top-{check.top_k}, {check.dtype}); use moe.backend=fused"
                 )
+
+
+def build(dim: int, hidden_dim: int, moe: MoEConfig, group: Group | None) -> MoELayer:
+    return TutelLayer(dim, hidden_dim, moe, group)

@@ -1,0 +1,151 @@
+"""All-to-all of rows whose counts every rank knows: in one step, or within and then across nodes.
+
+The two steps (https://arxiv.org/abs/2206.03382, section 3, "2DH") bring together what the ranks of
+a node have for the same remote node, so that few large messages cross the network instead of many
+small ones: first the ranks of a node swap rows among themselves, such that rank l of it holds all
+rows for the ranks l of all nodes; then the ranks l of all nodes swap. The way back mirrors it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cache
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..distributed import Group
+
+
+class Pending(Protocol):
+    """A collective on its way. After ``wait`` its output may be used (on CUDA: by the stream)."""
+
+    def wait(self) -> Any: ...
+
+
+class AllToAll:
+    """One exchange of rows and its way back.
+
+    Args:
+        counts: [W, W] int64 on the host, rows from each rank to each; the same on every rank.
+
+    Attributes:
+        sent, received: rows of this rank.
+    """
+
+    def __init__(self, counts: Tensor, group: Group) -> None:
+        self.group = group
+        self.to = counts[group.rank]
+        self.by = counts[:, group.rank]
+        self.sent, self.received = int(self.to.sum()), int(self.by.sum())
+        if group.intra is not None:
+            node, local = divmod(group.rank, group.intra.size)
+            mine = counts.view(-1, group.intra.size, counts.shape[1])[node]
+            # [L, N]: rows of this node's ranks to the ranks of all nodes that stand where I do.
+            self.middle = mine.view(group.intra.size, -1, group.intra.size)[:, :, local]
+
+    def start(self, x: Tensor, out: Tensor, back: bool = False) -> Pending:
+        """Rows x [sent, ...] by rank into out [received, ...] by rank; ``back`` swaps the two."""
+        if self.group.intra is None:
+            to, by = (self.by, self.to) if back else (self.to, self.by)
+            return _exchange(x, out, to, by, self.group, wait=False)
+        step = self._back if back else self._forth
+        return _in_background(lambda: step(x, out), x)
+
+    # Inference mode: a thread of its own does not inherit that nothing is recorded.
+    @torch.inference_mode()
+    def _forth(self, x: Tensor, out: Tensor) -> None:
+        intra, inter = self._groups()
+        to = self.to.view(inter.size, intra.size)
+        by = self.by.view(inter.size, intra.size)
+        x = _swap(x, to)  # by place in the node, then by node
+        within = x.new_empty((int(self.middle.sum()), *x.shape[1:]))
+        _exchange(x, within, to.sum(0), self.middle.sum(1), intra)
+        within = _swap(within, self.middle)
+        _exchange(within, out, self.middle.sum(0), by.sum(1), inter)
+
+    @torch.inference_mode()
+    def _back(self, x: Tensor, out: Tensor) -> None:
+        intra, inter = self._groups()
+        to = self.to.view(inter.size, intra.size)
+        by = self.by.view(inter.size, intra.size)
+        within = x.new_empty((int(self.middle.sum()), *x.shape[1:]))
+        _exchange(x, within, by.sum(1), self.middle.sum(0), inter)
+        within = _swap(within, self.middle.t())
+        swapped = torch.empty_like(out)
+        _exchange(within, swapped, self.middle.sum(1), to.sum(0), intra)
+        out.copy_(_swap(swapped, to.t()))
+
+    def _groups(self) -> tuple[Group, Group]:
+        assert self.group.intra is not None
+        assert self.group.inter is not None
+        return self.group.intra, self.group.inter
+
+
+def _exchange(
+    x: Tensor, out: Tensor, to: Tensor, by: Tensor, group: Group, wait: bool = True
+) -> Pending:
+    work = dist.all_to_all_single(
+        out, x.contiguous(), by.tolist(), to.tolist(), group=group.handle, async_op=not wait
+    )
+    return work or _Done()
+
+
+def _swap(rows: Tensor, counts: Tensor) -> Tensor:
+    """Runs of rows with the lengths ``counts`` [A, B], ordered by (a, b), to the order (b, a)."""
+    columns = counts.shape[1]
+    runs = rows.split(counts.flatten().tolist())
+    return torch.cat([run for b in range(columns) for run in runs[b::columns]])
+
+
+class _Done:
+    def wait(self) -> None:
+        """Nothing is left to wait for."""
+
+
+class _Thread:
+    """Steps that a thread of their own takes one after the other."""
+
+    def __init__(self, future: Future[None]) -> None:
+        self.future = future
+
+    def wait(self) -> None:
+        self.future.result()
+
+
+class _Stream:
+    """Steps that are queued on a CUDA stream of their own."""
+
+    def __init__(self, side: torch.cuda.Stream) -> None:
+        self.side = side
+
+    def wait(self) -> None:
+        torch.cuda.current_stream().wait_stream(self.side)
+
+
+def _in_background(steps: Callable[[], None], x: Tensor) -> Pending:
+    """Two steps with work between them, beside what this thread goes on to do.
+
+    All ranks start theirs in the same order, and one worker keeps it: no two of them can wait for
+    one another.
+    """
+    if not x.is_cuda:
+        return _Thread(_worker().submit(steps))
+    side = _side_stream(x.device)
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        steps()
+    return _Stream(side)
+
+
+@cache
+def _worker() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(1, thread_name_prefix="all-to-all")
+
+
+@cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)

@@ -1,0 +1,81 @@
+"""Soft MoE (https://arxiv.org/abs/2308.00951): every slot is a mean of an image's tokens.
+
+Nothing is discrete and nothing is dropped: the input of each slot is a convex combination of the
+image's tokens, the output of each token one of the slots' outputs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..config import MoEConfig
+from .plan import Kernels, RouteContext, Routing, make_stats
+
+
+@dataclass(frozen=True)
+class SoftPlan:
+    """Weights between tokens and slots, both [G, n, E·s] in the logits' dtype.
+
+    Attributes:
+        finite: [G·n], tokens that take part.
+        into_slots: each slot's column sums to one over the group's tokens.
+        out_of_slots: each token's row sums to one over the slots.
+        used, stride: see :class:`~swin_moe.moe.plan.Plan`; rows are [E, G, s].
+    """
+
+    finite: Tensor
+    into_slots: Tensor
+    out_of_slots: Tensor
+    used: Tensor
+    stride: int
+
+    def dispatch(self, tokens: Tensor, kernels: Kernels) -> Tensor:
+        """Tokens [G·n, D] to rows [E·G·s, D]."""
+        weight = self.into_slots.transpose(1, 2).to(tokens.dtype)
+        tokens = tokens.masked_fill(~self.finite[:, None], 0.0)  # 0 · NaN would reach every slot
+        mixed = torch.bmm(weight, tokens.view(*self.into_slots.shape[:2], tokens.shape[1]))
+        return mixed.unflatten(1, (self.used.numel(), -1)).transpose(0, 1).flatten(0, 2)
+
+    def combine(self, rows: Tensor, kernels: Kernels) -> Tensor:
+        """Rows [E·G·s, D] to tokens [G·n, D]."""
+        groups, _, slots = self.out_of_slots.shape
+        experts, width = self.used.numel(), rows.shape[1]
+        by_group = rows.view(experts, groups, slots // experts, width).transpose(0, 1)
+        weight = self.out_of_slots.to(rows.dtype)
+        return torch.bmm(weight, by_group.flatten(1, 2)).flatten(0, 1)
+
+
+def route(logits: Tensor, moe: MoEConfig, context: RouteContext) -> Routing:
+    """Weights from logits [T, E·s]; a token that is not finite reaches no slot and gets zeros."""
+    T, slots = logits.shape
+    groups, experts = context.groups, moe.num_experts
+    sizes = (groups, T // groups, slots)
+    finite = logits.isfinite().all(1)
+    bad = ~finite[:, None]
+    clean = logits.masked_fill(bad, 0.0)
+    # Not −inf: an image without any finite token would give 0/0.
+    least = torch.finfo(logits.dtype).min
+    into = clean.masked_fill(bad, least).view(sizes).softmax(1)
+    into = into.masked_fill(bad.view(*sizes[:2], 1), 0.0)
+    out_of = clean.softmax(1).masked_fill(bad, 0.0)
+    rows = groups * slots // experts
+    used = torch.full((experts,), rows, dtype=torch.int64, device=logits.device)
+    plan = SoftPlan(finite, into, out_of.view(sizes), used, rows)
+    mass = (
+        out_of.detach().view(T, experts, moe.slots_per_expert).sum(2)
+    )  # of each token, per expert
+    infinity = clean.new_full((1,), torch.inf)
+    stats = make_stats(
+        mass.sum(0).round().to(torch.int64),
+        tokens=T,
+        offered=T,
+        dropped=(~finite).sum(),
+        nonfinite=(~finite).sum(),
+        entropy=torch.special.entr(mass).sum(),
+        least=torch.cat((clean.detach().flatten(), infinity)).amin(),
+        greatest=torch.cat((clean.detach().flatten(), -infinity)).amax(),
+    )
+    return Routing(plan, logits.new_zeros(()), stats)

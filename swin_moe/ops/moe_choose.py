@@ -1,0 +1,60 @@
+"""Expert choice, the discrete part: which tokens each expert takes, as row maps."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from swin_moe.ops import _library
+
+
+def moe_choose(
+    scores: Tensor, finite: Tensor, groups: int, capacity: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Each expert's ``capacity`` best tokens of each group, ties to the lower index.
+
+    Args:
+        scores: [T, E]. finite: [T] bool; other tokens are never taken.
+        groups: equal runs of consecutive tokens.
+
+    Returns:
+        source [E·groups·capacity] and destination [T, E], both int32, as in ``moe_dispatch`` with
+        k = E; used [E] int64.
+    """
+    return torch.ops.swin_moe.moe_choose(scores.detach(), finite, groups, capacity)
+
+
+def _choose(
+    scores: Tensor, finite: Tensor, groups: int, capacity: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    T, E = scores.shape
+    # The experts' view: [E, groups, tokens of a group]; what is not finite goes last.
+    ranked = scores.masked_fill(~finite[:, None], -torch.inf).t().reshape(E, groups, T // groups)
+    best = ranked.sort(dim=2, descending=True, stable=True).indices[..., :capacity]
+    first = torch.arange(groups, device=scores.device)[:, None] * (T // groups)
+    token = (best + first).flatten()  # [E · groups · capacity], row by row
+    expert = torch.arange(E, device=scores.device).repeat_interleave(groups * capacity)
+    taken = finite[token]
+    source = torch.where(taken, token * E + expert, -1).to(torch.int32)
+    destination = torch.full((T * E + 1,), -1, dtype=torch.int32, device=scores.device)
+    rows = torch.arange(source.numel(), dtype=torch.int32, device=scores.device)
+    destination[torch.where(taken, token * E + expert, T * E)] = rows
+    # An empty row is computed with the others: it is zero.
+    used = torch.full((E,), groups * capacity, dtype=torch.int64, device=scores.device)
+    return source, destination[: T * E].view(T, E).clone(), used
+
+
+_library.declare(
+    "moe_choose(Tensor scores, Tensor finite, int groups, int capacity)"
+    " -> (Tensor, Tensor, Tensor)",
+    _choose,
+    internal=True,
+)
+
+
+@torch.library.register_fake("swin_moe::moe_choose")
+def _(scores: Tensor, finite: Tensor, groups: int, capacity: int) -> tuple[Tensor, Tensor, Tensor]:
+    T, E = scores.shape
+    source = scores.new_empty(E * groups * capacity, dtype=torch.int32)
+    destination = scores.new_empty(T, E, dtype=torch.int32)
+    return source, destination, scores.new_empty(E, dtype=torch.int64)

@@ -1,0 +1,10 @@
+// What the tests ask of the emulation itself, for ctypes.
+#include "cuda_emulation.h"
+
+extern "C" {
+
+const char* emulation_error() { return cuda_emulation::machine().error.c_str(); }
+
+void emulation_reverse(bool reversed) { cuda_emulation::machine().reversed = reversed; }
+
+}  // extern "C"
