@@ -19,7 +19,7 @@ from .data import Loader, build_loader, build_mixing
 from .distributed import World, broadcast_object
 from .engine import Engine, resolve_precision
 from .evaluation import Evaluation, evaluate
-from .metrics import MetricLog, draw_summary
+from .metrics import MetricLog
 from .models import SwinTransformer, build, expert_parameter_names
 from .models.cost import count
 from .models.pretrained import (
@@ -30,6 +30,7 @@ from .models.pretrained import (
     read_pretrained,
 )
 from .optim import build_schedule
+from .summary import draw_summary
 from .trainer import Plan, Position, Trainer
 
 log = logging.getLogger("swin_moe")

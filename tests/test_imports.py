@@ -12,7 +12,7 @@ LAYERS = [
     {"config", "distributed", "ops", "torchrun"},
     {"moe", "data", "checkpoint"},
     {"models", "metrics"},
-    {"optim", "evaluation", "convert", "catalog"},
+    {"optim", "evaluation", "convert", "catalog", "summary"},
     {"engine"},
     {"trainer"},
     {"report"},
