@@ -17,6 +17,7 @@ LAYERS = [
     {"trainer"},
     {"report"},
     {"run"},
+    {"inspection"},
     {"cli"},
     {"__main__", "__init__"},
 ]
