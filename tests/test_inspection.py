@@ -144,9 +144,9 @@ def test_pictures_and_tables(saved, capsys):
     assert "layers.1.blocks.1" in printed
     assert re.search(r"[A-Z]\S+ \d+ %, ", printed)  # names of classes
     assert "patches were dropped" in printed
-    last = saved / "checkpoints/last"
+    step = saved / "checkpoints/step-00000001"
     output = saved.parent / "other.png"
-    drawn = inspect_checkpoint(last, WORLD, Console(), [], images=1, output=output)
+    drawn = inspect_checkpoint(step, WORLD, Console(), [], images=1, output=output)
     assert drawn == (output, saved.parent / "other-experts.png")
 
 

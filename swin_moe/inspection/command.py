@@ -157,7 +157,8 @@ def _table(name: str, layer: LayerFindings, classes: list[str] | None) -> Table:
     table.columns[0].justify = table.columns[1].justify = "right"
     load = layer.load
     order = sorted(range(len(load)), key=lambda expert: -load[expert])
-    shown = range(len(load)) if len(load) <= ROWS else order[:ROWS]
+    busiest = [expert for expert in order[:ROWS] if load[expert] > 0]
+    shown = range(len(load)) if len(load) <= ROWS else busiest
     for expert in shown:
         counts = layer.classes[expert]
         total = max(int(counts.sum()), 1)

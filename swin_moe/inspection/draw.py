@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .routes import NOBODY, LayerFindings
+from .routes import NOBODY, Crop, LayerFindings
 
 SHADE = 0.5  # of an expert's colour over the pixels
 NUMBERED = 16  # tokens per side up to which each tells its expert's number
@@ -45,7 +45,8 @@ def shade(pixels: np.ndarray, experts: np.ndarray, patch: int, colours: np.ndarr
     shaded = (1 - SHADE) * grey + SHADE * tint
     rows, columns = np.indices(grown.shape)
     stripes = np.where((rows + columns) // max(patch // 4, 1) % 2, 0.35, 0.6)[..., None]
-    return np.where((grown == NOBODY)[..., None], stripes, shaded)
+    hatched = 0.7 * stripes + 0.3 * grey
+    return np.where((grown == NOBODY)[..., None], hatched, shaded)
 
 
 def draw_maps(
@@ -113,7 +114,8 @@ def _draw_legend(axis: Any, layer: LayerFindings, colours: np.ndarray) -> None:
     """The busiest experts' loads as bars, in the colours of the maps."""
     load = layer.load
     order = sorted(range(len(load)), key=lambda expert: -load[expert])
-    shown = sorted(order[:LEGEND]) if len(order) > LEGEND else list(range(len(load)))
+    many = len(order) > LEGEND
+    shown = sorted(e for e in order[:LEGEND] if load[e] > 0) if many else list(range(len(load)))
     places = range(len(shown))
     axis.barh(places, [100 * load[e] for e in shown], color=[colours[e] for e in shown])
     axis.set_yticks(places, [str(expert) for expert in shown], fontsize=7)
@@ -128,8 +130,8 @@ def _draw_legend(axis: Any, layer: LayerFindings, colours: np.ndarray) -> None:
             va="center", bbox=box,
         )  # fmt: skip
     notes = []
-    if len(order) > LEGEND:
-        notes.append(f"the busiest {LEGEND} of {len(order)} experts")
+    if many:
+        notes.append(f"the busiest {len(shown)} of {len(order)} experts")
     if layer.dropped:
         notes.append("hatched: dropped")
     axis.set_title(", ".join(notes) or "load, dotted = even", fontsize=8)
@@ -142,11 +144,15 @@ def draw_experts(
     mean: Sequence[float],
     std: Sequence[float],
 ) -> None:
-    """A contact sheet: an expert per row, the patches it takes with the greatest weights."""
+    """A contact sheet: an expert per row, the patches it takes with the greatest weights.
+
+    Experts that took nothing have no row.
+    """
     from matplotlib import pyplot
 
-    experts = max(len(layer.best) for layer in layers.values())
-    crops = max((len(one) for layer in layers.values() for one in layer.best), default=1)
+    active = {name: [e for e, best in enumerate(layers[name].best) if best] for name in layers}
+    experts = max(1, *(len(rows) for rows in active.values()))
+    crops = max(1, *(len(best) for layer in layers.values() for best in layer.best))
     tile = 48 if experts <= 32 else 32
     scale = 0.01 * tile
     across = min(len(layers), 3)
@@ -161,36 +167,44 @@ def draw_experts(
         fontsize=10,
     )
     for axis, (name, layer) in zip(axes.flat, layers.items(), strict=False):
-        colours = expert_colours(len(layer.best))
-        axis.imshow(_sheet(layer, max(crops, 1), tile, mean, std), interpolation="nearest")
-        axis.set_title(name, fontsize=9)
-        places = [(index + 0.5) * tile - 0.5 for index in range(len(layer.best))]
-        loads = [f"{index}: {100 * share:.1f} %" for index, share in enumerate(layer.load)]
-        axis.set_yticks(places, loads, fontsize=7)
-        for label, colour in zip(axis.get_yticklabels(), colours, strict=True):
-            label.set_color(colour * 0.8)
+        rows, load = active[name], layer.load
+        sheet = _sheet(
+            [layer.best[e] for e in rows], layer.patch, (experts, crops), tile, mean, std
+        )
+        axis.imshow(sheet, interpolation="nearest")
+        idle = len(load) - len(rows)
+        axis.set_title(name + f", {idle} experts took nothing" * (idle > 0), fontsize=9)
+        places = [(index + 0.5) * tile - 0.5 for index in range(len(rows))]
+        axis.set_yticks(places, [f"{e}: {100 * load[e]:.1f} %" for e in rows], fontsize=7)
+        colours = 0.8 * expert_colours(len(load))
+        for label, expert in zip(axis.get_yticklabels(), rows, strict=True):
+            label.set_color(colours[expert])
         axis.set_xticks([])
         axis.spines[:].set_visible(False)
     _save(figure, path)
 
 
 def _sheet(
-    layer: LayerFindings, crops: int, tile: int, mean: Sequence[float], std: Sequence[float]
+    rows: list[list[Crop]],
+    patch: int,
+    shape: tuple[int, int],
+    tile: int,
+    mean: Sequence[float],
+    std: Sequence[float],
 ) -> np.ndarray:
-    """Pixels [E·tile, crops·tile, 3]; white where an expert took fewer."""
-    sheet = np.ones((len(layer.best) * tile, crops * tile, 3))
-    for row, best in enumerate(layer.best):
+    """Pixels [h, w, 3] of ``shape`` (rows, columns) tiles; white where an expert took fewer."""
+    sheet = np.ones((shape[0] * tile, shape[1] * tile, 3))
+    pick_from = np.arange(tile - 2)
+    for row, best in enumerate(rows):
         for column, one in enumerate(best):
-            pixels = np.array(to_pixels(one.pixels, mean, std))
-            side, inner = pixels.shape[0], layer.patch
-            edge = (side - inner) // 2
-            dimmed = 0.45 * pixels + 0.2
-            dimmed[edge : edge + inner, edge : edge + inner] = pixels[
-                edge : edge + inner, edge : edge + inner
-            ]
-            pick = np.arange(tile - 2) * side // (tile - 2)
+            pixels = to_pixels(one.pixels, mean, std)
+            side = pixels.shape[0]
+            inner = slice((side - patch) // 2, (side + patch) // 2)
+            tiled = 0.45 * pixels + 0.2  # dimmed
+            tiled[inner, inner] = pixels[inner, inner]
+            pick = pick_from * side // (tile - 2)
             y, x = row * tile + 1, column * tile + 1
-            sheet[y : y + tile - 2, x : x + tile - 2] = dimmed[pick][:, pick]
+            sheet[y : y + tile - 2, x : x + tile - 2] = tiled[pick][:, pick]
     return sheet
 
 
