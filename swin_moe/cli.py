@@ -27,6 +27,7 @@ examples:
   torchrun --nproc-per-node 2 -m swin_moe train CONFIG parallel.expert_parallel_size=2
   swin-moe evaluate runs/swin_moe_micro
   swin-moe evaluate runs/swin_moe_micro/checkpoints/best
+  swin-moe inspect runs/swin_moe_micro --images 6
 
 exit codes: 0 done, 1 failed, 2 wrong use (a config, an argument or data that cannot be used)
 """
@@ -63,12 +64,39 @@ def build_parser() -> argparse.ArgumentParser:
     )
     evaluate.add_argument("path", metavar="RUN_OR_CHECKPOINT")
     evaluate.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. data.path=DIR")
+    inspect = _add_inspect(commands)
     models = commands.add_parser("models", help="list the models, their parameters and GMACs")
     models.add_argument("pattern", nargs="?", default="*", help="e.g. 'swinv2_base*'")
     convert = _add_convert(commands)
-    for command in (train, evaluate, models, convert):
+    for command in (train, evaluate, inspect, models, convert):
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
+
+
+def _add_inspect(commands: Any) -> argparse.ArgumentParser:
+    inspect = commands.add_parser(
+        "inspect",
+        help="draw which image patches each expert of a run or a checkpoint takes",
+        description="Draw a few held-out images with their patches in the colours of the experts "
+        "that take them, and for each expert the patches that it weighs most; print the load and "
+        "the most frequent classes of each expert. Runs as one process.",
+    )
+    inspect.add_argument("path", metavar="RUN_OR_CHECKPOINT")
+    inspect.add_argument(
+        "data", nargs="?", metavar="DATA", help="instead of the config's data.path"
+    )
+    inspect.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. data.val=test")
+    inspect.add_argument("--images", type=int, default=8, metavar="N", help="to draw (default 8)")
+    inspect.add_argument(
+        "--output", type=Path, metavar="FILE.png", help="default: inspect.png in the run directory"
+    )
+    inspect.add_argument(
+        "--layer",
+        action="append",
+        metavar="NAME",
+        help="an MoE layer, e.g. layers.2.blocks.1, or several; default: the last ones that fit",
+    )
+    return inspect
 
 
 def _add_convert(commands: Any) -> argparse.ArgumentParser:
@@ -207,8 +235,29 @@ def _run(arguments: argparse.Namespace) -> int:
         world = distributed.init()
         from . import run
 
-        run.evaluate_checkpoint(path, world, console, arguments.overrides)
+        if arguments.command == "inspect":
+            _inspect(arguments, path, world, console)
+        else:
+            run.evaluate_checkpoint(path, world, console, arguments.overrides)
     return DONE
+
+
+def _inspect(arguments: argparse.Namespace, path: Path, world: Any, console: Any) -> None:
+    from .inspection import inspect_checkpoint
+
+    overrides = list(arguments.overrides)
+    if arguments.data:
+        is_override = "=" in arguments.data and not Path(arguments.data).exists()
+        overrides.insert(0, arguments.data if is_override else f"data.path={arguments.data}")
+    inspect_checkpoint(
+        path,
+        world,
+        console,
+        overrides,
+        images=arguments.images,
+        output=arguments.output,
+        layers=arguments.layer,
+    )
 
 
 def _convert(arguments: argparse.Namespace, console: Any) -> None:

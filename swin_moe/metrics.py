@@ -1,4 +1,4 @@
-"""Meters, logs and pictures: JSONL, TensorBoard, progress bar, summary.png."""
+"""Meters and logs: JSONL, TensorBoard, progress bar."""
 
 from __future__ import annotations
 
@@ -14,6 +14,10 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 Record = dict[str, Any]
+
+CURVES = 16  # experts of a layer that get a curve each in TensorBoard
+HISTOGRAM = np.append(np.arange(0.0, 4.0, 0.1), [4.0, 8.0, 1e3])  # of load over the even share
+CELL = 12  # pixels of a heat map per expert and layer
 
 
 class Meter:
@@ -35,35 +39,6 @@ class Meter:
         return mean
 
 
-class ExpertLoad:
-    """Assignments per expert and layer since the last read, on the device."""
-
-    def __init__(self, layer_names: list[str], num_experts: int, device: torch.device) -> None:
-        self.layer_names = layer_names
-        self.counts = torch.zeros(len(layer_names), num_experts, device=device)
-        self.dropped = torch.zeros(len(layer_names), device=device)
-
-    def update(self, counts: Tensor, dropped: Tensor) -> None:
-        self.counts += counts
-        self.dropped += dropped
-
-    def buffer(self) -> Tensor:
-        """Both as one tensor [layers, E + 1], to be summed over ranks before :meth:`record`."""
-        return torch.cat((self.counts, self.dropped[:, None]), 1)
-
-    def record(self, total: Tensor) -> Record:
-        """Flat keys from a summed :meth:`buffer`; loads are shares that sum to one."""
-        record: Record = {}
-        for name, row in zip(self.layer_names, total.tolist(), strict=True):
-            *counts, dropped = row
-            assignments = max(sum(counts), 1.0)
-            record[f"moe/{name}/load"] = [round(count / assignments, 5) for count in counts]
-            record[f"moe/{name}/drop_rate"] = 100.0 * dropped / assignments
-        self.counts.zero_()
-        self.dropped.zero_()
-        return record
-
-
 class MetricLog:
     """``metrics.jsonl`` and TensorBoard events of a run; only rank 0 makes one.
 
@@ -79,24 +54,41 @@ class MetricLog:
             kept = [r for r in read_metrics(folder) if r["step"] <= resume_step]
         self.path.write_text("".join(json.dumps(record) + "\n" for record in kept))
         purge = None if resume_step is None else resume_step + 1
+        self._loads: list[list[float]] = []  # of the layers, as last written
         self._writer = None
         if tensorboard:
             self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=purge)
 
     def write(self, record: Record) -> None:
-        """Append one record with keys ``step`` and ``epoch``; lists go to JSONL only."""
+        """Append one record with keys ``step`` and ``epoch``.
+
+        TensorBoard gets every number, and of the experts' loads, which may be thousands, a curve
+        each for up to ``CURVES`` experts a layer, else a histogram over the experts; with each
+        evaluation it gets a picture of the last loads of all layers, see :func:`heat_map`.
+        """
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
         if self._writer is None:
             return
+        step = record["step"]
         for key, value in record.items():
-            if key in ("step", "epoch"):
-                continue
-            if isinstance(value, (int, float)):
-                self._writer.add_scalar(key, value, record["step"])
-            elif key.endswith("/load"):
-                for expert, share in enumerate(value):
-                    self._writer.add_scalar(f"{key}/expert{expert}", share, record["step"])
+            if isinstance(value, (int, float)) and key not in ("step", "epoch"):
+                self._writer.add_scalar(key, value, step)
+        loads = {key: value for key, value in record.items() if key.endswith("/load")}
+        for key, load in loads.items():
+            self._write_load(key, load, step)
+        self._loads = list(loads.values()) or self._loads
+        if self._loads and "val/top1" in record:
+            self._writer.add_image("moe/load", heat_map(self._loads), step, dataformats="HWC")
+
+    def _write_load(self, key: str, load: list[float], step: int) -> None:
+        assert self._writer is not None
+        if len(load) <= CURVES:
+            for expert, share in enumerate(load):
+                self._writer.add_scalar(f"{key}/expert{expert}", share, step)
+        else:
+            even = np.array(load) * len(load)
+            self._writer.add_histogram(key, even, step, bins=HISTOGRAM)
 
     def image(self, key: str, path: Path, step: int) -> None:
         if self._writer is not None:
@@ -108,6 +100,18 @@ class MetricLog:
     def close(self) -> None:
         if self._writer is not None:
             self._writer.close()
+
+
+def heat_map(loads: list[list[float]]) -> np.ndarray:
+    """Loads [layers][E] as pixels [H, W, 3] uint8: a row per layer, a column per expert.
+
+    White is the even share; the redder, the more, up to twice as much; the bluer, the less.
+    """
+    load = np.array(loads)
+    excess = np.clip(load * load.shape[1] - 1.0, -1.0, 1.0)[..., None]
+    red, blue = np.array([178.0, 24.0, 43.0]), np.array([33.0, 102.0, 172.0])  # ends of RdBu
+    pixels = 255.0 + np.abs(excess) * (np.where(excess > 0, red, blue) - 255.0)
+    return pixels.round().astype(np.uint8).repeat(CELL, 0).repeat(CELL, 1)
 
 
 def read_metrics(folder: Path) -> list[Record]:
@@ -137,72 +141,3 @@ def progress_bar(enabled: bool) -> Progress:
         disable=not (enabled and console.is_terminal),
         transient=True,
     )
-
-
-def draw_summary(folder: Path) -> Path | None:
-    """Draw ``summary.png``: loss, accuracy, and a heat map of expert load per MoE layer."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    records = read_metrics(folder)
-    if not records:
-        return None
-    layers = [k[4:-5] for k in _last_with(records, "moe/") if k.endswith("/load")]
-    columns = max(2, min(3, len(layers)))
-    rows = 1 + -(-len(layers) // columns)
-    figure, axes = pyplot.subplots(
-        rows, columns, figsize=(5 * columns, 3.4 * rows), squeeze=False, layout="constrained"
-    )
-    _draw_curves(axes[0, 0], records, {"train/loss": "training", "val/loss": "held out"}, "loss")
-    _draw_curves(axes[0, 1], records, {"val/top1": "top-1", "val/top5": "top-5"}, "accuracy (%)")
-    for axis, layer in zip(axes[1:].flat, layers, strict=False):
-        _draw_load(figure, axis, records, layer)
-    for axis in [*axes[0, 2:], *axes[1:].flat[len(layers) :]]:
-        axis.set_axis_off()
-    figure.suptitle(folder.name)
-    path = folder / "summary.png"
-    temporary = folder / ".summary.png"
-    figure.savefig(temporary, dpi=110, format="png")
-    pyplot.close(figure)
-    temporary.replace(path)
-    return path
-
-
-def _last_with(records: list[Record], prefix: str) -> Record:
-    for record in reversed(records):
-        if any(key.startswith(prefix) for key in record):
-            return record
-    return {}
-
-
-def _draw_curves(axis: Any, records: list[Record], keys: dict[str, str], title: str) -> None:
-    for key, label in keys.items():
-        points = [(r["step"], r[key]) for r in records if key in r]
-        if points:
-            axis.plot(*zip(*points, strict=True), label=label, marker="." if "val" in key else "")
-    axis.set(title=title, xlabel="update")
-    axis.grid(alpha=0.3)
-    if axis.lines:
-        axis.legend()
-
-
-def _draw_load(figure: Any, axis: Any, records: list[Record], layer: str) -> None:
-    key = f"moe/{layer}/load"
-    chosen = [r for r in records if key in r]
-    load = np.array([r[key] for r in chosen]).T  # [E, time]
-    even = 1 / load.shape[0]
-    steps = [r["step"] for r in chosen]
-    image = axis.imshow(
-        load / even,
-        aspect="auto",
-        cmap="RdBu_r",
-        vmin=0,
-        vmax=2,
-        interpolation="nearest",
-        extent=(steps[0], max(steps[-1], steps[0] + 1), load.shape[0] - 0.5, -0.5),
-    )
-    axis.set(title=f"expert load, {layer}", xlabel="update", ylabel="expert")
-    axis.set_yticks(range(0, load.shape[0], max(1, load.shape[0] // 8)))
-    figure.colorbar(image, ax=axis, label="× even share")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,7 +20,7 @@ from .data import Loader, build_loader, build_mixing
 from .distributed import World, broadcast_object
 from .engine import Engine, resolve_precision
 from .evaluation import Evaluation, evaluate
-from .metrics import MetricLog, draw_summary
+from .metrics import MetricLog
 from .models import SwinTransformer, build, expert_parameter_names
 from .models.cost import count
 from .models.pretrained import (
@@ -32,6 +33,7 @@ from .models.pretrained import (
 from .moe import MoELayer, choose_overlap
 from .optim import build_schedule
 from .placement import ExpertShare, expert_share
+from .summary import draw_summary
 from .trainer import Plan, Position, Trainer
 
 log = logging.getLogger("swin_moe")
@@ -422,16 +424,25 @@ def _finish_pictures(run: Run, trainer: Trainer) -> None:
 # Evaluation
 
 
-def evaluate_checkpoint(
-    path: Path, world: World, console: Console, overrides: list[str]
-) -> Evaluation:
-    """Evaluate a run directory's last checkpoint, or a checkpoint folder, on one process.
+@dataclass(frozen=True)
+class Opened:
+    """A checkpoint, ready to be asked: its own folder, and ``model`` called by ``forward``."""
+
+    path: Path
+    config: Config
+    model: SwinTransformer
+    forward: Callable[[torch.Tensor], Any]
+    loader: Loader
+
+
+def open_checkpoint(path: Path, world: World, overrides: list[str], command: str) -> Opened:
+    """The last checkpoint of a run directory, or a checkpoint folder, with its held-out data.
 
     Raises:
-        ValueError: nothing there can be evaluated.
+        ValueError: nothing there can be evaluated, or there are several processes.
     """
     if world.size > 1:
-        raise ValueError("evaluate runs as one process: start it without a launcher")
+        raise ValueError(f"{command} runs as one process: start it without a launcher")
     found: Path | None = path
     if not (path / "manifest.json").exists():
         found = checkpoint.latest(path / "checkpoints")
@@ -453,9 +464,17 @@ def evaluate_checkpoint(
     model.eval().to(world.device)
     dtype = resolve_precision(config.precision, world.device)
     loader = _build_loader(config, world, training=False)
-    forward = _inference(model, dtype, config.zero.stage > 0)
-    result = evaluate(forward, loader, config.model.num_classes, world.device)
-    report.print_evaluation(console, found.resolve(), result, loader.class_names)
+    return Opened(found, config, model, _inference(model, dtype, config.zero.stage > 0), loader)
+
+
+def evaluate_checkpoint(
+    path: Path, world: World, console: Console, overrides: list[str]
+) -> Evaluation:
+    """Evaluate a checkpoint on one process, see :func:`open_checkpoint`."""
+    opened = open_checkpoint(path, world, overrides, "evaluate")
+    loader, classes = opened.loader, opened.config.model.num_classes
+    result = evaluate(opened.forward, loader, classes, world.device)
+    report.print_evaluation(console, opened.path.resolve(), result, loader.class_names)
     loader.close()
     return result
 

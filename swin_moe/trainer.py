@@ -19,8 +19,9 @@ from .data.mixing import Mixing
 from .distributed import World, all_reduce_
 from .engine import Engine
 from .evaluation import Evaluation, evaluate
-from .metrics import ExpertLoad, Meter, MetricLog, Record, progress_bar
+from .metrics import Meter, MetricLog, Record, progress_bar
 from .models import split_output
+from .moe import ChoiceCounter, RouterMeter, RouterWatch
 
 logger = logging.getLogger("swin_moe")
 
@@ -91,9 +92,13 @@ class Trainer:
         self.loss_function = SoftTargetCrossEntropy()
         self._loss, self._aux = Meter(device), Meter(device)
         model = self.engine.model
-        names = model.moe_layer_names()
-        self._load = ExpertLoad(names, model.moe.num_experts, device)
-        self._nonfinite = torch.zeros((), device=device)
+        self._layer_names = model.moe_layer_names()
+        self._routers = RouterMeter(len(self._layer_names), model.moe.num_experts, device)
+        self._watch = RouterWatch(self._layer_names, model.moe)
+        # Nobody else pays for the reduction of each update's counts.
+        self._choices = ChoiceCounter() if model.moe.bias_update_rate > 0 else None
+        # Whether something was not finite in this update: tokens of each layer, then the loss.
+        self._nonfinite = torch.zeros(len(self._layer_names) + 1, device=device)
         self._unreadable = 0  # on this rank, since the last log
         self._clock, self._images, self.images_per_second = time.monotonic(), 0, 0.0
 
@@ -150,6 +155,8 @@ class Trainer:
                 self.engine.step()
             except FloatingPointError:
                 raise self._nonfinite_error("gradient norm", "") from None
+        if self._choices is not None:
+            self.engine.model.update_choice_bias(self._choices.read())
         position.step += 1
         position.update += 1
 
@@ -165,21 +172,30 @@ class Trainer:
         if routed is not None:
             loss = loss + routed.aux_loss
             self._aux.update(routed.aux_loss)
-            self._load.update(routed.stats.counts, routed.stats.dropped)
-        self._nonfinite = torch.maximum(self._nonfinite, (~torch.isfinite(loss.detach())).float())
+            self._routers.update(routed.stats)
+            if self._choices is not None:
+                self._choices.update(routed.stats)
+            self._nonfinite[:-1] += routed.stats.nonfinite
+        self._nonfinite[-1] += ~torch.isfinite(loss.detach())
         self._images += images.shape[0] * self.world.size
         self._unreadable += len(batch.skipped)
         return loss
 
     def _stop_if_nonfinite(self) -> None:
-        """Raise on every rank, before the weights change, if any rank's loss is NaN or infinite."""
-        culprit = all_reduce_(self._nonfinite * (self.world.rank + 1), "max")
-        if culprit > 0:
-            raise self._nonfinite_error("loss", f" on rank {int(culprit) - 1}")
+        """Raise on every rank, before the weights change, if any rank met NaN or infinity.
+
+        The first layer that met it is the nearest to the cause; later ones got it from there.
+        """
+        mine = (self._nonfinite > 0).to(torch.float32) * (self.world.rank + 1)
+        culprits = all_reduce_(mine, "max").tolist()
+        for name, culprit in zip([*self._layer_names, ""], culprits, strict=True):
+            if culprit > 0:
+                what = f"tokens at {name}" if name else "loss"
+                raise self._nonfinite_error(what, f" on rank {int(culprit) - 1}")
 
     def _nonfinite_error(self, what: str, where: str) -> TrainingError:
         return TrainingError(
-            f"non-finite {what} at step {self.position.step + 1}{where}; the weights were not "
+            f"non-finite {what}{where} at step {self.position.step + 1}; the weights were not "
             "changed and the last checkpoint is kept (try a lower optimizer.base_lr, a longer "
             "schedule.warmup_epochs or precision.dtype=fp32)"
         )
@@ -201,7 +217,7 @@ class Trainer:
         loss, aux = loss / self.world.size, aux / self.world.size
         position.unreadable += int(unreadable)
         self._unreadable = 0
-        load = all_reduce_(self._load.buffer())
+        routers = self._routers.read()
         elapsed = time.monotonic() - self._clock
         self.images_per_second = self._images / max(elapsed, 1e-9)
         self._restart_clock()
@@ -213,11 +229,14 @@ class Trainer:
             "train/grad_norm": self.engine.grad_norm(),
             "train/images_per_second": round(self.images_per_second, 1),
         }
-        moe = self._load.record(load)
-        if moe:
-            record |= {"train/aux_loss": aux, **moe}
+        if routers:
+            record["train/aux_loss"] = aux
+        for name, totals in zip(self._layer_names, routers, strict=True):
+            record |= totals.record(name)
         if self.log:
             self.log.write(record)
+        for warning in self._watch.check(routers):
+            self.say(f"warning at step {position.step}: {warning}")
         status = (
             f"loss {loss:.4f}  lr {record['train/lr']:.2e}  norm {record['train/grad_norm']:.2f}  "
             f"{self.images_per_second:.0f} img/s"

@@ -40,7 +40,9 @@ def test_nonfinite_loss_stops_before_the_step(tmp_path):
                  "schedule.warmup_epochs=0", "checkpoint.every_steps=1", processes=2)  # fmt: skip
     assert done.returncode == 1
     message = one_error(done)
-    step = int(re.match(r"non-finite loss at step (\d+) on rank [01]", message)[1])
+    step = int(
+        re.match(r"non-finite (?:loss|tokens at \S+) on rank [01] at step (\d+);", message)[1]
+    )
     kept = list_checkpoints(folder / "checkpoints")
     assert [int(path.name[5:]) for path in kept] == list(range(step - 1, max(step - 3, 0), -1))
     assert "last checkpoint is kept" in message

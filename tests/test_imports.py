@@ -12,11 +12,12 @@ LAYERS = [
     {"config", "distributed", "ops", "torchrun"},
     {"moe", "data", "checkpoint"},
     {"models", "metrics"},
-    {"optim", "evaluation", "convert", "catalog"},
+    {"optim", "evaluation", "convert", "catalog", "summary"},
     {"engine"},
     {"trainer"},
     {"report"},
     {"run"},
+    {"inspection"},
     {"cli"},
     {"__main__", "__init__"},
 ]

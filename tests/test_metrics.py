@@ -1,10 +1,13 @@
 """Logs survive a kill and a resume; the picture is drawn from them."""
 
+import numpy as np
+import pytest
 import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from swin_moe.metrics import ExpertLoad, Meter, MetricLog, draw_summary, read_metrics
+from swin_moe.metrics import CELL, Meter, MetricLog, heat_map, read_metrics
+from swin_moe.summary import draw_summary
 
 
 def test_meter_is_a_mean_since_the_last_read():
@@ -13,16 +16,6 @@ def test_meter_is_a_mean_since_the_last_read():
         meter.update(torch.tensor(value))
     assert meter.read() == 3.0
     assert meter.read() != meter.read()  # NaN without updates
-
-
-def test_expert_load_adds_up_and_resets():
-    load = ExpertLoad(["layers.0.blocks.1"], 2, torch.device("cpu"))
-    load.update(torch.tensor([[3, 1]]), torch.tensor([1]))
-    load.update(torch.tensor([[3, 1]]), torch.tensor([1]))
-    record = load.record(load.buffer())
-    assert record == {"moe/layers.0.blocks.1/load": [0.75, 0.25],
-                      "moe/layers.0.blocks.1/drop_rate": 25.0}  # fmt: skip
-    assert load.buffer().sum() == 0
 
 
 def records(steps):
@@ -50,13 +43,40 @@ def test_resume_cuts_off_what_it_takes_back(tmp_path):
     assert "moe/layers.0.blocks.1/load/expert1" in events.Tags()["scalars"]
 
 
-def test_summary_is_a_picture_with_a_heat_map_per_layer(tmp_path):
+def test_many_experts_get_a_histogram_and_evaluations_a_heat_map(tmp_path):
+    log = MetricLog(tmp_path, tensorboard=True, resume_step=None)
+    load = [0.0, 1 / 16] + [15 / 16 / 30] * 30
+    log.write({"step": 1, "epoch": 0.1, "moe/a/load": load, "moe/b/load": load})
+    log.write({"step": 1, "epoch": 0.1, "val/top1": 50.0})
+    log.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    tags = events.Tags()
+    assert tags["histograms"] == ["moe/a/load", "moe/b/load"]
+    assert tags["scalars"] == ["val/top1"]
+    (image,) = events.Images("moe/load")
+    assert (image.height, image.width) == (2 * CELL, 32 * CELL)
+
+
+def test_heat_map_is_white_where_the_load_is_even():
+    pixels = heat_map([[0.25, 0.25, 0.0, 0.5], [0.25, 0.25, 0.25, 0.25]])[::CELL, ::CELL]
+    white, blue, red = [255, 255, 255], [33, 102, 172], [178, 24, 43]
+    assert pixels.tolist() == [[white, white, blue, red], [white] * 4]
+    assert np.array_equal(heat_map([[1.0, 0, 0, 0]])[:, :1], heat_map([[0.5, 0.5, 0, 0]])[:, :1])
+
+
+@pytest.mark.parametrize("layers", [0, 1, 2, 13])
+def test_summary_is_a_picture_with_panels_per_figure_and_a_heat_map_per_layer(tmp_path, layers):
     assert draw_summary(tmp_path) is None
     log = MetricLog(tmp_path, tensorboard=False, resume_step=None)
-    for record in records([1, 2, 3]):
-        log.write(record)
+    figures = {"load": [0.9, 0.1], "max_violation": 0.8, "drop_rate": 3.0, "dead_experts": 0}
+    for step in (1, 2, 3):
+        routers = {
+            f"moe/layers.2.blocks.{i}/{k}": figures[k] for i in range(layers) for k in figures
+        }
+        log.write({"step": step, "epoch": step / 4, "train/loss": 1 / step, **routers})
     log.write({"step": 3, "epoch": 1, "val/loss": 1.0, "val/top1": 50.0, "val/top5": 90.0})
-    path = draw_summary(tmp_path)
-    with Image.open(path) as image:
-        assert image.width > 500
+    with Image.open(draw_summary(tmp_path)) as image:
+        rows = -(-layers // 4)
+        assert image.size == (1600, 340 + (310 if layers else 0) + 260 * rows)
         assert len(set(image.convert("L").getdata())) > 20

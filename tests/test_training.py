@@ -18,9 +18,13 @@ RECIPE = ["precision.dtype=fp32", "zero.stage=2", "log.every_steps=1", "train.ma
 
 
 def figures(folder):
-    """What must repeat exactly: everything that is logged but speed."""
+    """What must repeat exactly: everything that is logged but speed and time."""
     return [
-        {key: value for key, value in record.items() if "images_per_second" not in key}
+        {
+            key: value
+            for key, value in record.items()
+            if not key.endswith(("images_per_second", "exchange_ms"))
+        }
         for record in read_metrics(folder)
     ]
 
@@ -49,6 +53,15 @@ def test_run_directory_and_terminal(undisturbed):
     load = records[0]["moe/layers.1.blocks.1/load"]
     assert len(load) == 4
     assert sum(load) == pytest.approx(1, abs=1e-3)
+    figures = (
+        "drop_rate",
+        "max_violation",
+        "gate_entropy",
+        "dead_experts",
+        "logit_min",
+        "logit_max",
+    )
+    assert {f"moe/layers.1.blocks.1/{figure}" for figure in figures} <= set(records[0])
     assert 0 <= records[-1]["val/top1"] <= 100
 
 

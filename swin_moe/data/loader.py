@@ -7,7 +7,7 @@ import logging
 import os
 import signal
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -45,7 +45,7 @@ class Loader:
         self.num_samples = len(dataset.source)
         self.class_names, self.description = class_names, description
         self.skipped_total = 0
-        self._sampler = sampler
+        self._sampler, self._dataset = sampler, dataset
         self._loader = DataLoader(
             dataset,
             batch_sampler=sampler,
@@ -76,6 +76,14 @@ class Loader:
         self._sampler.set_position(epoch, start_batch)
         for batch in self._loader:
             yield self._checked(batch) if batch.skipped else batch
+
+    def label(self, index: int) -> int:
+        """The label of a sample of the split, without reading it."""
+        return int(self._dataset.source.labels[index])
+
+    def pick(self, indices: Sequence[int]) -> Batch:
+        """These samples of the split as a batch, read in this process, in the form of epoch 0."""
+        return collate([self._dataset[0, index] for index in indices])
 
     def close(self) -> None:
         """End the worker processes; happens by itself when the program exits."""

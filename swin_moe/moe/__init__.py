@@ -1,8 +1,22 @@
 """Mixture-of-Experts layers: plan, router, routing modes, balance, exchange, experts, layer."""
 
 from .backends import build as build_moe
+from .health import RouterWatch
 from .layer import MoELayer, MoEResult
-from .plan import RoutingPlan, RoutingStats
+from .meter import ChoiceCounter, LayerTotals, RouterMeter
+from .plan import Routing, RoutingPlan, RoutingStats
 from .tuning import choose_overlap
 
-__all__ = ["MoELayer", "MoEResult", "RoutingPlan", "RoutingStats", "build_moe", "choose_overlap"]
+__all__ = [
+    "ChoiceCounter",
+    "LayerTotals",
+    "MoELayer",
+    "MoEResult",
+    "RouterMeter",
+    "RouterWatch",
+    "Routing",
+    "RoutingPlan",
+    "RoutingStats",
+    "build_moe",
+    "choose_overlap",
+]

@@ -1,0 +1,177 @@
+"""From a checkpoint and images to pictures and tables."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from ..data import Loader
+from ..distributed import World
+from ..models import SwinTransformer
+from ..run import Opened, open_checkpoint
+from .draw import draw_experts, draw_maps, to_pixels
+from .routes import LayerFindings, watched
+
+SAMPLES = 512  # held-out images that are looked at
+CROPS = 12  # patches per expert on the contact sheet
+LAYERS = 6  # that fit into one picture
+ROWS = 16  # experts in a table: the busiest
+
+
+def inspect_checkpoint(
+    path: Path,
+    world: World,
+    console: Console,
+    overrides: list[str],
+    *,
+    images: int = 8,
+    output: Path | None = None,
+    layers: list[str] | None = None,
+) -> tuple[Path, Path]:
+    """Draw who takes what of the held-out images; one process, whatever trained the checkpoint.
+
+    Args:
+        images: how many to draw. layers: names of MoE layers; default: the last that fit.
+        output: default ``inspect.png`` in the run directory.
+
+    Returns:
+        the picture of the maps, and that of the experts' patches, ``<output>-experts.png``.
+
+    Raises:
+        ValueError: nothing there can be inspected, or an argument does not fit.
+    """
+    if images < 1:
+        raise ValueError(f"--images={images}: draw at least one")
+    first = _output(path, output)
+    opened = open_checkpoint(path, world, overrides, command="inspect")
+    try:
+        names = _chosen(opened.model, opened.path, layers or [])
+        drawn, found = look(opened, names, images, world.device)
+    finally:
+        opened.loader.close()
+    data, classes = opened.config.data, opened.loader.class_names
+    pixels = {index: to_pixels(image, data.mean, data.std) for index, (image, _) in drawn.items()}
+    captions = {i: _class_name(classes, label) for i, (_, label) in drawn.items()}
+    title = _title(opened.path.resolve())
+    second = first.with_name(f"{first.stem}-experts.png")
+    draw_maps(first, title, pixels, captions, found)
+    draw_experts(second, title, found, data.mean, data.std)
+    for name, layer in found.items():
+        console.print(_table(name, layer, classes))
+    for picture in (first, second):
+        console.print(f"drew {picture}", highlight=False, soft_wrap=True)
+    return first, second
+
+
+def _output(path: Path, output: Path | None) -> Path:
+    if output is None:
+        folder = path.resolve()
+        if (folder / "manifest.json").exists():  # a checkpoint: nothing is put into it
+            folder = folder.parent
+            folder = folder.parent if folder.name == "checkpoints" else folder
+        return folder / "inspect.png"
+    if output.suffix != ".png":
+        raise ValueError(f"--output={output}: give the name of a .png file")
+    if not output.parent.is_dir():
+        raise ValueError(f"--output={output}: there is no folder {output.parent}")
+    return output
+
+
+def _title(checkpoint: Path) -> str:
+    inside_run = checkpoint.parent.name == "checkpoints"
+    return f"{checkpoint.parent.parent.name}, {checkpoint.name}" if inside_run else checkpoint.name
+
+
+def _chosen(model: SwinTransformer, path: Path, wanted: list[str]) -> list[str]:
+    names = model.moe_layer_names()
+    if not names:
+        raise ValueError(f"{path}: the model has no MoE layers (moe.blocks is empty)")
+    for name in wanted:
+        if name not in names:
+            raise ValueError(f"--layer {name}: the model's MoE layers are {', '.join(names)}")
+    return [name for name in names if name in wanted] or names[-LAYERS:]
+
+
+def look(
+    opened: Opened, names: list[str], count: int, device: torch.device
+) -> tuple[dict[int, tuple[Tensor, int]], dict[str, LayerFindings]]:
+    """Run the model over some held-out images, evenly spread over the split.
+
+    Returns:
+        the images [C, H, W] to be drawn with their labels, by index; the findings by layer.
+    """
+    model, loader = opened.model, opened.loader
+    samples = min(max(SAMPLES, count), loader.num_samples)
+    indices = [place * loader.num_samples // samples for place in range(samples)]
+    wanted = _one_of_each(loader, indices, count)
+    patch, classes = model.config.patch_size, model.config.num_classes
+    found = {
+        name: LayerFindings.empty(patch << int(name.split(".")[1]), model.moe.num_experts, classes)
+        for name in names
+    }
+    drawn: dict[int, tuple[Tensor, int]] = {}
+    size = opened.config.data.eval_batch_size or opened.config.data.batch_size
+    for start in range(0, samples, size):
+        part = indices[start : start + size]
+        batch = loader.pick(part)
+        valid = batch.labels >= 0
+        images, labels = batch.images[valid], batch.labels[valid]
+        part = [index for index, good in zip(part, valid.tolist(), strict=True) if good]
+        if not part:
+            continue
+        with torch.no_grad(), watched(model) as seen:
+            opened.forward(images.to(device))
+        for name, layer in found.items():
+            layer.add(images, labels, seen[name], CROPS)
+            maps = seen[name].expert.cpu()
+            layer.maps |= {i: maps[at] for at, i in enumerate(part) if i in wanted}
+        both = zip(part, images, labels.tolist(), strict=True)
+        drawn |= {i: (image, label) for i, image, label in both if i in wanted}
+    if not drawn:
+        raise ValueError("none of the held-out images is readable: check data.path and data.val")
+    return {i: drawn[i] for i in wanted if i in drawn}, found
+
+
+def _one_of_each(loader: Loader, indices: list[int], count: int) -> list[int]:
+    """``count`` of the indices: the first of each class, then the second of each, ..."""
+    seen: dict[int, int] = {}
+    order = []
+    for index in indices:
+        label = loader.label(index)
+        seen[label] = seen.get(label, 0) + 1
+        order.append((seen[label], label, index))
+    return [index for _, _, index in sorted(order)[:count]]
+
+
+def _class_name(names: list[str] | None, label: int) -> str:
+    return names[label] if names else f"class {label}"
+
+
+def _table(name: str, layer: LayerFindings, classes: list[str] | None) -> Table:
+    """Load and most frequent classes of each expert."""
+    table = Table("expert", "load", "most frequent classes", title=name, title_justify="left")
+    table.columns[0].justify = table.columns[1].justify = "right"
+    load = layer.load
+    order = sorted(range(len(load)), key=lambda expert: -load[expert])
+    busiest = [expert for expert in order[:ROWS] if load[expert] > 0]
+    shown = range(len(load)) if len(load) <= ROWS else busiest
+    for expert in shown:
+        counts = layer.classes[expert]
+        total = max(int(counts.sum()), 1)
+        best = counts.topk(min(3, len(counts)))
+        pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+        text = [f"{_class_name(classes, c)} {100 * n / total:.0f} %" for c, n in pairs if n]
+        table.add_row(str(expert), f"{100 * load[expert]:.1f} %", ", ".join(text))
+    rest = [load[expert] for expert in order[len(shown) :]]
+    if rest:
+        dead = rest.count(0.0)
+        table.add_row(
+            "…", f"{100 * sum(rest):.1f} %", f"{len(rest)} others, {dead} without a token"
+        )
+    if layer.dropped:
+        table.caption = f"{layer.dropped} patches were dropped"
+    return table

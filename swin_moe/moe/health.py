@@ -1,0 +1,138 @@
+"""When to warn that a router has gone wrong, and what to do about it then."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from ..config import MoEConfig
+from .meter import LayerTotals
+
+TOKENS_PER_EXPERT = 32  # fewer say nothing: intervals are joined until they have as many
+STREAK = 3  # such intervals in a row before a warning: routers wobble in their first updates
+REPEAT = 50  # as many later it is told again, or once it is worse by WORSE
+WORSE = 0.1
+CERTAIN = 0.02  # entropy over its maximum
+DROPPED = {"token_choice": 20.0, "expert_choice": 50.0, "soft": 100.0}  # percent
+WIDE_LOGITS = 30.0  # a softmax over such a range is a hard choice
+
+
+class Symptom(NamedTuple):
+    """What is wrong with a layer; ``severity`` grows from 0 to 1."""
+
+    kind: str
+    severity: float
+    text: str
+
+
+def symptoms(totals: LayerTotals, routing: str = "token_choice") -> list[Symptom]:
+    """What an interval of enough tokens shows.
+
+    A router has collapsed if more than half of its experts got no token, if one expert takes more
+    than halfway between an even share of the tokens and all of them, or if it is certain of every
+    token and yet gives one expert twice its share.
+    """
+    found = []
+    experts, load = len(totals.counts), totals.load
+    even = sum(totals.counts) / max(totals.tokens, 1.0) / experts  # part of the tokens
+    busiest = max(range(experts), key=load.__getitem__)
+    taken = totals.counts[busiest] / max(totals.tokens, 1.0)
+    excess = (taken - even) / (1.0 - even) if even < 1.0 else 0.0
+    seen = []
+    if 2 * totals.dead_experts > experts:
+        seen.append(f"{totals.dead_experts} of {experts} experts got no token")
+    if excess > 0.5:
+        seen.append(f"expert {busiest} takes {100 * taken:.0f} % of the tokens")
+    if not seen and totals.gate_entropy < CERTAIN and totals.max_violation > 1.0:
+        seen.append(
+            f"its choices are all but certain (entropy {totals.gate_entropy:.3f} of 1), and expert "
+            f"{busiest} has {load[busiest] * experts:.1f} times the even load"
+        )
+    if seen:
+        severity = max(totals.dead_experts / experts, excess)
+        found.append(Symptom("collapse", severity, f"the router collapses: {', '.join(seen)}"))
+    if totals.drop_rate > DROPPED[routing]:
+        text = f"{totals.drop_rate:.0f} % of the assignments find no place"
+        found.append(Symptom("drops", totals.drop_rate / 100.0, text))
+    return found
+
+
+def advice(kind: str, totals: LayerTotals, moe: MoEConfig) -> str:
+    """Which keys to turn, from the ones that are most likely to help."""
+    even = _balance_advice(moe)
+    if kind == "drops":
+        uneven = totals.max_violation > moe.capacity_factor > 0
+        more = f"raise moe.capacity_factor from {moe.capacity_factor:g}"
+        steps = [even, more] if uneven and even else [more, even]
+    else:
+        steps = [even]
+        if moe.routing == "token_choice" and moe.gate_noise == 0 and moe.score == "softmax":
+            steps.append("add moe.gate_noise=1")
+        if totals.greatest - totals.least > WIDE_LOGITS and moe.routing != "soft":
+            now = f"raise moe.z_loss_weight from {moe.z_loss_weight:g}"
+            what = now if moe.z_loss_weight else "add moe.z_loss_weight=0.001"
+            steps.append(f"{what}, as its logits span {totals.greatest - totals.least:.0f}")
+        steps.append("lower optimizer.base_lr")
+    return ", or ".join(step for step in steps if step)
+
+
+def _balance_advice(moe: MoEConfig) -> str:
+    if moe.routing != "token_choice":
+        return ""
+    if moe.bias_update_rate:
+        return f"raise moe.bias_update_rate from {moe.bias_update_rate:g}"
+    if moe.balance == "none":
+        return "set moe.balance=gshard"
+    return f"raise moe.balance_weight from {moe.layer_balance_weight:g}"
+
+
+@dataclass
+class _Case:
+    """One kind of symptom of one layer: how long it lasts and what was told of it."""
+
+    streak: int = 0
+    quiet: int = REPEAT  # intervals since it was told
+    told: float = -1.0  # the severity at that time
+
+    def is_due(self, severity: float | None) -> bool:
+        """Takes in one interval, with None where the symptom was absent."""
+        self.quiet += 1
+        self.streak = 0 if severity is None else self.streak + 1
+        if severity is None or self.streak < STREAK:
+            return False
+        if self.quiet < REPEAT and severity < self.told + WORSE:
+            return False
+        self.quiet, self.told = 0, severity
+        return True
+
+
+class RouterWatch:
+    """Reads what a :class:`RouterMeter` reads and says, rarely, that a layer needs help."""
+
+    def __init__(self, names: list[str], moe: MoEConfig) -> None:
+        self.names = names
+        self.layers = [moe.of_layer(index) for index in range(len(names))]
+        self._joined: list[LayerTotals | None] = [None] * len(names)
+        self._cases: dict[tuple[int, str], _Case] = {}
+
+    def check(self, totals: list[LayerTotals]) -> list[str]:
+        """A warning of one line for each layer and symptom that is due."""
+        return [line for index, layer in enumerate(totals) for line in self._check(index, layer)]
+
+    def _check(self, index: int, latest: LayerTotals) -> list[str]:
+        before = self._joined[index]
+        layer = latest if before is None else before + latest
+        if layer.tokens < TOKENS_PER_EXPERT * len(layer.counts):
+            self._joined[index] = layer
+            return []
+        self._joined[index] = None
+        moe, lines = self.layers[index], []
+        found = {symptom.kind: symptom for symptom in symptoms(layer, moe.routing)}
+        for kind in ("collapse", "drops"):
+            case = self._cases.setdefault((index, kind), _Case())
+            symptom = found.get(kind)
+            if case.is_due(None if symptom is None else symptom.severity):
+                assert symptom is not None
+                what = f"{self.names[index]}: {symptom.text}"
+                lines.append(f"{what} ({advice(kind, layer, moe)})")
+        return lines

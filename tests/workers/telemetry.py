@@ -1,0 +1,141 @@
+"""A trainer on two processes with images of our own: counts, the choice bias, and NaN on one rank.
+
+Every rank asserts; the folder is only told how much was checked.
+"""
+
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+
+from swin_moe import distributed
+from swin_moe.config import OptimizerConfig, ZeroConfig
+from swin_moe.data import Batch
+from tests.workers.equivalence import MICRO_BATCH, MODEL, MOE, batch
+
+UPDATES, ACCUMULATION = 3, 2
+NAME = "layers.1.blocks.1"
+
+
+class Images:
+    """Batches of random images in place of a loader's; ``spoilt`` makes NaN of one's pixels."""
+
+    def __init__(self, rank: int, spoilt: int = -1) -> None:
+        self.rank, self.spoilt = rank, spoilt
+
+    def epoch(self, epoch: int, start_batch: int):
+        for index in range(start_batch, UPDATES * ACCUMULATION):
+            images, labels = batch(index, self.rank)
+            if index == self.spoilt:
+                images[1] = torch.nan
+            yield Batch(images, labels, [])
+
+
+def make_trainer(world, spoilt: int = -1, **changes):
+    from swin_moe.engine import Engine
+    from swin_moe.models import build
+    from swin_moe.trainer import Plan, Trainer
+
+    distributed.seed_everything(0)
+    moe = MOE.model_copy(update={"bias_update_rate": 0.01, **changes})
+    model = build(MODEL.model_copy(update={"use_checkpoint": True}), moe, world.expert)
+    engine = Engine(
+        model, world, optimizer=OptimizerConfig(), zero=ZeroConfig(stage=1), dtype=torch.float32,
+        micro_batch=MICRO_BATCH, accumulation_steps=ACCUMULATION,
+    )  # fmt: skip
+    plan = Plan(
+        epochs=1, updates_per_epoch=UPDATES, accumulation_steps=ACCUMULATION, eval_every_epochs=1,
+        save_every_epochs=1, save_every_steps=0, log_every_steps=1, max_steps=0, num_classes=5,
+    )  # fmt: skip
+    records: list[dict] = []
+    trainer = Trainer(
+        plan=plan, engine=engine, schedule=SimpleNamespace(step_update=lambda update: None),
+        train_loader=Images(world.rank, spoilt), eval_loader=None,
+        mixing=lambda images, labels, step: (images, torch.eye(5)[labels]), world=world,
+        log=SimpleNamespace(write=records.append), save=None, say=print,
+    )  # fmt: skip
+    return trainer, records
+
+
+def check_bias(world) -> None:
+    """Once per update, by the counts of all micro-steps and ranks, whatever is recomputed."""
+    trainer, records = make_trainer(world)
+    model = trainer.engine.model
+    outputs, forward = [], trainer.engine.forward
+
+    def kept(images):
+        outputs.append(forward(images))
+        return outputs[-1]
+
+    trainer.engine.forward = kept
+    bias = model.layers[1].blocks[1].mlp.choice_bias
+    rises = [bias.rises.clone()]
+    logged = trainer._log_training
+
+    def noted():
+        rises.append(bias.rises.clone())
+        return logged()
+
+    trainer._log_training = noted
+    trainer._train_epoch()
+    assert len(outputs) == UPDATES * ACCUMULATION
+    for update in range(UPDATES):
+        part = outputs[update * ACCUMULATION : (update + 1) * ACCUMULATION]
+        counts = distributed.all_reduce_(sum(output.stats.counts for output in part))[0]
+        assert counts.sum() == world.size * ACCUMULATION * MICRO_BATCH * 4 * 4 * MOE.top_k
+        change = rises[update + 1] - rises[update]
+        assert torch.equal(change, (counts.double().mean() - counts).sign().long())
+        load = records[update][f"moe/{NAME}/load"]
+        assert load == [round(n / int(counts.sum()), 5) for n in counts.tolist()]
+        assert records[update][f"moe/{NAME}/drop_rate"] > 0
+    assert rises[-1].abs().sum() > 0
+    trainer.engine.close()
+
+
+def check_nan(world) -> None:
+    """NaN in one image of rank 1: every rank stops with one message, and no other token is hit."""
+    from swin_moe.trainer import TrainingError
+
+    spoilt = ACCUMULATION + 1  # in the second update's second micro-step
+    rank = world.size - 1
+    trainer, records = make_trainer(
+        world, spoilt if world.rank == rank else -1, bias_update_rate=0.0, capacity_factor=0.0
+    )
+    outputs, forward = [], trainer.engine.forward
+
+    def kept(images):
+        outputs.append(forward(images))
+        return outputs[-1]
+
+    trainer.engine.forward = kept
+    before = {name: p.detach().clone() for name, p in trainer.engine.model.named_parameters()}
+    try:
+        trainer._train_epoch()
+    except TrainingError as error:
+        message = str(error)
+    expected = f"non-finite tokens at {NAME} on rank {rank} at step 2; the weights were not changed"
+    assert message.startswith(expected), message
+    assert len(records) == 1
+    changed = [not torch.equal(before[n], p) for n, p in trainer.engine.model.named_parameters()]
+    assert any(changed)  # by the first update
+    finite = outputs[-1].logits.isfinite().all(1).tolist()
+    hit = world.rank == rank
+    assert finite == [True, not hit, True, True]
+    assert int(outputs[-1].stats.nonfinite) == (4 * 4 if hit else 0)
+    trainer.engine.close()
+
+
+def main() -> None:
+    size = distributed.environment_rank()[2]
+    world = distributed.init(expert_parallel_size=size)
+    check_bias(world)
+    check_nan(world)
+    if world.is_main:
+        (Path(sys.argv[1]) / "passed").write_text("2")
+    distributed.shutdown()
+    distributed.leave(0)
+
+
+if __name__ == "__main__":
+    main()
