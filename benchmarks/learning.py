@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import re
 import shutil
 import statistics
 import subprocess
@@ -30,7 +31,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from benchmarks import harness
-from swin_moe.config import Config, load_config
+from swin_moe.config import Config, ConfigError, load_config
 from swin_moe.metrics import read_metrics
 from swin_moe.models.cost import count
 
@@ -55,8 +56,51 @@ class Group:
     against: str = "dense"
 
 
+# What the search starts from, spelled out so that it stays put when the micro config moves on.
+START = [
+    "moe.blocks=[[],[1],[1]]", "moe.num_experts=8", "moe.top_k=1", "moe.capacity_factor=1.25",
+    "moe.eval_capacity_factor=0", "moe.balance=gshard", "moe.balance_weight=0.01",
+    "moe.gate_noise=1.0", "moe.normalize_gate=false", "moe.init_std=0.02", "moe.fc2_bias=true",
+    "moe.drop_rate=0.0",
+]  # fmt: skip
+# One factor at a time.
+FACTORS: Settings = {
+    "start": [],
+    "blocks [[],[],[1]]": ["moe.blocks=[[],[],[1]]"],
+    "blocks [[],[],[0,1]]": ["moe.blocks=[[],[],[0,1]]"],
+    "blocks [[],[0,1],[0,1]]": ["moe.blocks=[[],[0,1],[0,1]]"],
+    "4 experts": ["moe.num_experts=4"],
+    "16 experts": ["moe.num_experts=16"],
+    "capacity 1": ["moe.capacity_factor=1.0"],
+    "capacity 2": ["moe.capacity_factor=2.0"],
+    "dropless": ["moe.capacity_factor=0"],
+    "importance and load": ["moe.balance=importance_load"],
+    "balance 0.001": ["moe.balance_weight=0.001"],
+    "balance 0.1": ["moe.balance_weight=0.1"],
+    "no gate noise": ["moe.gate_noise=0"],
+    "normalized gate": ["moe.normalize_gate=true"],
+    "init 0.005": ["moe.init_std=0.005"],
+    "no fc2 bias": ["moe.fc2_bias=false"],
+    "expert dropout 0.1": ["moe.drop_rate=0.1"],
+}
+ROUTERS: Settings = {
+    "linear": [],
+    "cosine": ["moe.router=cosine"],
+    "top-2": ["moe.top_k=2"],
+    "sigmoid, bias": [
+        "moe.score=sigmoid", "moe.balance=none", "moe.bias_update_rate=0.001",
+    ],
+    "expert choice": ["moe.routing=expert_choice"],
+    "soft": ["moe.routing=soft", "moe.slots_per_expert=2"],
+}  # fmt: skip
 GROUPS: dict[str, Group] = {
     "main": Group({"dense": DENSE, "moe": []}, seeds=5, epochs=12),
+    "search": Group(
+        {"dense": DENSE, **{name: START + changes for name, changes in FACTORS.items()}},
+        seeds=2,
+        epochs=6,
+    ),
+    "routers": Group({"dense": DENSE, **ROUTERS}, seeds=3, epochs=6),
 }
 
 
@@ -82,13 +126,19 @@ class Run:
 
     def same_config(self) -> bool:
         """Whether what lies in the folder was trained by what the run now asks for."""
-        path = self.folder / "config.yaml"
-        return path.is_file() and _trained(load_config(path)) == _trained(
-            load_config(MICRO, self.arguments())
-        )
+        try:
+            found = load_config(self.folder / "config.yaml")
+        except ConfigError:  # none there, or one of another version
+            return False
+        return _trained(found) == _trained(load_config(MICRO, self.arguments()))
 
     def complete(self) -> bool:
         return self.epochs_done() >= self.epochs and self.same_config()
+
+
+def slug(setting: str) -> str:
+    """A folder's name."""
+    return re.sub(r"[^a-z0-9.]+", "-", setting.lower()).strip("-")
 
 
 def _trained(config: Config) -> dict[str, Any]:
@@ -112,7 +162,7 @@ def runs_of(name: str, options: argparse.Namespace) -> list[Run]:
             seed,
             epochs,
             tuple(overrides),
-            options.folder / name / setting / str(seed),
+            options.folder / name / slug(setting) / str(seed),
         )
         for seed in range(seeds)
         for setting, overrides in settings
