@@ -7,7 +7,7 @@ means the same order of images and the same augmentation. A run that is complete
 so that a benchmark that was interrupted goes on when started anew.
 
     python -m benchmarks.learning [--group main search routers] [--json PATH] [--plot PATH]
-        [--folder DIR] [--jobs N] [--seeds N] [--epochs N] [--quick]
+        [--folder DIR] [--jobs N] [--seeds N] [--epochs N] [--report] [--quick]
 """
 
 from __future__ import annotations
@@ -238,7 +238,7 @@ def training_loss(run: Run) -> float:
     return statistics.fmean(losses) if losses else float("nan")
 
 
-def figures(runs: Sequence[Run]) -> dict[str, object]:
+def figures(runs: Sequence[Run]) -> dict[str, Any]:
     """The final figures of one setting, one of each kind per seed, and what the model costs."""
     config = load_config(MICRO, runs[0].arguments())
     cost = count(config.model, config.moe)
@@ -247,6 +247,7 @@ def figures(runs: Sequence[Run]) -> dict[str, object]:
         "name": runs[0].setting,
         "overrides": list(runs[0].overrides),
         "epochs": runs[0].epochs,
+        "seeds": [run.seed for run in runs],
         "parameters": cost.parameters,
         "activated": cost.activated,
         "macs": cost.macs,
@@ -256,10 +257,10 @@ def figures(runs: Sequence[Run]) -> dict[str, object]:
     }
 
 
-def paired(values: Sequence[float], base: Sequence[float]) -> tuple[float, float]:
-    """Mean difference over the seeds and half the width of its 95 % interval."""
-    differences = [ours - theirs for ours, theirs in zip(values, base, strict=False)]
-    mean = statistics.fmean(differences)
+def paired(values: dict[int, float], base: dict[int, float]) -> tuple[float, float]:
+    """Mean difference over the seeds that both have, and half the width of its 95 % interval."""
+    differences = [values[seed] - base[seed] for seed in values if seed in base]
+    mean = statistics.fmean(differences) if differences else float("nan")
     if len(differences) < 2:
         return mean, float("nan")
     degrees = min(len(differences) - 1, len(STUDENT))
@@ -273,19 +274,20 @@ def spread(values: Sequence[float], digits: int) -> str:
 
 
 def difference(cell: dict[str, Any], base: dict[str, Any], key: str, digits: int) -> str:
-    if cell is base:
+    if cell is base or not base["seeds"]:
         return ""
-    mean, half = paired(cell[key], base[key])
-    return f"{mean:+.{digits}f} ± {half:.{digits}f}"
+    by_seed = [dict(zip(c["seeds"], c[key], strict=True)) for c in (cell, base)]
+    mean, half = paired(by_seed[0], by_seed[1])
+    return f"{mean:+.{digits}f}" + ("" if math.isnan(half) else f" ± {half:.{digits}f}")
 
 
-COLUMNS = ["setting", "seeds", "top-1 (%)", "difference", "held-out loss", "difference",
+COLUMNS = ["setting", "seeds", "top-1 (%)", "Δ top-1", "held-out loss", "Δ loss",
            "training loss", "parameters", "activated"]  # fmt: skip
 
 
 def rows(cells: Sequence[dict[str, Any]], against: str) -> list[list[str]]:
     """The table of a group: means ± standard deviations, paired differences ± 95 % intervals."""
-    base = next(cell for cell in cells if cell["name"] == against)
+    base: dict[str, Any] = next((cell for cell in cells if cell["name"] == against), {"seeds": []})
     return [
         [
             cell["name"],
@@ -333,19 +335,22 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=max(1, (os.cpu_count() or 1)))
     parser.add_argument("--seeds", type=int, default=0, help="instead of the group's own number")
     parser.add_argument("--epochs", type=int, default=0, help="instead of the group's own number")
+    parser.add_argument("--report", action="store_true", help="train nothing, tell what is there")
     parser.add_argument("--plot", type=Path, help="draw the curves of the first group here")
     options = parser.parse_args()
     groups = {name: runs_of(name, options) for name in options.group}
     try:
-        train_all([run for runs in groups.values() for run in runs], options.jobs)
+        if not options.report:
+            train_all([run for runs in groups.values() for run in runs], options.jobs)
     except RuntimeError as error:
         Console(stderr=True).print(str(error), markup=False)
         raise SystemExit(1) from None
-    cells = []
-    for name, runs in groups.items():
+    cells: list[dict[str, Any]] = []
+    for name, planned in groups.items():
+        groups[name] = runs = [run for run in planned if run.complete()]
         settings = dict.fromkeys(run.setting for run in runs)
         found = [figures([run for run in runs if run.setting == setting]) for setting in settings]
-        title = f"{name}, {runs[0].epochs} epochs; differences to {GROUPS[name].against}"
+        title = f"{name}, {planned[0].epochs} epochs; differences to {GROUPS[name].against}"
         harness.report(title, COLUMNS, rows(found, GROUPS[name].against))
         cells += found
     if options.plot:
