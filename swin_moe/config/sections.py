@@ -99,6 +99,7 @@ class MoEConfig(Section):
     route_per_image: bool = False  # token choice: each image has its own queues and capacity
     batch_prioritized: bool = True
     normalize_gate: bool = False
+    gate_after_norm: bool = False  # in post-norm blocks, whose norm else undoes a token's only gate
     gate_noise: NonNegativeFloat = 1.0
     balance: Literal["none", "importance_load", "gshard"] = "importance_load"  # of token choice
     balance_weight: NonNegativeFloat | list[NonNegativeFloat] = 0.01  # or one per MoE layer
@@ -121,6 +122,11 @@ class MoEConfig(Section):
         if self.routing == "expert_choice" and self.capacity_factor == 0:
             raise ValueError(
                 "routing=expert_choice needs capacity_factor > 0: there is no dropless"
+            )
+        if self.gate_after_norm and (self.routing == "soft" or self.num_shared_experts):
+            raise ValueError(
+                "gate_after_norm has no meaning with routing=soft or num_shared_experts > 0, where "
+                "the norm sees a mean whose weights it cannot undo"
             )
         if self.routing == "soft" and self.router == "cosine":
             raise ValueError("routing=soft has a router of its own: leave out router=cosine")
@@ -364,6 +370,10 @@ def check_moe_blocks(model: ModelConfig, moe: MoEConfig) -> None:
         raise ValueError(
             f"moe.balance_weight has {len(moe.balance_weight)} weights, moe.blocks has {layers} "
             "MoE layers"
+        )
+    if moe.gate_after_norm and moe.enabled and model.family != "swinv2":
+        raise ValueError(
+            f"moe.gate_after_norm needs the post-norm blocks of family=swinv2, not {model.family}"
         )
     if len(moe.blocks) > len(model.depths):
         raise ValueError(

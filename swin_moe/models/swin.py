@@ -125,7 +125,10 @@ class SwinBlock(nn.Module):
         if self.post_norm:
             x = x + self.drop_path(self.norm1(self._mix(x)))
             fed, routed = self._feed(x)
-            x = x + self.drop_path(self.norm2(fed))
+            fed = self.norm2(fed)
+            if routed is not None and routed.scale is not None:
+                fed = (fed * routed.scale).to(fed.dtype)
+            x = x + self.drop_path(fed)
         else:
             x = x + self.drop_path(self._mix(self.norm1(x)))
             fed, routed = self._feed(self.norm2(x))

@@ -15,7 +15,7 @@ from . import expert_choice, soft, token_choice
 from .balance import ChoiceBias
 from .exchange import Exchange
 from .experts import Experts, SharedExpert
-from .plan import Kernels, Plan, RouteContext, Routing, RoutingStats
+from .plan import Kernels, Plan, RouteContext, Routing, RoutingPlan, RoutingStats
 from .router import build_router
 
 ROUTINGS = {
@@ -32,11 +32,13 @@ class MoEResult(NamedTuple):
         output: like the input.
         aux_loss: scalar, the weighted balance losses.
         stats: see :class:`RoutingStats`.
+        scale: [..., 1] to multiply the normed output with, see ``moe.gate_after_norm``; else None.
     """
 
     output: Tensor
     aux_loss: Tensor
     stats: RoutingStats
+    scale: Tensor | None = None
 
 
 class MoELayer(nn.Module):
@@ -100,11 +102,15 @@ class MoELayer(nn.Module):
             tokens = tokens.to(torch.get_autocast_dtype(x.device.type))
         rows = routing.plan.dispatch(tokens, self.kernels)  # 3 dispatch
         rows, waited = self._apply_experts(rows, routing.plan)  # 4 experts
-        output = routing.plan.combine(rows, self.kernels)  # 5 combine
+        plan, scale = routing.plan, None
+        if isinstance(plan, RoutingPlan) and self.moe.gate_after_norm:
+            plan, total = plan.without_scale()
+            scale = (total / _undecided(self.moe)).view(*x.shape[:-1], 1)
+        output = plan.combine(rows, self.kernels)  # 5 combine
         if self.shared is not None:
             output = output + self.shared(tokens)
         stats = routing.stats.with_waiting(waited) if waited else routing.stats
-        return MoEResult(output.view_as(x).to(x.dtype), routing.aux_loss, stats)
+        return MoEResult(output.view_as(x).to(x.dtype), routing.aux_loss, stats, scale)
 
     def route(self, tokens: Tensor, groups: int = 1, noise: Tensor | None = None) -> Routing:
         """Stages 1 and 2 for tokens [T, D]; ``groups`` runs of them are routed apart."""
@@ -131,6 +137,13 @@ class MoELayer(nn.Module):
         weights = self.experts.weights_as(rows.dtype)
         out = exchange.run(rows, partial(self.experts, weights=weights))
         return out, exchange.waited
+
+
+def _undecided(moe: MoEConfig) -> float:
+    """Sum of a token's gates where all logits are zero, as they nearly are at the start."""
+    if moe.normalize_gate:
+        return 1.0
+    return moe.top_k * (0.5 if moe.score == "sigmoid" else 1.0 / moe.num_experts)
 
 
 def _default_kernels() -> Kernels:

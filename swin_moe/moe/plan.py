@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol
 
 import torch
@@ -119,6 +119,13 @@ class RoutingPlan:
     def kept(self) -> Tensor:
         """[T, k] bool, whether the assignment has a row."""
         return self.destination >= 0
+
+    def without_scale(self) -> tuple[RoutingPlan, Tensor]:
+        """A plan whose kept gates sum to one for each token, and [T], what they summed to."""
+        gate = self.gate * self.kept
+        total = gate.sum(1)
+        floor = torch.finfo(gate.dtype).eps
+        return replace(self, gate=gate / total.clamp(min=floor)[:, None]), total
 
     def dispatch(self, tokens: Tensor, kernels: Kernels) -> Tensor:
         """Tokens [T, D] to rows [S, D]."""

@@ -104,3 +104,42 @@ def test_meta_device_needs_no_memory():
             ModelConfig(embed_dim=512, depths=[2, 2, 42, 4], num_heads=[16] * 4)
         )
     assert sum(p.numel() for p in model.parameters()) > 2.9e9
+
+
+def _router_gradient(**options):
+    """Norm of the gradient that the task alone gives the router of a V2 block with top-1."""
+    moe = MoEConfig(blocks=[[], [1]], num_experts=4, balance_weight=0.0, gate_noise=0.0, **options)
+    model = lively(moe=moe)
+    torch.manual_seed(1)
+    model(torch.randn(2, 3, 32, 32)).logits.square().sum().backward()
+    mlp = model.layers[1].blocks[1].mlp
+    return (mlp.router.weight.grad.norm() / mlp.experts.fc2.weight.grad.norm()).item()
+
+
+def test_the_post_norm_undoes_a_single_gate_unless_it_comes_after():
+    assert _router_gradient(gate_after_norm=True) > 100 * _router_gradient()
+
+
+def test_a_dropped_token_adds_nothing_with_the_gate_after_the_norm():
+    moe = MoEConfig(blocks=[[1]], num_experts=4, gate_after_norm=True, capacity_factor=0.1)
+    model = lively(moe=moe).train()
+    block = model.layers[0].blocks[1]
+    torch.nn.init.zeros_(block.norm1.weight)
+    torch.nn.init.zeros_(block.norm1.bias)
+    x = torch.randn(1, 16, 16, 8)
+    out, routed = block(x)
+    dropped = routed.scale[..., 0] == 0
+    assert 0 < dropped.sum() < dropped.numel()
+    assert torch.equal(out[dropped], x[dropped])
+
+
+@pytest.mark.parametrize("other", [{"routing": "soft"}, {"num_shared_experts": 1}])
+def test_the_gate_after_the_norm_is_refused_where_it_has_no_meaning(other):
+    with pytest.raises(ValueError, match="gate_after_norm has no meaning"):
+        MoEConfig(gate_after_norm=True, **other)
+
+
+def test_the_gate_after_the_norm_needs_a_post_norm():
+    moe = MoEConfig(blocks=[[1]], gate_after_norm=True)
+    with pytest.raises(ValueError, match="needs the post-norm blocks"):
+        SwinTransformer(ModelConfig(family="swin_moe", **TINY), moe)

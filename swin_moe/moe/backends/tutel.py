@@ -98,6 +98,7 @@ def _refuse_what_tutel_lacks(moe: MoEConfig, group: Group) -> None:
         f"overlap_degree={moe.overlap_degree}": moe.overlap_degree != 1,
         f"routing={moe.routing}": moe.routing != "token_choice",
         "score=sigmoid": moe.score == "sigmoid",
+        "gate_after_norm": moe.gate_after_norm,
         "route_per_image": moe.route_per_image,
         "bias_update_rate": moe.bias_update_rate > 0,
         "eval_top_k": moe.eval_top_k not in (0, moe.top_k),

@@ -1,0 +1,362 @@
+"""Mixture of experts against dense on the embedded Fashion-MNIST, at equal activated FLOPs.
+
+Runs named settings, each a list of overrides of the micro config, for several seeds, as processes
+of the command line side by side. A setting's figures are those of the final epoch, never of the
+best one, which would be a selection on the held-out images. Seeds pair the runs: the same seed
+means the same order of images and the same augmentation. A run that is complete is not run again,
+so that a benchmark that was interrupted goes on when started anew.
+
+    python -m benchmarks.learning [--group main search routers] [--json PATH] [--plot PATH]
+        [--folder DIR] [--jobs N] [--seeds N] [--epochs N] [--report] [--quick]
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from benchmarks import harness
+from swin_moe.config import Config, ConfigError, load_config
+from swin_moe.metrics import read_metrics
+from swin_moe.models.cost import count
+
+ROOT = Path(__file__).parents[1]
+MICRO = ROOT / "configs" / "fashion_mnist" / "swin_moe_micro.yaml"
+DENSE = ["moe.blocks=[]"]
+# One process with the global batch that the config has on the two processes of `make train`.
+ALIKE = ["data.batch_size=100", "data.num_workers=0", "log.tensorboard=false"]
+# Quantiles of Student's t for a two-sided interval of 95 %, by degrees of freedom from 1.
+STUDENT = [12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262]
+
+Settings = dict[str, list[str]]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Settings under one budget; ``against`` names the one that the others are compared with."""
+
+    settings: Settings
+    seeds: int
+    epochs: int
+    against: str = "dense"
+
+
+# What the search starts from, spelled out so that it stays put when the micro config moves on.
+START = [
+    "moe.blocks=[[],[1],[1]]", "moe.num_experts=8", "moe.top_k=1", "moe.capacity_factor=1.25",
+    "moe.eval_capacity_factor=0", "moe.balance=gshard", "moe.balance_weight=0.01",
+    "moe.gate_noise=1.0", "moe.normalize_gate=false", "moe.init_std=0.02", "moe.fc2_bias=true",
+    "moe.drop_rate=0.0",
+]  # fmt: skip
+# One factor at a time.
+FACTORS: Settings = {
+    "start": [],
+    "blocks [[],[],[1]]": ["moe.blocks=[[],[],[1]]"],
+    "blocks [[],[],[0,1]]": ["moe.blocks=[[],[],[0,1]]"],
+    "blocks [[],[0,1],[0,1]]": ["moe.blocks=[[],[0,1],[0,1]]"],
+    "4 experts": ["moe.num_experts=4"],
+    "16 experts": ["moe.num_experts=16"],
+    "capacity 1": ["moe.capacity_factor=1.0"],
+    "capacity 2": ["moe.capacity_factor=2.0"],
+    "dropless": ["moe.capacity_factor=0"],
+    "importance and load": ["moe.balance=importance_load"],
+    "balance 0.001": ["moe.balance_weight=0.001"],
+    "balance 0.1": ["moe.balance_weight=0.1"],
+    "no gate noise": ["moe.gate_noise=0"],
+    "normalized gate": ["moe.normalize_gate=true"],
+    "init 0.005": ["moe.init_std=0.005"],
+    "no fc2 bias": ["moe.fc2_bias=false"],
+    "expert dropout 0.1": ["moe.drop_rate=0.1"],
+}
+ROUTERS: Settings = {
+    "linear": [],
+    "cosine": ["moe.router=cosine"],
+    "top-2": ["moe.top_k=2"],
+    "sigmoid, bias": [
+        "moe.score=sigmoid", "moe.balance=none", "moe.bias_update_rate=0.001",
+    ],
+    "expert choice": ["moe.routing=expert_choice"],
+    "soft": ["moe.routing=soft", "moe.slots_per_expert=2"],
+}  # fmt: skip
+GROUPS: dict[str, Group] = {
+    "main": Group({"dense": DENSE, "moe": []}, seeds=5, epochs=12),
+    "search": Group(
+        {"dense": DENSE, **{name: START + changes for name, changes in FACTORS.items()}},
+        seeds=2,
+        epochs=6,
+    ),
+    "routers": Group({"dense": DENSE, **ROUTERS}, seeds=3, epochs=6),
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training: a setting of a group with a seed."""
+
+    group: str
+    setting: str
+    seed: int
+    epochs: int
+    overrides: tuple[str, ...]
+    folder: Path
+
+    def arguments(self) -> list[str]:
+        """The overrides of the micro config that this run is."""
+        own = [f"schedule.epochs={self.epochs}", f"train.seed={self.seed}"]
+        return [*ALIKE, *own, f"train.output={self.folder}", *self.overrides]
+
+    def epochs_done(self) -> int:
+        evaluated = [r["epoch"] for r in read_metrics(self.folder) if "val/top1" in r]
+        return int(max(evaluated, default=0))
+
+    def same_config(self) -> bool:
+        """Whether what lies in the folder was trained by what the run now asks for."""
+        try:
+            found = load_config(self.folder / "config.yaml")
+        except ConfigError:  # none there, or one of another version
+            return False
+        return _trained(found) == _trained(load_config(MICRO, self.arguments()))
+
+    def complete(self) -> bool:
+        return self.epochs_done() >= self.epochs and self.same_config()
+
+
+def slug(setting: str) -> str:
+    """A folder's name."""
+    return re.sub(r"[^a-z0-9.]+", "-", setting.lower()).strip("-")
+
+
+def _trained(config: Config) -> dict[str, Any]:
+    """What decides over a run's figures."""
+    sections = ("model", "moe", "data", "augment", "optimizer", "schedule", "zero", "precision")
+    return {**{name: getattr(config, name) for name in sections}, "seed": config.train.seed}
+
+
+def runs_of(name: str, options: argparse.Namespace) -> list[Run]:
+    """Seed by seed, so that an interrupted group has all settings of the first seeds."""
+    group = GROUPS[name]
+    epochs = options.epochs or group.epochs
+    settings = list(group.settings.items())
+    if options.quick:
+        settings, epochs = settings[:2], options.epochs or 1
+    seeds = options.seeds or (1 if options.quick else group.seeds)
+    return [
+        Run(
+            name,
+            setting,
+            seed,
+            epochs,
+            tuple(overrides),
+            options.folder / name / slug(setting) / str(seed),
+        )
+        for seed in range(seeds)
+        for setting, overrides in settings
+    ]
+
+
+def train(run: Run, threads: int) -> None:
+    """Train to the end in a process of its own, from the last checkpoint if there is one.
+
+    Raises:
+        RuntimeError: the process failed; the message is the end of what it said.
+    """
+    fresh = run.folder.exists() and not run.same_config()
+    command = [sys.executable, "-m", "swin_moe", "train", str(MICRO), *run.arguments()]
+    search_path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    environment = {**os.environ, **harness.ALLOCATOR, "PYTHONPATH": search_path}
+    done = subprocess.run(
+        [*command, *(["--fresh"] if fresh else [])],
+        env={**environment, "OMP_NUM_THREADS": str(threads)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        raise RuntimeError(f"{run.folder} failed:\n{done.stdout[-2000:]}")
+    shutil.rmtree(run.folder / "checkpoints", ignore_errors=True)  # 50 MB, of no more use
+
+
+def train_all(runs: Sequence[Run], jobs: int) -> None:
+    """Train what is not yet complete, ``jobs`` runs at a time, with a bar of epochs."""
+    waiting = [run for run in runs if not run.complete()]
+    if not waiting:
+        return
+    threads = max(1, (os.cpu_count() or 1) // jobs)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    pool = ThreadPoolExecutor(jobs)
+    with Progress(*columns, TextColumn("epochs"), TimeElapsedColumn()) as progress:
+        bar = progress.add_task(f"{len(waiting)} runs", total=sum(run.epochs for run in waiting))
+        futures = [pool.submit(train, run, threads) for run in waiting]
+        try:
+            while not all(future.done() for future in futures):
+                raise_first(futures)
+                progress.update(bar, completed=sum(run.epochs_done() for run in waiting))
+                time.sleep(2)
+            raise_first(futures)
+            progress.update(bar, completed=sum(run.epochs for run in waiting))
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def raise_first(futures: Sequence[Future[None]]) -> None:
+    for future in futures:
+        if future.done():
+            future.result()
+
+
+# --------------------------------------------------------------------------------------------
+# Figures
+
+
+def curve(run: Run, key: str) -> list[float]:
+    """A held-out figure after each epoch."""
+    return [record[key] for record in read_metrics(run.folder) if key in record]
+
+
+def training_loss(run: Run) -> float:
+    """Mean of the last epoch as trained (augmented, smoothed), without the balance loss."""
+    last = [
+        r for r in read_metrics(run.folder) if "train/loss" in r and r["epoch"] > run.epochs - 1
+    ]
+    losses = [record["train/loss"] - record.get("train/aux_loss", 0.0) for record in last]
+    return statistics.fmean(losses) if losses else float("nan")
+
+
+def figures(runs: Sequence[Run]) -> dict[str, Any]:
+    """The final figures of one setting, one of each kind per seed, and what the model costs."""
+    config = load_config(MICRO, runs[0].arguments())
+    cost = count(config.model, config.moe)
+    return {
+        "group": runs[0].group,
+        "name": runs[0].setting,
+        "overrides": list(runs[0].overrides),
+        "epochs": runs[0].epochs,
+        "seeds": [run.seed for run in runs],
+        "parameters": cost.parameters,
+        "activated": cost.activated,
+        "macs": cost.macs,
+        "top1": [curve(run, "val/top1")[-1] for run in runs],
+        "loss": [round(curve(run, "val/loss")[-1], 4) for run in runs],
+        "training_loss": [round(training_loss(run), 4) for run in runs],
+    }
+
+
+def paired(values: dict[int, float], base: dict[int, float]) -> tuple[float, float]:
+    """Mean difference over the seeds that both have, and half the width of its 95 % interval."""
+    differences = [values[seed] - base[seed] for seed in values if seed in base]
+    mean = statistics.fmean(differences) if differences else float("nan")
+    if len(differences) < 2:
+        return mean, float("nan")
+    degrees = min(len(differences) - 1, len(STUDENT))
+    error = statistics.stdev(differences) / math.sqrt(len(differences))
+    return mean, STUDENT[degrees - 1] * error
+
+
+def spread(values: Sequence[float], digits: int) -> str:
+    mean = f"{statistics.fmean(values):.{digits}f}"
+    return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
+
+
+def difference(cell: dict[str, Any], base: dict[str, Any], key: str, digits: int) -> str:
+    if cell is base or not base["seeds"]:
+        return ""
+    by_seed = [dict(zip(c["seeds"], c[key], strict=True)) for c in (cell, base)]
+    mean, half = paired(by_seed[0], by_seed[1])
+    return f"{mean:+.{digits}f}" + ("" if math.isnan(half) else f" ± {half:.{digits}f}")
+
+
+COLUMNS = ["setting", "seeds", "top-1 (%)", "Δ top-1", "held-out loss", "Δ loss",
+           "training loss", "parameters", "activated"]  # fmt: skip
+
+
+def rows(cells: Sequence[dict[str, Any]], against: str) -> list[list[str]]:
+    """The table of a group: means ± standard deviations, paired differences ± 95 % intervals."""
+    base: dict[str, Any] = next((cell for cell in cells if cell["name"] == against), {"seeds": []})
+    return [
+        [
+            cell["name"],
+            str(len(cell["top1"])),
+            spread(cell["top1"], 2),
+            difference(cell, base, "top1", 2),
+            spread(cell["loss"], 4),
+            difference(cell, base, "loss", 4),
+            spread(cell["training_loss"], 4),
+            f"{cell['parameters'] / 1e6:.2f} M",
+            f"{cell['activated'] / 1e6:.2f} M",
+        ]
+        for cell in cells
+    ]
+
+
+def draw(path: Path, runs: Sequence[Run]) -> None:
+    """Held-out accuracy and loss of each setting of one group: mean and standard deviation."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import numpy as np
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
+    titles = {"val/top1": "held-out top-1 (%)", "val/loss": "held-out loss"}
+    for axis, (key, title) in zip(axes, titles.items(), strict=True):
+        for setting in dict.fromkeys(run.setting for run in runs):
+            curves = np.array([curve(run, key) for run in runs if run.setting == setting])
+            epochs = np.arange(1, curves.shape[1] + 1)
+            mean, deviation = curves.mean(0), curves.std(0, ddof=min(1, len(curves) - 1))
+            axis.plot(epochs, mean, marker=".", label=f"{setting} ({len(curves)} seeds)")
+            axis.fill_between(epochs, mean - deviation, mean + deviation, alpha=0.2)
+        axis.set(title=title, xlabel="epoch")
+        axis.grid(alpha=0.3)
+        axis.legend()
+    figure.savefig(path, dpi=100)
+    pyplot.close(figure)
+
+
+def main() -> None:
+    parser = harness.arguments(__doc__ or "")
+    parser.add_argument("--group", nargs="+", choices=list(GROUPS), default=["main"])
+    parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "learning")
+    parser.add_argument("--jobs", type=int, default=max(1, (os.cpu_count() or 1)))
+    parser.add_argument("--seeds", type=int, default=0, help="instead of the group's own number")
+    parser.add_argument("--epochs", type=int, default=0, help="instead of the group's own number")
+    parser.add_argument("--report", action="store_true", help="train nothing, tell what is there")
+    parser.add_argument("--plot", type=Path, help="draw the curves of the first group here")
+    options = parser.parse_args()
+    groups = {name: runs_of(name, options) for name in options.group}
+    try:
+        if not options.report:
+            train_all([run for runs in groups.values() for run in runs], options.jobs)
+    except RuntimeError as error:
+        Console(stderr=True).print(str(error), markup=False)
+        raise SystemExit(1) from None
+    cells: list[dict[str, Any]] = []
+    for name, planned in groups.items():
+        groups[name] = runs = [run for run in planned if run.complete()]
+        settings = dict.fromkeys(run.setting for run in runs)
+        found = [figures([run for run in runs if run.setting == setting]) for setting in settings]
+        title = f"{name}, {planned[0].epochs} epochs; differences to {GROUPS[name].against}"
+        harness.report(title, COLUMNS, rows(found, GROUPS[name].against))
+        cells += found
+    if options.plot:
+        draw(options.plot, groups[options.group[0]])
+    harness.write_json(options.json, cells)
+
+
+if __name__ == "__main__":
+    main()
