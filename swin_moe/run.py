@@ -33,7 +33,7 @@ from .optim import build_schedule
 from .placement import ExpertShare, expert_share
 from .run_directory import Run, prepare_folder
 from .summary import draw_summary
-from .trainer import Plan, Position, Trainer
+from .trainer import Plan, Position, Trainer, TrainingError
 
 log = logging.getLogger("swin_moe")
 
@@ -85,10 +85,7 @@ def train(config: Config, world: World, console: Console, fresh: bool = False) -
     distributed.seed_everything(config.train.seed, world.rank)
     if reader is not None and not reader.restore_rng(world):
         log.warning("the checkpoint has no generator state for rank %d", world.rank)
-    try:
-        trainer.fit()
-    finally:
-        _finish_pictures(run, trainer)
+    _fit(run, trainer)
     if world.is_main:
         console.print(report.closing(run.folder, trainer, time.monotonic() - started))
     engine.close()
@@ -289,6 +286,18 @@ def _save(run: Run, config: Config, engine: Engine, position: Position) -> None:
     log.debug("wrote %s", path)
 
 
+def _fit(run: Run, trainer: Trainer) -> None:
+    """Train, and draw what came of it even if that failed."""
+    try:
+        try:
+            trainer.fit()
+        finally:
+            _finish_pictures(run, trainer)
+    except TrainingError:
+        distributed.barrier()  # of all: the end of another would end rank 0 before it has told
+        raise
+
+
 def _finish_pictures(run: Run, trainer: Trainer) -> None:
     if trainer.log is None:
         return
@@ -344,8 +353,8 @@ def open_checkpoint(path: Path, world: World, overrides: list[str], command: str
     load_pretrained(model, source)
     model.eval().to(world.device)
     dtype = resolve_precision(config.precision, world.device)
-    loader = _build_loader(config, world, training=False)
-    return Opened(found, config, model, _inference(model, dtype, config.zero.stage > 0), loader)
+    forward = _inference(model, dtype, cast_weights=config.zero.stage > 0)
+    return Opened(found, config, model, forward, _build_loader(config, world, training=False))
 
 
 def evaluate_checkpoint(
@@ -353,10 +362,10 @@ def evaluate_checkpoint(
 ) -> Evaluation:
     """Evaluate a checkpoint on one process, see :func:`open_checkpoint`."""
     opened = open_checkpoint(path, world, overrides, "evaluate")
-    loader, classes = opened.loader, opened.config.model.num_classes
-    result = evaluate(opened.forward, loader, classes, world.device)
-    report.print_evaluation(console, opened.path.resolve(), result, loader.class_names)
-    loader.close()
+    classes = opened.config.model.num_classes
+    result = evaluate(opened.forward, opened.loader, classes, world.device)
+    report.print_evaluation(console, opened.path.resolve(), result, opened.loader.class_names)
+    opened.loader.close()
     return result
 
 
