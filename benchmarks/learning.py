@@ -61,8 +61,9 @@ START = [
     "moe.blocks=[[],[1],[1]]", "moe.num_experts=8", "moe.top_k=1", "moe.capacity_factor=1.25",
     "moe.eval_capacity_factor=0", "moe.balance=gshard", "moe.balance_weight=0.01",
     "moe.gate_noise=1.0", "moe.normalize_gate=false", "moe.init_std=0.02", "moe.fc2_bias=true",
-    "moe.drop_rate=0.0",
+    "moe.drop_rate=0.0", "moe.gate_after_norm=false",
 ]  # fmt: skip
+AFTER = "moe.gate_after_norm=true"
 # One factor at a time.
 FACTORS: Settings = {
     "start": [],
@@ -82,6 +83,10 @@ FACTORS: Settings = {
     "init 0.005": ["moe.init_std=0.005"],
     "no fc2 bias": ["moe.fc2_bias=false"],
     "expert dropout 0.1": ["moe.drop_rate=0.1"],
+    "gate after norm": [AFTER],
+    "gate after norm, normalized": [AFTER, "moe.normalize_gate=true"],
+    "gate after norm, blocks [[],[0,1],[0,1]]": [AFTER, "moe.blocks=[[],[0,1],[0,1]]"],
+    "gate after norm, every block": [AFTER, "moe.blocks=[[0,1],[0,1],[0,1]]"],
 }
 ROUTERS: Settings = {
     "linear": [],
@@ -91,7 +96,7 @@ ROUTERS: Settings = {
         "moe.score=sigmoid", "moe.balance=none", "moe.bias_update_rate=0.001",
     ],
     "expert choice": ["moe.routing=expert_choice"],
-    "soft": ["moe.routing=soft", "moe.slots_per_expert=2"],
+    "soft": ["moe.routing=soft", "moe.slots_per_expert=2", "moe.gate_after_norm=false"],
 }  # fmt: skip
 GROUPS: dict[str, Group] = {
     "main": Group({"dense": DENSE, "moe": []}, seeds=5, epochs=12),
@@ -143,8 +148,9 @@ def slug(setting: str) -> str:
 
 def _trained(config: Config) -> dict[str, Any]:
     """What decides over a run's figures."""
-    sections = ("model", "moe", "data", "augment", "optimizer", "schedule", "zero", "precision")
-    return {**{name: getattr(config, name) for name in sections}, "seed": config.train.seed}
+    names = ("model", "data", "augment", "optimizer", "schedule", "zero", "precision")
+    moe = config.moe if config.moe.enabled else None  # of no effect on a dense model
+    return {**{n: getattr(config, n) for n in names}, "moe": moe, "seed": config.train.seed}
 
 
 def runs_of(name: str, options: argparse.Namespace) -> list[Run]:
@@ -319,7 +325,7 @@ def draw(path: Path, runs: Sequence[Run]) -> None:
             curves = np.array([curve(run, key) for run in runs if run.setting == setting])
             epochs = np.arange(1, curves.shape[1] + 1)
             mean, deviation = curves.mean(0), curves.std(0, ddof=min(1, len(curves) - 1))
-            axis.plot(epochs, mean, marker=".", label=f"{setting} ({len(curves)} seeds)")
+            axis.plot(epochs, mean, marker=".", label=f"{setting}, n = {len(curves)}")
             axis.fill_between(epochs, mean - deviation, mean + deviation, alpha=0.2)
         axis.set(title=title, xlabel="epoch")
         axis.grid(alpha=0.3)
