@@ -1,15 +1,14 @@
-"""One run: its directory, and the parts built from the config."""
+"""One run: the parts built from the config, and how it starts, goes on and is evaluated."""
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -17,7 +16,7 @@ from rich.console import Console
 from . import checkpoint, distributed, ops, report
 from .config import Config, ConfigError, dump_config, load_config
 from .data import Loader, build_loader, build_mixing
-from .distributed import World, broadcast_object
+from .distributed import World
 from .engine import Engine, resolve_precision
 from .evaluation import Evaluation, evaluate
 from .metrics import MetricLog
@@ -26,40 +25,17 @@ from .models.cost import count
 from .models.pretrained import (
     Pretrained,
     adopt_pretrained_window,
-    built_windows,
     load_pretrained,
     read_pretrained,
 )
 from .moe import MoELayer, choose_overlap
 from .optim import build_schedule
 from .placement import ExpertShare, expert_share
+from .run_directory import Run, prepare_folder
 from .summary import draw_summary
-from .trainer import Plan, Position, Trainer
+from .trainer import Plan, Position, Trainer, TrainingError
 
 log = logging.getLogger("swin_moe")
-
-MARKER = ".swin_moe"  # in every run directory: nothing else is ever moved or written over
-_held: list[IO[str]] = []
-
-
-@dataclass
-class Run:
-    """A run directory and the console of rank 0."""
-
-    folder: Path
-    world: World
-    console: Console
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.folder / "checkpoints"
-
-    def say(self, text: str) -> None:
-        """Print a line on rank 0 and put it into this rank's log."""
-        if self.world.is_main:
-            self.console.print(text, highlight=False, markup=False, soft_wrap=True)
-        log.debug(text)
-
 
 # --------------------------------------------------------------------------------------------
 # Training
@@ -88,7 +64,7 @@ def train(config: Config, world: World, console: Console, fresh: bool = False) -
     source = _starting_weights(run, config, fresh)
     model = build(config.model, config.moe, world.expert)
     started_from = load_pretrained(model, source) if source else ""
-    reader = _prepare_folder(run, config, fresh)
+    reader = prepare_folder(run, config, fresh)
     if reader is not None:
         names = expert_parameter_names(model)
         checkpoint.load_weights(model, reader, names, _share(config, world))
@@ -109,10 +85,7 @@ def train(config: Config, world: World, console: Console, fresh: bool = False) -
     distributed.seed_everything(config.train.seed, world.rank)
     if reader is not None and not reader.restore_rng(world):
         log.warning("the checkpoint has no generator state for rank %d", world.rank)
-    try:
-        trainer.fit()
-    finally:
-        _finish_pictures(run, trainer)
+    _fit(run, trainer)
     if world.is_main:
         console.print(report.closing(run.folder, trainer, time.monotonic() - started))
     engine.close()
@@ -144,7 +117,7 @@ def _starting_weights(run: Run, config: Config, fresh: bool) -> Pretrained | Non
         return None
     for path in [] if fresh else checkpoint.list_checkpoints(run.checkpoints):
         if (path / "config.yaml").is_file():
-            saved = _load_saved_config(path).model.pretrained_window_sizes
+            saved = load_config(path / "config.yaml").model.pretrained_window_sizes
             stated = config.model.pretrained_window_sizes
             config.model.pretrained_window_sizes = stated or saved
             return None
@@ -266,101 +239,6 @@ def _share(config: Config, world: World) -> ExpertShare:
     return expert_share(config.moe.num_experts, world.expert.rank, world.expert.size)
 
 
-def _prepare_folder(run: Run, config: Config, fresh: bool) -> checkpoint.Reader | None:
-    """Choose the checkpoint to resume from and write ``config.yaml``; the same on every rank."""
-    chosen: str | Exception = ""
-    if run.world.is_main:
-        try:
-            chosen = _adopt(run, fresh)
-        except (ValueError, OSError) as error:  # to be raised on every rank alike
-            chosen = error
-    chosen = broadcast_object(chosen)
-    if isinstance(chosen, Exception):
-        raise chosen
-    reader = checkpoint.Reader(Path(chosen)) if chosen else None
-    if reader is not None:
-        _check_same_model(reader, config)
-    log_to_file(run.folder / "logs" / f"rank-{run.world.rank}.log")
-    if run.world.is_main:
-        (run.folder / "config.yaml").write_text(dump_config(config), encoding="utf-8")
-    return reader
-
-
-def _adopt(run: Run, fresh: bool) -> str:
-    """Lock the run directory, move an earlier life aside if need be, choose the checkpoint.
-
-    Returns:
-        path of the checkpoint to resume from, empty if there is none.
-
-    Raises:
-        ValueError: the directory holds something else, or another training runs in it.
-    """
-    folder = run.folder
-    marker = folder / MARKER
-    if folder.exists() and not marker.exists() and any(folder.iterdir()):
-        raise ValueError(
-            f"train.output={folder} is not empty and was not made by swin-moe: choose another"
-        )
-    if marker.exists():
-        _lock(marker)
-        found = None if fresh else checkpoint.latest(run.checkpoints)
-        if found is not None:
-            checkpoint.set_aside_newer(run.checkpoints, found)
-            return str(found)
-        if fresh or (folder / "metrics.jsonl").exists():  # killed before its first checkpoint
-            aside = folder.with_name(f"{folder.name}.{time.strftime('%Y%m%d-%H%M%S')}")
-            folder.rename(aside)
-            run.say(f"the earlier run was moved to {aside}")
-    folder.mkdir(parents=True, exist_ok=True)
-    _lock(marker)
-    return ""
-
-
-def _lock(marker: Path) -> None:
-    """Hold the marker as long as this process lives."""
-    handle = marker.open("a")
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise ValueError(
-            f"another training runs in {marker.parent}: wait for it, or set another train.output"
-        ) from None
-    _held.append(handle)
-
-
-def _check_same_model(reader: checkpoint.Reader, config: Config) -> None:
-    """The checkpoint's model must be the config's; everything else may change."""
-    saved = _load_saved_config(reader.path)
-    for section in ("model", "moe"):
-        old, new = getattr(saved, section).model_dump(), getattr(config, section).model_dump()
-        shape_keys = [key for key in new if old[key] != new[key] and key in _SHAPE_KEYS]
-        if shape_keys:
-            key = shape_keys[0]
-            raise ConfigError(
-                f"{section}.{key}={new[key]!r}, but the checkpoint {reader.path} was trained with "
-                f"{old[key]!r}: change it back, set another train.output, or use --fresh"
-            )
-
-    old_windows, new_windows = built_windows(saved.model), built_windows(config.model)
-    if old_windows != new_windows:
-        raise ConfigError(
-            f"model.window_size and model.img_size give windows {new_windows}, but the checkpoint "
-            f"{reader.path} has {old_windows}: change them back, or start another run from it by "
-            "model.pretrained"
-        )
-
-
-_SHAPE_KEYS = {
-    "family", "patch_size", "in_chans", "num_classes", "embed_dim", "depths", "num_heads",
-    "mlp_ratio", "mlp_fc2_bias", "qkv_bias", "ape", "patch_norm", "extra_norm_every_n_blocks",
-    "pretrained_window_sizes", "blocks", "num_experts", "router", "cosine_router_dim", "fc2_bias",
-}  # fmt: skip
-
-
-def _load_saved_config(path: Path) -> Config:
-    return load_config(path / "config.yaml")
-
-
 def _convert_position(position: Position, old_batch: int, new_batch: int, plan: Plan) -> None:
     """Keep the place in the epoch when the global batch has changed since."""
     if old_batch == new_batch:
@@ -406,6 +284,18 @@ def _save(run: Run, config: Config, engine: Engine, position: Position) -> None:
         best = run.checkpoints / f"step-{position.best_step:08d}"
         checkpoint.prune(run.checkpoints, config.checkpoint.keep_last, best)
     log.debug("wrote %s", path)
+
+
+def _fit(run: Run, trainer: Trainer) -> None:
+    """Train, and draw what came of it even if that failed."""
+    try:
+        try:
+            trainer.fit()
+        finally:
+            _finish_pictures(run, trainer)
+    except TrainingError:
+        distributed.barrier()  # of all: the end of another would end rank 0 before it has told
+        raise
 
 
 def _finish_pictures(run: Run, trainer: Trainer) -> None:
@@ -463,8 +353,8 @@ def open_checkpoint(path: Path, world: World, overrides: list[str], command: str
     load_pretrained(model, source)
     model.eval().to(world.device)
     dtype = resolve_precision(config.precision, world.device)
-    loader = _build_loader(config, world, training=False)
-    return Opened(found, config, model, _inference(model, dtype, config.zero.stage > 0), loader)
+    forward = _inference(model, dtype, cast_weights=config.zero.stage > 0)
+    return Opened(found, config, model, forward, _build_loader(config, world, training=False))
 
 
 def evaluate_checkpoint(
@@ -472,10 +362,10 @@ def evaluate_checkpoint(
 ) -> Evaluation:
     """Evaluate a checkpoint on one process, see :func:`open_checkpoint`."""
     opened = open_checkpoint(path, world, overrides, "evaluate")
-    loader, classes = opened.loader, opened.config.model.num_classes
-    result = evaluate(opened.forward, loader, classes, world.device)
-    report.print_evaluation(console, opened.path.resolve(), result, loader.class_names)
-    loader.close()
+    classes = opened.config.model.num_classes
+    result = evaluate(opened.forward, opened.loader, classes, world.device)
+    report.print_evaluation(console, opened.path.resolve(), result, opened.loader.class_names)
+    opened.loader.close()
     return result
 
 
@@ -493,13 +383,3 @@ def _inference(model: SwinTransformer, dtype: torch.dtype, cast_weights: bool) -
             return model(images)
 
     return autocast
-
-
-def log_to_file(path: Path) -> None:
-    """Send everything that is logged by this rank to ``path`` as well."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(path, encoding="utf-8")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    handler.setLevel(logging.DEBUG)
-    logging.getLogger().addHandler(handler)
-    log.setLevel(logging.DEBUG)

@@ -107,7 +107,7 @@ def test_corrupt_images_are_skipped_counted_and_reported(tmp_path):
 
 def test_a_resume_keeps_its_windows(tmp_path):
     """Another window is another function: it takes a new run, which adopts the old windows."""
-    from swin_moe.run import _check_same_model
+    from swin_moe.run_directory import _check_same_model
 
     (tmp_path / "config.yaml").write_text(dump_config(load_config(MICRO)))
     reader = SimpleNamespace(path=tmp_path)

@@ -12,7 +12,7 @@ LAYERS = [
     {"config", "distributed", "ops", "torchrun"},
     {"moe", "data", "checkpoint"},
     {"models", "metrics"},
-    {"optim", "evaluation", "convert", "catalog", "summary"},
+    {"optim", "evaluation", "run_directory", "convert", "catalog", "summary"},
     {"engine"},
     {"trainer"},
     {"report"},

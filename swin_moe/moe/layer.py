@@ -102,14 +102,12 @@ class MoELayer(nn.Module):
             tokens = tokens.to(torch.get_autocast_dtype(x.device.type))
         rows = routing.plan.dispatch(tokens, self.kernels)  # 3 dispatch
         rows, waited = self._apply_experts(rows, routing.plan)  # 4 experts
-        plan, scale = routing.plan, None
-        if isinstance(plan, RoutingPlan) and self.moe.gate_after_norm:
-            plan, total = plan.without_scale()
-            scale = (total / _undecided(self.moe)).view(*x.shape[:-1], 1)
+        plan, scale = self._split_scale(routing.plan)
         output = plan.combine(rows, self.kernels)  # 5 combine
         if self.shared is not None:
             output = output + self.shared(tokens)
         stats = routing.stats.with_waiting(waited) if waited else routing.stats
+        scale = None if scale is None else scale.view(*x.shape[:-1], 1)
         return MoEResult(output.view_as(x).to(x.dtype), routing.aux_loss, stats, scale)
 
     def route(self, tokens: Tensor, groups: int = 1, noise: Tensor | None = None) -> Routing:
@@ -137,6 +135,16 @@ class MoELayer(nn.Module):
         weights = self.experts.weights_as(rows.dtype)
         out = exchange.run(rows, partial(self.experts, weights=weights))
         return out, exchange.waited
+
+    def _split_scale(self, plan: Plan) -> tuple[Plan, Tensor | None]:
+        """The plan, less what is to scale a token after the norm, [T], if ``moe`` wants that.
+
+        The scale is over that of a router that has not decided yet, so it is about 1 at the start.
+        """
+        if not (self.moe.gate_after_norm and isinstance(plan, RoutingPlan)):
+            return plan, None
+        even, total = plan.without_scale()
+        return even, total / _undecided(self.moe)
 
 
 def _undecided(moe: MoEConfig) -> float:

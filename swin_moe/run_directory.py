@@ -1,0 +1,143 @@
+"""The directory of a run: whose it is, what life in it goes on, and its log files."""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+from rich.console import Console
+
+from . import checkpoint
+from .config import Config, ConfigError, dump_config, load_config
+from .distributed import World, broadcast_object
+from .models.pretrained import built_windows
+
+log = logging.getLogger("swin_moe")
+
+MARKER = ".swin_moe"  # in every run directory: nothing else is ever moved or written over
+_held: list[IO[str]] = []
+
+
+@dataclass
+class Run:
+    """A run directory and the console of rank 0."""
+
+    folder: Path
+    world: World
+    console: Console
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.folder / "checkpoints"
+
+    def say(self, text: str) -> None:
+        """Print a line on rank 0 and put it into this rank's log."""
+        if self.world.is_main:
+            self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+        log.debug(text)
+
+
+def prepare_folder(run: Run, config: Config, fresh: bool) -> checkpoint.Reader | None:
+    """Choose the checkpoint to resume from and write ``config.yaml``; the same on every rank."""
+    chosen: str | Exception = ""
+    if run.world.is_main:
+        try:
+            chosen = _adopt(run, fresh)
+        except (ValueError, OSError) as error:  # to be raised on every rank alike
+            chosen = error
+    chosen = broadcast_object(chosen)
+    if isinstance(chosen, Exception):
+        raise chosen
+    reader = checkpoint.Reader(Path(chosen)) if chosen else None
+    if reader is not None:
+        _check_same_model(reader, config)
+    log_to_file(run.folder / "logs" / f"rank-{run.world.rank}.log")
+    if run.world.is_main:
+        (run.folder / "config.yaml").write_text(dump_config(config), encoding="utf-8")
+    return reader
+
+
+def _adopt(run: Run, fresh: bool) -> str:
+    """Lock the run directory, move an earlier life aside if need be, choose the checkpoint.
+
+    Returns:
+        path of the checkpoint to resume from, empty if there is none.
+
+    Raises:
+        ValueError: the directory holds something else, or another training runs in it.
+    """
+    folder = run.folder
+    marker = folder / MARKER
+    if folder.exists() and not marker.exists() and any(folder.iterdir()):
+        raise ValueError(
+            f"train.output={folder} is not empty and was not made by swin-moe: choose another"
+        )
+    if marker.exists():
+        _lock(marker)
+        found = None if fresh else checkpoint.latest(run.checkpoints)
+        if found is not None:
+            checkpoint.set_aside_newer(run.checkpoints, found)
+            return str(found)
+        if fresh or (folder / "metrics.jsonl").exists():  # killed before its first checkpoint
+            aside = folder.with_name(f"{folder.name}.{time.strftime('%Y%m%d-%H%M%S')}")
+            folder.rename(aside)
+            run.say(f"the earlier run was moved to {aside}")
+    folder.mkdir(parents=True, exist_ok=True)
+    _lock(marker)
+    return ""
+
+
+def _lock(marker: Path) -> None:
+    """Hold the marker as long as this process lives."""
+    handle = marker.open("a")
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(
+            f"another training runs in {marker.parent}: wait for it, or set another train.output"
+        ) from None
+    _held.append(handle)
+
+
+def _check_same_model(reader: checkpoint.Reader, config: Config) -> None:
+    """The checkpoint's model must be the config's; everything else may change."""
+    saved = load_config(reader.path / "config.yaml")
+    for section in ("model", "moe"):
+        old, new = getattr(saved, section).model_dump(), getattr(config, section).model_dump()
+        shape_keys = [key for key in new if old[key] != new[key] and key in _SHAPE_KEYS]
+        if shape_keys:
+            key = shape_keys[0]
+            raise ConfigError(
+                f"{section}.{key}={new[key]!r}, but the checkpoint {reader.path} was trained with "
+                f"{old[key]!r}: change it back, set another train.output, or use --fresh"
+            )
+
+    old_windows, new_windows = built_windows(saved.model), built_windows(config.model)
+    if old_windows != new_windows:
+        raise ConfigError(
+            f"model.window_size and model.img_size give windows {new_windows}, but the checkpoint "
+            f"{reader.path} has {old_windows}: change them back, or start another run from it by "
+            "model.pretrained"
+        )
+
+
+_SHAPE_KEYS = {
+    "family", "patch_size", "in_chans", "num_classes", "embed_dim", "depths", "num_heads",
+    "mlp_ratio", "mlp_fc2_bias", "qkv_bias", "ape", "patch_norm", "extra_norm_every_n_blocks",
+    "pretrained_window_sizes", "blocks", "num_experts", "num_shared_experts", "routing", "router",
+    "cosine_router_dim", "slots_per_expert", "fc2_bias",
+}  # fmt: skip
+
+
+def log_to_file(path: Path) -> None:
+    """Send everything that is logged by this rank to ``path`` as well."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(path, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    handler.setLevel(logging.DEBUG)
+    logging.getLogger().addHandler(handler)
+    log.setLevel(logging.DEBUG)
