@@ -268,28 +268,26 @@ def traffic(processes: int) -> list[dict[str, object]]:
     """Bytes a token that dispatch and combine move in bf16, counted from the shapes.
 
     At least: encode reads a row and writes k, decode reads k and writes one, 8·D bytes for top-1,
-    forward and backward alike. Ours fills a buffer of f·k rows a token, empty ones with zeros, and
-    backward also reads the k expert outputs, for the gate's gradient. The all-to-all carries k rows
-    four times at least (8·D·k·(W-1)/W), ours the buffer's f·k.
+    forward and backward alike. Ours has k rows a token whatever the capacity, reads a token once
+    per choice, and backward also reads the k expert outputs, for the gate's gradient. The all-to-all
+    carries the kept rows four times (8·D·k·(W-1)/W), on a CPU no others.
     """
     cells: list[dict[str, object]] = []
     for width, top_k in product((384, 512), (1, 2)):
-        row, factor = 2 * width, 1.25
+        row = 2 * width
         least = (2 + 2 * top_k) * row
-        # Kept assignments fill about k rows of the buffer's f·k; an index of 4 bytes for each row.
-        forward = (top_k + factor * top_k) * row + (top_k + 1) * row + 4 * top_k * (1 + factor)
+        forward = (3 * top_k + 1) * row + 8 * top_k  # an index of 4 bytes for each row, both ways
         backward = forward + top_k * row
         share = 4 * (processes - 1) / processes
         cells.append(
             {
-                "name": f"D={width} k={top_k} f={factor}",
+                "name": f"D={width} k={top_k}",
                 "unit": "bytes/token, bf16",
                 "forward": round(forward),
                 "backward": round(backward),
                 "least, each": least,
                 "over least": round((forward + backward) / (2 * least), 2),
-                f"all-to-all, W={processes}": round(share * factor * top_k * row),
-                "least all-to-all": round(share * top_k * row),
+                f"all-to-all, W={processes}": round(share * top_k * row),
             }
         )
     return cells
