@@ -269,7 +269,7 @@ def traffic(processes: int) -> list[dict[str, object]]:
 
     At least: encode reads a row and writes k, decode reads k and writes one, 8·D bytes for top-1,
     forward and backward alike. Ours has k rows a token whatever the capacity, reads a token once
-    per choice, and backward also reads the k expert outputs, for the gate's gradient. The all-to-all
+    per choice; backward also reads the k expert outputs, for the gate's gradient. The all-to-all
     carries the kept rows four times (8·D·k·(W-1)/W), on a CPU no others.
     """
     cells: list[dict[str, object]] = []
