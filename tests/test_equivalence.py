@@ -68,11 +68,12 @@ def same(folder, reference, num_experts):
 def test_bf16_stays_close_to_one_process_in_fp32(results, world, stage):
     """The loss and the true gradient norm, experts of all ranks included.
 
-    bf16 keeps 8 bits: 0.5 % on equal weights, and more once the weights have parted.
+    bf16 keeps 8 bits: 0.3 and 0.5 % on equal weights, more once weights and routes have parted.
     """
     expected, _ = read(results / "world1-stage0")
     figures, _ = read(results / f"world{world}-stage{stage}-bf16")
-    assert figures["loss"] == pytest.approx(expected["loss"], rel=3e-3)
+    assert figures["loss"][0] == pytest.approx(expected["loss"][0], rel=3e-3)
+    assert figures["loss"] == pytest.approx(expected["loss"], rel=1e-2)
     assert figures["norm"][0] == pytest.approx(expected["norm"][0], rel=5e-3)
     assert figures["norm"] == pytest.approx(expected["norm"], rel=2e-2)
 

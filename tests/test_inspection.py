@@ -16,6 +16,7 @@ from swin_moe.inspection import inspect_checkpoint
 from swin_moe.inspection.draw import expert_colours, shade
 from swin_moe.inspection.routes import NOBODY, LayerFindings, Takings, crop, watched
 from swin_moe.models import build, expert_parameter_names
+from swin_moe.placement import ExpertShare
 from tests.parallel import MICRO, SMALL, one_error, swin_moe
 from tests.test_telemetry import MODEL
 
@@ -126,7 +127,7 @@ def saved(tmp_path_factory):
             (name, {key: p.detach().clone() for key in ("weight", "exp_avg", "exp_avg_sq")})
             for name, p in model.named_parameters() if keep(name)
         ),
-        expert_names=expert_parameter_names(model), num_local_experts=4, state={},
+        expert_names=expert_parameter_names(model), share=ExpertShare(range(4)), state={},
         config_text=dump_config(config), world=WORLD,
     )  # fmt: skip
     return folder

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from swin_moe.ops.dropout import keep_mask
-from tests.ops.test_cuda_emulated import DTYPES, EMULATION, KERNELS, Guarded, moved, pointers
+from tests.ops.emulation import EMULATION, KERNELS, Guarded, pointers
+from tests.ops.test_cuda_emulated import DTYPES, moved
 
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 SEED = torch.tensor([-(2**40) - 12345])
