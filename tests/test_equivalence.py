@@ -66,16 +66,11 @@ def same(folder, reference, num_experts):
 @pytest.mark.parametrize("stage", [0, 1, 2])
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_bf16_stays_close_to_one_process_in_fp32(results, world, stage):
-    """The loss and the true gradient norm, experts of all ranks included.
-
-    bf16 keeps 8 bits: 0.3 and 0.5 % on equal weights, more once weights and routes have parted.
-    """
-    expected, _ = read(results / "world1-stage0")
+    """The loss and the true gradient norm, experts of all ranks included; bf16 keeps 8 bits."""
+    expected, _ = read(results / "world1-gentle")
     figures, _ = read(results / f"world{world}-stage{stage}-bf16")
-    assert figures["loss"][0] == pytest.approx(expected["loss"][0], rel=3e-3)
-    assert figures["loss"] == pytest.approx(expected["loss"], rel=1e-2)
-    assert figures["norm"][0] == pytest.approx(expected["norm"][0], rel=5e-3)
-    assert figures["norm"] == pytest.approx(expected["norm"], rel=2e-2)
+    assert figures["loss"] == pytest.approx(expected["loss"], rel=1.5e-3)
+    assert figures["norm"] == pytest.approx(expected["norm"], rel=5e-3)
 
 
 def test_experts_of_two_ranks_differ(results):

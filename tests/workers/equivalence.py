@@ -32,6 +32,9 @@ SHARDED = MOE.model_copy(
 )
 # Every step is clipped; eps is large enough that rounding of near-zero gradients does not show.
 OPTIMIZER = OptimizerConfig(base_lr=0.5, clip_norm=0.2, eps=1e-5)
+# For bf16: at the rate above its rounding sends tokens elsewhere by the third step, and any figure
+# may come out; at this one the routes stay, and a bound can be close.
+GENTLE = OPTIMIZER.model_copy(update={"base_lr": 0.1})
 
 
 def batch(step: int, part: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -41,7 +44,12 @@ def batch(step: int, part: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def train(
-    world: distributed.World, stage: int, dtype: torch.dtype, folder: Path, moe: MoEConfig = MOE
+    world: distributed.World,
+    stage: int,
+    dtype: torch.dtype,
+    folder: Path,
+    moe: MoEConfig = MOE,
+    optimizer: OptimizerConfig = OPTIMIZER,
 ) -> None:
     from swin_moe.engine import Engine
     from swin_moe.models import build, expert_parameter_names
@@ -53,7 +61,7 @@ def train(
             torch.nn.init.ones_(parameter)
     accumulation = PARTS // world.size
     engine = Engine(
-        model, world, optimizer=OPTIMIZER, zero=ZeroConfig(stage=stage), dtype=dtype,
+        model, world, optimizer=optimizer, zero=ZeroConfig(stage=stage), dtype=dtype,
         micro_batch=MICRO_BATCH, accumulation_steps=accumulation,
     )  # fmt: skip
     engine.train()
@@ -88,7 +96,10 @@ def main() -> None:
     folder = Path(sys.argv[1])
     for stage in (0, 1, 2):
         train(world, stage, torch.float32, folder / f"world{size}-stage{stage}")
-        train(world, stage, torch.bfloat16, folder / f"world{size}-stage{stage}-bf16")
+        name = f"world{size}-stage{stage}-bf16"
+        train(world, stage, torch.bfloat16, folder / name, optimizer=GENTLE)
+    if size == 1:
+        train(world, 0, torch.float32, folder / "world1-gentle", optimizer=GENTLE)
     if size in (1, 4):
         world = distributed.init(expert_parallel_size=size)
         for stage in (0, 1, 2) if size > 1 else (0,):
