@@ -137,13 +137,14 @@ def test_a_plan_is_kept_whatever_is_drawn(monkeypatch, plans):
     assert not unlike(plans) & set(DISCRETE)
 
 
-def test_numbers_drawn_anew_would_be_seen(monkeypatch, plans):
+@pytest.mark.parametrize("only_noise", [False, True])
+def test_numbers_drawn_anew_would_be_seen(only_noise, monkeypatch, plans):
     """The tests above are sharp: without the kept plan, routes and gradients differ."""
-    plain = step(build("swin_moe cosine", False, only_noise=True))
+    plain = step(build("swin_moe cosine", False, only_noise))
     plans.clear()
     redrawing(monkeypatch)
     monkeypatch.setattr(swin_module, "keep_routing", noop_context_fn)
-    different = differences(plain, step(build("swin_moe cosine", True, only_noise=True)))
+    different = differences(plain, step(build("swin_moe cosine", True, only_noise)))
     assert unlike(plans) >= {*DISCRETE[:5], "gate"}
     assert "logits" not in different
     assert "layers.0.blocks.1.mlp.experts.fc1.weight.grad" in different
