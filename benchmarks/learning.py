@@ -58,20 +58,20 @@ class Group:
 
 # What the search starts from, spelled out so that it stays put when the micro config moves on.
 START = [
-    "moe.blocks=[[],[1],[1]]", "moe.num_experts=8", "moe.top_k=1", "moe.capacity_factor=1.25",
+    "moe.blocks=[[],[0,1],[0,1]]", "moe.num_experts=8", "moe.top_k=1", "moe.capacity_factor=1.25",
     "moe.eval_capacity_factor=0", "moe.balance=gshard", "moe.balance_weight=0.01",
     "moe.gate_noise=1.0", "moe.normalize_gate=false", "moe.init_std=0.02", "moe.fc2_bias=true",
-    "moe.drop_rate=0.0", "moe.gate_after_norm=false",
+    "moe.drop_rate=0.0", "moe.gate_after_norm=true",
 ]  # fmt: skip
-AFTER = "moe.gate_after_norm=true"
-# One factor at a time.
+BEFORE = "moe.gate_after_norm=false"
+# One factor at a time, save for the gate before the norm with the fewer layers it began with.
 FACTORS: Settings = {
     "start": [],
-    "blocks [[],[],[1]]": ["moe.blocks=[[],[],[1]]"],
-    "blocks [[],[],[0,1]]": ["moe.blocks=[[],[],[0,1]]"],
-    "blocks [[],[0,1],[0,1]]": ["moe.blocks=[[],[0,1],[0,1]]"],
-    "4 experts": ["moe.num_experts=4"],
-    "16 experts": ["moe.num_experts=16"],
+    "gate before the norm": [BEFORE],
+    "gate before the norm, blocks [[],[1],[1]]": [BEFORE, "moe.blocks=[[],[1],[1]]"],
+    "normalized gate": ["moe.normalize_gate=true"],
+    "blocks [[],[1],[1]]": ["moe.blocks=[[],[1],[1]]"],
+    "every block": ["moe.blocks=[[0,1],[0,1],[0,1]]"],
     "capacity 1": ["moe.capacity_factor=1.0"],
     "capacity 2": ["moe.capacity_factor=2.0"],
     "dropless": ["moe.capacity_factor=0"],
@@ -79,14 +79,11 @@ FACTORS: Settings = {
     "balance 0.001": ["moe.balance_weight=0.001"],
     "balance 0.1": ["moe.balance_weight=0.1"],
     "no gate noise": ["moe.gate_noise=0"],
-    "normalized gate": ["moe.normalize_gate=true"],
     "init 0.005": ["moe.init_std=0.005"],
     "no fc2 bias": ["moe.fc2_bias=false"],
     "expert dropout 0.1": ["moe.drop_rate=0.1"],
-    "gate after norm": [AFTER],
-    "gate after norm, normalized": [AFTER, "moe.normalize_gate=true"],
-    "gate after norm, blocks [[],[0,1],[0,1]]": [AFTER, "moe.blocks=[[],[0,1],[0,1]]"],
-    "gate after norm, every block": [AFTER, "moe.blocks=[[0,1],[0,1],[0,1]]"],
+    "4 experts": ["moe.num_experts=4"],
+    "16 experts": ["moe.num_experts=16"],
 }
 ROUTERS: Settings = {
     "linear": [],
