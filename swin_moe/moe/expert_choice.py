@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..config import MoEConfig
-from ..ops import moe_choose
+from ..ops import finite_range, moe_choose
 from .plan import RouteContext, Routing, RoutingPlan, expert_capacity, make_stats
 from .token_choice import draw_noise
 
@@ -42,7 +42,7 @@ def route(logits: Tensor, moe: MoEConfig, context: RouteContext) -> Routing:
     z_sum = (clean.logsumexp(1).square() * weight).sum()
     aux_loss = moe.z_loss_weight * z_sum / max(T, 1)
     probabilities = scores / scores.sum(1, keepdim=True)
-    infinity = clean.new_full((1,), torch.inf)
+    least, greatest = finite_range(logits.detach(), finite)
     stats = make_stats(
         used,
         tokens=T,
@@ -50,7 +50,7 @@ def route(logits: Tensor, moe: MoEConfig, context: RouteContext) -> Routing:
         dropped=(~chosen.any(1)).sum(),
         nonfinite=(~finite).sum(),
         entropy=(torch.special.entr(probabilities).sum(1) * weight).sum(),
-        least=torch.cat((clean.detach().flatten(), infinity)).amin(),
-        greatest=torch.cat((clean.detach().flatten(), -infinity)).amax(),
+        least=least,
+        greatest=greatest,
     )
     return Routing(plan, aux_loss, stats)

@@ -49,8 +49,8 @@ class RoutingStats(NamedTuple):
 
     def with_waiting(self, seconds: float) -> RoutingStats:
         """These with time spent waiting for other ranks; one layer's, not stacked ones."""
-        waiting = self.sums.new_tensor([0.0, 0.0, 0.0, 0.0, 0.0, seconds])
-        return self._replace(sums=self.sums + waiting)
+        waited = self.sums[5:] + seconds
+        return self._replace(sums=torch.cat((self.sums[:5], waited)))
 
 
 def make_stats(
@@ -65,9 +65,10 @@ def make_stats(
     greatest: Tensor,
 ) -> RoutingStats:
     wide = torch.float64
-    known = torch.tensor([tokens, offered], dtype=wide, device=counts.device)
+    # Filled on the device: a tensor made from a list is a copy that a GPU waits for.
+    known = [counts.new_full((1,), n, dtype=wide) for n in (tokens, offered)]
     seen = [value.detach().to(wide).view(1) for value in (dropped, nonfinite, entropy)]
-    sums = torch.cat((known, *seen, known.new_zeros(1)))
+    sums = torch.cat((*known, *seen, counts.new_zeros(1, dtype=wide)))
     return RoutingStats(counts, sums, torch.stack((greatest.detach(), -least.detach())).float())
 
 

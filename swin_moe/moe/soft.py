@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..config import MoEConfig
+from ..ops import finite_range
 from .plan import Kernels, RouteContext, Routing, make_stats
 
 
@@ -57,25 +58,22 @@ def route(logits: Tensor, moe: MoEConfig, context: RouteContext) -> Routing:
     bad = ~finite[:, None]
     clean = logits.masked_fill(bad, 0.0)
     # Not −inf: an image without any finite token would give 0/0.
-    least = torch.finfo(logits.dtype).min
-    into = clean.masked_fill(bad, least).view(sizes).softmax(1)
+    into = clean.masked_fill(bad, torch.finfo(logits.dtype).min).view(sizes).softmax(1)
     into = into.masked_fill(bad.view(*sizes[:2], 1), 0.0)
     out_of = clean.softmax(1).masked_fill(bad, 0.0)
     rows = groups * slots // experts
     used = torch.full((experts,), rows, dtype=torch.int64, device=logits.device)
     plan = SoftPlan(finite, into, out_of.view(sizes), used, rows)
-    mass = (
-        out_of.detach().view(T, experts, moe.slots_per_expert).sum(2)
-    )  # of each token, per expert
-    infinity = clean.new_full((1,), torch.inf)
+    by_expert = out_of.detach().view(T, experts, moe.slots_per_expert).sum(2)
+    least, greatest = finite_range(logits.detach(), finite)
     stats = make_stats(
-        mass.sum(0).round().to(torch.int64),
+        by_expert.sum(0).round().to(torch.int64),
         tokens=T,
         offered=T,
         dropped=(~finite).sum(),
         nonfinite=(~finite).sum(),
-        entropy=torch.special.entr(mass).sum(),
-        least=torch.cat((clean.detach().flatten(), infinity)).amin(),
-        greatest=torch.cat((clean.detach().flatten(), -infinity)).amax(),
+        entropy=torch.special.entr(by_expert).sum(),
+        least=least,
+        greatest=greatest,
     )
     return Routing(plan, logits.new_zeros(()), stats)

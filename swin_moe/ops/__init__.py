@@ -23,7 +23,12 @@ from swin_moe.ops.moe_dispatch import (
 )
 from swin_moe.ops.moe_experts import moe_experts, moe_experts_reference
 from swin_moe.ops.moe_route import moe_route
-from swin_moe.ops.route_reference import Route, RouteOptions, moe_route_reference
+from swin_moe.ops.route_reference import (
+    Route,
+    RouteOptions,
+    finite_range,
+    moe_route_reference,
+)
 from swin_moe.ops.window_attention import window_attention
 
 # The discrete part of a route; activation checkpointing keeps what these return.
@@ -39,6 +44,7 @@ __all__ = [
     "RouteOptions",
     "allow_unverified",
     "cpu_instruction_set",
+    "finite_range",
     "moe_choose",
     "moe_combine",
     "moe_combine_reference",

@@ -124,11 +124,18 @@ def _scores(logits: Tensor, sigmoid: bool) -> tuple[Tensor, Tensor]:
 def _statistics(logits: Tensor, probabilities: Tensor, finite: Tensor) -> Tensor:
     """[4]: entropy sum, least and greatest logit, tokens that are not finite."""
     entropy = torch.special.entr(probabilities).sum(1) * finite
+    return torch.stack(
+        (entropy.sum(), *finite_range(logits, finite), (~finite).sum().to(logits.dtype))
+    )
+
+
+def finite_range(logits: Tensor, finite: Tensor) -> tuple[Tensor, Tensor]:
+    """Least and greatest logit of the tokens that are finite [T]; inf and −inf without any."""
     bad = ~finite[:, None]
     infinity = logits.new_full((1,), math.inf)
     least = torch.cat((logits.masked_fill(bad, math.inf).flatten(), infinity)).amin()
     greatest = torch.cat((logits.masked_fill(bad, -math.inf).flatten(), -infinity)).amax()
-    return torch.stack((entropy.sum(), least, greatest, (~finite).sum().to(logits.dtype)))
+    return least, greatest
 
 
 def assign_reference(

@@ -7,12 +7,10 @@ import torch
 
 from swin_moe import build_model, ops
 from swin_moe.ops import _library
+from tests.ops import devices
 
 op = importlib.import_module("swin_moe.ops.window_attention")
-needs_library = pytest.mark.skipif(
-    not ops.status()["window_attention"].startswith("fused (cpu"),
-    reason=f"the compiled library is not built; {_library.BUILD_HINT}",
-)
+needs_library = devices.needs_library("window_attention")
 SHAPE = {
     "img_size": 64,
     "patch_size": 4,

@@ -12,21 +12,10 @@ from torch import Tensor
 
 from swin_moe import ops
 from swin_moe.ops import _library
+from tests.ops import devices
 
-BUILT = ops.status()["moe_dispatch"].startswith("fused (cpu")
-needs_library = pytest.mark.skipif(
-    not BUILT, reason=f"the compiled library is not built; {_library.BUILD_HINT}"
-)
-DEVICES = [
-    "cpu",
-    pytest.param(
-        "cuda",
-        marks=pytest.mark.skipif(
-            not torch.cuda.is_available() or not _library._compiled_for("moe_dispatch", "cuda"),
-            reason="no GPU, or the CUDA kernels are not built",
-        ),
-    ),
-]
+needs_library = devices.needs_library("moe_dispatch")
+DEVICES = devices.devices("moe_dispatch")
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 # T, k, S, D: tokens dropped and slots empty, both together, none; odd and unaligned widths.
 SHAPES = [

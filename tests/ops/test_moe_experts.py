@@ -12,21 +12,10 @@ from torch import Tensor
 from swin_moe import ops
 from swin_moe.ops import _library
 from swin_moe.ops.dropout import keep_mask
+from tests.ops import devices
 
-BUILT = ops.status()["moe_experts"].startswith("fused (cpu")
-needs_library = pytest.mark.skipif(
-    not BUILT, reason=f"the compiled library is not built; {_library.BUILD_HINT}"
-)
-DEVICES = [
-    "cpu",
-    pytest.param(
-        "cuda",
-        marks=pytest.mark.skipif(
-            not torch.cuda.is_available() or not _library._compiled_for("moe_experts", "cuda"),
-            reason="no GPU, or the CUDA kernels are not built",
-        ),
-    ),
-]
+needs_library = devices.needs_library("moe_experts")
+DEVICES = devices.devices("moe_experts")
 DTYPES = [torch.float32, torch.bfloat16]
 # Largest error, relative to the largest number of the tensor.
 TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 1.5e-2}

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from swin_moe import ops
-from swin_moe.ops import Route, RouteOptions, _library, moe_route, moe_route_reference
+from swin_moe.ops import Route, RouteOptions, moe_route, moe_route_reference
 from swin_moe.ops.route_reference import backward_reference
+from tests.ops import devices
 from tests.ops.route_cases import (
     FLOATS,
     INTEGERS,
@@ -25,20 +26,8 @@ from tests.ops.route_cases import (
     some_options,
 )
 
-BUILT = ops.status()["moe_route"].startswith("fused (cpu")
-needs_library = pytest.mark.skipif(
-    not BUILT, reason=f"the compiled library is not built; {_library.BUILD_HINT}"
-)
-DEVICES = [
-    "cpu",
-    pytest.param(
-        "cuda",
-        marks=pytest.mark.skipif(
-            not torch.cuda.is_available() or not _library._compiled_for("moe_route", "cuda"),
-            reason="no GPU, or the CUDA kernels are not built",
-        ),
-    ),
-]
+needs_library = devices.needs_library("moe_route")
+DEVICES = devices.devices("moe_route")
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -23,16 +23,11 @@ from swin_moe.ops.window_reference import (
     backward_reference,
     forward_reference,
 )
+from tests.ops import devices
 
-BUILT = ops.status()["window_attention"].startswith("fused (cpu")
-needs_library = pytest.mark.skipif(
-    not BUILT, reason=f"the compiled library is not built; {_library.BUILD_HINT}"
-)
-needs_cuda = pytest.mark.skipif(
-    not torch.cuda.is_available() or "cuda" not in ops.status()["window_attention"],
-    reason="no GPU, or the CUDA kernels are not built",
-)
-DEVICES = ["cpu", pytest.param("cuda", marks=needs_cuda)]
+needs_library = devices.needs_library("window_attention")
+needs_cuda = devices.needs_cuda("window_attention")
+DEVICES = devices.devices("window_attention")
 DTYPES = [torch.float32, torch.bfloat16]
 PLACES = [("cpu", dtype) for dtype in DTYPES] + [
     pytest.param("cuda", dtype, marks=needs_cuda) for dtype in _library.KERNEL_DTYPES["cuda"]

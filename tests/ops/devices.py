@@ -1,0 +1,32 @@
+"""Where the tests of an op run, and why not where they do not."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from swin_moe import ops
+from swin_moe.ops import _library
+
+
+def needs_library(op: str) -> pytest.MarkDecorator:
+    """Skips where the op has no compiled CPU kernel."""
+    return pytest.mark.skipif(
+        not ops.status()[op].startswith("fused (cpu"),
+        reason=f"the compiled library is not built; {_library.BUILD_HINT}",
+    )
+
+
+def needs_cuda(op: str) -> pytest.MarkDecorator:
+    """Skips where the op has no CUDA kernel, or nothing to run it on."""
+    return pytest.mark.skipif(
+        not torch.cuda.is_available() or not _library._compiled_for(op, "cuda"),
+        reason="no GPU, or the CUDA kernels are not built",
+    )
+
+
+def devices(op: str) -> list[Any]:
+    """Values for a parameter ``device``."""
+    return ["cpu", pytest.param("cuda", marks=needs_cuda(op))]
