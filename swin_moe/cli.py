@@ -14,6 +14,7 @@ from typing import Any
 from . import __version__
 
 DONE, FAILED, WRONG_USE = 0, 1, 2
+PREEMPTED = 75  # the system's EX_TEMPFAIL: try again
 
 _PATIENCE = 5.0  # seconds that the launcher may take to end the other processes of a node
 
@@ -29,7 +30,8 @@ examples:
   swin-moe evaluate runs/swin_moe_micro/checkpoints/best
   swin-moe inspect runs/swin_moe_micro --images 6
 
-exit codes: 0 done, 1 failed, 2 wrong use (a config, an argument or data that cannot be used)
+exit codes: 0 done, 1 failed, 2 wrong use (a config, an argument or data that cannot be used),
+75 stopped by SIGTERM or SIGUSR1 with its checkpoint written: start again to go on
 """
 
 
@@ -149,7 +151,7 @@ def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit code."""
     arguments = _parse(argv)
     _quiet()
-    from .distributed import environment_rank, shutdown
+    from .distributed import environment_rank, refuse_restart, shutdown
 
     try:
         rank, local_rank, size = environment_rank()
@@ -166,10 +168,17 @@ def main(argv: list[str] | None = None) -> int:
         # The same on every rank of a node: one of them tells.
         if arguments.debug:
             traceback.print_exc()
+        if isinstance(error, ValueError):
+            refuse_restart()
         return _fail(f"{where}{error}", local_rank == 0, WRONG_USE)
     except Exception as error:
+        from .guard import Preempted
         from .trainer import TrainingError
 
+        if isinstance(error, (Preempted, TrainingError)):
+            refuse_restart()
+        if isinstance(error, Preempted):
+            return _fail(str(error), local_rank == 0, PREEMPTED, alone=False)
         if arguments.debug:
             traceback.print_exc()
         logging.getLogger("swin_moe").debug("failed", exc_info=True)

@@ -14,6 +14,7 @@ import random
 import socket
 import sys
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 import numpy as np
@@ -189,6 +190,20 @@ def _make_group(ranks: list[int], rank: int) -> Group | None:
 def shutdown() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def restarts() -> tuple[int, int]:
+    """How often the launcher has restarted this group, and how often it would."""
+    env = os.environ
+    return int(env.get("TORCHELASTIC_RESTART_COUNT", 0)), int(
+        env.get("TORCHELASTIC_MAX_RESTARTS", 0)
+    )
+
+
+def refuse_restart() -> None:
+    """Tell the launcher, if it is ours, that starting anew would lead nowhere else."""
+    if file := os.environ.get("SWIN_MOE_FINAL"):
+        Path(file).touch()
 
 
 def leave(code: int) -> NoReturn:

@@ -13,16 +13,14 @@ from deepspeed.moe.layer import MoE
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from deepspeed.utils import groups as deepspeed_groups
 from deepspeed.utils import (
-    safe_get_full_fp32_param,
-    safe_get_full_optimizer_state,
-    safe_set_full_fp32_param,
-    safe_set_full_optimizer_state,
+    safe_get_local_fp32_param,
+    safe_get_local_optimizer_state,
     safe_set_local_fp32_param,
     safe_set_local_optimizer_state,
 )
 from torch import Tensor, nn
 
-from .checkpoint import persistent_buffers
+from .checkpoint import Fragment, persistent_buffers, whole_fragments
 from .config import OptimizerConfig, PrecisionConfig, ZeroConfig
 from .distributed import World, all_reduce_
 from .models import MoEOutput, SwinTransformer, expert_parameter_names
@@ -215,22 +213,24 @@ class Engine:
         """To be called after every backward; updates the weights at the boundary.
 
         Raises:
-            FloatingPointError: the global gradient norm is not finite; the weights are unchanged
-                (DeepSpeed leaves such a step out).
+            FloatingPointError: the global gradient norm is not finite; weights and moments are
+                unchanged, and training may go on.
         """
         boundary = self.at_boundary
         if boundary and self.stage == 0:
             self._grad_norm = self._clip_gradients()
-            self._check_norm()
+            if not self._norm_is_finite():
+                for parameter in self.parameters.values():
+                    parameter.grad = None  # the optimizer passes over those
         self._engine.step()
-        if boundary and self.stage > 0:
+        if boundary and self.stage > 0:  # DeepSpeed leaves a bad step out by itself
             self._grad_norm = self._engine.get_global_grad_norm()
-            self._check_norm()
-
-    def _check_norm(self) -> None:
-        norm = self.grad_norm()
-        if not math.isfinite(norm) or norm < 0:  # DeepSpeed marks a bad norm by −1
+        if boundary and not self._norm_is_finite():
             raise FloatingPointError("the gradient norm is not finite")
+
+    def _norm_is_finite(self) -> bool:
+        norm = self.grad_norm()
+        return math.isfinite(norm) and norm >= 0  # DeepSpeed marks a bad norm by −1
 
     def grad_norm(self) -> float:
         """Global norm of the last update's gradients before clipping: dense² + Σ experts²."""
@@ -260,30 +260,45 @@ class Engine:
     # ----------------------------------------------------------------------------------------
     # State by logical name, whatever the stage
 
-    def export_state(self, keep: Callable[[str], bool]) -> Iterator[tuple[str, dict[str, Tensor]]]:
-        """Yield (name, {"weight": master, "exp_avg": …, "exp_avg_sq": …}), fp32 on the host.
+    def fragments(self) -> Iterator[Fragment]:
+        """What this rank holds of masters and moments, each element on one rank only; no copies.
 
-        Of a persistent buffer there is but the weight, in its own dtype. Every rank must exhaust
-        the iterator, as reading gathers over ranks; tensors come only for the names that ``keep``
-        accepts.
+        At ZeRO stage 0 the ranks hold the same and share the work. Persistent buffers are rank 0's.
         """
         for name, parameter in self.parameters.items():
-            state = {"weight": self._master(parameter)}
-            for key in MOMENTS:
-                state[key] = self._moment(parameter, key)
-            if keep(name):
-                yield name, {key: value.detach().cpu().clone() for key, value in state.items()}
-        for name, buffer in self.buffers.items():
-            if keep(name):
-                yield name, {"weight": buffer.detach().cpu().clone()}
+            start, values = self._held(name, parameter)
+            if values["weight"].numel():
+                yield Fragment(name, self._shape(parameter), start, values)
+        if self.world.is_main:
+            yield from whole_fragments((n, {"weight": t}) for n, t in self.buffers.items())
 
-    def _master(self, parameter: nn.Parameter) -> Tensor:
-        return parameter.data if self.stage == 0 else safe_get_full_fp32_param(parameter)
+    def _shape(self, parameter: nn.Parameter) -> tuple[int, ...]:
+        return tuple(getattr(parameter, "ds_shape", parameter.shape))  # ds_shape: under ZeRO-3
 
-    def _moment(self, parameter: nn.Parameter, key: str) -> Tensor:
+    def _held(self, name: str, parameter: nn.Parameter) -> tuple[int, dict[str, Tensor]]:
+        """Where this rank's part of the flattened parameter begins, and its values by kind."""
         if self.stage == 0:
-            return self.optimizer.state[parameter][key]
-        return safe_get_full_optimizer_state(parameter, key)
+            replicas = self.world.expert_data if name in self.expert_names else self.world
+            size = -(-parameter.numel() // replicas.size)
+            part = slice(replicas.rank * size, (replicas.rank + 1) * size)
+            state = {"weight": parameter.data, **self._moments_of(parameter)}
+            return part.start, {kind: t.flatten()[part] for kind, t in state.items()}
+        if self.stage == 3:
+            size = parameter.ds_tensor.numel()  # type: ignore[attr-defined]
+            start = self.world.rank * size
+            used = min(max(parameter.ds_numel - start, 0), size)  # type: ignore[attr-defined]
+            state = {"weight": safe_get_local_fp32_param(parameter)}
+            for kind in MOMENTS:
+                state[kind] = safe_get_local_optimizer_state(parameter, kind)
+            return start, {kind: t.flatten()[:used] for kind, t in state.items()}
+        mapping = parameter._hp_mapping  # type: ignore[attr-defined]
+        if mapping is None:  # all of it is on other ranks
+            return 0, {"weight": torch.empty(0)}
+        state = {kind: mapping.get_hp_fragment(kind) for kind in MOMENTS}
+        return mapping.lp_fragment_address.start, {"weight": mapping.get_hp_fragment(), **state}
+
+    def _moments_of(self, parameter: nn.Parameter) -> dict[str, Tensor]:
+        return {kind: self.optimizer.state[parameter][kind] for kind in MOMENTS}
 
     def _flat_partitions(self) -> list[Tensor]:
         """The tensors by which the optimizer keeps its state: whole parameters, or ZeRO's parts."""
@@ -305,39 +320,38 @@ class Engine:
             self._engine.optimizer._lazy_init_hp_params_optimizer_state()
 
     @torch.no_grad()
-    def import_state(self, read: Callable[[str, str], Tensor], updates: int) -> None:
-        """Set masters and moments to what ``read(name, kind)`` returns (this rank's experts).
+    def load(self, read: Callable[[str, str, int, int], Tensor], updates: int) -> None:
+        """Set masters and moments to what ``read(name, kind, start, stop)`` returns, 1-D.
 
-        The module's own weights and buffers must have been loaded before the engine was made; here
-        follow the parts that only the optimizer has.
+        Start and stop are elements of the flattened parameter on this rank; each rank reads what it
+        holds. The module's own weights and buffers must have been loaded before the engine was
+        made; here follow the parts that only the optimizer has.
         """
         self._start_moments(updates)
         for name, parameter in self.parameters.items():
-            for kind in ("weight", *MOMENTS):
-                self._set(parameter, kind, read(name, kind))
+            if self.stage == 0:
+                state = {"weight": parameter.data, **self._moments_of(parameter)}
+                for kind, target in state.items():
+                    target.copy_(read(name, kind, 0, target.numel()).view_as(target))
+                continue
+            start, held = self._held(name, parameter)
+            for kind, target in held.items():
+                if target.numel():
+                    self._set(parameter, kind, read(name, kind, start, start + target.numel()))
 
-    def _set(self, parameter: nn.Parameter, kind: str, value: Tensor) -> None:
-        value = value.to(self.world.device)
-        if self.stage == 0:
-            target = parameter.data if kind == "weight" else self.optimizer.state[parameter][kind]
-            target.copy_(value)
-        elif self.stage == 3:
-            self._set_partition(parameter, kind, value)
-        elif kind == "weight":
-            safe_set_full_fp32_param(parameter, value)
+    def _set(self, parameter: nn.Parameter, kind: str, values: Tensor) -> None:
+        """Set this rank's part of a parameter, which ZeRO keeps in flat buffers of its own."""
+        values = values.to(self.world.device)
+        if self.stage == 3:
+            padding = parameter.ds_tensor.numel() - values.numel()  # type: ignore[attr-defined]
+            values = torch.nn.functional.pad(values, (0, padding))
+            if kind == "weight":
+                safe_set_local_fp32_param(parameter, values)
+            else:
+                safe_set_local_optimizer_state(parameter, values, kind)
         else:
-            safe_set_full_optimizer_state(parameter, value, kind)
-
-    def _set_partition(self, parameter: nn.Parameter, kind: str, value: Tensor) -> None:
-        """ZeRO-3: this rank's slice of the flattened tensor, padded to equal slices."""
-        size = parameter.ds_tensor.numel()  # type: ignore[attr-defined]
-        flat = value.flatten()
-        flat = torch.nn.functional.pad(flat, (0, size * self.world.size - flat.numel()))
-        part = flat[self.world.rank * size : (self.world.rank + 1) * size]
-        if kind == "weight":
-            safe_set_local_fp32_param(parameter, part)
-        else:
-            safe_set_local_optimizer_state(parameter, part, kind)
+            mapping = parameter._hp_mapping  # type: ignore[attr-defined]
+            mapping.get_hp_fragment(None if kind == "weight" else kind).copy_(values)
 
     def close(self) -> None:
         """Release the hooks and buffers that DeepSpeed holds."""

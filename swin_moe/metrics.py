@@ -21,22 +21,21 @@ CELL = 12  # pixels of a heat map per expert and layer
 
 
 class Meter:
-    """Running mean that stays on the device until it is read."""
+    """Running mean of the finite values, on the device until it is read."""
 
     def __init__(self, device: torch.device) -> None:
-        self._sum = torch.zeros((), device=device)
-        self._count = 0
+        self._sums = torch.zeros(2, device=device)  # values, their number
 
     def update(self, value: Tensor) -> None:
-        self._sum += value.detach().float()
-        self._count += 1
+        value = value.detach().float()
+        finite = torch.isfinite(value)
+        self._sums += torch.stack((torch.where(finite, value, 0.0), finite.float()))
 
     def read(self) -> float:
-        """The mean since the last read; NaN without updates. Synchronises the host."""
-        mean = float(self._sum) / self._count if self._count else float("nan")
-        self._sum.zero_()
-        self._count = 0
-        return mean
+        """The mean since the last read; NaN without values. Synchronises the host."""
+        total, count = self._sums.tolist()
+        self._sums.zero_()
+        return total / count if count else float("nan")
 
 
 class MetricLog:
@@ -54,6 +53,7 @@ class MetricLog:
             kept = [r for r in read_metrics(folder) if r["step"] <= resume_step]
         self.path.write_text("".join(json.dumps(record) + "\n" for record in kept))
         purge = None if resume_step is None else resume_step + 1
+        self._step = resume_step or 0
         self._loads: list[list[float]] = []  # of the layers, as last written
         self._writer = None
         if tensorboard:
@@ -66,6 +66,7 @@ class MetricLog:
         each for up to ``CURVES`` experts a layer, else a histogram over the experts; with each
         evaluation it gets a picture of the last loads of all layers, see :func:`heat_map`.
         """
+        self._step = record["step"]
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
         if self._writer is None:
@@ -90,12 +91,13 @@ class MetricLog:
             even = np.array(load) * len(load)
             self._writer.add_histogram(key, even, step, bins=HISTOGRAM)
 
-    def image(self, key: str, path: Path, step: int) -> None:
+    def image(self, key: str, path: Path) -> None:
+        """Show a PNG at the step of the last record."""
         if self._writer is not None:
             import matplotlib.image
 
             pixels = matplotlib.image.imread(path)
-            self._writer.add_image(key, pixels[..., :3], step, dataformats="HWC")
+            self._writer.add_image(key, pixels[..., :3], self._step, dataformats="HWC")
 
     def close(self) -> None:
         if self._writer is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Set
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -59,3 +60,33 @@ def expert_share(num_experts: int, rank: int, size: int) -> ExpertShare:
         )
     expert, shard = divmod(rank, size // num_experts)
     return ExpertShare(range(expert, expert + 1), shard, size // num_experts)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What of a model's tensors this rank holds: of expert tensors a share, all of the others.
+
+    Attributes:
+        expert_names: tensors that are stacked experts.
+    """
+
+    expert_names: Set[str]
+    num_experts: int
+    share: ExpertShare
+
+    def share_of(self, name: str) -> ExpertShare | None:
+        """The share of an expert tensor; None of one that every rank holds whole."""
+        return self.share if name in self.expert_names else None
+
+    def whole_shape(self, name: str, local: tuple[int, ...]) -> list[int]:
+        """Shape of the tensor of all experts, of which this rank holds one of shape ``local``."""
+        shape = list(local)
+        if name in self.expert_names:
+            shape[0] = self.num_experts
+            shape[shard_axis(name)] *= self.share.shards
+        return shape
+
+
+def whole_layout(expert_names: Set[str], num_experts: int) -> Layout:
+    """One process with every expert."""
+    return Layout(expert_names, num_experts, ExpertShare(range(num_experts)))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,11 +14,13 @@ import torch
 from rich.console import Console
 
 from . import checkpoint, distributed, ops, report
+from .checkpoint import Saved, Writer
 from .config import Config, ConfigError, dump_config, load_config
 from .data import Loader, build_loader, build_mixing
 from .distributed import World
 from .engine import Engine, resolve_precision
 from .evaluation import Evaluation, evaluate
+from .guard import Preempted, StopSignal
 from .metrics import MetricLog
 from .models import SwinTransformer, build, expert_parameter_names
 from .models.cost import count
@@ -30,15 +32,30 @@ from .models.pretrained import (
 )
 from .moe import MoELayer, choose_overlap
 from .optim import build_schedule
-from .placement import ExpertShare, expert_share
-from .run_directory import Run, prepare_folder
+from .placement import Layout, expert_share
+from .run_directory import Run, prepare_folder, step_back
 from .summary import draw_summary
-from .trainer import Plan, Position, Trainer, TrainingError
+from .trainer import Plan, Position, RollBack, Trainer, TrainingError
+from .watchdog import Watchdog
 
 log = logging.getLogger("swin_moe")
 
 # --------------------------------------------------------------------------------------------
 # Training
+
+
+@dataclass
+class _Job:
+    """What outlives an engine: a run that rolls back builds a new one from a checkpoint."""
+
+    run: Run
+    config: Config
+    plan: Plan
+    loaders: list[Loader]
+    stop_signal: StopSignal
+    writer: Writer
+    watchdog: Watchdog
+    log: MetricLog | None
 
 
 def train(config: Config, world: World, console: Console, fresh: bool = False) -> Path:
@@ -52,46 +69,109 @@ def train(config: Config, world: World, console: Console, fresh: bool = False) -
 
     Raises:
         ValueError, TrainingError: one line for the user.
+        Preempted: a signal asked for an end; the checkpoint is written.
     """
     started = time.monotonic()
-    _check(config, world)
-    torch.set_flush_denormal(config.precision.flush_denormals)
-    run = Run(Path(config.train.output), world, console)
-    # All input is checked before anything is written.
-    loaders = [_build_loader(config, world, training) for training in (True, False)]
-    plan = _plan(config, loaders[0])
-    distributed.seed_everything(config.train.seed)
-    source = _starting_weights(run, config, fresh)
-    model = build(config.model, config.moe, world.expert)
-    started_from = load_pretrained(model, source) if source else ""
-    reader = prepare_folder(run, config, fresh)
-    if reader is not None:
-        names = expert_parameter_names(model)
-        checkpoint.load_weights(model, reader, names, _share(config, world))
-    engine = _build_engine(config, model, world)
-    position = Position() if reader is None else _restore(reader, engine, config, world, plan)
-    _log_place(world)
-    cost = count(config.model, config.moe)
-    if world.is_main:
-        console.print(report.header(config, run.folder, world, engine.dtype, cost, loaders))
-    if source is not None:
-        run.say(f"started from {config.model.pretrained}: {started_from}")
-    if reader is not None:
-        where = f"epoch {min(position.epoch + 1, plan.epochs)}, step {position.step}"
-        run.say(f"resumed from {reader.path.name} ({where})")
-    _tune_overlap(run, config, engine)
-    trainer = _build_trainer(run, config, plan, engine, loaders, position, reader is not None)
-    # Last, for everything above may draw.
-    distributed.seed_everything(config.train.seed, world.rank)
-    if reader is not None and not reader.restore_rng(world):
-        log.warning("the checkpoint has no generator state for rank %d", world.rank)
-    _fit(run, trainer)
+    with StopSignal() as stop_signal:
+        _check(config, world)
+        torch.set_flush_denormal(config.precision.flush_denormals)
+        run = Run(Path(config.train.output), world, console)
+        # All input is checked before anything is written.
+        loaders = [_build_loader(config, world, training) for training in (True, False)]
+        plan = _plan(config, loaders[0])
+        source = _starting_weights(run, config, fresh)
+        reader = prepare_folder(run, config, fresh)
+        job = _Job(
+            run=run,
+            config=config,
+            plan=plan,
+            loaders=loaders,
+            stop_signal=stop_signal,
+            writer=Writer(run.checkpoints, world, partial(_tell_of_save, run)),
+            watchdog=Watchdog(60 * config.faults.hang_minutes, run.log_file, world.rank),
+            log=_open_log(run, config, reader),
+        )
+        _log_place(world)
+        restart, allowed = distributed.restarts()
+        if restart:
+            run.say(f"started again by the launcher after a failure ({restart} of {allowed})")
+        try:
+            trainer = _fit(job, _assemble(job, reader, source))
+        finally:
+            _finish_pictures(job)
     if world.is_main:
         console.print(report.closing(run.folder, trainer, time.monotonic() - started))
-    engine.close()
+    job.watchdog.stop()
+    trainer.engine.close()
     for loader in loaders:
         loader.close()
     return run.folder
+
+
+def _assemble(
+    job: _Job,
+    reader: checkpoint.Reader | None,
+    source: Pretrained | None = None,
+    place: Position | None = None,
+) -> Trainer:
+    """Model, engine and trainer, from the config or a checkpoint.
+
+    Args:
+        source: weights to start from where there is no checkpoint.
+        place: where to go on in the data after a roll-back, instead of the checkpoint's.
+    """
+    run, config, world = job.run, job.config, job.run.world
+    distributed.seed_everything(config.train.seed)
+    model = build(config.model, config.moe, world.expert)
+    started_from = load_pretrained(model, source) if source else ""
+    if reader is not None:
+        checkpoint.load_weights(model, reader, _layout(model, world))
+    engine = _build_engine(config, model, world)
+    position = Position()
+    if reader is not None:
+        position = _restore(reader, engine, config, world, job.plan, place)
+    if world.is_main and place is None:
+        cost = count(config.model, config.moe)
+        run.console.print(report.header(config, run.folder, world, engine.dtype, cost, job.loaders))
+    if source is not None:
+        run.say(f"started from {config.model.pretrained}: {started_from}")
+    if reader is not None:
+        epoch = min(position.epoch + 1, job.plan.epochs)
+        verb = "resumed from" if place is None else "went back to"
+        run.say(f"{verb} {reader.path.name} (epoch {epoch}, step {position.step})")
+    _tune_overlap(run, config, engine)
+    trainer = _build_trainer(job, engine, position)
+    # Last, for everything above may draw.
+    distributed.seed_everything(config.train.seed, world.rank)
+    if reader is not None and not reader.restore_rng(world.rank):
+        log.warning("the checkpoint has no generator state for rank %d", world.rank)
+    return trainer
+
+
+def _fit(job: _Job, trainer: Trainer) -> Trainer:
+    """Train to the end, by way of earlier checkpoints if it must be; returns the last trainer."""
+    while True:
+        try:
+            trainer.fit()
+            return trainer
+        except RollBack:
+            trainer = _roll_back(job, trainer)
+        except (TrainingError, Preempted):  # of all ranks
+            job.writer.wait()
+            distributed.barrier()  # the end of another would end rank 0 before it has told
+            raise
+        except BaseException:
+            job.writer.close()
+            raise
+
+
+def _roll_back(job: _Job, trainer: Trainer) -> Trainer:
+    """Build the trainer anew from the last checkpoint, with the samples that follow."""
+    job.writer.wait()
+    place, from_start = trainer.position, trainer.updates_made == 0
+    trainer.engine.close()
+    reader = step_back(job.run, passed_over=from_start)
+    return _assemble(job, reader, place=place)
 
 
 def _log_place(world: World) -> None:
@@ -163,34 +243,33 @@ def _tune_overlap(run: Run, config: Config, engine: Engine) -> None:
             run.say(f"stage {index}: {told}")
 
 
-def _build_trainer(
-    run: Run,
-    config: Config,
-    plan: Plan,
-    engine: Engine,
-    loaders: list[Loader],
-    position: Position,
-    resumed: bool,
-) -> Trainer:
-    world = run.world
-    metric_log = None
-    if world.is_main:
-        resume_step = position.step if resumed else None
-        metric_log = MetricLog(run.folder, config.log.tensorboard, resume_step)
+def _open_log(run: Run, config: Config, reader: checkpoint.Reader | None) -> MetricLog | None:
+    if not run.world.is_main:
+        return None
+    resume_step = None if reader is None else int(reader.state["position"]["step"])
+    return MetricLog(run.folder, config.log.tensorboard, resume_step)
+
+
+def _build_trainer(job: _Job, engine: Engine, position: Position) -> Trainer:
+    config, world, plan = job.config, job.run.world, job.plan
     batch = _global_batch(config, world)
     return Trainer(
         plan=plan,
         engine=engine,
         schedule=build_schedule(engine.optimizer, config.schedule, plan.updates_per_epoch, batch),
-        train_loader=loaders[0],
-        eval_loader=loaders[1],
+        train_loader=job.loaders[0],
+        eval_loader=job.loaders[1],
         mixing=build_mixing(
             config.augment, config.model.num_classes, config.train.seed, world.rank
         ),
         world=world,
-        log=metric_log,
-        save=partial(_save, run, config, engine),
-        say=run.say,
+        log=job.log,
+        save=partial(_save, config, world, engine, job.writer),
+        saver=job.writer,
+        faults=config.faults,
+        watchdog=job.watchdog,
+        stop_signal=job.stop_signal,
+        say=job.run.say,
         position=position,
     )
 
@@ -235,8 +314,10 @@ def _global_batch(config: Config, world: World) -> int:
     return config.data.batch_size * config.train.accumulation_steps * world.size
 
 
-def _share(config: Config, world: World) -> ExpertShare:
-    return expert_share(config.moe.num_experts, world.expert.rank, world.expert.size)
+def _layout(model: SwinTransformer, world: World) -> Layout:
+    experts = model.moe.num_experts
+    share = expert_share(experts, world.expert.rank, world.expert.size)
+    return Layout(expert_parameter_names(model), experts, share)
 
 
 def _convert_position(position: Position, old_batch: int, new_batch: int, plan: Plan) -> None:
@@ -254,60 +335,75 @@ def _convert_position(position: Position, old_batch: int, new_batch: int, plan: 
 
 
 def _restore(
-    reader: checkpoint.Reader, engine: Engine, config: Config, world: World, plan: Plan
+    reader: checkpoint.Reader,
+    engine: Engine,
+    config: Config,
+    world: World,
+    plan: Plan,
+    place: Position | None,
 ) -> Position:
     position = Position(**reader.state["position"])
-    _convert_position(position, reader.state["global_batch"], _global_batch(config, world), plan)
-    names = expert_parameter_names(engine.model)
-    share = _share(config, world)
+    if place is None:
+        batch = _global_batch(config, world)
+        _convert_position(position, reader.state["global_batch"], batch, plan)
+    else:
+        made = position.step - position.skipped
+        position = replace(place, skipped=place.step - made)
+    layout = _layout(engine.model, world)
 
-    def read(name: str, kind: str) -> torch.Tensor:
-        return reader.tensor(name, kind, share if name in names else None)
+    def read(name: str, kind: str, start: int, stop: int) -> torch.Tensor:
+        return reader.values(name, kind, layout.share_of(name), start, stop)
 
-    engine.import_state(read, position.step)
+    engine.load(read, updates=position.step - position.skipped)
     return position
 
 
-def _save(run: Run, config: Config, engine: Engine, position: Position) -> None:
-    world = run.world
-    path = checkpoint.save(
-        run.checkpoints,
+def _save(config: Config, world: World, engine: Engine, writer: Writer, position: Position) -> None:
+    state = {
+        "position": position.state(),
+        "global_batch": _global_batch(config, world),
+        "processes": world.size,
+        "expert_parallel_size": world.expert.size,
+        "zero_stage": config.zero.stage,
+    }
+    writer.save(
         position.step,
-        export=engine.export_state,
-        expert_names=expert_parameter_names(engine.model),
-        share=_share(config, world),
-        state={"position": position.state(), "global_batch": _global_batch(config, world)},
+        engine.fragments(),
+        _layout(engine.model, world),
+        state=state,
         config_text=dump_config(config),
-        world=world,
+        keep_last=config.checkpoint.keep_last,
+        best_step=position.best_step,
     )
-    if world.is_main:
-        best = run.checkpoints / f"step-{position.best_step:08d}"
-        checkpoint.prune(run.checkpoints, config.checkpoint.keep_last, best)
-    log.debug("wrote %s", path)
 
 
-def _fit(run: Run, trainer: Trainer) -> None:
-    """Train, and draw what came of it even if that failed."""
-    try:
-        try:
-            trainer.fit()
-        finally:
-            _finish_pictures(run, trainer)
-    except TrainingError:
-        distributed.barrier()  # of all: the end of another would end rank 0 before it has told
-        raise
+def _tell_of_save(run: Run, saved: Saved) -> None:
+    if saved.error:
+        run.say(
+            f"warning: the checkpoint of step {saved.step} could not be written: {saved.error}; "
+            "earlier ones are as they were, and training goes on"
+        )
+    else:
+        log.info(
+            "checkpoint of step %d: %.1f MB in %.2f s, of which training waited %.3f s",
+            saved.step,
+            saved.bytes / 1e6,
+            saved.seconds,
+            saved.stall,
+        )
 
 
-def _finish_pictures(run: Run, trainer: Trainer) -> None:
-    if trainer.log is None:
+def _finish_pictures(job: _Job) -> None:
+    """Draw what came of it, even if it failed."""
+    if job.log is None:
         return
     try:
-        picture = draw_summary(run.folder)
+        picture = draw_summary(job.run.folder)
         if picture is not None:
-            trainer.log.image("summary", picture, trainer.position.step)
+            job.log.image("summary", picture)
     except Exception as error:  # never in the way of the error that ended the training
         log.warning("summary.png could not be drawn: %s", error)
-    trainer.log.close()
+    job.log.close()
 
 
 # --------------------------------------------------------------------------------------------

@@ -5,7 +5,9 @@ from __future__ import annotations
 import fcntl
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import IO
 
@@ -34,6 +36,10 @@ class Run:
     def checkpoints(self) -> Path:
         return self.folder / "checkpoints"
 
+    @property
+    def log_file(self) -> Path:
+        return self.folder / "logs" / f"rank-{self.world.rank}.log"
+
     def say(self, text: str) -> None:
         """Print a line on rank 0 and put it into this rank's log."""
         if self.world.is_main:
@@ -43,22 +49,54 @@ class Run:
 
 def prepare_folder(run: Run, config: Config, fresh: bool) -> checkpoint.Reader | None:
     """Choose the checkpoint to resume from and write ``config.yaml``; the same on every rank."""
+    reader = _chosen(run, partial(_adopt, run, fresh))
+    if reader is not None:
+        _check_same_model(reader, config)
+    log_to_file(run.log_file)
+    if run.world.is_main:
+        (run.folder / "config.yaml").write_text(dump_config(config), encoding="utf-8")
+    return reader
+
+
+def step_back(run: Run, passed_over: bool) -> checkpoint.Reader:
+    """The checkpoint to go back to; the same on every rank.
+
+    Args:
+        passed_over: the newest one was tried and leads nowhere: it is set aside.
+
+    Raises:
+        ValueError: there is none.
+    """
+    reader = _chosen(run, partial(_newest, run, passed_over))
+    assert reader is not None
+    return reader
+
+
+def _chosen(run: Run, choose: Callable[[], str]) -> checkpoint.Reader | None:
+    """What rank 0 chooses, or the error that it meets, on every rank."""
     chosen: str | Exception = ""
     if run.world.is_main:
         try:
-            chosen = _adopt(run, fresh)
+            chosen = choose()
         except (ValueError, OSError) as error:  # to be raised on every rank alike
             chosen = error
     chosen = broadcast_object(chosen)
     if isinstance(chosen, Exception):
         raise chosen
-    reader = checkpoint.Reader(Path(chosen)) if chosen else None
-    if reader is not None:
-        _check_same_model(reader, config)
-    log_to_file(run.folder / "logs" / f"rank-{run.world.rank}.log")
-    if run.world.is_main:
-        (run.folder / "config.yaml").write_text(dump_config(config), encoding="utf-8")
-    return reader
+    return checkpoint.Reader(Path(chosen)) if chosen else None
+
+
+def _newest(run: Run, passed_over: bool) -> str:
+    found = checkpoint.latest(run.checkpoints)
+    if found is not None and passed_over:
+        checkpoint.set_aside(found)
+        found = checkpoint.latest(run.checkpoints)
+    if found is None:
+        raise ValueError(
+            "faults.nonfinite=rollback: there is no checkpoint left to go back to (set "
+            "checkpoint.every_steps, or a lower optimizer.base_lr)"
+        )
+    return str(found)
 
 
 def _adopt(run: Run, fresh: bool) -> str:
@@ -78,6 +116,7 @@ def _adopt(run: Run, fresh: bool) -> str:
         )
     if marker.exists():
         _lock(marker)
+        checkpoint.clear_partial(run.checkpoints)
         found = None if fresh else checkpoint.latest(run.checkpoints)
         if found is not None:
             checkpoint.set_aside_newer(run.checkpoints, found)

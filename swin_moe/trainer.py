@@ -14,20 +14,28 @@ from timm.loss import SoftTargetCrossEntropy
 from timm.scheduler import CosineLRScheduler
 from torch import Tensor
 
+from .checkpoint import Writer
+from .config import FaultsConfig
 from .data import Batch, Loader
 from .data.mixing import Mixing
 from .distributed import World, all_reduce_
 from .engine import Engine
 from .evaluation import Evaluation, evaluate
+from .guard import Guard, Preempted, SpikeDetector, StopSignal
 from .metrics import Meter, MetricLog, Record, progress_bar
 from .models import split_output
 from .moe import ChoiceCounter, RouterMeter, RouterWatch
+from .watchdog import Watchdog
 
 logger = logging.getLogger("swin_moe")
 
 
 class TrainingError(RuntimeError):
     """Training cannot go on; the message is one line for the user."""
+
+
+class RollBack(Exception):
+    """Too many updates in a row were left out: go back to a checkpoint, the same on every rank."""
 
 
 @dataclass
@@ -44,6 +52,7 @@ class Position:
     best_top1: float = -1.0
     best_step: int = -1
     unreadable: int = 0
+    skipped: int = 0  # of the steps, those whose update was left out
 
     def state(self) -> dict[str, Any]:
         return asdict(self)
@@ -71,7 +80,8 @@ class Plan:
 class Trainer:
     """Everything a loop needs, built elsewhere.
 
-    ``save`` writes a checkpoint of the position it is handed; ``say`` prints a line on rank 0.
+    ``save`` begins to write a checkpoint of the position it is handed; ``saver`` tells of it when
+    it is done, and waits for it. ``say`` prints a line on rank 0.
     """
 
     plan: Plan
@@ -83,6 +93,10 @@ class Trainer:
     world: World
     log: MetricLog | None
     save: Callable[[Position], None]
+    saver: Writer
+    faults: FaultsConfig
+    watchdog: Watchdog
+    stop_signal: StopSignal
     say: Callable[[str], None]
     position: Position = field(default_factory=Position)
     last_evaluation: Evaluation | None = None
@@ -97,8 +111,10 @@ class Trainer:
         self._watch = RouterWatch(self._layer_names, model.moe)
         # Nobody else pays for the reduction of each update's counts.
         self._choices = ChoiceCounter() if model.moe.bias_update_rate > 0 else None
-        # Whether something was not finite in this update: tokens of each layer, then the loss.
-        self._nonfinite = torch.zeros(len(self._layer_names) + 1, device=device)
+        self._guard = Guard(self._layer_names, self.world, self.stop_signal)
+        self._spikes = SpikeDetector(self.faults.spike_sigmas)
+        self._bad_in_a_row = 0
+        self.updates_made = 0  # since this trainer began
         self._unreadable = 0  # on this rank, since the last log
         self._clock, self._images, self.images_per_second = time.monotonic(), 0, 0.0
 
@@ -114,7 +130,14 @@ class Trainer:
             if done or (finished and position.epoch % plan.eval_every_epochs == 0):
                 best = self._evaluate()
             if done or best or (finished and position.epoch % plan.save_every_epochs == 0):
-                self.save(position)
+                self._save()
+        with self.watchdog.paused():
+            complete = self.saver.wait()
+        if not complete:
+            raise TrainingError(
+                "the last checkpoint could not be written (the warning above says why); the one "
+                "before it is whole: make room and start again"
+            )
 
     def _train_epoch(self) -> None:
         position, plan = self.position, self.plan
@@ -128,7 +151,7 @@ class Trainer:
             self._restart_clock()
             last = False
             while not last:
-                self._update(batches)
+                stop = self._update(batches)
                 last = position.update == plan.updates_per_epoch or plan.is_done(position)
                 every = plan.save_every_steps
                 saves = every > 0 and position.step % every == 0 and not last
@@ -137,28 +160,98 @@ class Trainer:
                     bar.update(task, status=self._log_training())
                 bar.update(task, completed=position.update)
                 if saves:
-                    self.save(position)
+                    self._save()
+                if stop and not last:  # else after the epoch's evaluation and an update more
+                    self._stop()
         if position.update == plan.updates_per_epoch:
             position.epoch, position.update = position.epoch + 1, 0
 
-    def _update(self, batches: Iterator[Batch]) -> None:
-        """One optimizer update: ``accumulation_steps`` micro-batches and a step."""
-        position = self.position
-        plan = self.plan
+    def _save(self) -> None:
+        """Not while updates are being left out: the weights may be what is wrong."""
+        if not self._bad_in_a_row:
+            with self.watchdog.paused():
+                self.save(self.position)
+
+    def _stop(self) -> None:
+        """Save what there is and end, because a signal to some rank asked for it."""
+        self._save()
+        with self.watchdog.paused():
+            self.saver.wait()
+        raise Preempted(
+            f"told to stop by a signal at step {self.position.step}; the checkpoint is written: "
+            "start again to go on from it"
+        )
+
+    def _update(self, batches: Iterator[Batch]) -> bool:
+        """One optimizer update: ``accumulation_steps`` micro-batches and a step.
+
+        Returns:
+            whether a rank was asked to stop.
+        """
+        position, plan = self.position, self.plan
         self.schedule.step_update(position.epoch * plan.updates_per_epoch + position.update)
+        samples: list[Batch] = []
+        bad = ""
         for micro in range(plan.accumulation_steps):
-            loss = self._forward(next(batches), position.step * plan.accumulation_steps + micro)
-            self.engine.backward(loss)
+            samples.append(next(batches))
+            loss = self._forward(samples[-1], position.step * plan.accumulation_steps + micro)
             if self.engine.at_boundary:
-                self._stop_if_nonfinite()
+                loss = loss * self._guard.agree()
+            self.engine.backward(loss)
             try:
                 self.engine.step()
             except FloatingPointError:
-                raise self._nonfinite_error("gradient norm", "") from None
-        if self._choices is not None:
-            self.engine.model.update_choice_bias(self._choices.read())
+                bad = "gradient norm"
+        verdict = self._guard.read()
         position.step += 1
         position.update += 1
+        if bad:
+            self._left_out(verdict.bad or bad, samples)
+        else:
+            self._made(verdict.loss, samples)
+        self.watchdog.beat()
+        self.saver.poll()
+        return verdict.stop
+
+    def _made(self, loss: float, samples: list[Batch]) -> None:
+        """After an update that was made."""
+        self._bad_in_a_row = 0
+        self.updates_made += 1
+        if self._choices is not None:
+            self.engine.model.update_choice_bias(self._choices.read())
+        if usual := self._spikes.check(loss):
+            self._log_samples(samples)
+            self.say(
+                f"warning at step {self.position.step}: the loss jumped to {loss:.4g} from "
+                f"{usual}; its samples are listed in logs/rank-*.log"
+            )
+
+    def _left_out(self, what: str, samples: list[Batch]) -> None:
+        """After an update that was refused by every rank.
+
+        Raises:
+            TrainingError, RollBack: as ``faults.nonfinite`` and ``faults.max_nonfinite`` say.
+        """
+        self._bad_in_a_row += 1
+        self.position.skipped += 1
+        if self._choices is not None:
+            self._choices.read()  # of tokens that taught nothing
+        self._log_samples(samples)
+        policy, limit = self.faults.nonfinite, self.faults.max_nonfinite
+        if policy == "stop" or (policy == "skip" and self._bad_in_a_row >= limit):
+            raise self._nonfinite_error(what)
+        self.say(
+            f"warning at step {self.position.step}: non-finite {what}; the update is left out "
+            f"({self._bad_in_a_row} in a row, {policy} at {limit}); its samples are listed in "
+            "logs/rank-*.log"
+        )
+        if self._bad_in_a_row >= limit:
+            raise RollBack
+
+    def _log_samples(self, samples: list[Batch]) -> None:
+        for batch in samples:
+            keys = " ".join(self.train_loader.keys(batch))
+            logger.info("samples of step %d: %s", self.position.step, keys)
 
     def _forward(self, batch: Batch, micro_step: int) -> Tensor:
         device = self.world.device
@@ -175,28 +268,15 @@ class Trainer:
             self._routers.update(routed.stats)
             if self._choices is not None:
                 self._choices.update(routed.stats)
-            self._nonfinite[:-1] += routed.stats.nonfinite
-        self._nonfinite[-1] += ~torch.isfinite(loss.detach())
+        self._guard.see(loss, None if routed is None else routed.stats.nonfinite)
         self._images += images.shape[0] * self.world.size
         self._unreadable += len(batch.skipped)
         return loss
 
-    def _stop_if_nonfinite(self) -> None:
-        """Raise on every rank, before the weights change, if any rank met NaN or infinity.
-
-        The first layer that met it is the nearest to the cause; later ones got it from there.
-        """
-        mine = (self._nonfinite > 0).to(torch.float32) * (self.world.rank + 1)
-        culprits = all_reduce_(mine, "max").tolist()
-        for name, culprit in zip([*self._layer_names, ""], culprits, strict=True):
-            if culprit > 0:
-                what = f"tokens at {name}" if name else "loss"
-                raise self._nonfinite_error(what, f" on rank {int(culprit) - 1}")
-
-    def _nonfinite_error(self, what: str, where: str) -> TrainingError:
+    def _nonfinite_error(self, what: str) -> TrainingError:
         return TrainingError(
-            f"non-finite {what}{where} at step {self.position.step + 1}; the weights were not "
-            "changed and the last checkpoint is kept (try a lower optimizer.base_lr, a longer "
+            f"non-finite {what} at step {self.position.step}; the weights were not changed and the "
+            "last checkpoint is kept (try a lower optimizer.base_lr, a longer "
             "schedule.warmup_epochs or precision.dtype=fp32)"
         )
 
@@ -229,6 +309,8 @@ class Trainer:
             "train/grad_norm": self.engine.grad_norm(),
             "train/images_per_second": round(self.images_per_second, 1),
         }
+        if position.skipped:
+            record["train/skipped_updates"] = position.skipped
         if routers:
             record["train/aux_loss"] = aux
         for name, totals in zip(self._layer_names, routers, strict=True):
@@ -244,12 +326,16 @@ class Trainer:
         logger.info("step %d  %s", position.step, status)
         return status
 
+    def _forward_watched(self, images: Tensor) -> Any:
+        self.watchdog.beat()
+        return self.engine.forward(images)
+
     def _evaluate(self) -> bool:
         """Evaluate, record and tell; returns whether it is the best so far."""
         position = self.position
         self.engine.train(False)
         result = evaluate(
-            self.engine.forward, self.eval_loader, self.plan.num_classes, self.world.device
+            self._forward_watched, self.eval_loader, self.plan.num_classes, self.world.device
         )
         self.last_evaluation = result
         if not math.isfinite(result.loss):

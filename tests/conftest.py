@@ -1,5 +1,7 @@
 """One thread per test process: they run side by side, and more threads would only wait."""
 
+from pathlib import Path
+
 import torch
 
 from tests.golden import MEASURED
@@ -9,6 +11,7 @@ torch.set_num_threads(1)
 
 def pytest_addoption(parser):
     parser.addoption("--parity", action="store_true", help="print the errors on golden fixtures")
+    parser.addoption("--matrix", type=Path, help="write the table of the equivalence tests here")
 
 
 def pytest_terminal_summary(terminalreporter, config):

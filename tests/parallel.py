@@ -53,12 +53,12 @@ def train(folder: Path, *overrides: str, processes: int = 1) -> subprocess.Compl
     )  # fmt: skip
 
 
-def run_worker(script: str, folder: Path, processes: int) -> None:
+def run_worker(script: str, folder: Path, processes: int, timeout: float = 300) -> None:
     """Run ``python -m tests.workers.<script> folder`` on several processes; fail if one fails."""
     arguments = [sys.executable, "-m", "swin_moe.torchrun", "--standalone"]
     arguments += ["--nproc-per-node", str(processes), "-m", f"tests.workers.{script}", str(folder)]
     done = subprocess.run(
-        arguments, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300,
+        arguments, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=timeout,
         check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]

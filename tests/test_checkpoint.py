@@ -1,44 +1,38 @@
-"""Checkpoints: atomic, verified, readable at any expert-parallel size, and free of pickle."""
+"""Checkpoints: atomic, verified, readable by any number of ranks, and free of pickle."""
 
 import json
 import pickle
+import shutil
+import threading
+import time
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from swin_moe import checkpoint
-from swin_moe.checkpoint import CheckpointError, Reader
-from swin_moe.distributed import Group, World
-from swin_moe.placement import ExpertShare, expert_share
+from swin_moe.checkpoint import CheckpointError, Fragment, Reader, Writer, writer
+from swin_moe.checkpoint.folder import read_manifest, write_manifest
+from swin_moe.checkpoint.fragments import describe, merge, to_json
+from swin_moe.placement import ExpertShare, Layout, expert_share, whole_layout
+from tests.saving import ALONE, save
 
-NAMES = {"a.experts.fc1.weight"}
+EXPERTS = "a.experts.fc1.weight"
+LAYOUT = whole_layout({EXPERTS}, 4)
 
 
 def share(first, stop, shard=0, shards=1):
     return ExpertShare(range(first, stop), shard, shards)
 
 
-def world(rank=0, size=1):
-    """One rank of an expert group, without processes: files do not need them."""
-    return World(0, 0, 1, torch.device("cpu"), Group(None, rank, size), Group())
+def states():
+    stacked = torch.arange(4.0)[:, None].repeat(1, 3)
+    yield "a.weight", {"weight": torch.ones(2), "exp_avg": torch.zeros(2)}
+    yield EXPERTS, {"weight": stacked, "exp_avg": stacked + 10}
 
 
-def tensors(low=0, high=4):
-    stacked = torch.arange(4.0)[:, None].repeat(1, 3)[low:high]
-    return [
-        ("a.weight", {"weight": torch.ones(2), "exp_avg": torch.zeros(2)}),
-        ("a.experts.fc1.weight", {"weight": stacked, "exp_avg": stacked + 10}),
-    ]
-
-
-def write(folder, step=1):
-    def export(keep):
-        return ((name, kinds) for name, kinds in tensors() if keep(name))
-
-    return checkpoint.save(
-        folder, step, export=export, expert_names=NAMES, share=share(0, 4),
-        state={"position": {"step": step}}, config_text="", world=world(),
-    )  # fmt: skip
+def write(folder, step=1, **options):
+    return save(folder, step, states(), LAYOUT, state={"position": {"step": step}}, **options)
 
 
 def test_round_trip(tmp_path):
@@ -47,95 +41,149 @@ def test_round_trip(tmp_path):
     reader = Reader(path)
     assert reader.state["position"] == {"step": 1}
     assert torch.equal(reader.tensor("a.weight", "exp_avg"), torch.zeros(2))
-    half = reader.tensor("a.experts.fc1.weight", "exp_avg", share(2, 4))
+    half = reader.tensor(EXPERTS, "exp_avg", share(2, 4))
     assert half[:, 0].tolist() == [12, 13]
-    assert reader.restore_rng(world())
+    assert reader.values(EXPERTS, "weight", share(1, 3), 2, 5).tolist() == [1, 2, 2]
+    before = torch.get_rng_state()
+    torch.rand(3)
+    assert reader.restore_rng(0)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert not reader.restore_rng(1)
     assert {file.suffix for file in path.iterdir()} == {".safetensors", ".json", ".yaml"}
 
 
-def test_experts_are_stitched_from_the_files_of_two_ranks(tmp_path):
-    path = write(tmp_path)
-    (path / "experts-0.safetensors").unlink()
-    (path / "experts-0.optimizer.safetensors").unlink()
-    for first in (0, 2):
-        kinds = dict(tensors(first, first + 2)[1:])
-        checkpoint._write_state(path / f"experts-{first}", kinds, {"first_expert": str(first)})
-    reader = Reader(path)
-    weight = reader.tensor("a.experts.fc1.weight", share=share(1, 4))
-    assert weight[:, 0].tolist() == [1, 2, 3]
-    with pytest.raises(CheckpointError, match="has 2 of 4 experts"):
-        reader.tensor("a.experts.fc1.weight", share=share(2, 6))
-    with pytest.raises(CheckpointError, match=r"no tensor 'b\.weight'"):
-        reader.tensor("b.weight")
+def test_nothing_is_written_twice(tmp_path):
+    big = {kind: torch.randn(500, 1000) for kind in ("weight", "exp_avg", "exp_avg_sq")}
+    path = save(tmp_path, 1, [("a.weight", big)])
+    size = sum(file.stat().st_size for file in path.iterdir())
+    assert size < 1.02 * 3 * 4 * 500_000
 
 
-EXPERTS = {  # of all experts, by the logical name
+# --------------------------------------------------------------------------------------------
+# Any ranks write, any other ranks read
+
+WHOLE = {  # of all experts, by the logical name
     "a.experts.fc1.weight": (4, 6, 5), "a.experts.fc1.bias": (4, 6),
-    "a.experts.fc2.weight": (4, 5, 6), "a.experts.fc2.bias": (4, 8),
+    "a.experts.fc2.weight": (4, 5, 6), "a.experts.fc2.bias": (4, 8), "a.norm.weight": (7,),
 }  # fmt: skip
+KINDS = {"weight": 1.0, "exp_avg": -1.0}
 
 
+def write_as_ranks(folder, whole, experts, size, replicas):
+    """What ``size`` × ``replicas`` ranks leave: each expert's tensors cut over its replicas."""
+    names = {name for name in whole if ".experts." in name}
+    parts, files = [], {}
+    for rank in range(size * replicas):
+        layout = Layout(names, experts, expert_share(experts, rank % size, size))
+        tensors, entries = {}, {}
+        for name, tensor in whole.items():
+            mine, cuts, place = tensor, size * replicas, rank
+            if name in names:
+                mine, cuts, place = layout.share.of(name, tensor), replicas, rank // size
+            run = -(-mine.numel() // cuts)
+            values = mine.flatten()[place * run : (place + 1) * run]
+            if values.numel():
+                kinds = {kind: values * sign for kind, sign in KINDS.items()}
+                fragment = Fragment(name, tuple(mine.shape), place * run, kinds)
+                entries[name] = describe(fragment, rank, layout)
+                tensors |= {checkpoint.fragments.key(name, k): t for k, t in kinds.items()}
+        file = folder / checkpoint.folder.rank_file(rank)
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file)
+        parts.append(entries)
+        files[file.name] = checkpoint.folder.file_digest(file)
+    for name in ("state.json", "config.yaml"):
+        (folder / name).write_text("{}")
+        files[name] = checkpoint.folder.file_digest(folder / name)
+    write_manifest(folder, files, to_json(merge(parts)))
+
+
+@pytest.mark.parametrize("replicas", [1, 3])
 @pytest.mark.parametrize("experts", [1, 2, 4])
 @pytest.mark.parametrize("size", [1, 2, 4, 8])
-def test_any_expert_group_reads_what_any_other_wrote(tmp_path, experts, size):
+def test_any_expert_group_reads_what_any_other_wrote(tmp_path, experts, size, replicas):
     if size // experts > 2:
         return  # a width of 6 has no such parts
-    whole = {name: torch.randn(experts, *shape[1:]) for name, shape in EXPERTS.items()}
-    for rank in range(size):
-        mine = expert_share(experts, rank, size)
-        kinds = {n: {"weight": mine.of(n, t), "exp_avg": mine.of(n, -t)} for n, t in whole.items()}
-        checkpoint._write_experts(tmp_path, kinds, mine)
-    (tmp_path / "state.json").write_text("{}")
+    whole = {
+        name: torch.randn(experts, *shape[1:]) if ".experts." in name else torch.randn(shape)
+        for name, shape in WHOLE.items()
+    }
+    write_as_ranks(tmp_path, whole, experts, size, replicas)
+    checkpoint.verify(tmp_path)
     reader = Reader(tmp_path)
+    for name, tensor in whole.items():
+        assert torch.equal(reader.tensor(name), tensor)
     for readers in (1, 2, 4, 8):
         if readers // experts > 2:
             continue
         for rank in range(readers):
             wanted = expert_share(experts, rank, readers)
             for name, tensor in whole.items():
-                assert torch.equal(reader.tensor(name, share=wanted), wanted.of(name, tensor))
-                assert torch.equal(reader.tensor(name, "exp_avg", wanted), wanted.of(name, -tensor))
+                if ".experts." not in name:
+                    continue
+                mine = wanted.of(name, tensor)
+                assert torch.equal(reader.tensor(name, share=wanted), mine)
+                some = reader.values(name, "exp_avg", wanted, 1, mine.numel() - 1)
+                assert torch.equal(some, -mine.flatten()[1:-1])
 
 
-def test_a_missing_shard_is_told(tmp_path):
-    mine = share(0, 1, shard=1, shards=2)
-    checkpoint._write_experts(tmp_path, {"a.experts.fc1.bias": {"weight": torch.ones(1, 3)}}, mine)
-    (tmp_path / "state.json").write_text("{}")
-    reader = Reader(tmp_path)
-    assert reader.tensor("a.experts.fc1.bias", share=mine).shape == (1, 3)
-    with pytest.raises(CheckpointError, match="has 0 of 1 experts"):
-        reader.tensor("a.experts.fc1.bias", share=share(0, 1))
+def test_experts_that_are_not_there_are_told(tmp_path):
+    reader = Reader(write(tmp_path))
+    with pytest.raises(CheckpointError, match="has 4 experts, not 6"):
+        reader.tensor(EXPERTS, share=share(2, 6))
+    with pytest.raises(CheckpointError, match=r"no tensor 'b\.weight'"):
+        reader.tensor("b.weight")
+    with pytest.raises(CheckpointError, match=r"no tensor 'a\.weight\.exp_avg_sq'"):
+        reader.tensor("a.weight", "exp_avg_sq")
+
+
+@pytest.mark.parametrize(
+    ("runs", "message"),
+    [
+        ([(0, 3), (3, 6)], ""),
+        ([(0, 3), (4, 6)], "gap or an overlap at element 3"),
+        ([(0, 4), (3, 6)], "gap or an overlap at element 4"),
+        ([(0, 3), (0, 6)], "gap or an overlap"),
+        ([(0, 3)], "has 3 of 6 elements"),
+    ],
+)
+def test_ranks_that_do_not_make_up_the_whole_are_refused(runs, message):
+    parts = []
+    for rank, (start, stop) in enumerate(runs):
+        fragment = Fragment("a", (2, 3), start, {"weight": torch.zeros(stop - start)})
+        parts.append({"a": describe(fragment, rank, whole_layout(set(), 1))})
+    if not message:
+        assert merge(parts)["a"].shape == [2, 3]
+        return
+    with pytest.raises(CheckpointError, match=message):
+        merge(parts)
+
+
+class Model(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a = torch.nn.Linear(2, 1, bias=False)
+        self.register_buffer("rises", torch.tensor([2**53 + 1, -3]))
+        self.register_buffer("other", torch.tensor([1.0]), persistent=False)
 
 
 def test_persistent_buffers_come_back_exactly(tmp_path):
-    class Model(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.a = torch.nn.Linear(2, 1, bias=False)
-            self.register_buffer("rises", torch.tensor([2**53 + 1, -3]))
-            self.register_buffer("other", torch.tensor([1.0]), persistent=False)
-
     model = Model()
     buffers = checkpoint.persistent_buffers(model)
     assert set(buffers) == {"rises"}
     kinds = {"weight": torch.ones(1, 2), "exp_avg": torch.ones(1, 2)}
-    states = [("a.weight", kinds), ("rises", {"weight": buffers["rises"].clone()})]
-    path = checkpoint.save(
-        tmp_path, 1, export=lambda keep: iter(states), expert_names=set(), share=share(0, 1),
-        state={}, config_text="", world=world(),
-    )  # fmt: skip
-    reader = Reader(path)
+    known = [("a.weight", kinds), ("rises", {"weight": buffers["rises"].clone()})]
+    reader = Reader(save(tmp_path, 1, known))
     assert reader.names() == ["a.weight", "rises"]
     model.rises.zero_()
-    checkpoint.load_weights(model, reader, set(), share(0, 1))
+    checkpoint.load_weights(model, reader, LAYOUT)
     assert model.rises.tolist() == [2**53 + 1, -3]
-    older = checkpoint.save(
-        tmp_path, 2, export=lambda keep: iter(states[:1]), expert_names=set(), share=share(0, 1),
-        state={}, config_text="", world=world(),
-    )  # fmt: skip
     model.rises.fill_(7)
-    checkpoint.load_weights(model, Reader(older), set(), share(0, 1))
+    checkpoint.load_weights(model, Reader(save(tmp_path, 2, known[:1])), LAYOUT)
     assert model.rises.tolist() == [7, 7]  # a checkpoint without the buffer leaves it alone
+
+
+# --------------------------------------------------------------------------------------------
+# Damage
 
 
 @pytest.mark.parametrize(
@@ -143,11 +191,12 @@ def test_persistent_buffers_come_back_exactly(tmp_path):
     [
         (lambda p: (p / "manifest.json").unlink(), "no manifest.json"),
         (lambda p: (p / "manifest.json").write_text("{"), "manifest.json is damaged"),
-        (lambda p: forge(p, {"dense.safetensors": 7}), "manifest.json is damaged"),
+        (lambda p: forge(p, {"rank-00000.safetensors": 7}), "manifest.json is damaged"),
         (lambda p: forge(p, {}), "manifest.json names no config.yaml"),
-        (lambda p: (p / "dense.safetensors").unlink(), "dense.safetensors is missing"),
+        (lambda p: swap(p / "manifest.json", "exp_avg", "exp_axg"), "manifest.json is damaged"),
+        (lambda p: (p / "rank-00000.safetensors").unlink(), "rank-00000.safetensors is missing"),
         (lambda p: (p / "state.json").write_text("{}"), "state.json has 2 of"),
-        (lambda p: flip(p / "experts-0.safetensors"), "experts-0.safetensors has changed"),
+        (lambda p: flip(p / "rank-00000.safetensors"), "rank-00000.safetensors has changed"),
     ],
 )
 def test_damage_is_found_and_the_previous_one_is_used(tmp_path, caplog, damage, message):
@@ -163,7 +212,11 @@ def test_damage_is_found_and_the_previous_one_is_used(tmp_path, caplog, damage, 
 
 
 def forge(path, files):
-    (path / "manifest.json").write_text(json.dumps({"format": 1, "files": files}))
+    write_manifest(path, files, {})
+
+
+def swap(path, old, new):
+    path.write_text(path.read_text().replace(old, new))
 
 
 def flip(path):
@@ -174,9 +227,8 @@ def flip(path):
 
 def test_a_newer_format_says_so(tmp_path):
     path = write(tmp_path)
-    manifest = json.loads((path / "manifest.json").read_text())
-    (path / "manifest.json").write_text(json.dumps({**manifest, "format": 2}))
-    with pytest.raises(CheckpointError, match="written in format 2, this version reads 1"):
+    swap(path / "manifest.json", '"format": 2', '"format": 3')
+    with pytest.raises(CheckpointError, match=r"format 3, this version reads 2 \(a newer version"):
         checkpoint.latest(tmp_path)  # not damaged: not passed over
 
 
@@ -188,39 +240,129 @@ def test_damaged_ones_are_set_aside_and_do_not_count(tmp_path):
     assert (tmp_path / "damaged-step-00000002").is_dir()
 
 
-def test_an_unfinished_write_is_not_seen(tmp_path):
+def test_an_unfinished_write_is_not_seen_and_goes_at_the_next_start(tmp_path):
     write(tmp_path, 1)
-    (tmp_path / "partial-step-00000002").mkdir()
+    (tmp_path / "partial-step-00000002-abc").mkdir()
     assert [path.name for path in checkpoint.list_checkpoints(tmp_path)] == ["step-00000001"]
-
-
-def test_a_failing_write_leaves_the_old_ones_alone(tmp_path, monkeypatch):
-    first = write(tmp_path, 1)
-
-    def full(*_args, **_kwargs):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(checkpoint, "save_file", full)
-    with pytest.raises(OSError, match="No space"):
-        write(tmp_path, 2)
-    assert checkpoint.latest(tmp_path) == first
+    checkpoint.clear_partial(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"step-00000001", "last"}
 
 
 def test_prune_keeps_the_last_and_the_best(tmp_path):
-    paths = [write(tmp_path, step) for step in (1, 2, 3, 4)]
-    checkpoint.prune(tmp_path, 2, paths[0])
+    for step in (1, 2, 3):
+        write(tmp_path, step, keep_last=2, best_step=1)
+    write(tmp_path, 4, keep_last=2, best_step=1)
     assert [p.name[-1] for p in checkpoint.list_checkpoints(tmp_path)] == ["4", "3", "1"]
     assert (tmp_path / "last").resolve().name == "step-00000004"
     assert (tmp_path / "best").resolve().name == "step-00000001"
 
 
-def test_names_in_a_manifest_cannot_leave_the_folder(tmp_path):
+# --------------------------------------------------------------------------------------------
+# Writing behind the training
+
+
+@pytest.fixture
+def slow(monkeypatch):
+    """Writing waits until it is let go."""
+    go = threading.Event()
+
+    def waiting(*args, **kwargs):
+        go.wait(20)
+        return save_file(*args, **kwargs)
+
+    monkeypatch.setattr(writer, "save_file", waiting)
+    yield go
+    go.set()
+
+
+def begin(saver, step, values):
+    fragments = checkpoint.whole_fragments([("a", {"weight": values})])
+    saver.save(step, fragments, LAYOUT, state={}, config_text="", keep_last=9)
+
+
+def test_training_goes_on_and_what_it_changes_is_not_saved(tmp_path, slow):
+    told = []
+    saver = Writer(tmp_path, ALONE, told.append)
+    values = torch.ones(4)
+    begin(saver, 1, values)
+    values.fill_(2.0)
+    saver.poll()
+    assert not told
+    assert checkpoint.list_checkpoints(tmp_path) == []
+    slow.set()
+    assert saver.wait()
+    assert [(saved.step, saved.error) for saved in told] == [(1, "")]
+    assert told[0].stall < told[0].seconds
+    assert told[0].bytes > 0
+    assert Reader(told[0].path).tensor("a").tolist() == [1.0] * 4
+    assert saver.wait()
+    assert len(told) == 1  # once
+
+
+def test_saves_do_not_overlap(tmp_path, slow):
+    saver = Writer(tmp_path, ALONE, lambda saved: None)
+    values = torch.ones(4)
+    begin(saver, 1, values)
+    threading.Timer(0.3, slow.set).start()
+    started = time.monotonic()
+    begin(saver, 2, values)
+    assert time.monotonic() - started > 0.25
+    assert [path.name for path in checkpoint.list_checkpoints(tmp_path)] == ["step-00000001"]
+    saver.wait()
+    assert len(checkpoint.list_checkpoints(tmp_path)) == 2
+
+
+def test_a_failing_write_is_told_and_leaves_the_old_ones_alone(tmp_path, monkeypatch):
+    first = write(tmp_path, 1)
+    told = []
+    saver = Writer(tmp_path, ALONE, told.append)
+
+    def full(*_args, **_kwargs):
+        raise OSError(28, "No space left on device", "rank-00000.safetensors")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(writer, "save_file", full)
+        begin(saver, 2, torch.ones(1))
+        assert not saver.wait()
+    assert told[0].error == "No space left on device (rank-00000.safetensors)"
+    assert checkpoint.latest(tmp_path) == first
+    assert not list(tmp_path.glob("partial-*"))
+    begin(saver, 3, torch.ones(1))  # there is room again
+    assert saver.wait()
+    assert checkpoint.latest(tmp_path).name == "step-00000003"
+
+
+# --------------------------------------------------------------------------------------------
+# Security
+
+
+def rewrite(path, change):
+    """A manifest that fits, but for what is changed in it."""
+    manifest = read_manifest(path)
+    files = {n: {"bytes": b, "sha256": s} for n, (b, s) in manifest.files.items()}
+    tensors = manifest.tensors
+    change(files, tensors)
+    write_manifest(path, files, tensors)
+
+
+@pytest.mark.parametrize("name", ["../../etc/passwd", "/etc/passwd"])
+def test_names_in_a_manifest_cannot_leave_the_folder(tmp_path, name):
     path = write(tmp_path)
-    manifest = json.loads((path / "manifest.json").read_text())
-    manifest["files"]["../../etc/passwd"] = {"bytes": 1, "sha256": ""}
-    (path / "manifest.json").write_text(json.dumps(manifest))
+    rewrite(path, lambda files, _: files.update({name: {"bytes": 1, "sha256": ""}}))
     with pytest.raises(CheckpointError, match="passwd is missing"):
         checkpoint.verify(path)
+
+
+def test_runs_in_files_that_the_manifest_does_not_name_are_refused(tmp_path):
+    path = write(tmp_path)
+    shutil.copy(path / "rank-00000.safetensors", path / "rank-00007.safetensors")
+
+    def point_elsewhere(_, tensors):
+        tensors["a.weight"]["runs"][0][0] = 7
+
+    rewrite(path, point_elsewhere)
+    with pytest.raises(CheckpointError, match=r"names no rank-00007\.safetensors"):
+        Reader(path).tensor("a.weight")
 
 
 def test_a_pickle_in_disguise_is_not_executed(tmp_path):
@@ -229,8 +371,11 @@ def test_a_pickle_in_disguise_is_not_executed(tmp_path):
             return (open, (str(tmp_path / "pwned"), "w"))
 
     path = write(tmp_path)
-    (path / "dense.safetensors").write_bytes(pickle.dumps(Malice()))
-    with pytest.raises(CheckpointError):
+    (path / "rank-00000.safetensors").write_bytes(pickle.dumps(Malice()))
+    with pytest.raises(CheckpointError, match="not a safetensors file"):
+        Reader(path).tensor("a.weight")
+    (path / "state.json").write_bytes(pickle.dumps(Malice()))
+    with pytest.raises(CheckpointError, match="damaged"):
         Reader(path)
     assert not (tmp_path / "pwned").exists()
 
@@ -238,8 +383,9 @@ def test_a_pickle_in_disguise_is_not_executed(tmp_path):
 def test_another_model_does_not_load(tmp_path):
     reader = Reader(write(tmp_path))
     with pytest.raises(CheckpointError, match=r"'weight'.*another model"):
-        checkpoint.load_weights(torch.nn.Linear(2, 2), reader, set(), share(0, 4))
+        checkpoint.load_weights(torch.nn.Linear(2, 2), reader, LAYOUT)
     model = torch.nn.Module()
     model.a = torch.nn.LayerNorm(3, bias=False)
     with pytest.raises(CheckpointError, match=r"shape \[2\], the model's is \[3\]"):
-        checkpoint.load_weights(model, reader, set(), share(0, 4))
+        checkpoint.load_weights(model, reader, LAYOUT)
+    assert json.loads((reader.path / "state.json").read_text())["position"] == {"step": 1}

@@ -9,8 +9,8 @@ PACKAGE = Path(__file__).parent.parent / "swin_moe"
 # A module imports only from lines above its own (and from its own package).
 LAYERS = [
     {"variants", "placement"},
-    {"config", "distributed", "ops", "torchrun"},
-    {"moe", "data", "checkpoint"},
+    {"config", "distributed", "ops", "torchrun", "watchdog"},
+    {"moe", "data", "checkpoint", "guard"},
     {"models", "metrics"},
     {"optim", "evaluation", "run_directory", "convert", "catalog", "summary"},
     {"engine"},
@@ -27,7 +27,7 @@ ONLY_IN = {
     "deepspeed": {"engine.py"},
     "tutel": {"moe/backends/tutel.py"},
     "SummaryWriter": {"metrics.py"},
-    "environ": {"distributed.py"},
+    "environ": {"distributed.py", "torchrun.py"},
     "getenv": set(),
     "argparse": {"cli.py", "data/prepare.py"},
     "yaml": {"config/loading.py"},

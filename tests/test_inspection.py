@@ -8,16 +8,15 @@ import torch
 from PIL import Image
 from rich.console import Console
 
-from swin_moe import checkpoint
 from swin_moe.cli import main
 from swin_moe.config import MoEConfig, dump_config, load_config
 from swin_moe.distributed import Group, World
 from swin_moe.inspection import inspect_checkpoint
 from swin_moe.inspection.draw import expert_colours, shade
 from swin_moe.inspection.routes import NOBODY, LayerFindings, Takings, crop, watched
-from swin_moe.models import build, expert_parameter_names
-from swin_moe.placement import ExpertShare
+from swin_moe.models import build
 from tests.parallel import MICRO, SMALL, one_error, swin_moe
+from tests.saving import save_model
 from tests.test_telemetry import MODEL
 
 WORLD = World(0, 0, 1, torch.device("cpu"), Group(), Group())
@@ -121,15 +120,7 @@ def saved(tmp_path_factory):
     folder = tmp_path_factory.mktemp("inspected") / "run"
     config = load_config(MICRO, [*SMALL, "moe.eval_capacity_factor=0.75", "precision.dtype=fp32"])
     model = build(config.model, config.moe)
-    checkpoint.save(
-        folder / "checkpoints", 1,
-        export=lambda keep: (
-            (name, {key: p.detach().clone() for key in ("weight", "exp_avg", "exp_avg_sq")})
-            for name, p in model.named_parameters() if keep(name)
-        ),
-        expert_names=expert_parameter_names(model), share=ExpertShare(range(4)), state={},
-        config_text=dump_config(config), world=WORLD,
-    )  # fmt: skip
+    save_model(folder / "checkpoints", 1, model, dump_config(config))
     return folder
 
 

@@ -93,12 +93,12 @@ def test_kill_and_resume_repeat_the_losses_exactly(undisturbed, tmp_path):
     process.wait()
     psutil.wait_procs(family)
     newest = list_checkpoints(folder / "checkpoints")[0]
-    with (newest / "dense.safetensors").open("r+b") as file:
+    with (newest / "rank-00000.safetensors").open("r+b") as file:
         file.truncate(1000)
 
     done = train(folder, *RECIPE, processes=2)
     assert done.returncode == 0, done.stderr
-    assert f"{newest}: dense.safetensors has 1000 of" in done.stderr
+    assert f"{newest}: rank-00000.safetensors has 1000 of" in done.stderr
     assert "resumed from step-00000020 (epoch 1, step 20)" in done.stdout
     assert figures(folder) == figures(undisturbed[0])
 

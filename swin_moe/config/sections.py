@@ -293,6 +293,23 @@ class CheckpointConfig(Section):
     keep_last: Positive = 2  # beside the best one
 
 
+class FaultsConfig(Section):
+    """What a run does when something goes wrong.
+
+    ``nonfinite``: an update with NaN or infinity in its loss, tokens or gradients is never made.
+    ``skip`` leaves it out and stops after ``max_nonfinite`` in a row; ``rollback`` then goes back
+    to the last checkpoint instead, and on with later samples; ``stop`` stops at the first.
+    ``spike_sigmas``: a loss so many standard deviations above the running mean is reported with its
+    samples; 0 = never. ``hang_minutes``: without any progress for so long, each rank writes its
+    stacks to its log and ends, for the launcher to restart; 0 = wait for ever.
+    """
+
+    nonfinite: Literal["skip", "rollback", "stop"] = "skip"
+    max_nonfinite: Positive = 10
+    spike_sigmas: NonNegativeFloat = 8.0
+    hang_minutes: NonNegativeFloat = 5.0
+
+
 class LogConfig(Section):
     every_steps: Positive = 10
     tensorboard: bool = True
@@ -328,6 +345,7 @@ class Config(Architecture):
     zero: ZeroConfig = ZeroConfig()
     precision: PrecisionConfig = PrecisionConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    faults: FaultsConfig = FaultsConfig()
     log: LogConfig = LogConfig()
     ops: OpsConfig = OpsConfig()
 

@@ -27,10 +27,14 @@ class Skipped(NamedTuple):
 
 
 class Sample(NamedTuple):
-    """An image [C, H, W] with its label; zeros and −1 for padding and for unreadable samples."""
+    """An image [C, H, W] with its label; zeros and −1 for padding and for unreadable samples.
+
+    ``place`` is the sample's index in the split, −1 for padding.
+    """
 
     image: Tensor
     label: int
+    place: int
     skipped: Skipped | None = None
 
 
@@ -38,11 +42,13 @@ class Batch(NamedTuple):
     """Images [B, C, H, W] float32, labels [B] int64, and the samples that could not be read.
 
     In evaluation, label −1 marks padding and unreadable samples; no metric may count them.
+    ``indices`` [B] int64 are the samples' places in the split, −1 for padding.
     """
 
     images: Tensor
     labels: Tensor
     skipped: list[Skipped]
+    indices: Tensor
 
 
 def decode(data: bytes, mode: str) -> Image.Image:
@@ -84,15 +90,15 @@ class ImageDataset(Dataset[Sample]):
     def __getitem__(self, position: Position) -> Sample:
         epoch, index = position
         if index < 0:
-            return Sample(torch.zeros(self.shape), -1)
+            return Sample(torch.zeros(self.shape), -1, index)
         try:
             image = decode(self.source.read(index), self.mode)
         except Exception as error:  # on damaged data a decoder may raise anything
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
             skipped = Skipped(self.source.key(index), reason)
-            return Sample(torch.zeros(self.shape), -1, skipped)
+            return Sample(torch.zeros(self.shape), -1, index, skipped)
         with seeded(self.seed, epoch, index):
-            return Sample(self.transform(image), int(self.source.labels[index]))
+            return Sample(self.transform(image), int(self.source.labels[index]), index)
 
 
 def collate(samples: list[Sample]) -> Batch:
@@ -101,6 +107,7 @@ def collate(samples: list[Sample]) -> Batch:
         torch.stack([sample.image for sample in samples]),
         torch.tensor([sample.label for sample in samples]),
         [sample.skipped for sample in samples if sample.skipped is not None],
+        torch.tensor([sample.place for sample in samples]),
     )
 
 
@@ -109,4 +116,5 @@ def replace_unreadable(batch: Batch) -> Batch:
     size = len(batch.labels)
     good = (batch.labels >= 0).tolist()
     chosen = [next(j % size for j in range(i, i + size) if good[j % size]) for i in range(size)]
-    return Batch(batch.images[chosen], batch.labels[chosen], batch.skipped)
+    images, labels, indices = (t[chosen] for t in (batch.images, batch.labels, batch.indices))
+    return Batch(images, labels, batch.skipped, indices)

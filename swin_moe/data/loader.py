@@ -81,6 +81,10 @@ class Loader:
         """The label of a sample of the split, without reading it."""
         return int(self._dataset.source.labels[index])
 
+    def keys(self, batch: Batch) -> list[str]:
+        """What its samples are called in the data set."""
+        return [self._dataset.source.key(index) for index in batch.indices.tolist() if index >= 0]
+
     def pick(self, indices: Sequence[int]) -> Batch:
         """These samples of the split as a batch, read in this process, in the form of epoch 0."""
         return collate([self._dataset[0, index] for index in indices])

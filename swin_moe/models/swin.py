@@ -7,22 +7,22 @@ names are the official ones; in every family any block's feed-forward may be a m
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from timm.layers import DropPath
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import checkpoint
 
 from ..config import ModelConfig, MoEConfig, check_moe_blocks
 from ..distributed import Group
 from ..moe import MoELayer, MoEResult, RoutingStats, build_moe
 from ..moe.experts import Experts
 from ..moe.router import CosineRouter, LinearRouter, SoftRouter
-from ..ops import ROUTING_OPS
 from .attention import SpatialMlp, WindowAttention
 from .layers import Mlp, PatchEmbed, PatchMerging
 from .position import resize_position_embedding
+from .recompute import keep_routing
 
 _RESETTABLE = (nn.LayerNorm, nn.Conv2d, WindowAttention, CosineRouter, SoftRouter)
 
@@ -70,11 +70,6 @@ def effective_window(height: int, width: int, window_size: int, shifted: bool) -
     if height <= window_size or width <= window_size:
         return (height if height <= width else width), 0  # min() would stay in a graph's sizes
     return window_size, window_size // 2 if shifted else 0
-
-
-def keep_routing() -> tuple[Any, Any]:
-    """For ``checkpoint``: what decides a route is kept, so that the recompute never re-routes."""
-    return create_selective_checkpoint_contexts(ROUTING_OPS)
 
 
 class SwinBlock(nn.Module):

@@ -24,7 +24,6 @@ from torch import Tensor
 
 from .. import checkpoint
 from ..config import Architecture, ConfigError, load_config, validate_architecture
-from ..placement import ExpertShare
 
 State = dict[str, Tensor]
 
@@ -174,12 +173,7 @@ def _read_folder(path: Path) -> Weights:
         checkpoint.verify(path)
         reader = checkpoint.Reader(path)
         config = load_config(path / "config.yaml")
-        everything = ExpertShare(range(config.moe.num_experts))
-        state = {
-            name: reader.tensor(name, share=everything if ".experts." in name else None)
-            for name in reader.names()
-        }
-        return Weights(state, config)
+        return Weights({name: reader.tensor(name) for name in reader.names()}, config)
     shards = _shards(path)
     if len(shards) > 1 and not (path / _INDEX).exists() and not _complete(shards):
         raise WeightsError(

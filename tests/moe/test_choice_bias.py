@@ -4,13 +4,11 @@ import pytest
 import torch
 from rich.console import Console
 
-from swin_moe import checkpoint
 from swin_moe.config import Config, ModelConfig, MoEConfig, dump_config
 from swin_moe.convert import convert
-from swin_moe.distributed import Group, World
-from swin_moe.models import build, expert_parameter_names
+from swin_moe.models import build
 from swin_moe.models.pretrained import load_pretrained, read_pretrained
-from swin_moe.placement import ExpertShare
+from tests.saving import save_model
 
 MODEL = ModelConfig(img_size=16, patch_size=2, num_classes=5, embed_dim=8, depths=[1, 2],
                     num_heads=[1, 2], window_size=4)  # fmt: skip
@@ -23,14 +21,7 @@ NAME = "layers.1.blocks.1.mlp.choice_bias.rises"
 def run_checkpoint(tmp_path):
     model = build(MODEL, MOE)
     model.get_buffer(NAME).copy_(torch.tensor(RISES))
-    state = {n: {"weight": t, "exp_avg": t} for n, t in model.named_parameters()}
-    state |= {n: {"weight": t} for n, t in checkpoint.persistent_buffers(model).items()}
-    return checkpoint.save(
-        tmp_path, 1, expert_names=expert_parameter_names(model), share=ExpertShare(range(4)),
-        export=lambda keep: ((n, {k: t.detach() for k, t in s.items()}) for n, s in state.items()),
-        state={}, config_text=dump_config(Config(model=MODEL, moe=MOE)),
-        world=World(0, 0, 1, torch.device("cpu"), Group(), Group()),
-    )  # fmt: skip
+    return save_model(tmp_path, 1, model, dump_config(Config(model=MODEL, moe=MOE)))
 
 
 def test_a_checkpoint_can_be_evaluated_and_trained_on(run_checkpoint):

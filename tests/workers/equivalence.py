@@ -1,23 +1,24 @@
-"""Train a few steps at each ZeRO stage on however many processes; write losses, norms, weights.
+"""Train a few steps in every legal way on however many processes; write losses, norms, weights.
 
-Fewer processes accumulate over the micro-batches that the others would have, so that all see the
-same micro-batches, capacities and queues. Four processes form two expert groups, which replicate
-one another's experts, or with half as many experts ("sharded") one, in which two hold each.
+A cell of w processes and a micro-steps an update sees the w·a micro-batches that one process with
+w·a micro-steps sees, with the same capacities and queues. Four processes with expert groups of two
+replicate one another's experts; in "sharded" cells two processes hold one expert together.
 """
 
+import itertools
 import json
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
-from swin_moe import checkpoint, distributed
+from swin_moe import distributed
 from swin_moe.config import ModelConfig, MoEConfig, OptimizerConfig, ZeroConfig
-from swin_moe.placement import expert_share
+from swin_moe.placement import Layout, expert_share
 
-PARTS = 4  # micro-batches of one update
-STEPS = 3
+STEPS = 5
 MICRO_BATCH = 4
 MODEL = ModelConfig(
     img_size=16, patch_size=2, in_chans=1, num_classes=5, embed_dim=8, depths=[1, 2],
@@ -35,6 +36,53 @@ OPTIMIZER = OptimizerConfig(base_lr=0.5, clip_norm=0.2, eps=1e-5)
 # For bf16: at the rate above its rounding sends tokens elsewhere by the third step, and any figure
 # may come out; at this one the routes stay, and a bound can be close.
 GENTLE = OPTIMIZER.model_copy(update={"base_lr": 0.1})
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+class Cell(NamedTuple):
+    """One way to train."""
+
+    world: int
+    expert_parallel: int = 1
+    stage: int = 0
+    dtype: str = "fp32"
+    accumulation: int = 1
+    recompute: bool = False  # activation checkpointing
+    sharded: bool = False
+    gentle: bool = False
+
+    @property
+    def name(self) -> str:
+        return "-".join(str(value) for value in self)
+
+    @property
+    def parts(self) -> int:
+        """Micro-batches of an update."""
+        return self.world * self.accumulation
+
+    @property
+    def reference(self) -> "Cell":
+        gentle = self.gentle or self.dtype == "bf16"
+        return Cell(1, accumulation=self.parts, sharded=self.sharded, gentle=gentle)
+
+
+def legal_cells(world: int) -> list[Cell]:
+    """Of {expert parallel 1, 2, 4} × ZeRO {0 … 3} × dtype × accumulation {1, 2} × recompute."""
+    groups = [(n, stage) for n in (1, 2, 4) if n <= world for stage in range(4)]
+    groups = [(n, stage) for n, stage in groups if stage < 3 or n == 1]
+    ways = itertools.product(groups, DTYPES, (1, 2), (False, True))
+    cells = [
+        Cell(world, n, stage, dtype, accumulation, recompute)
+        for (n, stage), dtype, accumulation, recompute in ways
+    ]
+    if world == 4:
+        cells += [Cell(4, 4, stage, sharded=True) for stage in range(3)]
+    return cells
+
+
+def references() -> list[Cell]:
+    wanted = {cell.reference for world in (1, 2, 4) for cell in legal_cells(world)}
+    return sorted(wanted)
 
 
 def batch(step: int, part: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -43,48 +91,68 @@ def batch(step: int, part: int) -> tuple[torch.Tensor, torch.Tensor]:
     return images, torch.randint(0, 5, (MICRO_BATCH,), generator=generator)
 
 
-def train(
-    world: distributed.World,
-    stage: int,
-    dtype: torch.dtype,
-    folder: Path,
-    moe: MoEConfig = MOE,
-    optimizer: OptimizerConfig = OPTIMIZER,
-) -> None:
+def layout_of(model, world) -> Layout:
+    from swin_moe.models import expert_parameter_names
+
+    experts = model.moe.num_experts
+    share = expert_share(experts, world.expert.rank, world.expert.size)
+    return Layout(expert_parameter_names(model), experts, share)
+
+
+def write_checkpoint(folder: Path, engine, world, step: int = STEPS) -> None:
+    from swin_moe.checkpoint import Writer
+
+    told = []
+    writer = Writer(folder, world, told.append)
+    layout = layout_of(engine.model, world)
+    writer.save(step, engine.fragments(), layout, state={}, config_text="", keep_last=100)
+    assert writer.wait(), told
+
+
+def make_engine(world, cell: Cell):
     from swin_moe.engine import Engine
-    from swin_moe.models import build, expert_parameter_names
+    from swin_moe.models import build
 
     distributed.seed_everything(0)
-    model = build(MODEL, moe, world.expert)
+    moe = SHARDED if cell.sharded else MOE
+    model = build(MODEL.model_copy(update={"use_checkpoint": cell.recompute}), moe, world.expert)
     for parameter in model.parameters():  # block norms start at zero: wake every path up
         if parameter.ndim == 1:
             torch.nn.init.ones_(parameter)
-    accumulation = PARTS // world.size
-    engine = Engine(
-        model, world, optimizer=optimizer, zero=ZeroConfig(stage=stage), dtype=dtype,
-        micro_batch=MICRO_BATCH, accumulation_steps=accumulation,
+    gentle = cell.gentle or cell.dtype == "bf16"
+    return Engine(
+        model, world, optimizer=GENTLE if gentle else OPTIMIZER, zero=ZeroConfig(stage=cell.stage),
+        dtype=DTYPES[cell.dtype], micro_batch=MICRO_BATCH, accumulation_steps=cell.accumulation,
     )  # fmt: skip
+
+
+def train_step(engine, world, accumulation: int, step: int) -> float:
+    """One update; returns the mean loss of all micro-batches of all ranks."""
+    model = engine.model
+    total, counts = torch.zeros(()), torch.zeros(1, model.moe.num_experts)
+    for micro in range(accumulation):
+        images, labels = batch(step, world.rank * accumulation + micro)
+        output = engine.forward(images)
+        loss = F.cross_entropy(output.logits, labels) + output.aux_loss
+        assert output.stats.dropped.sum() > 0  # the capacity bites
+        engine.backward(loss)
+        engine.step()
+        total += loss.detach()
+        counts += output.stats.counts
+    model.update_choice_bias(distributed.all_reduce_(counts))
+    return float(distributed.all_reduce_(total)) / (world.size * accumulation)
+
+
+def train(world, cell: Cell, folder: Path) -> None:
+    engine = make_engine(world, cell)
     engine.train()
+    if cell == cell.reference:
+        write_checkpoint(folder, engine, world, 0)
     losses, norms = [], []
     for step in range(STEPS):
-        total, counts = torch.zeros(()), torch.zeros(1, moe.num_experts)
-        for micro in range(accumulation):
-            images, labels = batch(step, world.rank * accumulation + micro)
-            output = engine.forward(images)
-            loss = F.cross_entropy(output.logits, labels) + output.aux_loss
-            assert output.stats.dropped.sum() > 0  # the capacity bites
-            engine.backward(loss)
-            engine.step()
-            total += loss.detach()
-            counts += output.stats.counts
-        model.update_choice_bias(distributed.all_reduce_(counts))
-        losses.append(float(distributed.all_reduce_(total)) / PARTS)
+        losses.append(train_step(engine, world, cell.accumulation, step))
         norms.append(engine.grad_norm())
-    checkpoint.save(
-        folder, STEPS, export=engine.export_state, expert_names=expert_parameter_names(model),
-        share=expert_share(moe.num_experts, world.expert.rank, world.expert.size), state={},
-        config_text="", world=world,
-    )  # fmt: skip
+    write_checkpoint(folder, engine, world)
     if world.is_main:
         (folder / "figures.json").write_text(json.dumps({"loss": losses, "norm": norms}))
     engine.close()
@@ -92,23 +160,12 @@ def train(
 
 def main() -> None:
     size = distributed.environment_rank()[2]
-    world = distributed.init(expert_parallel_size=min(size, 2))
     folder = Path(sys.argv[1])
-    for stage in (0, 1, 2):
-        train(world, stage, torch.float32, folder / f"world{size}-stage{stage}")
-        name = f"world{size}-stage{stage}-bf16"
-        train(world, stage, torch.bfloat16, folder / name, optimizer=GENTLE)
-    if size == 1:
-        train(world, 0, torch.float32, folder / "world1-gentle", optimizer=GENTLE)
-    if size in (1, 4):
-        world = distributed.init(expert_parallel_size=size)
-        for stage in (0, 1, 2) if size > 1 else (0,):
-            train(world, stage, torch.float32, folder / f"world{size}-sharded{stage}", SHARDED)
-    if size > 1:  # ZeRO-3 shards the experts as ordinary parameters: expert parallel size 1
-        alone = distributed.Group()
-        everyone = distributed.Group(None, world.rank, world.size)
-        world = distributed.World(world.rank, 0, size, world.device, alone, everyone)
-    train(world, 3, torch.float32, folder / f"world{size}-stage3")
+    cells = legal_cells(size) + (references() if size == 1 else [])
+    for expert_parallel, some in itertools.groupby(cells, lambda cell: cell.expert_parallel):
+        world = distributed.init(expert_parallel_size=expert_parallel)
+        for cell in some:
+            train(world, cell, folder / cell.name)
     distributed.shutdown()
     distributed.leave(0)
 

@@ -1,0 +1,50 @@
+"""Checkpoints by logical name: weights, optimizer, position and generators; no pickle.
+
+One folder per checkpoint, ``step-00000042``::
+
+    rank-00000.safetensors    what rank 0 held: runs of the flattened tensors (fp32 master weights,
+                              and their moments as <name>.exp_avg, <name>.exp_avg_sq), buffers as
+                              they are, and the states of its generators
+    state.json, config.yaml   position, metrics; the resolved config
+    manifest.json             size and SHA-256 of each file, and which file has which run
+
+Every element is written once, by the rank that updates it, so that nothing is gathered and the
+files together are as large as the tensors. The manifest speaks of whole tensors by global expert
+index, so that any number of processes, expert-parallel size and ZeRO stage reads what any other
+wrote. The folder is written beside under another name, the manifest last, and then renamed: a
+folder with the right name and a manifest that fits is complete.
+"""
+
+from .folder import (
+    CheckpointError,
+    FormatError,
+    clear_partial,
+    latest,
+    list_checkpoints,
+    prune,
+    set_aside,
+    set_aside_newer,
+    verify,
+)
+from .fragments import Fragment, whole_fragments
+from .reader import Reader, load_weights, persistent_buffers
+from .writer import Saved, Writer
+
+__all__ = [
+    "CheckpointError",
+    "FormatError",
+    "Fragment",
+    "Reader",
+    "Saved",
+    "Writer",
+    "clear_partial",
+    "latest",
+    "list_checkpoints",
+    "load_weights",
+    "persistent_buffers",
+    "prune",
+    "set_aside",
+    "set_aside_newer",
+    "verify",
+    "whole_fragments",
+]

@@ -1,0 +1,194 @@
+"""Folders of checkpoints: which there are, whether they are whole, which to keep."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+log = logging.getLogger("swin_moe")
+
+FORMAT = 2
+REQUIRED = {"rank-00000.safetensors", "state.json", "config.yaml"}
+_NAME = re.compile(r"^step-(\d{8,})$")
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used; the message is one line for the user."""
+
+
+class FormatError(CheckpointError):
+    """A checkpoint that another version of the program wrote: not damaged."""
+
+
+def rank_file(rank: int) -> str:
+    return f"rank-{rank:05d}.safetensors"
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What ``manifest.json`` says: size and digest by file, and the tensors' runs as JSON."""
+
+    files: dict[str, tuple[int, str]]
+    tensors: dict[str, Any]
+
+
+def write_manifest(path: Path, files: dict[str, Any], tensors: dict[str, Any]) -> None:
+    """Write ``path/manifest.json`` with a digest of itself."""
+    content = {"format": FORMAT, "files": files, "tensors": tensors}
+    (path / "manifest.json").write_text(json.dumps({"sha256": _own_digest(content), **content}))
+
+
+def read_manifest(path: Path) -> Manifest:
+    """Read ``path/manifest.json``.
+
+    Raises:
+        CheckpointError: it is missing or damaged, or names what cannot be.
+        FormatError: another version wrote it.
+    """
+    try:
+        content = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+        digest, version = content.pop("sha256", ""), int(content["format"])
+        files = {str(n): (int(e["bytes"]), str(e["sha256"])) for n, e in content["files"].items()}
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no manifest.json (the write did not finish)") from None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise CheckpointError(f"{path}: manifest.json is damaged") from None
+    if version != FORMAT:
+        newer = "a newer version of swin-moe wrote it" if version > FORMAT else "write it anew"
+        raise FormatError(
+            f"{path}: written in format {version}, this version reads {FORMAT} ({newer})"
+        )
+    if digest != _own_digest(content) or not isinstance(content.get("tensors"), dict):
+        raise CheckpointError(f"{path}: manifest.json is damaged")
+    if not set(files) >= REQUIRED:
+        raise CheckpointError(f"{path}: manifest.json names no {min(REQUIRED - set(files))}")
+    return Manifest(files, content["tensors"])
+
+
+def _own_digest(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def file_digest(file: Path) -> dict[str, Any]:
+    """Size and SHA-256 of a file."""
+    sha = hashlib.sha256()
+    with file.open("rb") as handle:
+        while block := handle.read(1 << 22):
+            sha.update(block)
+    return {"bytes": file.stat().st_size, "sha256": sha.hexdigest()}
+
+
+def sync(path: Path) -> None:
+    """Flush a file or folder to disk, so that the rename never points at lost data."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """The finished checkpoints, newest first; complete or not is for :func:`verify` to say."""
+    if not folder.is_dir():
+        return []
+    found = [path for path in folder.iterdir() if _NAME.match(path.name) and path.is_dir()]
+    return sorted(found, key=step_of, reverse=True)
+
+
+def step_of(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
+
+
+def verify(path: Path) -> None:
+    """Check sizes and digests against the manifest.
+
+    Raises:
+        CheckpointError: what is missing, cut off or changed.
+    """
+    files = read_manifest(path).files
+    for name, (size, _) in files.items():
+        file = path / name
+        if Path(name).name != name or not file.is_file():
+            raise CheckpointError(f"{path}: {name} is missing")
+        if file.stat().st_size != size:
+            raise CheckpointError(f"{path}: {name} has {file.stat().st_size} of {size} bytes")
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        digests = pool.map(lambda name: file_digest(path / name)["sha256"], files)
+        for (name, (_, digest)), found in zip(files.items(), digests, strict=True):
+            if found != digest:
+                raise CheckpointError(f"{path}: the content of {name} has changed (SHA-256)")
+
+
+def latest(folder: Path) -> Path | None:
+    """The newest complete checkpoint, None if there is none at all; damaged ones are reported.
+
+    Raises:
+        CheckpointError: there are checkpoints, but every one of them is damaged, or the newest
+            whole one is of another format.
+    """
+    found = list_checkpoints(folder)
+    for path in found:
+        try:
+            verify(path)
+        except FormatError:
+            raise
+        except CheckpointError as error:
+            log.warning("damaged checkpoint passed over: %s", error)
+            continue
+        return path
+    if found:
+        raise CheckpointError(
+            f"{folder}: all {len(found)} checkpoints are damaged (--fresh starts anew)"
+        )
+    return None
+
+
+def set_aside_newer(folder: Path, chosen: Path) -> None:
+    """Rename the damaged checkpoints after ``chosen``, so that they count no longer."""
+    for path in list_checkpoints(folder):
+        if path.name == chosen.name:
+            return
+        set_aside(path)
+
+
+def set_aside(path: Path) -> None:
+    """Rename a checkpoint to damaged-…, so that it counts no longer."""
+    aside = path.with_name(f"damaged-{path.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    path.rename(aside)
+
+
+def prune(folder: Path, keep_last: int, best: Path | None) -> None:
+    """Remove all but the newest ``keep_last`` and the best; point ``last`` and ``best`` at them."""
+    found = list_checkpoints(folder)
+    for path in found[keep_last:]:
+        if best is None or path.name != best.name:
+            discard(path)
+    for name, target in (("last", found[0] if found else None), ("best", best)):
+        if target is not None and target.exists():
+            temporary = folder / f".{name}"
+            temporary.unlink(missing_ok=True)
+            temporary.symlink_to(target.name)
+            temporary.replace(folder / name)
+
+
+def discard(path: Path) -> None:
+    """Remove a checkpoint: its name first, so that a kill meanwhile leaves no half of one."""
+    gone = path.with_name(f"partial-{path.name}")
+    shutil.rmtree(gone, ignore_errors=True)
+    path.rename(gone)
+    shutil.rmtree(gone)
+
+
+def clear_partial(folder: Path) -> None:
+    """Remove what writes and removals that did not finish have left; none may be under way."""
+    for path in folder.glob("partial-*") if folder.is_dir() else []:
+        shutil.rmtree(path)

@@ -1,0 +1,144 @@
+"""Runs of tensors: what one rank holds of each, and where they lie in the whole."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from ..placement import Layout
+from .folder import CheckpointError
+
+KINDS = ("weight", "exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """Consecutive elements of one tensor that this rank holds, in its row-major order.
+
+    Attributes:
+        shape: of the tensor on this rank, which for experts is its share's.
+        start: of the run in that tensor.
+        values: by kind, equally long, 1-D; no run may be held by two ranks.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    start: int
+    values: dict[str, Tensor]
+
+    @property
+    def stop(self) -> int:
+        return self.start + next(iter(self.values.values())).numel()
+
+
+def whole_fragments(states: Iterable[tuple[str, dict[str, Tensor]]]) -> Iterator[Fragment]:
+    """Whole tensors by name and kind, each as one run."""
+    for name, kinds in states:
+        shape = tuple(next(iter(kinds.values())).shape)
+        yield Fragment(name, shape, 0, {k: t.detach().reshape(-1) for k, t in kinds.items()})
+
+
+def key(name: str, kind: str) -> str:
+    """A tensor's name within a file."""
+    return name if kind == "weight" else f"{name}.{kind}"
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run of one tensor in one rank's file.
+
+    Attributes:
+        rank: whose file. shard: the part of the experts' width that the run is of, 0 if whole.
+        start, stop: elements of that part of the tensor of all experts.
+    """
+
+    rank: int
+    shard: int
+    start: int
+    stop: int
+
+
+@dataclass
+class Entry:
+    """A whole tensor and the runs that make it up.
+
+    Attributes:
+        shape: of all experts. shards: parts that the experts' width is cut into.
+        kinds: weight, and of what is learnt its moments.
+    """
+
+    shape: list[int]
+    shards: int
+    kinds: list[str]
+    runs: list[Run] = field(default_factory=list)
+
+    def check_complete(self, name: str) -> None:
+        """Raise :class:`CheckpointError` unless the runs are every element once."""
+        part = math.prod(self.shape) // self.shards
+        for shard in range(self.shards):
+            position = 0
+            for run in sorted((r for r in self.runs if r.shard == shard), key=lambda r: r.start):
+                if run.start != position or run.stop <= run.start:
+                    raise CheckpointError(f"'{name}' has a gap or an overlap at element {position}")
+                position = run.stop
+            if position != part:
+                raise CheckpointError(f"'{name}' has {position} of {part} elements")
+
+
+def describe(fragment: Fragment, rank: int, layout: Layout) -> Entry:
+    """The fragment in terms of the whole tensor."""
+    whole = layout.whole_shape(fragment.name, fragment.shape)
+    share = layout.share_of(fragment.name)
+    offset, shard, shards = 0, 0, 1
+    if share is not None:
+        offset = share.experts.start * math.prod(fragment.shape[1:])
+        shard, shards = share.shard, share.shards
+    run = Run(rank, shard, offset + fragment.start, offset + fragment.stop)
+    return Entry(whole, shards, list(fragment.values), [run])
+
+
+def merge(parts: Iterable[dict[str, Entry]]) -> dict[str, Entry]:
+    """Entries of several ranks together.
+
+    Raises:
+        CheckpointError: they are of different tensors, leave something out or have it twice.
+    """
+    merged: dict[str, Entry] = {}
+    for part in parts:
+        for name, entry in part.items():
+            known = merged.setdefault(name, Entry(entry.shape, entry.shards, entry.kinds))
+            if (known.shape, known.shards, known.kinds) != (entry.shape, entry.shards, entry.kinds):
+                raise CheckpointError(f"'{name}' has shape {known.shape} and {entry.shape}")
+            known.runs += entry.runs
+    for name, entry in merged.items():
+        entry.check_complete(name)
+    return merged
+
+
+def to_json(entries: dict[str, Entry]) -> dict[str, Any]:
+    return {
+        name: {
+            "shape": entry.shape,
+            "shards": entry.shards,
+            "kinds": entry.kinds,
+            "runs": [[r.rank, r.shard, r.start, r.stop] for r in entry.runs],
+        }
+        for name, entry in entries.items()
+    }
+
+
+def from_json(content: dict[str, Any]) -> dict[str, Entry]:
+    """The inverse of :func:`to_json`; ``ValueError`` or the like on anything else."""
+    return {
+        str(name): Entry(
+            [int(size) for size in entry["shape"]],
+            int(entry["shards"]),
+            [str(kind) for kind in entry["kinds"]],
+            [Run(*(int(number) for number in run)) for run in entry["runs"]],
+        )
+        for name, entry in content.items()
+    }

@@ -1,0 +1,172 @@
+"""Reading: any run of any tensor, from whichever ranks' files hold it."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ..distributed import set_rng_state
+from ..placement import ExpertShare, Layout, shard_axis
+from .folder import CheckpointError, rank_file, read_manifest
+from .fragments import Entry, from_json, key
+
+RNG = "rng."  # keys of generator states
+
+
+class Reader:
+    """Tensors of one checkpoint by logical name.
+
+    Args:
+        path: a checkpoint folder that :func:`verify` accepts.
+
+    Attributes:
+        state: content of ``state.json``.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path.resolve()
+        manifest = read_manifest(path)
+        self.files = set(manifest.files)
+        self._handles: dict[int, Any] = {}
+        try:
+            self.state: dict[str, Any] = json.loads((path / "state.json").read_text("utf-8"))
+            self.entries: dict[str, Entry] = from_json(manifest.tensors)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{path}: damaged ({error})") from None
+
+    def names(self) -> list[str]:
+        """Names of the weights, those of persistent buffers included."""
+        return sorted(self.entries)
+
+    def tensor(self, name: str, kind: str = "weight", share: ExpertShare | None = None) -> Tensor:
+        """One tensor: a share of stacked experts, or all of it.
+
+        Raises:
+            CheckpointError: the checkpoint has no such tensor, or not all of the share.
+        """
+        shape = self._entry(name, kind).shape
+        if share is not None:
+            shape = [part.stop - part.start for part in share.index(name, tuple(shape))]
+        return self.values(name, kind, share, 0, math.prod(shape)).view(shape)
+
+    def values(
+        self, name: str, kind: str, share: ExpertShare | None, start: int, stop: int
+    ) -> Tensor:
+        """Elements [start, stop) of the share (None: of the whole), in row-major order, 1-D.
+
+        Raises:
+            CheckpointError: see :meth:`tensor`.
+        """
+        entry = self._entry(name, kind)
+        if share is None and entry.shards == 1:
+            return self._elements(name, kind, entry, 0, start, stop)
+        share = share or ExpertShare(range(entry.shape[0]))
+        experts = share.experts
+        if experts.stop > entry.shape[0]:
+            raise CheckpointError(
+                f"{self.path}: '{name}' has {entry.shape[0]} experts, not {experts.stop}"
+            )
+        if share.shards != entry.shards:
+            return self._cut_anew(name, kind, entry, share).flatten()[start:stop]
+        each = math.prod(entry.shape[1:]) // entry.shards
+        first = experts.start * each
+        return self._elements(name, kind, entry, share.shard, first + start, first + stop)
+
+    def _entry(self, name: str, kind: str) -> Entry:
+        entry = self.entries.get(name)
+        if entry is None or kind not in entry.kinds:
+            raise CheckpointError(
+                f"{self.path}: has no tensor '{key(name, kind)}': another model wrote it"
+            )
+        return entry
+
+    def _cut_anew(self, name: str, kind: str, entry: Entry, share: ExpertShare) -> Tensor:
+        """The share where the file's experts are cut into another number of parts."""
+        axis, experts = shard_axis(name), share.experts
+        shape = [len(experts), *entry.shape[1:]]
+        shape[axis] //= entry.shards
+        each = math.prod(shape[1:])
+        first, last = experts.start * each, experts.stop * each
+        parts = [
+            self._elements(name, kind, entry, shard, first, last).view(shape)
+            for shard in range(entry.shards)
+        ]
+        alone = ExpertShare(range(len(experts)), share.shard, share.shards)
+        return alone.of(name, torch.cat(parts, axis)).contiguous()
+
+    def _elements(
+        self, name: str, kind: str, entry: Entry, shard: int, start: int, stop: int
+    ) -> Tensor:
+        """Elements [start, stop) of one part of the tensor of all experts."""
+        pieces, position = [], start
+        for run in sorted(entry.runs, key=lambda run: run.start):
+            low, high = max(run.start, start), min(run.stop, stop)
+            if run.shard == shard and low < high:
+                values = self._file(run.rank).get_slice(key(name, kind))
+                pieces.append(values[low - run.start : high - run.start])
+                position = high
+        if position != stop:
+            raise CheckpointError(
+                f"{self.path}: '{key(name, kind)}' has {position - start} of {stop - start} "
+                "elements"
+            )
+        return torch.cat(pieces) if pieces else torch.empty(0)
+
+    def _file(self, rank: int) -> Any:
+        """The opened file of a rank."""
+        if rank not in self._handles:
+            name = rank_file(rank)
+            if name not in self.files:
+                raise CheckpointError(f"{self.path}: manifest.json names no {name}")
+            try:
+                handle = safe_open(self.path / name, framework="pt", device="cpu")
+            except (SafetensorError, OSError) as error:
+                raise CheckpointError(
+                    f"{self.path / name}: not a safetensors file ({error})"
+                ) from None
+            self._handles[rank] = handle
+        return self._handles[rank]
+
+    def restore_rng(self, rank: int) -> bool:
+        """Set this rank's generators; False if the checkpoint is of fewer ranks."""
+        if rank_file(rank) not in self.files:
+            return False
+        file = self._file(rank)
+        states = {k: file.get_tensor(k) for k in file.keys() if k.startswith(RNG)}  # noqa: SIM118
+        set_rng_state({k.removeprefix(RNG): state for k, state in states.items()})
+        return bool(states)
+
+
+def persistent_buffers(model: torch.nn.Module) -> dict[str, Tensor]:
+    """What is not learnt by gradients but belongs to the model's state."""
+    parameters = dict(model.named_parameters())
+    return {
+        name: t for name, t in model.state_dict(keep_vars=True).items() if name not in parameters
+    }
+
+
+@torch.no_grad()
+def load_weights(model: torch.nn.Module, reader: Reader, layout: Layout) -> None:
+    """Copy master weights into a model that DeepSpeed has not wrapped yet.
+
+    Persistent buffers too; those that the checkpoint lacks stay as they are.
+
+    Raises:
+        CheckpointError: a tensor is missing or has another shape.
+    """
+    known = set(reader.names())
+    buffers = {name: t for name, t in persistent_buffers(model).items() if name in known}
+    for name, target in {**dict(model.named_parameters()), **buffers}.items():
+        value = reader.tensor(name, share=layout.share_of(name))
+        if value.shape != target.shape:
+            raise CheckpointError(
+                f"{reader.path}: '{name}' has shape {list(value.shape)}, the model's is "
+                f"{list(target.shape)}"
+            )
+        target.copy_(value)

@@ -1,0 +1,269 @@
+"""Writing behind the training's back: copy to host memory, then a thread does the rest.
+
+No rank waits for another. Each writes its own file and then ``rank-<n>.json``, or
+``rank-<n>.failed`` with the reason; rank 0's thread waits for all of them, writes the manifest and
+renames the folder. That needs a file system that all ranks share, as loading does, and no
+communication beside the training's.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import secrets
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..distributed import World, all_reduce_, broadcast_object, rng_state
+from ..placement import Layout
+from .folder import CheckpointError, discard, file_digest, prune, rank_file, sync, write_manifest
+from .fragments import Entry, Fragment, describe, from_json, key, merge, to_json
+from .reader import RNG
+
+log = logging.getLogger("swin_moe")
+
+_POLL = 0.05  # seconds between looks for the other ranks' files
+
+
+@dataclass
+class Saved:
+    """What became of a save, once it is known.
+
+    Attributes:
+        stall: seconds that the training waited. seconds: from the begin to the end of the write.
+        bytes: of all files. error: one line, empty if the checkpoint is complete.
+    """
+
+    step: int
+    path: Path
+    stall: float = 0.0
+    seconds: float = 0.0
+    bytes: int = 0
+    error: str = ""
+
+
+@dataclass
+class _Job:
+    """One save of this rank: what is to be written, and what is told to the thread."""
+
+    saved: Saved
+    partial: Path
+    tensors: dict[str, Tensor]
+    entries: dict[str, Entry]
+    texts: dict[str, str]
+    keep_last: int
+    best: Path | None
+    started: float = field(default_factory=time.monotonic)
+    abandoned: threading.Event = field(default_factory=threading.Event)
+    thread: threading.Thread = field(default_factory=threading.Thread)
+
+
+class Writer:
+    """Writes the checkpoints of a run, one at a time; every rank makes one and calls it alike.
+
+    Args:
+        folder: where the checkpoints are.
+        tell: called on rank 0 by a method of this class as soon as a save has ended, well or not.
+    """
+
+    def __init__(self, folder: Path, world: World, tell: Callable[[Saved], None]) -> None:
+        self.folder, self.world, self._tell = folder, world, tell
+        self._life = broadcast_object(secrets.token_hex(4))  # no other life's files are taken
+        self._host: dict[str, Tensor] = {}
+        self._job: _Job | None = None
+        self._failed = False  # the last save that ended, as rank 0 knows
+
+    def save(
+        self,
+        step: int,
+        fragments: Iterable[Fragment],
+        layout: Layout,
+        *,
+        state: dict[str, Any],
+        config_text: str,
+        keep_last: int = 1,
+        best_step: int | None = None,
+    ) -> None:
+        """Begin to write ``step-<step>``; a former save is waited for.
+
+        Args:
+            keep_last, best_step: see :func:`~swin_moe.checkpoint.prune`, which follows the write.
+        """
+        started = time.monotonic()
+        self.wait()
+        saved = Saved(step, self.folder / f"step-{step:08d}")
+        partial = self.folder / f"partial-{saved.path.name}-{self._life}"
+        partial.mkdir(parents=True, exist_ok=True)
+        tensors, entries = self._stage(fragments, layout)
+        texts = {}
+        if self.world.is_main:
+            text = json.dumps({"step": step, **state}, indent=1)
+            texts = {"config.yaml": config_text, "state.json": text}
+        best = None if best_step is None else self.folder / f"step-{best_step:08d}"
+        job = _Job(saved, partial, tensors, entries, texts, keep_last, best, started)
+        # Not a daemon: a program that ends lets it finish.
+        job.thread = threading.Thread(target=self._write, args=(job,), name=f"save-{step}")
+        self._job = job
+        job.thread.start()
+        saved.stall = time.monotonic() - started
+
+    def poll(self) -> None:
+        """Tell of the running save if it has ended by now."""
+        job = self._job
+        if self.world.is_main and job is not None and not job.thread.is_alive():
+            self._end(job)
+
+    def _end(self, job: _Job) -> None:
+        self._job = None
+        self._failed = bool(job.saved.error)
+        self._tell(job.saved)
+
+    def wait(self) -> bool:
+        """Wait for the running save, if any, and tell of it; to be called by every rank.
+
+        Returns:
+            whether the last save that was begun is complete, the same on every rank.
+        """
+        job, error = self._job, ""
+        if not self.world.is_main:
+            error = self._join()
+        # Rank 0 looks for the others' files: it must hear of one that never comes.
+        failed = torch.tensor([float(bool(error)) * (self.world.rank + 1)])
+        culprit = int(all_reduce_(failed.to(self.world.device), "max").item()) - 1
+        if self.world.is_main and job is not None:
+            if culprit > 0:
+                time.sleep(2 * _POLL)  # its own words may be there
+                job.abandoned.set()
+            self._join()
+            self._end(job)
+        self._job = None
+        failed = torch.tensor([float(self._failed)]).to(self.world.device)
+        return not all_reduce_(failed, "max").item()
+
+    def close(self, patience: float = 10.0) -> None:
+        """For a rank that fails alone: finish its part, if the others still finish theirs."""
+        if self._job is not None:
+            self._job.thread.join(patience)
+            self._job.abandoned.set()
+
+    def _join(self) -> str:
+        job = self._job
+        if job is None:
+            return ""
+        job.thread.join()
+        return job.saved.error
+
+    def _stage(
+        self, fragments: Iterable[Fragment], layout: Layout
+    ) -> tuple[dict[str, Tensor], dict[str, Entry]]:
+        """Copy this rank's part to host memory, which is kept from save to save."""
+        entries: dict[str, Entry] = {}
+        staged: dict[str, Tensor] = {}
+        for fragment in fragments:
+            entries[fragment.name] = describe(fragment, self.world.rank, layout)
+            for kind, values in fragment.values.items():
+                staged[key(fragment.name, kind)] = self._to_host(key(fragment.name, kind), values)
+        if self.world.device.type == "cuda":
+            torch.cuda.synchronize(self.world.device)
+        return staged | {RNG + name: t.clone() for name, t in rng_state().items()}, entries
+
+    def _to_host(self, name: str, values: Tensor) -> Tensor:
+        target = self._host.get(name)
+        if target is None or target.shape != values.shape:
+            pin = values.device.type == "cuda"
+            target = torch.empty(values.shape, dtype=values.dtype, pin_memory=pin)
+            self._host[name] = target
+        return target.copy_(values.detach(), non_blocking=True)
+
+    # ----------------------------------------------------------------------------------------
+    # In the thread
+
+    def _write(self, job: _Job) -> None:
+        try:
+            self._write_part(job)
+            if self.world.is_main:
+                self._commit(job)
+        except (OSError, CheckpointError, SafetensorError) as error:
+            job.saved.error = _reason(error)
+            log.debug("save of %s failed", job.saved.path, exc_info=True)
+            if self.world.is_main:
+                shutil.rmtree(job.partial, ignore_errors=True)
+        job.saved.seconds = time.monotonic() - job.started
+
+    def _write_part(self, job: _Job) -> None:
+        """This rank's file and its description; where that fails, the reason."""
+        rank = self.world.rank
+        try:
+            file = job.partial / rank_file(rank)
+            save_file(job.tensors, file)
+            file.chmod(job.partial.stat().st_mode & 0o666)  # not for its writer alone
+            sync(file)
+            files = {file.name: file_digest(file)}
+            for name, text in job.texts.items():
+                (job.partial / name).write_text(text, encoding="utf-8")
+                sync(job.partial / name)
+                files[name] = file_digest(job.partial / name)
+            mine = json.dumps({"files": files, "tensors": to_json(job.entries)})
+            _appear(job.partial / f"rank-{rank}.json", mine)
+        except (OSError, SafetensorError) as error:
+            text = _reason(error)
+            try:
+                _appear(job.partial / f"rank-{rank}.failed", text)
+            except OSError:
+                log.debug("not even the reason could be written")
+            raise
+
+    def _commit(self, job: _Job) -> None:
+        """Wait for every rank's part, check that they are the whole, and give it its name."""
+        parts = [self._await_part(job, rank) for rank in range(self.world.size)]
+        files = {name: entry for part in parts for name, entry in part["files"].items()}
+        entries = merge(from_json(part["tensors"]) for part in parts)
+        write_manifest(job.partial, files, to_json(entries))
+        for rank in range(self.world.size):
+            (job.partial / f"rank-{rank}.json").unlink()
+        for path in (job.partial / "manifest.json", job.partial):
+            sync(path)
+        if job.saved.path.exists():  # a damaged one that the resume passed over
+            discard(job.saved.path)
+        job.partial.rename(job.saved.path)
+        sync(self.folder)
+        job.saved.bytes = sum(entry["bytes"] for entry in files.values())
+        prune(self.folder, job.keep_last, job.best)
+
+    def _await_part(self, job: _Job, rank: int) -> dict[str, Any]:
+        done, failed = (job.partial / f"rank-{rank}.{end}" for end in ("json", "failed"))
+        while not done.exists():
+            if failed.exists():
+                raise CheckpointError(f"rank {rank}: {failed.read_text('utf-8')}")
+            if job.abandoned.wait(_POLL):
+                raise CheckpointError(f"rank {rank} did not write its part")
+        part: dict[str, Any] = json.loads(done.read_text(encoding="utf-8"))
+        return part
+
+
+def _appear(path: Path, text: str) -> None:
+    """Write a file that is there with all its content or not at all."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    sync(temporary)
+    temporary.rename(path)
+
+
+def _reason(error: Exception) -> str:
+    """One line: for an error of the system its own words, which name the cause and the file."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror} ({error.filename})" if error.filename else error.strerror
+    text = str(error) or type(error).__name__
+    quoted = re.search(r'message: "(.+?)"', text)  # how safetensors tells an error of the system
+    return quoted[1] if quoted else text.splitlines()[0]
