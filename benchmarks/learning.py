@@ -78,6 +78,7 @@ FACTORS: Settings = {
     "importance and load": ["moe.balance=importance_load"],
     "balance 0.001": ["moe.balance_weight=0.001"],
     "balance 0.1": ["moe.balance_weight=0.1"],
+    "balance 0.3": ["moe.balance_weight=0.3"],
     "no gate noise": ["moe.gate_noise=0"],
     "init 0.005": ["moe.init_std=0.005"],
     "no fc2 bias": ["moe.fc2_bias=false"],
@@ -233,11 +234,11 @@ def curve(run: Run, key: str) -> list[float]:
 
 
 def training_loss(run: Run) -> float:
-    """Mean of the last epoch as trained (augmented, smoothed), without the balance loss."""
+    """Mean of the last epoch as trained: augmented, smoothed, and without the balance loss."""
     last = [
         r for r in read_metrics(run.folder) if "train/loss" in r and r["epoch"] > run.epochs - 1
     ]
-    losses = [record["train/loss"] - record.get("train/aux_loss", 0.0) for record in last]
+    losses = [record["train/loss"] for record in last]
     return statistics.fmean(losses) if losses else float("nan")
 
 

@@ -6,7 +6,7 @@
 set -euo pipefail
 source "$(dirname -- "${BASH_SOURCE[0]}")/common.sh"
 
-nodes='' node_rank='' master='' processes=gpu max_restarts=0
+nodes='' node_rank='' master='' processes=gpu max_restarts=3
 dry_run=0
 while [[ $# -gt 0 ]]; do
   case $1 in

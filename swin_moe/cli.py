@@ -29,6 +29,7 @@ examples:
   swin-moe evaluate runs/swin_moe_micro
   swin-moe evaluate runs/swin_moe_micro/checkpoints/best
   swin-moe inspect runs/swin_moe_micro --images 6
+  swin-moe checkpoint list runs/swin_moe_micro
 
 exit codes: 0 done, 1 failed, 2 wrong use (a config, an argument or data that cannot be used),
 75 stopped by SIGTERM or SIGUSR1 with its checkpoint written: start again to go on
@@ -70,7 +71,8 @@ def build_parser() -> argparse.ArgumentParser:
     models = commands.add_parser("models", help="list the models, their parameters and GMACs")
     models.add_argument("pattern", nargs="?", default="*", help="e.g. 'swinv2_base*'")
     convert = _add_convert(commands)
-    for command in (train, evaluate, inspect, models, convert):
+    checkpoints = _add_checkpoint(commands)
+    for command in (train, evaluate, inspect, models, convert, *checkpoints):
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
 
@@ -133,6 +135,27 @@ def _add_convert(commands: Any) -> argparse.ArgumentParser:
         "--ranks", type=int, default=1, help="files of an official Swin-MoE .pth (default 1)"
     )
     return convert
+
+
+def _add_checkpoint(commands: Any) -> list[argparse.ArgumentParser]:
+    checkpoint = commands.add_parser(
+        "checkpoint",
+        help="list, verify, reshard or export the checkpoints of a run",
+        description="Any number of processes reads any checkpoint: nothing has to be resharded for "
+        "a resume.",
+    )
+    actions = checkpoint.add_subparsers(dest="action", required=True, metavar="ACTION")
+    listing = actions.add_parser("list", help="what there is, how large, written by whom")
+    verify = actions.add_parser("verify", help="read every byte and hold it against the manifest")
+    reshard = actions.add_parser("reshard", help="write a checkpoint in another number of files")
+    export = actions.add_parser("export", help="the weights alone as one safetensors file")
+    for action in (listing, verify, reshard, export):
+        action.add_argument("path", metavar="RUN_OR_CHECKPOINT")
+    reshard.add_argument("output", metavar="OUT", help="folder to make")
+    reshard.add_argument("--files", type=int, default=1, metavar="N", help="default 1")
+    export.add_argument("output", metavar="OUT.safetensors")
+    export.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
+    return [listing, verify, reshard, export]
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
@@ -224,6 +247,8 @@ def _run(arguments: argparse.Namespace) -> int:
     if arguments.command == "convert":
         _convert(arguments, console)
         return DONE
+    if arguments.command == "checkpoint":
+        return _checkpoint(arguments, console)
     if arguments.command == "train":
         config = load_config(arguments.config, arguments.overrides)
         if config.parallel.expert_parallel_size == "auto":
@@ -248,6 +273,23 @@ def _run(arguments: argparse.Namespace) -> int:
             _inspect(arguments, path, world, console)
         else:
             run.evaluate_checkpoint(path, world, console, arguments.overrides)
+    return DONE
+
+
+def _checkpoint(arguments: argparse.Namespace, console: Any) -> int:
+    from . import checkpoints
+
+    path = Path(arguments.path)
+    if arguments.action == "list":
+        if not console.is_terminal:
+            console.width = 160  # a pipe has none of its own
+        console.print(checkpoints.list_table(path))
+    elif arguments.action == "verify":
+        return DONE if checkpoints.verify(path, console) else FAILED
+    elif arguments.action == "reshard":
+        checkpoints.reshard(path, Path(arguments.output), arguments.files, console)
+    else:
+        checkpoints.export(path, Path(arguments.output), console, arguments.overwrite)
     return DONE
 
 

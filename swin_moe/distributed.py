@@ -148,7 +148,12 @@ def _join(rank: int, size: int, device: torch.device, timeout_minutes: float) ->
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         return
     os.environ.setdefault("MASTER_PORT", "29500")
-    dist.init_process_group(backend, rank=rank, world_size=size, timeout=timeout)
+    store, rank, size = next(dist.rendezvous("env://", rank, size, timeout=timeout))
+    store.set_timeout(timeout)
+    # The launcher's store outlives a restart: without a name of its own, the new group would look
+    # for the addresses of the dead one.
+    store = dist.PrefixStore(f"restart-{restarts()[0]}", store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
 
 
 def _expert_groups(rank: int, size: int, n: int) -> tuple[Group, Group]:
@@ -239,6 +244,15 @@ def broadcast_object(value: Any) -> Any:
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """Every rank's ``value`` by rank. For small objects of our own making only."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
 def seed_everything(seed: int, rank: int = 0) -> None:

@@ -98,10 +98,10 @@ def train(config: Config, world: World, console: Console, fresh: bool = False) -
         try:
             trainer = _fit(job, _assemble(job, reader, source))
         finally:
+            job.watchdog.stop()
             _finish_pictures(job)
     if world.is_main:
         console.print(report.closing(run.folder, trainer, time.monotonic() - started))
-    job.watchdog.stop()
     trainer.engine.close()
     for loader in loaders:
         loader.close()

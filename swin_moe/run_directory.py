@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import logging
+import platform
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import IO
 
 from rich.console import Console
 
-from . import checkpoint
+from . import __version__, checkpoint
 from .config import Config, ConfigError, dump_config, load_config
-from .distributed import World, broadcast_object
+from .distributed import World, broadcast_object, gather_objects, hostname, restarts
 from .models.pretrained import built_windows
 
 log = logging.getLogger("swin_moe")
@@ -53,9 +58,43 @@ def prepare_folder(run: Run, config: Config, fresh: bool) -> checkpoint.Reader |
     if reader is not None:
         _check_same_model(reader, config)
     log_to_file(run.log_file)
+    record_start(run, "" if reader is None else reader.path.name)
     if run.world.is_main:
         (run.folder / "config.yaml").write_text(dump_config(config), encoding="utf-8")
     return reader
+
+
+def record_start(run: Run, resumed_from: str) -> None:
+    """Append to ``starts.jsonl`` what this start of the run is made of; every rank calls it."""
+    hosts = gather_objects(hostname())
+    if not run.world.is_main:
+        return
+    packages = ("torch", "deepspeed", "timm", "numpy", "safetensors")
+    record = {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "command": sys.argv,
+        "hosts": hosts,
+        "resumed_from": resumed_from,
+        "restart": restarts()[0],
+        "git": _git_commit(),
+        "versions": {
+            "swin_moe": __version__,
+            "python": platform.python_version(),
+            **{name: version(name) for name in packages},
+        },
+    }
+    with (run.folder / "starts.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps(record) + "\n")
+
+
+def _git_commit() -> str:
+    """Commit of the source, with -dirty if files differ from it; empty outside a work tree."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout.strip()
 
 
 def step_back(run: Run, passed_over: bool) -> checkpoint.Reader:
@@ -150,9 +189,12 @@ def _check_same_model(reader: checkpoint.Reader, config: Config) -> None:
         shape_keys = [key for key in new if old[key] != new[key] and key in _SHAPE_KEYS]
         if shape_keys:
             key = shape_keys[0]
+            way = ""
+            if key in ("blocks", "num_experts") and not saved.moe.enabled:
+                way = "; `swin-moe convert --upcycle` makes a mixture of a dense model"
             raise ConfigError(
                 f"{section}.{key}={new[key]!r}, but the checkpoint {reader.path} was trained with "
-                f"{old[key]!r}: change it back, set another train.output, or use --fresh"
+                f"{old[key]!r}: change it back, set another train.output, or use --fresh{way}"
             )
 
     old_windows, new_windows = built_windows(saved.model), built_windows(config.model)

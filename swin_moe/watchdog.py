@@ -80,5 +80,5 @@ class Watchdog:
             flush=True,
         )
         faulthandler.dump_traceback(self._file, all_threads=True)
-        self._file.flush()
+        time.sleep(min(self.limit / 4, 5.0))  # or the others would see a lost peer, not a hang
         os._exit(HUNG)

@@ -14,7 +14,7 @@ LAYERS = [
     {"models", "metrics"},
     {"optim", "evaluation", "run_directory", "convert", "catalog", "summary"},
     {"engine"},
-    {"trainer"},
+    {"trainer", "checkpoints"},
     {"report"},
     {"run"},
     {"inspection"},

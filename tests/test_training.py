@@ -1,6 +1,7 @@
 """Whole runs in fresh processes: train, evaluate, be killed, resume."""
 
 import fcntl
+import json
 import re
 import shutil
 import subprocess
@@ -8,6 +9,7 @@ import time
 
 import psutil
 import pytest
+import torch
 
 from swin_moe.checkpoint import list_checkpoints
 from swin_moe.metrics import read_metrics
@@ -39,9 +41,20 @@ def undisturbed(tmp_path_factory):
 
 def test_run_directory_and_terminal(undisturbed):
     folder, printed = undisturbed
-    names = ["config.yaml", "metrics.jsonl", "summary.png", "logs/rank-0.log", "logs/rank-1.log"]
+    names = [
+        "config.yaml",
+        "starts.jsonl",
+        "metrics.jsonl",
+        "summary.png",
+        "logs/rank-0.log",
+        "logs/rank-1.log",
+    ]
     for name in [*names, "checkpoints/last/manifest.json", "checkpoints/best"]:
         assert (folder / name).exists(), name
+    start = json.loads((folder / "starts.jsonl").read_text())
+    assert start["versions"]["torch"] == torch.__version__
+    assert len(start["hosts"]) == 2
+    assert "train" in start["command"]
     assert list((folder / "tensorboard").glob("events.out.tfevents.*"))
     assert (folder / "summary.png").read_bytes().startswith(b"\x89PNG")
     for part in ("activated", "GMACs", "1 data × 2 expert", "stage 2", "fp32", "moe_dispatch",

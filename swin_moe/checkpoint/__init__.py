@@ -28,6 +28,7 @@ from .folder import (
 )
 from .fragments import Fragment, whole_fragments
 from .reader import Reader, load_weights, persistent_buffers
+from .reshard import reshard
 from .writer import Saved, Writer
 
 __all__ = [
@@ -43,6 +44,7 @@ __all__ = [
     "load_weights",
     "persistent_buffers",
     "prune",
+    "reshard",
     "set_aside",
     "set_aside_newer",
     "verify",

@@ -135,12 +135,22 @@ class Reader:
 
     def restore_rng(self, rank: int) -> bool:
         """Set this rank's generators; False if the checkpoint is of fewer ranks."""
-        if rank_file(rank) not in self.files:
-            return False
-        file = self._file(rank)
-        states = {k: file.get_tensor(k) for k in file.keys() if k.startswith(RNG)}  # noqa: SIM118
-        set_rng_state({k.removeprefix(RNG): state for k, state in states.items()})
+        states = self.rng_states(rank)
+        if states:
+            set_rng_state({k.removeprefix(RNG): state for k, state in states.items()})
         return bool(states)
+
+    def rng_states(self, rank: int) -> dict[str, Tensor]:
+        """A rank's generator states by the names that they have in its file."""
+        if rank_file(rank) not in self.files:
+            return {}
+        file = self._file(rank)
+        return {k: file.get_tensor(k) for k in file.keys() if k.startswith(RNG)}  # noqa: SIM118
+
+    def check_complete(self) -> None:
+        """Raise :class:`CheckpointError` unless every element of every tensor has a place."""
+        for name, entry in self.entries.items():
+            entry.check_complete(name)
 
 
 def persistent_buffers(model: torch.nn.Module) -> dict[str, Tensor]:

@@ -109,7 +109,8 @@ def write_checkpoint(folder: Path, engine, world, step: int = STEPS) -> None:
     assert writer.wait(), told
 
 
-def make_engine(world, cell: Cell):
+def make_engine(world, cell: Cell, prepare=lambda model: None):
+    """``prepare`` is called with the model before DeepSpeed has it."""
     from swin_moe.engine import Engine
     from swin_moe.models import build
 
@@ -119,6 +120,7 @@ def make_engine(world, cell: Cell):
     for parameter in model.parameters():  # block norms start at zero: wake every path up
         if parameter.ndim == 1:
             torch.nn.init.ones_(parameter)
+    prepare(model)
     gentle = cell.gentle or cell.dtype == "bf16"
     return Engine(
         model, world, optimizer=GENTLE if gentle else OPTIMIZER, zero=ZeroConfig(stage=cell.stage),
@@ -162,8 +164,10 @@ def main() -> None:
     size = distributed.environment_rank()[2]
     folder = Path(sys.argv[1])
     cells = legal_cells(size) + (references() if size == 1 else [])
-    for expert_parallel, some in itertools.groupby(cells, lambda cell: cell.expert_parallel):
-        world = distributed.init(expert_parallel_size=expert_parallel)
+    # ZeRO-3 last, for it puts a linear function of its own in place of PyTorch's, for good.
+    cells.sort(key=lambda cell: (cell.stage == 3, cell.expert_parallel))
+    for (_, n), some in itertools.groupby(cells, lambda c: (c.stage == 3, c.expert_parallel)):
+        world = distributed.init(expert_parallel_size=n)
         for cell in some:
             train(world, cell, folder / cell.name)
     distributed.shutdown()

@@ -1,0 +1,121 @@
+"""The commands ``swin-moe checkpoint list | verify | reshard | export``."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from . import checkpoint
+from .checkpoint import CheckpointError, Reader
+from .convert import convert
+
+
+def find(path: Path) -> list[Path]:
+    """The checkpoints of a run directory, newest first, or the one that the path is.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if (path / "manifest.json").exists():
+        return [path]
+    found = checkpoint.list_checkpoints(path / "checkpoints") or checkpoint.list_checkpoints(path)
+    if not found:
+        raise ValueError(f"{path}: neither a checkpoint nor a run directory that holds one")
+    return found
+
+
+def list_table(path: Path) -> Table:
+    """What each checkpoint of a run is: where in the training, how large, written by whom."""
+    table = Table(box=SIMPLE_HEAD)
+    table.add_column("checkpoint", overflow="fold")
+    for column in ("step", "epoch", "best top-1", "MB", "files", "written by", "is"):
+        table.add_column(column, justify="right" if column != "is" else "left")
+    for folder in find(path):
+        names = [n for n in ("last", "best") if (folder.parent / n).resolve() == folder.resolve()]
+        try:
+            table.add_row(str(folder), *_row(folder), ", ".join(names))
+        except CheckpointError as error:
+            table.add_row(str(folder), *[""] * 6, str(error).removeprefix(f"{folder}: "))
+    return table
+
+
+def _row(folder: Path) -> list[str]:
+    reader = Reader(folder)
+    state = reader.state
+    position = state.get("position", {})
+    top1 = position.get("best_top1", -1)
+    keys = ("processes", "expert_parallel_size", "zero_stage")
+    processes, group, stage = (state.get(key, "?") for key in keys)
+    return [
+        str(state.get("step", "")),
+        f"{position['epoch']} + {position['update']}" if "epoch" in position else "",
+        f"{top1:.2f} %" if top1 >= 0 else "",
+        f"{_size(folder) / 1e6:.1f}",
+        str(len(reader.files)),
+        f"{processes} × EP {group} × ZeRO {stage}",
+    ]
+
+
+def _size(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.iterdir())
+
+
+def verify(path: Path, console: Console) -> bool:
+    """Read every byte of the checkpoints; prints a line for each, returns whether all are whole."""
+    whole = True
+    for folder in track(find(path), "verifying", console=Console(stderr=True), transient=True):
+        try:
+            checkpoint.verify(folder)
+            Reader(folder).check_complete()
+            text = f"{folder}: whole ({_size(folder) / 1e6:.1f} MB)"
+        except CheckpointError as error:
+            whole, text = False, f"{error}"
+        console.print(text, highlight=False, markup=False, soft_wrap=True)
+    return whole
+
+
+def reshard(path: Path, target: Path, files: int, console: Console) -> None:
+    """Write the newest whole checkpoint in another number of files.
+
+    Raises:
+        ValueError: see :func:`swin_moe.checkpoint.reshard`.
+    """
+    if files < 1:
+        raise ValueError(f"--files {files}: expected a number above 0")
+    source = newest_whole(path)
+    started = time.monotonic()
+    checkpoint.reshard(source, target, files)
+    console.print(
+        f"{source} → {target}: {_size(target) / 1e6:.1f} MB in {files} files, "
+        f"{time.monotonic() - started:.1f} s",
+        highlight=False,
+        markup=False,
+        soft_wrap=True,
+    )
+
+
+def export(path: Path, target: Path, console: Console, overwrite: bool) -> None:
+    """Write the weights alone, with their config, as one safetensors file for inference."""
+    if target.suffix != ".safetensors":
+        raise ValueError(f"{target}: export writes .safetensors (`swin-moe convert` knows others)")
+    convert(newest_whole(path), target, console, overwrite=overwrite)
+
+
+def newest_whole(path: Path) -> Path:
+    """The checkpoint itself, or the newest whole one of a run.
+
+    Raises:
+        CheckpointError: it is damaged, or all are.
+    """
+    found = find(path)
+    if found == [path]:
+        checkpoint.verify(path)
+        return path
+    whole = checkpoint.latest(found[0].parent)
+    assert whole is not None
+    return whole

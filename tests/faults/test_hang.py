@@ -1,0 +1,41 @@
+"""A rank that stands still: found in time, stacks in the logs, and the launcher starts anew."""
+
+import os
+import signal
+
+import psutil
+
+from tests.faults import test_signals
+from tests.faults.test_nonfinite import run
+from tests.faults.test_signals import start, wait_for_step
+
+
+def test_a_stopped_rank_is_found_and_the_run_goes_on(tmp_path, monkeypatch):
+    limit = 15.0
+    monkeypatch.setattr(test_signals, "RECIPE", [
+        *test_signals.RECIPE, f"faults.hang_minutes={limit / 60}", "checkpoint.every_steps=5",
+    ])  # fmt: skip
+    folder = tmp_path / "run"
+    process = start(folder, 2, "--max-restarts", "1")
+    wait_for_step(process, folder, 8)
+    workers = psutil.Process(process.pid).children()
+    rank_one = next(worker for worker in workers if worker.environ()["RANK"] == "1")
+    os.kill(rank_one.pid, signal.SIGSTOP)  # it cannot even tell
+    printed, errors = process.communicate(timeout=200)
+    assert process.returncode == 0, errors
+    assert "swin-moe: error: rank 0: nothing went on for 15 s at " in errors
+    assert "started again by the launcher after a failure (1 of 1)" in printed
+    assert "resumed from step-" in printed
+    stacks = (folder / "logs/rank-0.log").read_text()
+    assert "Current thread" in stacks or "Thread 0x" in stacks
+    assert "trainer.py" in stacks
+
+
+def test_every_rank_dumps_its_stack_when_one_sleeps(tmp_path):
+    """The one that hangs in Python tells where, and so do those that wait for it."""
+    done = run(tmp_path, [(1, 6)], "faults.hang_minutes=0.2", how="sleep")
+    assert done.returncode != 0
+    for rank in (0, 1):
+        assert f"swin-moe: error: rank {rank}: nothing went on for 12 s at " in done.stderr
+        assert "trainer.py" in (tmp_path / f"run/logs/rank-{rank}.log").read_text()
+    assert "in sleeping" in (tmp_path / "run/logs/rank-1.log").read_text()

@@ -1,0 +1,91 @@
+"""``kill -9`` of any rank at any moment: the launcher starts anew and nothing committed is lost.
+
+``make test`` kills a few times, ``make test-faults`` a hundred.
+"""
+
+import json
+import random
+import time
+
+import psutil
+import pytest
+import torch
+
+from swin_moe.checkpoint import CheckpointError, Reader, list_checkpoints, verify
+from tests.faults import test_signals
+from tests.faults.test_signals import start, steps_done
+from tests.parallel import train
+
+# A save is nearly always under way.
+EVERY = 2
+RECIPE = ["precision.dtype=fp32", "zero.stage=1", "log.every_steps=2", "data.batch_size=8",
+          f"checkpoint.every_steps={EVERY}", "checkpoint.keep_last=2"]  # fmt: skip
+
+
+def kill_at_random(process, folder, kills, generator):
+    """Kill a rank some time after training went on; returns the lost steps after each kill."""
+    lost = []
+    before = steps_done(folder)
+    while len(lost) < kills:
+        while steps_done(folder) <= before:  # until it has gone on from where it was
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.01)
+        time.sleep(generator.uniform(0.0, 0.4))
+        workers = psutil.Process(process.pid).children()
+        if len(workers) < 2:
+            continue
+        kept = committed(folder)
+        workers[generator.randrange(2)].kill()
+        psutil.wait_procs(workers, timeout=60)
+        now = committed(folder)
+        assert now >= kept, "a committed checkpoint is gone"
+        before = steps_done(folder)
+        lost.append(before - now)
+        restarted = time.monotonic() + 60
+        while steps_done(folder) > now + 1 and time.monotonic() < restarted:
+            time.sleep(0.01)  # the records of the lost steps go when it resumes
+        before = now
+    return lost
+
+
+def committed(folder):
+    """The step of the newest checkpoint, which must be whole."""
+    for path in list_checkpoints(folder / "checkpoints"):
+        try:
+            verify(path)
+        except (CheckpointError, FileNotFoundError):
+            if path.exists():  # else it was pruned meanwhile
+                raise
+            continue
+        return json.loads((path / "state.json").read_text())["step"]
+    return 0
+
+
+def check(tmp_path, monkeypatch, kills, steps):
+    recipe = [*RECIPE, f"train.max_steps={steps}"]
+    done = train(tmp_path / "undisturbed", *recipe, processes=2)
+    assert done.returncode == 0, done.stderr
+    monkeypatch.setattr(test_signals, "RECIPE", recipe)
+    folder = tmp_path / "killed"
+    process = start(folder, 2, "--max-restarts", str(kills))
+    lost = kill_at_random(process, folder, kills, random.Random(0))
+    printed, errors = process.communicate(timeout=600)
+    assert process.returncode == 0, errors
+    assert f"started again by the launcher after a failure ({kills} of {kills})" in printed
+    print(f"{kills} kills, steps lost: {lost}")
+    assert max(lost) <= 3 * EVERY
+    ends = [tmp_path / run / "checkpoints/last" for run in ("killed", "undisturbed")]
+    mine, theirs = map(Reader, ends)
+    assert mine.state["position"] == theirs.state["position"]
+    for name, entry in theirs.entries.items():
+        for kind in entry.kinds:
+            assert torch.equal(mine.tensor(name, kind), theirs.tensor(name, kind)), name
+
+
+def test_a_few_kills_change_nothing(tmp_path, monkeypatch):
+    check(tmp_path, monkeypatch, kills=3, steps=60)
+
+
+@pytest.mark.faults
+def test_a_hundred_kills_change_nothing(tmp_path, monkeypatch):
+    check(tmp_path, monkeypatch, kills=100, steps=1200)

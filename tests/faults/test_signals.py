@@ -1,0 +1,77 @@
+"""SIGTERM and SIGUSR1 to the launcher: the ranks save and end with a code that asks to go on."""
+
+import json
+import signal
+import subprocess
+import time
+
+import pytest
+
+from swin_moe.checkpoint import latest
+from swin_moe.metrics import read_metrics
+from tests.parallel import MICRO, ROOT, SMALL, command, environment, train
+from tests.test_training import figures
+
+RECIPE = ["precision.dtype=fp32", "zero.stage=2", "log.every_steps=1", "train.max_steps=60",
+          "checkpoint.every_steps=1000"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("signals") / "undisturbed"
+    done = train(folder, *RECIPE, processes=2)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def start(folder, processes, *options):
+    arguments = ["train", str(MICRO), *SMALL, *RECIPE, f"train.output={folder}",
+                 f"parallel.expert_parallel_size={processes}"]  # fmt: skip
+    words = command(arguments, processes)
+    if processes > 1:
+        words[3:3] = options  # torchrun's
+    return subprocess.Popen(
+        words, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        text=True,
+    )  # fmt: skip
+
+
+def steps_done(folder):
+    return max((record["step"] for record in read_metrics(folder)), default=0)
+
+
+def wait_for_step(process, folder, step, patience=120):
+    deadline = time.monotonic() + patience
+    while steps_done(folder) < step and time.monotonic() < deadline:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_saves_and_the_next_start_goes_on_exactly(undisturbed, tmp_path, number):
+    folder = tmp_path / "run"
+    process = start(folder, 2, "--max-restarts", "3")
+    wait_for_step(process, folder, 5)
+    sent = time.monotonic()
+    process.send_signal(number)
+    printed, errors = process.communicate(timeout=100)
+    assert time.monotonic() - sent < 30  # what schedulers allow at least
+    assert process.returncode == 75, errors
+    assert "started again" not in printed
+    step = json.loads((latest(folder / "checkpoints") / "state.json").read_text())["step"]
+    assert 5 <= step < 60
+    assert errors.count(f"told to stop by a signal at step {step}; the checkpoint is written") == 1
+    done = train(folder, *RECIPE, processes=2)
+    assert done.returncode == 0, done.stderr
+    assert f"resumed from step-{step:08d}" in done.stdout
+    assert figures(folder) == figures(undisturbed)
+
+
+def test_one_process_without_a_launcher(tmp_path):
+    folder = tmp_path / "run"
+    process = start(folder, 1)
+    wait_for_step(process, folder, 3)
+    process.terminate()
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 75, errors
+    assert latest(folder / "checkpoints") is not None

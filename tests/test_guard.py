@@ -1,0 +1,83 @@
+"""What ranks agree on, loss spikes, and the watch over progress, in one process."""
+
+import math
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from swin_moe.guard import Guard, SpikeDetector, StopSignal
+from tests.parallel import ROOT, environment
+from tests.saving import ALONE
+
+
+def test_verdict_names_the_first_layer_and_the_factor_spoils_the_update():
+    guard = Guard(["a", "b"], ALONE, lambda: False)
+    guard.see(torch.tensor(2.0), torch.tensor([0, 0]))
+    guard.see(torch.tensor(4.0), torch.tensor([0, 0]))
+    assert guard.agree() == 1
+    assert guard.read() == ("", False, 3.0)
+    guard.see(torch.tensor(torch.nan), torch.tensor([0, 3]))
+    assert math.isnan(guard.agree())
+    assert guard.read().bad == "tokens at b on rank 0"
+    guard.see(torch.tensor(torch.inf), None)
+    assert math.isnan(guard.agree())
+    assert guard.read().bad == "loss on rank 0"
+    guard.see(torch.tensor(1.0), torch.tensor([0, 0]))
+    assert guard.agree() == 1  # it begins anew
+    assert guard.read() == ("", False, 1.0)
+
+
+def test_a_signal_is_remembered_and_passed_to_the_verdict():
+    with StopSignal() as stop:
+        guard = Guard([], ALONE, stop)
+        guard.see(torch.tensor(1.0), None)
+        signal.raise_signal(signal.SIGUSR1)
+        guard.agree()
+        assert guard.read().stop
+        assert stop.name == "SIGUSR1"
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_spikes_are_found_among_noise_and_do_not_become_usual():
+    generator = torch.Generator().manual_seed(0)
+    noise = 0.05 * torch.randn(300, generator=generator)
+    losses = (2.0 - 0.001 * torch.arange(300) + noise).tolist()
+    detector = SpikeDetector(6.0)
+    assert not any(detector.check(loss) for loss in losses)
+    assert detector.check(3.0)
+    assert detector.check(3.0)
+    assert not detector.check(losses[-1])
+    assert not any(SpikeDetector(0.0).check(10.0**n) for n in range(100))
+
+
+HANG = """
+import time
+from pathlib import Path
+from swin_moe.watchdog import Watchdog
+
+def waits_for_ever():
+    {wait}
+
+dog = Watchdog(1.0, Path({log!r}), 3)
+dog.beat()
+with dog.paused():
+    time.sleep(1.5)
+waits_for_ever()
+"""
+
+
+@pytest.mark.parametrize("wait", ["time.sleep(60)", "while True: pass"])
+def test_a_hang_ends_with_the_stacks_in_the_log(tmp_path, wait):
+    log = tmp_path / "rank-3.log"
+    done = subprocess.run(
+        [sys.executable, "-c", HANG.format(wait=wait, log=str(log))],
+        cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=50, check=False,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert done.stderr.startswith("swin-moe: error: rank 3: nothing went on for 1 s at ")
+    assert str(log) in done.stderr
+    assert "waits_for_ever" in done.stderr
+    assert "waits_for_ever" in log.read_text()

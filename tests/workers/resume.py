@@ -1,0 +1,87 @@
+"""Half a training here, the other half there: each world resumes what two processes began.
+
+The first launch, on two processes, trains three updates with expert parallelism and ZeRO-2 and
+saves; every launch then goes on from there in its own way. One process also trains through.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+from swin_moe import distributed
+from tests.workers.equivalence import (
+    STEPS,
+    Cell,
+    layout_of,
+    make_engine,
+    train_step,
+    write_checkpoint,
+)
+
+PARTS = 4  # micro-batches of an update
+HALF = 3
+BEGINNING = Cell(2, 2, stage=2, accumulation=2)
+ENDS = {
+    1: [Cell(1, 1, stage=1, accumulation=4)],
+    2: [
+        Cell(2, 2, stage=2, dtype="bf16", accumulation=2),
+        Cell(2, 2, stage=1, dtype="bf16", accumulation=2),
+        Cell(2, 2, stage=0, accumulation=2, recompute=True),
+        # Last, for DeepSpeed then puts a linear function of its own in place of PyTorch's.
+        Cell(2, 1, stage=3, accumulation=2),
+    ],
+    4: [Cell(4, 4, stage=1), Cell(4, 2, stage=2)],
+}
+
+
+def go_on(world, cell: Cell, folder: Path, first: int, last: int) -> None:
+    """Train updates [first, last), from ``HALF`` on after those of the beginning."""
+    from swin_moe.checkpoint import Reader, load_weights
+
+    if first:
+        source = folder.parent / BEGINNING._replace(dtype=cell.dtype).name
+        reader = Reader(source / f"step-{HALF:08d}")
+        engine = make_engine(
+            world, cell, lambda model: load_weights(model, reader, layout_of(model, world))
+        )
+        layout = layout_of(engine.model, world)
+
+        def read(name: str, kind: str, start: int, stop: int) -> torch.Tensor:
+            return reader.values(name, kind, layout.share_of(name), start, stop)
+
+        engine.load(read, first)
+    else:
+        engine = make_engine(world, cell)
+    engine.train()
+    figures: dict[str, list[float]] = {"loss": [], "norm": []}
+    for step in range(first, last):
+        figures["loss"].append(train_step(engine, world, cell.accumulation, step))
+        figures["norm"].append(engine.grad_norm())
+    write_checkpoint(folder, engine, world, last)
+    if world.is_main:
+        (folder / "figures.json").write_text(json.dumps(figures))
+    engine.close()
+
+
+def main() -> None:
+    size = distributed.environment_rank()[2]
+    folder = Path(sys.argv[1])
+    if size == 1:
+        go_on(distributed.init(), Cell(1, accumulation=PARTS), folder / "through-fp32", 0, STEPS)
+    if size == 2:
+        world = distributed.init(expert_parallel_size=2)
+        low = BEGINNING._replace(dtype="bf16")
+        for cell in (BEGINNING, low):
+            go_on(world, cell, folder / cell.name, 0, HALF)
+        go_on(world, low, folder / "through-bf16", 0, STEPS)
+    for cell in ENDS[size]:
+        world = distributed.init(expert_parallel_size=cell.expert_parallel)
+        go_on(world, cell, folder / f"to-{cell.name}", HALF, STEPS)
+    distributed.shutdown()
+    distributed.leave(0)
+
+
+if __name__ == "__main__":
+    main()
