@@ -37,7 +37,8 @@ def test_bad_input_ends_every_rank_with_one_line(tmp_path, overrides, expected):
 def test_nonfinite_loss_stops_before_the_step(tmp_path):
     folder = tmp_path / "run"
     done = train(folder, "precision.dtype=fp32", "zero.stage=1", "optimizer.base_lr=1e38",
-                 "schedule.warmup_epochs=0", "checkpoint.every_steps=1", processes=2)  # fmt: skip
+                 "schedule.warmup_epochs=0", "checkpoint.every_steps=1", "faults.nonfinite=stop",
+                 processes=2)  # fmt: skip
     assert done.returncode == 1
     message = one_error(done)
     step = int(

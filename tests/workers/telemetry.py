@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import torch
 
 from swin_moe import distributed
-from swin_moe.config import OptimizerConfig, ZeroConfig
+from swin_moe.config import FaultsConfig, OptimizerConfig, ZeroConfig
 from swin_moe.data import Batch
 from tests.workers.equivalence import MICRO_BATCH, MODEL, MOE, batch
 
@@ -29,7 +29,10 @@ class Images:
             images, labels = batch(index, self.rank)
             if index == self.spoilt:
                 images[1] = torch.nan
-            yield Batch(images, labels, [])
+            yield Batch(images, labels, [], torch.arange(len(labels)))
+
+    def keys(self, batch: Batch) -> list[str]:
+        return [str(index) for index in batch.indices.tolist()]
 
 
 def make_trainer(world, spoilt: int = -1, **changes):
@@ -53,7 +56,9 @@ def make_trainer(world, spoilt: int = -1, **changes):
         plan=plan, engine=engine, schedule=SimpleNamespace(step_update=lambda update: None),
         train_loader=Images(world.rank, spoilt), eval_loader=None,
         mixing=lambda images, labels, step: (images, torch.eye(5)[labels]), world=world,
-        log=SimpleNamespace(write=records.append), save=None, say=print,
+        log=SimpleNamespace(write=records.append), save=None,
+        saver=SimpleNamespace(poll=lambda: None), faults=FaultsConfig(nonfinite="stop"),
+        watchdog=SimpleNamespace(beat=lambda: None), stop_signal=lambda: False, say=print,
     )  # fmt: skip
     return trainer, records
 
