@@ -24,7 +24,10 @@ CELLS = [cell for world in WORLDS for cell in legal_cells(world)]
 FIGURES = {"fp32": (1e-5, 1e-5), "bf16": (4e-3, 5e-2)}
 # Of all weights after the last step: distance to the reference over the distance that it went.
 WEIGHTS = {"fp32": 2e-4, "bf16": 0.3}
-TENSOR = 1e-3  # of each weight and moment in fp32: distance over the reference's norm
+TENSOR = 2e-3  # of each weight and moment in fp32: distance over the reference's norm
+
+# Below this a norm is rounding: biases whose gradients cancel.
+FLOORS = {"weight": 1e-12, "exp_avg": 1e-9, "exp_avg_sq": 1e-16}
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +89,8 @@ def test_equals_one_process(results, cell):
             assert value.any()
         else:
             apart = (mine[name].double() - value.double()).norm()
-            assert apart <= TENSOR * value.double().norm() + 1e-12, name
+            floor = FLOORS[name.rpartition(" ")[2]]
+            assert apart <= TENSOR * value.double().norm() + floor, name
 
 
 def test_experts_of_two_ranks_differ(results):
