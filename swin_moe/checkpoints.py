@@ -15,27 +15,13 @@ from .checkpoint import CheckpointError, Reader
 from .convert import convert
 
 
-def find(path: Path) -> list[Path]:
-    """The checkpoints of a run directory, newest first, or the one that the path is.
-
-    Raises:
-        ValueError: there is none.
-    """
-    if (path / "manifest.json").exists():
-        return [path]
-    found = checkpoint.list_checkpoints(path / "checkpoints") or checkpoint.list_checkpoints(path)
-    if not found:
-        raise ValueError(f"{path}: neither a checkpoint nor a run directory that holds one")
-    return found
-
-
 def list_table(path: Path) -> Table:
     """What each checkpoint of a run is: where in the training, how large, written by whom."""
     table = Table(box=SIMPLE_HEAD)
     table.add_column("checkpoint", overflow="fold")
     for column in ("step", "epoch", "best top-1", "MB", "files", "written by", "is"):
         table.add_column(column, justify="right" if column != "is" else "left")
-    for folder in find(path):
+    for folder in checkpoint.find(path):
         names = [n for n in ("last", "best") if (folder.parent / n).resolve() == folder.resolve()]
         try:
             table.add_row(str(folder), *_row(folder), ", ".join(names))
@@ -68,7 +54,9 @@ def _size(folder: Path) -> int:
 def verify(path: Path, console: Console) -> bool:
     """Read every byte of the checkpoints; prints a line for each, returns whether all are whole."""
     whole = True
-    for folder in track(find(path), "verifying", console=Console(stderr=True), transient=True):
+    for folder in track(
+        checkpoint.find(path), "verifying", console=Console(stderr=True), transient=True
+    ):
         try:
             checkpoint.verify(folder)
             Reader(folder).check_complete()
@@ -87,7 +75,7 @@ def reshard(path: Path, target: Path, files: int, console: Console) -> None:
     """
     if files < 1:
         raise ValueError(f"--files {files}: expected a number above 0")
-    source = newest_whole(path)
+    source = checkpoint.choose(path)
     started = time.monotonic()
     checkpoint.reshard(source, target, files)
     console.print(
@@ -103,19 +91,4 @@ def export(path: Path, target: Path, console: Console, overwrite: bool) -> None:
     """Write the weights alone, with their config, as one safetensors file for inference."""
     if target.suffix != ".safetensors":
         raise ValueError(f"{target}: export writes .safetensors (`swin-moe convert` knows others)")
-    convert(newest_whole(path), target, console, overwrite=overwrite)
-
-
-def newest_whole(path: Path) -> Path:
-    """The checkpoint itself, or the newest whole one of a run.
-
-    Raises:
-        CheckpointError: it is damaged, or all are.
-    """
-    found = find(path)
-    if found == [path]:
-        checkpoint.verify(path)
-        return path
-    whole = checkpoint.latest(found[0].parent)
-    assert whole is not None
-    return whole
+    convert(checkpoint.choose(path), target, console, overwrite=overwrite)

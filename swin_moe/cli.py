@@ -267,12 +267,12 @@ def _run(arguments: argparse.Namespace) -> int:
         if not path.is_dir():
             raise ValueError(f"{path}: no such run directory or checkpoint folder")
         world = distributed.init()
-        from . import run
-
         if arguments.command == "inspect":
             _inspect(arguments, path, world, console)
         else:
-            run.evaluate_checkpoint(path, world, console, arguments.overrides)
+            from .opened import evaluate_checkpoint  # imports DeepSpeed, too
+
+            evaluate_checkpoint(path, world, console, arguments.overrides)
     return DONE
 
 

@@ -1,25 +1,22 @@
-"""One run: the parts built from the config, and how it starts, goes on and is evaluated."""
+"""One run: the parts built from the config, and how it starts, goes on and ends."""
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
 
 from . import checkpoint, distributed, ops, report
 from .checkpoint import Saved, Writer
-from .config import Config, ConfigError, dump_config, load_config
-from .data import Loader, build_loader, build_mixing
+from .config import Config, dump_config, load_config
+from .data import Loader, build_mixing
 from .distributed import World
 from .engine import Engine, resolve_precision
-from .evaluation import Evaluation, evaluate
 from .guard import Preempted, StopSignal
 from .metrics import MetricLog
 from .models import SwinTransformer, build, expert_parameter_names
@@ -31,6 +28,7 @@ from .models.pretrained import (
     read_pretrained,
 )
 from .moe import MoELayer, choose_overlap
+from .opened import loader_of
 from .optim import build_schedule
 from .placement import Layout, expert_share
 from .run_directory import Run, prepare_folder, step_back
@@ -39,9 +37,6 @@ from .trainer import Plan, Position, RollBack, Trainer, TrainingError
 from .watchdog import Watchdog
 
 log = logging.getLogger("swin_moe")
-
-# --------------------------------------------------------------------------------------------
-# Training
 
 
 @dataclass
@@ -77,7 +72,7 @@ def train(config: Config, world: World, console: Console, fresh: bool = False) -
         torch.set_flush_denormal(config.precision.flush_denormals)
         run = Run(Path(config.train.output), world, console)
         # All input is checked before anything is written.
-        loaders = [_build_loader(config, world, training) for training in (True, False)]
+        loaders = [loader_of(config, world, training) for training in (True, False)]
         plan = _plan(config, loaders[0])
         source = _starting_weights(run, config, fresh)
         reader = prepare_folder(run, config, fresh)
@@ -274,20 +269,6 @@ def _build_trainer(job: _Job, engine: Engine, position: Position) -> Trainer:
     )
 
 
-def _build_loader(config: Config, world: World, training: bool) -> Loader:
-    return build_loader(
-        config.data,
-        config.augment,
-        image_sides=config.model.image_sides,
-        in_chans=config.model.in_chans,
-        num_classes=config.model.num_classes,
-        training=training,
-        rank=world.rank,
-        world_size=world.size,
-        seed=config.train.seed,
-    )
-
-
 def _plan(config: Config, loader: Loader) -> Plan:
     accumulation = config.train.accumulation_steps
     updates = len(loader) // accumulation
@@ -404,78 +385,3 @@ def _finish_pictures(job: _Job) -> None:
     except Exception as error:  # never in the way of the error that ended the training
         log.warning("summary.png could not be drawn: %s", error)
     job.log.close()
-
-
-# --------------------------------------------------------------------------------------------
-# Evaluation
-
-
-@dataclass(frozen=True)
-class Opened:
-    """A checkpoint, ready to be asked: its own folder, and ``model`` called by ``forward``."""
-
-    path: Path
-    config: Config
-    model: SwinTransformer
-    forward: Callable[[torch.Tensor], Any]
-    loader: Loader
-
-
-def open_checkpoint(path: Path, world: World, overrides: list[str], command: str) -> Opened:
-    """The last checkpoint of a run directory, or a checkpoint folder, with its held-out data.
-
-    Raises:
-        ValueError: nothing there can be evaluated, or there are several processes.
-    """
-    if world.size > 1:
-        raise ValueError(f"{command} runs as one process: start it without a launcher")
-    found: Path | None = path
-    if not (path / "manifest.json").exists():
-        found = checkpoint.latest(path / "checkpoints")
-        if found is None:
-            raise ValueError(f"{path}: neither a checkpoint nor a run directory that holds one")
-    assert found is not None
-    source = read_pretrained(found)
-    config = load_config(found / "config.yaml", overrides)
-    torch.set_flush_denormal(config.precision.flush_denormals)
-    if config.model.num_classes != source.config.model.num_classes:
-        raise ConfigError(
-            f"model.num_classes={config.model.num_classes}, but {found} was trained for "
-            f"{source.config.model.num_classes}: its head cannot be evaluated"
-        )
-    config.model = adopt_pretrained_window(config.model, source)
-    with torch.random.fork_rng(devices=[]):
-        model = build(config.model, config.moe)
-    load_pretrained(model, source)
-    model.eval().to(world.device)
-    dtype = resolve_precision(config.precision, world.device)
-    forward = _inference(model, dtype, cast_weights=config.zero.stage > 0)
-    return Opened(found, config, model, forward, _build_loader(config, world, training=False))
-
-
-def evaluate_checkpoint(
-    path: Path, world: World, console: Console, overrides: list[str]
-) -> Evaluation:
-    """Evaluate a checkpoint on one process, see :func:`open_checkpoint`."""
-    opened = open_checkpoint(path, world, overrides, "evaluate")
-    classes = opened.config.model.num_classes
-    result = evaluate(opened.forward, opened.loader, classes, world.device)
-    report.print_evaluation(console, opened.path.resolve(), result, opened.loader.class_names)
-    opened.loader.close()
-    return result
-
-
-def _inference(model: SwinTransformer, dtype: torch.dtype, cast_weights: bool) -> Any:
-    """The forward pass with the precision that training evaluates in."""
-    if dtype == torch.float32:
-        return model
-    if cast_weights:  # parameters only: buffers stay fp32, as under DeepSpeed
-        for parameter in model.parameters():
-            parameter.data = parameter.data.to(dtype)
-        return lambda images: model(images.to(dtype))
-
-    def autocast(images: torch.Tensor) -> Any:
-        with torch.autocast(images.device.type, dtype=dtype):
-            return model(images)
-
-    return autocast

@@ -16,6 +16,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import IO
 
+import torch
 from rich.console import Console
 
 from . import __version__, checkpoint
@@ -69,7 +70,7 @@ def record_start(run: Run, resumed_from: str) -> None:
     hosts = gather_objects(hostname())
     if not run.world.is_main:
         return
-    packages = ("torch", "deepspeed", "timm", "numpy", "safetensors")
+    packages = ("deepspeed", "timm", "numpy", "safetensors")
     record = {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "command": sys.argv,
@@ -80,6 +81,7 @@ def record_start(run: Run, resumed_from: str) -> None:
         "versions": {
             "swin_moe": __version__,
             "python": platform.python_version(),
+            "torch": torch.__version__,  # with its build, which metadata lacks
             **{name: version(name) for name in packages},
         },
     }

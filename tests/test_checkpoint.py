@@ -137,7 +137,7 @@ def test_experts_that_are_not_there_are_told(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("runs", "message"),
+    ("spans", "message"),
     [
         ([(0, 3), (3, 6)], ""),
         ([(0, 3), (4, 6)], "gap or an overlap at element 3"),
@@ -358,7 +358,7 @@ def test_runs_in_files_that_the_manifest_does_not_name_are_refused(tmp_path):
     shutil.copy(path / "rank-00000.safetensors", path / "rank-00007.safetensors")
 
     def point_elsewhere(_, tensors):
-        tensors["a.weight"]["runs"][0][0] = 7
+        tensors["a.weight"]["spans"][0][0] = 7
 
     rewrite(path, point_elsewhere)
     with pytest.raises(CheckpointError, match=r"names no rank-00007\.safetensors"):

@@ -1,7 +1,7 @@
 """Every legal way to train trains what one process trains in fp32; every other one is refused.
 
-Rounding is all that may differ. In fp32 that is a few 1e-7, but for weights whose gradients all but
-vanish; in bf16, Adam's first steps turn the sign of small gradients into whole steps.
+Rounding is all that may differ. In fp32 that is a few 1e-7; in bf16, Adam's first steps make much of
+the rounding of small gradients.
 """
 
 import itertools
@@ -21,13 +21,9 @@ from tests.workers.equivalence import STEPS, legal_cells
 WORLDS = (1, 2, 4)
 CELLS = [cell for world in WORLDS for cell in legal_cells(world)]
 # Largest relative deviation of loss and of gradient norm over the steps.
-FIGURES = {"fp32": (1e-5, 1e-5), "bf16": (4e-3, 5e-2)}
+FIGURES = {"fp32": (1e-5, 1e-5), "bf16": (1.5e-3, 5e-3)}
 # Of all weights after the last step: distance to the reference over the distance that it went.
-WEIGHTS = {"fp32": 2e-4, "bf16": 0.3}
-TENSOR = 2e-3  # of each weight and moment in fp32: distance over the reference's norm
-
-# Below this a norm is rounding: biases whose gradients cancel.
-FLOORS = {"weight": 1e-12, "exp_avg": 1e-9, "exp_avg_sq": 1e-16}
+WEIGHTS = {"fp32": 1e-5, "bf16": 0.15}
 
 
 @pytest.fixture(scope="module")
@@ -88,9 +84,9 @@ def test_equals_one_process(results, cell):
             assert mine[name].equal(value)
             assert value.any()
         else:
-            apart = (mine[name].double() - value.double()).norm()
-            floor = FLOORS[name.rpartition(" ")[2]]
-            assert apart <= TENSOR * value.double().norm() + floor, name
+            torch.testing.assert_close(
+                mine[name], value, rtol=2e-4, atol=2e-6, msg=lambda text, n=name: f"{n}: {text}"
+            )
 
 
 def test_experts_of_two_ranks_differ(results):

@@ -16,6 +16,7 @@ LAYERS = [
     {"engine"},
     {"trainer", "checkpoints"},
     {"report"},
+    {"opened"},
     {"run"},
     {"inspection"},
     {"cli"},

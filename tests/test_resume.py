@@ -25,7 +25,7 @@ def results(tmp_path_factory):
 def test_the_curve_goes_on(results, cell):
     same_ranks = cell[:4] == BEGINNING._replace(dtype=cell.dtype)[:4]
     # Another stage adds up in another order; in bf16 that shows.
-    figure, state = (5e-3, 0.2) if cell.dtype == "bf16" and not same_ranks else (1e-5, 1e-3)
+    figure, state = (1e-3, 2e-2) if cell.dtype == "bf16" and not same_ranks else (1e-6, 1e-5)
     found = json.loads((results / f"to-{cell.name}" / "figures.json").read_text())
     through = json.loads((results / f"through-{cell.dtype}" / "figures.json").read_text())
     for key, values in found.items():
@@ -39,7 +39,7 @@ def test_the_curve_goes_on(results, cell):
             a, b = mine.tensor(name, kind), theirs.tensor(name, kind)
             if same_ranks:
                 assert torch.equal(a, b), f"{name} {kind}"
-            assert (a.double() - b.double()).norm() <= state * b.double().norm() + 1e-8, name
+            assert (a.double() - b.double()).norm() <= state * b.double().norm() + 1e-9, name
 
 
 def test_masters_are_saved_and_not_their_rounded_copies(results):
@@ -51,7 +51,7 @@ def test_masters_are_saved_and_not_their_rounded_copies(results):
 
 def test_each_rank_wrote_its_part(results):
     reader = Reader(results / BEGINNING.name / f"step-{HALF:08d}")
-    ranks = {run.rank for entry in reader.entries.values() for run in entry.runs}
+    ranks = {run.rank for entry in reader.entries.values() for run in entry.spans}
     assert ranks == {0, 1}
     assert {n for n in reader.files if n.startswith("rank")} == {
         "rank-00000.safetensors", "rank-00001.safetensors",

@@ -2,11 +2,11 @@
 
 One folder per checkpoint, ``step-00000042``::
 
-    rank-00000.safetensors    what rank 0 held: runs of the flattened tensors (fp32 master weights,
+    rank-00000.safetensors    what rank 0 held: spans of the flattened tensors (fp32 master weights,
                               and their moments as <name>.exp_avg, <name>.exp_avg_sq), buffers as
                               they are, and the states of its generators
     state.json, config.yaml   position, metrics; the resolved config
-    manifest.json             size and SHA-256 of each file, and which file has which run
+    manifest.json             size and SHA-256 of each file, and which file has which span
 
 Every element is written once, by the rank that updates it, so that nothing is gathered and the
 files together are as large as the tensors. The manifest speaks of whole tensors by global expert
@@ -18,7 +18,9 @@ folder with the right name and a manifest that fits is complete.
 from .folder import (
     CheckpointError,
     FormatError,
+    choose,
     clear_partial,
+    find,
     latest,
     list_checkpoints,
     prune,
@@ -38,7 +40,9 @@ __all__ = [
     "Reader",
     "Saved",
     "Writer",
+    "choose",
     "clear_partial",
+    "find",
     "latest",
     "list_checkpoints",
     "load_weights",

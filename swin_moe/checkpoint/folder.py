@@ -34,7 +34,7 @@ def rank_file(rank: int) -> str:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What ``manifest.json`` says: size and digest by file, and the tensors' runs as JSON."""
+    """What ``manifest.json`` says: size and digest by file, and the tensors' spans as JSON."""
 
     files: dict[str, tuple[int, str]]
     tensors: dict[str, Any]
@@ -101,6 +101,30 @@ def list_checkpoints(folder: Path) -> list[Path]:
         return []
     found = [path for path in folder.iterdir() if _NAME.match(path.name) and path.is_dir()]
     return sorted(found, key=step_of, reverse=True)
+
+
+def find(path: Path) -> list[Path]:
+    """The checkpoints of a run directory, newest first, or the one that the path is.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    if (path / "manifest.json").exists():
+        return [path]
+    found = list_checkpoints(path / "checkpoints")
+    if not found:
+        raise CheckpointError(f"{path}: neither a checkpoint nor a run directory that holds one")
+    return found
+
+
+def choose(path: Path) -> Path:
+    """The checkpoint that the path is, or the newest whole one of a run directory.
+
+    Raises:
+        CheckpointError: there is none, or all are damaged.
+    """
+    found = find(path)
+    return path if found == [path] else latest(path / "checkpoints") or path
 
 
 def step_of(path: Path) -> int:

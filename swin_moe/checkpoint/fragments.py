@@ -21,8 +21,8 @@ class Fragment:
 
     Attributes:
         shape: of the tensor on this rank, which for experts is its share's.
-        start: of the run in that tensor.
-        values: by kind, equally long, 1-D; no run may be held by two ranks.
+        start: of the span in that tensor.
+        values: by kind, equally long, 1-D; no span may be held by two ranks.
     """
 
     name: str
@@ -36,7 +36,7 @@ class Fragment:
 
 
 def whole_fragments(states: Iterable[tuple[str, dict[str, Tensor]]]) -> Iterator[Fragment]:
-    """Whole tensors by name and kind, each as one run."""
+    """Whole tensors by name and kind, each as one span."""
     for name, kinds in states:
         shape = tuple(next(iter(kinds.values())).shape)
         yield Fragment(name, shape, 0, {k: t.detach().reshape(-1) for k, t in kinds.items()})
@@ -48,11 +48,11 @@ def key(name: str, kind: str) -> str:
 
 
 @dataclass(frozen=True)
-class Run:
-    """A run of one tensor in one rank's file.
+class Span:
+    """A span of one tensor in one rank's file.
 
     Attributes:
-        rank: whose file. shard: the part of the experts' width that the run is of, 0 if whole.
+        rank: whose file. shard: the part of the experts' width that the span is of, 0 if whole.
         start, stop: elements of that part of the tensor of all experts.
     """
 
@@ -64,7 +64,7 @@ class Run:
 
 @dataclass
 class Entry:
-    """A whole tensor and the runs that make it up.
+    """A whole tensor and the spans that make it up.
 
     Attributes:
         shape: of all experts. shards: parts that the experts' width is cut into.
@@ -74,17 +74,17 @@ class Entry:
     shape: list[int]
     shards: int
     kinds: list[str]
-    runs: list[Run] = field(default_factory=list)
+    spans: list[Span] = field(default_factory=list)
 
     def check_complete(self, name: str) -> None:
-        """Raise :class:`CheckpointError` unless the runs are every element once."""
+        """Raise :class:`CheckpointError` unless the spans are every element once."""
         part = math.prod(self.shape) // self.shards
         for shard in range(self.shards):
             position = 0
-            for run in sorted((r for r in self.runs if r.shard == shard), key=lambda r: r.start):
-                if run.start != position or run.stop <= run.start:
+            for span in sorted((r for r in self.spans if r.shard == shard), key=lambda r: r.start):
+                if span.start != position or span.stop <= span.start:
                     raise CheckpointError(f"'{name}' has a gap or an overlap at element {position}")
-                position = run.stop
+                position = span.stop
             if position != part:
                 raise CheckpointError(f"'{name}' has {position} of {part} elements")
 
@@ -97,8 +97,8 @@ def describe(fragment: Fragment, rank: int, layout: Layout) -> Entry:
     if share is not None:
         offset = share.experts.start * math.prod(fragment.shape[1:])
         shard, shards = share.shard, share.shards
-    run = Run(rank, shard, offset + fragment.start, offset + fragment.stop)
-    return Entry(whole, shards, list(fragment.values), [run])
+    span = Span(rank, shard, offset + fragment.start, offset + fragment.stop)
+    return Entry(whole, shards, list(fragment.values), [span])
 
 
 def merge(parts: Iterable[dict[str, Entry]]) -> dict[str, Entry]:
@@ -113,7 +113,7 @@ def merge(parts: Iterable[dict[str, Entry]]) -> dict[str, Entry]:
             known = merged.setdefault(name, Entry(entry.shape, entry.shards, entry.kinds))
             if (known.shape, known.shards, known.kinds) != (entry.shape, entry.shards, entry.kinds):
                 raise CheckpointError(f"'{name}' has shape {known.shape} and {entry.shape}")
-            known.runs += entry.runs
+            known.spans += entry.spans
     for name, entry in merged.items():
         entry.check_complete(name)
     return merged
@@ -125,7 +125,7 @@ def to_json(entries: dict[str, Entry]) -> dict[str, Any]:
             "shape": entry.shape,
             "shards": entry.shards,
             "kinds": entry.kinds,
-            "runs": [[r.rank, r.shard, r.start, r.stop] for r in entry.runs],
+            "spans": [[r.rank, r.shard, r.start, r.stop] for r in entry.spans],
         }
         for name, entry in entries.items()
     }
@@ -138,7 +138,7 @@ def from_json(content: dict[str, Any]) -> dict[str, Entry]:
             [int(size) for size in entry["shape"]],
             int(entry["shards"]),
             [str(kind) for kind in entry["kinds"]],
-            [Run(*(int(number) for number in run)) for run in entry["runs"]],
+            [Span(*(int(number) for number in span)) for span in entry["spans"]],
         )
         for name, entry in content.items()
     }

@@ -1,4 +1,4 @@
-"""Reading: any run of any tensor, from whichever ranks' files hold it."""
+"""Reading: any span of any tensor, from whichever ranks' files hold it."""
 
 from __future__ import annotations
 
@@ -105,11 +105,11 @@ class Reader:
     ) -> Tensor:
         """Elements [start, stop) of one part of the tensor of all experts."""
         pieces, position = [], start
-        for run in sorted(entry.runs, key=lambda run: run.start):
-            low, high = max(run.start, start), min(run.stop, stop)
-            if run.shard == shard and low < high:
-                values = self._file(run.rank).get_slice(key(name, kind))
-                pieces.append(values[low - run.start : high - run.start])
+        for span in sorted(entry.spans, key=lambda span: span.start):
+            low, high = max(span.start, start), min(span.stop, stop)
+            if span.shard == shard and low < high:
+                values = self._file(span.rank).get_slice(key(name, kind))
+                pieces.append(values[low - span.start : high - span.start])
                 position = high
         if position != stop:
             raise CheckpointError(

@@ -10,21 +10,30 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from .folder import CheckpointError, file_digest, rank_file, read_manifest, sync, write_manifest
-from .fragments import Entry, Run, key, to_json
+from .folder import (
+    CheckpointError,
+    file_digest,
+    rank_file,
+    read_manifest,
+    sync,
+    verify,
+    write_manifest,
+)
+from .fragments import Entry, Span, key, to_json
 from .reader import Reader
 
 
 def reshard(source: Path, target: Path, files: int) -> None:
     """Write a checkpoint anew in so many files of about equal size; memory holds one at a time.
 
-    Every tensor is cut into as many runs; the generators of ranks beyond the files are left out.
+    Every tensor is cut into as many spans; the generators of ranks beyond the files are left out.
 
     Raises:
         CheckpointError: ``source`` is damaged, or ``target`` exists.
     """
     if target.exists():
         raise CheckpointError(f"{target} exists: choose another name")
+    verify(source)  # or damage would get a digest of its own
     reader, manifest = Reader(source), read_manifest(source)
     entries = {n: Entry(e.shape, 1, e.kinds) for n, e in reader.entries.items()}
     partial = target.with_name(f"partial-{target.name}")
@@ -52,7 +61,7 @@ def reshard(source: Path, target: Path, files: int) -> None:
 def _part(
     reader: Reader, entries: dict[str, Entry], index: int, files: int
 ) -> dict[str, torch.Tensor]:
-    """What goes into one file; its runs are noted in the entries."""
+    """What goes into one file; its spans are noted in the entries."""
     tensors = reader.rng_states(index)
     for name, entry in entries.items():
         total = math.prod(entry.shape)
@@ -60,7 +69,7 @@ def _part(
         start, stop = min(index * length, total), min((index + 1) * length, total)
         if start == stop:
             continue
-        entry.runs.append(Run(index, 0, start, stop))
+        entry.spans.append(Span(index, 0, start, stop))
         for kind in entry.kinds:
             tensors[key(name, kind)] = reader.values(name, kind, None, start, stop)
     return tensors

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..data import Loader
 from ..distributed import World
 from ..models import SwinTransformer
-from ..run import Opened, open_checkpoint
+from ..opened import Opened, open_checkpoint
 from .draw import draw_experts, draw_maps, to_pixels
 from .routes import LayerFindings, watched
 

@@ -25,6 +25,7 @@ def test_a_stopped_rank_is_found_and_the_run_goes_on(tmp_path, monkeypatch):
     assert process.returncode == 0, errors
     assert "swin-moe: error: rank 0: nothing went on for 30 s at " in errors
     assert "started again by the launcher after a failure (1 of 3)" in printed
+    assert "(2 of 3)" not in printed
     assert "resumed from step-" in printed
     stacks = (folder / "logs/rank-0.log").read_text()
     assert "Current thread" in stacks or "Thread 0x" in stacks

@@ -1,8 +1,9 @@
 """Train a few steps in every legal way on however many processes; write losses, norms, weights.
 
-A cell of w processes and a micro-steps an update sees the w·a micro-batches that one process with
-w·a micro-steps sees, with the same capacities and queues. Four processes with expert groups of two
-replicate one another's experts; in "sharded" cells two processes hold one expert together.
+An update is of as many images in every cell. With w processes and a micro-steps they come as the
+w·a micro-batches that one process with w·a micro-steps sees, with the same capacities and queues.
+Four processes with expert groups of two replicate one another's experts; in "sharded" cells two
+processes hold one expert together.
 """
 
 import itertools
@@ -19,7 +20,8 @@ from swin_moe.config import ModelConfig, MoEConfig, OptimizerConfig, ZeroConfig
 from swin_moe.placement import Layout, expert_share
 
 STEPS = 5
-MICRO_BATCH = 4
+IMAGES = 32  # of an update
+MICRO_BATCH = 4  # in tests of single parts
 MODEL = ModelConfig(
     img_size=16, patch_size=2, in_chans=1, num_classes=5, embed_dim=8, depths=[1, 2],
     num_heads=[1, 2], window_size=4, drop_path_rate=0.0,
@@ -31,8 +33,9 @@ MOE = MoEConfig(
 SHARDED = MOE.model_copy(
     update={"num_experts": 2, "top_k": 1, "overlap_degree": 2, "bias_update_rate": 0.05}
 )
-# Every step is clipped; eps is large enough that rounding of near-zero gradients does not show.
-OPTIMIZER = OptimizerConfig(base_lr=0.5, clip_norm=0.2, eps=1e-5)
+# Every step is clipped; eps is large enough that rounding of near-zero gradients does not show,
+# and that a wrong scale of the gradients does.
+OPTIMIZER = OptimizerConfig(base_lr=0.5, clip_norm=0.2, eps=1e-4)
 # For bf16: at the rate above its rounding sends tokens elsewhere by the third step, and any figure
 # may come out; at this one the routes stay, and a bound can be close.
 GENTLE = OPTIMIZER.model_copy(update={"base_lr": 0.1})
@@ -61,6 +64,10 @@ class Cell(NamedTuple):
         return self.world * self.accumulation
 
     @property
+    def micro_batch(self) -> int:
+        return IMAGES // self.parts
+
+    @property
     def reference(self) -> "Cell":
         gentle = self.gentle or self.dtype == "bf16"
         return Cell(1, accumulation=self.parts, sharded=self.sharded, gentle=gentle)
@@ -85,10 +92,10 @@ def references() -> list[Cell]:
     return sorted(wanted)
 
 
-def batch(step: int, part: int) -> tuple[torch.Tensor, torch.Tensor]:
+def batch(step: int, part: int, size: int = MICRO_BATCH) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(100 * step + part)
-    images = torch.randn(MICRO_BATCH, 1, 16, 16, generator=generator)
-    return images, torch.randint(0, 5, (MICRO_BATCH,), generator=generator)
+    images = torch.randn(size, 1, 16, 16, generator=generator)
+    return images, torch.randint(0, 5, (size,), generator=generator)
 
 
 def layout_of(model, world) -> Layout:
@@ -123,17 +130,23 @@ def make_engine(world, cell: Cell, prepare=lambda model: None):
     prepare(model)
     gentle = cell.gentle or cell.dtype == "bf16"
     return Engine(
-        model, world, optimizer=GENTLE if gentle else OPTIMIZER, zero=ZeroConfig(stage=cell.stage),
-        dtype=DTYPES[cell.dtype], micro_batch=MICRO_BATCH, accumulation_steps=cell.accumulation,
-    )  # fmt: skip
+        model,
+        world,
+        optimizer=GENTLE if gentle else OPTIMIZER,
+        zero=ZeroConfig(stage=cell.stage),
+        dtype=DTYPES[cell.dtype],
+        micro_batch=cell.micro_batch,
+        accumulation_steps=cell.accumulation,
+    )
 
 
-def train_step(engine, world, accumulation: int, step: int) -> float:
+def train_step(engine, world, cell: Cell, step: int) -> float:
     """One update; returns the mean loss of all micro-batches of all ranks."""
     model = engine.model
     total, counts = torch.zeros(()), torch.zeros(1, model.moe.num_experts)
-    for micro in range(accumulation):
-        images, labels = batch(step, world.rank * accumulation + micro)
+    for micro in range(cell.accumulation):
+        part = world.rank * cell.accumulation + micro
+        images, labels = batch(step, part, cell.micro_batch)
         output = engine.forward(images)
         loss = F.cross_entropy(output.logits, labels) + output.aux_loss
         assert output.stats.dropped.sum() > 0  # the capacity bites
@@ -142,7 +155,7 @@ def train_step(engine, world, accumulation: int, step: int) -> float:
         total += loss.detach()
         counts += output.stats.counts
     model.update_choice_bias(distributed.all_reduce_(counts))
-    return float(distributed.all_reduce_(total)) / (world.size * accumulation)
+    return float(distributed.all_reduce_(total)) / cell.parts
 
 
 def train(world, cell: Cell, folder: Path) -> None:
@@ -152,7 +165,7 @@ def train(world, cell: Cell, folder: Path) -> None:
         write_checkpoint(folder, engine, world, 0)
     losses, norms = [], []
     for step in range(STEPS):
-        losses.append(train_step(engine, world, cell.accumulation, step))
+        losses.append(train_step(engine, world, cell, step))
         norms.append(engine.grad_norm())
     write_checkpoint(folder, engine, world)
     if world.is_main:

@@ -57,7 +57,7 @@ def go_on(world, cell: Cell, folder: Path, first: int, last: int) -> None:
     engine.train()
     figures: dict[str, list[float]] = {"loss": [], "norm": []}
     for step in range(first, last):
-        figures["loss"].append(train_step(engine, world, cell.accumulation, step))
+        figures["loss"].append(train_step(engine, world, cell, step))
         figures["norm"].append(engine.grad_norm())
     write_checkpoint(folder, engine, world, last)
     if world.is_main:

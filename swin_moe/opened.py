@@ -1,0 +1,101 @@
+"""A checkpoint, opened to be asked: its model with the data that it is held against."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from . import checkpoint, report
+from .config import Config, ConfigError, load_config
+from .data import Loader, build_loader
+from .distributed import World
+from .engine import resolve_precision
+from .evaluation import Evaluation, evaluate
+from .models import SwinTransformer, build
+from .models.pretrained import adopt_pretrained_window, load_pretrained, read_pretrained
+
+
+def loader_of(config: Config, world: World, training: bool) -> Loader:
+    """Batches of the training or the held-out split for one rank."""
+    return build_loader(
+        config.data,
+        config.augment,
+        image_sides=config.model.image_sides,
+        in_chans=config.model.in_chans,
+        num_classes=config.model.num_classes,
+        training=training,
+        rank=world.rank,
+        world_size=world.size,
+        seed=config.train.seed,
+    )
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A checkpoint, ready to be asked: its own folder, and ``model`` called by ``forward``."""
+
+    path: Path
+    config: Config
+    model: SwinTransformer
+    forward: Callable[[torch.Tensor], Any]
+    loader: Loader
+
+
+def open_checkpoint(path: Path, world: World, overrides: list[str], command: str) -> Opened:
+    """The last checkpoint of a run directory, or a checkpoint folder, with its held-out data.
+
+    Raises:
+        ValueError: nothing there can be evaluated, or there are several processes.
+    """
+    if world.size > 1:
+        raise ValueError(f"{command} runs as one process: start it without a launcher")
+    found = checkpoint.choose(path)
+    source = read_pretrained(found)
+    config = load_config(found / "config.yaml", overrides)
+    torch.set_flush_denormal(config.precision.flush_denormals)
+    if config.model.num_classes != source.config.model.num_classes:
+        raise ConfigError(
+            f"model.num_classes={config.model.num_classes}, but {found} was trained for "
+            f"{source.config.model.num_classes}: its head cannot be evaluated"
+        )
+    config.model = adopt_pretrained_window(config.model, source)
+    with torch.random.fork_rng(devices=[]):
+        model = build(config.model, config.moe)
+    load_pretrained(model, source)
+    model.eval().to(world.device)
+    dtype = resolve_precision(config.precision, world.device)
+    forward = _inference(model, dtype, cast_weights=config.zero.stage > 0)
+    return Opened(found, config, model, forward, loader_of(config, world, training=False))
+
+
+def evaluate_checkpoint(
+    path: Path, world: World, console: Console, overrides: list[str]
+) -> Evaluation:
+    """Evaluate a checkpoint on one process, see :func:`open_checkpoint`."""
+    opened = open_checkpoint(path, world, overrides, "evaluate")
+    classes = opened.config.model.num_classes
+    result = evaluate(opened.forward, opened.loader, classes, world.device)
+    report.print_evaluation(console, opened.path.resolve(), result, opened.loader.class_names)
+    opened.loader.close()
+    return result
+
+
+def _inference(model: SwinTransformer, dtype: torch.dtype, cast_weights: bool) -> Any:
+    """The forward pass with the precision that training evaluates in."""
+    if dtype == torch.float32:
+        return model
+    if cast_weights:  # parameters only: buffers stay fp32, as under DeepSpeed
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(dtype)
+        return lambda images: model(images.to(dtype))
+
+    def autocast(images: torch.Tensor) -> Any:
+        with torch.autocast(images.device.type, dtype=dtype):
+            return model(images)
+
+    return autocast
