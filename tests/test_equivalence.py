@@ -1,7 +1,7 @@
 """Every legal way to train trains what one process trains in fp32; every other one is refused.
 
-Rounding is all that may differ. In fp32 that is a few 1e-7; in bf16, Adam's first steps make much of
-the rounding of small gradients.
+Rounding is all that may differ. In fp32 that is a few 1e-7; in bf16, Adam's first steps make much
+of the rounding of small gradients.
 """
 
 import itertools
