@@ -8,6 +8,8 @@ tuned allocator of the launchers and flushed denormals alike (`tuned_process`).
 from __future__ import annotations
 
 import argparse
+import ctypes
+import gc
 import json
 import os
 import platform
@@ -157,6 +159,13 @@ def report(title: str, columns: list[str], rows: list[list[str]]) -> None:
     console = Console()
     console.width = max(console.width, 150)
     console.print(table)
+
+
+def release_memory() -> None:
+    """Give what was freed back to the system, which :data:`ALLOCATOR` holds on to."""
+    gc.collect()
+    if sys.platform == "linux":
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def write_json(path: Path | None, cells: list[dict[str, object]], **more: object) -> None:

@@ -299,6 +299,7 @@ def measure_all(options: argparse.Namespace, world: World) -> list[dict[str, obj
     for spec in grid(options, world.size):
         # Two rounds fewer where no bar is at stake.
         rounds = options.rounds if bar_of(spec, world) else max(2, options.rounds - 2)
+        harness.release_memory()
         cell = Cell(spec, world).measure(rounds)
         cells.append(cell)
         if world.is_main:

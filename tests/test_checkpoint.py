@@ -146,9 +146,9 @@ def test_experts_that_are_not_there_are_told(tmp_path):
         ([(0, 3)], "has 3 of 6 elements"),
     ],
 )
-def test_ranks_that_do_not_make_up_the_whole_are_refused(runs, message):
+def test_ranks_that_do_not_make_up_the_whole_are_refused(spans, message):
     parts = []
-    for rank, (start, stop) in enumerate(runs):
+    for rank, (start, stop) in enumerate(spans):
         fragment = Fragment("a", (2, 3), start, {"weight": torch.zeros(stop - start)})
         parts.append({"a": describe(fragment, rank, whole_layout(set(), 1))})
     if not message:
