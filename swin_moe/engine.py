@@ -5,19 +5,16 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import deepspeed
 import torch
 from deepspeed.moe.layer import MoE
+from deepspeed.ops.op_builder import AsyncIOBuilder
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from deepspeed.utils import groups as deepspeed_groups
-from deepspeed.utils import (
-    safe_get_local_fp32_param,
-    safe_get_local_optimizer_state,
-    safe_set_local_fp32_param,
-    safe_set_local_optimizer_state,
-)
 from torch import Tensor, nn
 
 from .checkpoint import Fragment, persistent_buffers, whole_fragments
@@ -32,9 +29,26 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 # What we use of DeepSpeed beyond its documented interface.
 _INTERNALS = (
     (DeepSpeedZeroOptimizer, "_lazy_init_hp_params_optimizer_state"),
+    (DeepSpeedZeroOptimizer_Stage3, "_swappable_optimizer_subgroup"),
+    (DeepSpeedZeroOptimizer_Stage3, "_optimizer_states_and_gradient_swap_in"),
+    (DeepSpeedZeroOptimizer_Stage3, "_optimizer_states_and_gradient_swap_out"),
+    (DeepSpeedZeroOptimizer_Stage3, "_release_swap_buffers"),
     (deepspeed_groups, "_EXPERT_PARALLEL_GROUP"),
     (deepspeed_groups, "_EXPERT_DATA_PARALLEL_GROUP"),
 )
+
+
+def check_nvme(zero: ZeroConfig) -> None:
+    """Raise ``ValueError`` if optimizer state cannot be kept in files."""
+    if not AsyncIOBuilder().is_compatible():
+        raise ValueError(
+            "zero.offload=nvme needs libaio and its headers (apt install libaio-dev), and a C++ "
+            "compiler, with which DeepSpeed builds its reader on first use"
+        )
+    try:
+        Path(zero.nvme_path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"zero.nvme_path={zero.nvme_path}: {error.strerror}") from None
 
 
 def check_deepspeed() -> None:
@@ -70,6 +84,23 @@ def resolve_precision(precision: PrecisionConfig, device: torch.device) -> torch
     return torch.bfloat16 if wanted else torch.float32
 
 
+def _bucket(model: nn.Module) -> int:
+    """Elements gathered before they are reduced; DeepSpeed's default takes 2 GB in bf16."""
+    return max(50_000_000, *(parameter.numel() for parameter in model.parameters()))
+
+
+def reserved_bytes(zero: ZeroConfig, model: nn.Module, dtype: torch.dtype, world: World) -> int:
+    """What DeepSpeed holds on the device beside weights and gradients of the model's own dtype."""
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    moments = 0 if zero.offload != "none" else 8 * parameters
+    if zero.stage == 0:
+        return moments
+    masters = 0 if dtype == torch.float32 or zero.offload != "none" else 4 * parameters
+    # Experts are cut over their replicas alone; ranks that hold others replicate none.
+    replicas = world.expert_data.size if world.expert.size > 1 else world.size
+    return (masters + moments) // replicas + 2 * _bucket(model) * dtype.itemsize
+
+
 class _ExpertMarker(MoE):
     """Stands in for our MoE layers: DeepSpeed looks for instances of its own class.
 
@@ -89,6 +120,14 @@ class _ExpertMarker(MoE):
 
 def _group_name(world: World) -> str:
     return f"ep_size_{world.expert.size}"
+
+
+class _Part(NamedTuple):
+    """What a rank holds of a flattened parameter from element ``start`` on, by kind."""
+
+    name: str
+    start: int
+    values: dict[str, Tensor]
 
 
 class Engine:
@@ -116,6 +155,8 @@ class Engine:
         accumulation_steps: int,
     ) -> None:
         check_deepspeed()
+        if zero.offload == "nvme":
+            check_nvme(zero)
         self.world = world
         self.model = model
         self.stage = zero.stage
@@ -144,10 +185,13 @@ class Engine:
             "stage": zero.stage,
             "reduce_scatter": True,
             "contiguous_gradients": True,
+            "reduce_bucket_size": _bucket(self.model),
             "overlap_comm": self.world.device.type == "cuda",
         }
-        if zero.offload == "cpu":
-            stage["offload_optimizer"] = {"device": "cpu"}
+        if zero.offload != "none":
+            stage["offload_optimizer"] = {"device": zero.offload}
+        if zero.offload == "nvme":
+            stage["offload_optimizer"]["nvme_path"] = zero.nvme_path
         return {
             "train_micro_batch_size_per_gpu": micro_batch,
             "gradient_accumulation_steps": accumulation,
@@ -264,60 +308,13 @@ class Engine:
         """What this rank holds of masters and moments, each element on one rank only; no copies.
 
         At ZeRO stage 0 the ranks hold the same and share the work. Persistent buffers are rank 0's.
+        A fragment is valid until the next one is asked for.
         """
-        for name, parameter in self.parameters.items():
-            start, values = self._held(name, parameter)
+        for name, start, values in self._parts():
             if values["weight"].numel():
-                yield Fragment(name, self._shape(parameter), start, values)
+                yield Fragment(name, self._shape(name), start, values)
         if self.world.is_main:
             yield from whole_fragments((n, {"weight": t}) for n, t in self.buffers.items())
-
-    def _shape(self, parameter: nn.Parameter) -> tuple[int, ...]:
-        return tuple(getattr(parameter, "ds_shape", parameter.shape))  # ds_shape: under ZeRO-3
-
-    def _held(self, name: str, parameter: nn.Parameter) -> tuple[int, dict[str, Tensor]]:
-        """Where this rank's part of the flattened parameter begins, and its values by kind."""
-        if self.stage == 0:
-            replicas = self.world.expert_data if name in self.expert_names else self.world
-            size = -(-parameter.numel() // replicas.size)
-            part = slice(replicas.rank * size, (replicas.rank + 1) * size)
-            state = {"weight": parameter.data, **self._moments_of(parameter)}
-            return part.start, {kind: t.flatten()[part] for kind, t in state.items()}
-        if self.stage == 3:
-            size = parameter.ds_tensor.numel()  # type: ignore[attr-defined]
-            start = self.world.rank * size
-            used = min(max(parameter.ds_numel - start, 0), size)  # type: ignore[attr-defined]
-            state = {"weight": safe_get_local_fp32_param(parameter)}
-            for kind in MOMENTS:
-                state[kind] = safe_get_local_optimizer_state(parameter, kind)
-            return start, {kind: t.flatten()[:used] for kind, t in state.items()}
-        mapping = parameter._hp_mapping  # type: ignore[attr-defined]
-        if mapping is None:  # all of it is on other ranks
-            return 0, {"weight": torch.empty(0)}
-        state = {kind: mapping.get_hp_fragment(kind) for kind in MOMENTS}
-        return mapping.lp_fragment_address.start, {"weight": mapping.get_hp_fragment(), **state}
-
-    def _moments_of(self, parameter: nn.Parameter) -> dict[str, Tensor]:
-        return {kind: self.optimizer.state[parameter][kind] for kind in MOMENTS}
-
-    def _flat_partitions(self) -> list[Tensor]:
-        """The tensors by which the optimizer keeps its state: whole parameters, or ZeRO's parts."""
-        if self.stage == 3:
-            return list(self._engine.optimizer.fp32_partitioned_groups_flat)
-        return [flat for group in self.optimizer.param_groups for flat in group["params"]]
-
-    def _start_moments(self, updates: int) -> None:
-        """Make the optimizer's state before its first step.
-
-        DeepSpeed maps parameters to their moments after the first *group* has stepped, and then
-        finds none for the other groups if they are made lazily.
-        """
-        for flat in self._flat_partitions():
-            moments = {key: torch.zeros_like(flat) for key in MOMENTS}
-            self.optimizer.state[flat] = {"step": torch.tensor(float(updates)), **moments}
-        if self.stage in (1, 2):
-            self._engine.optimizer._hp_optimizer_states_linked = False
-            self._engine.optimizer._lazy_init_hp_params_optimizer_state()
 
     @torch.no_grad()
     def load(self, read: Callable[[str, str, int, int], Tensor], updates: int) -> None:
@@ -328,30 +325,107 @@ class Engine:
         made; here follow the parts that only the optimizer has.
         """
         self._start_moments(updates)
-        for name, parameter in self.parameters.items():
-            if self.stage == 0:
-                state = {"weight": parameter.data, **self._moments_of(parameter)}
-                for kind, target in state.items():
-                    target.copy_(read(name, kind, 0, target.numel()).view_as(target))
-                continue
-            start, held = self._held(name, parameter)
-            for kind, target in held.items():
+        for name, start, values in self._parts(to_load=True):
+            for kind, target in values.items():
                 if target.numel():
-                    self._set(parameter, kind, read(name, kind, start, start + target.numel()))
+                    target.copy_(read(name, kind, start, start + target.numel()))
 
-    def _set(self, parameter: nn.Parameter, kind: str, values: Tensor) -> None:
-        """Set this rank's part of a parameter, which ZeRO keeps in flat buffers of its own."""
-        values = values.to(self.world.device)
-        if self.stage == 3:
-            padding = parameter.ds_tensor.numel() - values.numel()  # type: ignore[attr-defined]
-            values = torch.nn.functional.pad(values, (0, padding))
-            if kind == "weight":
-                safe_set_local_fp32_param(parameter, values)
-            else:
-                safe_set_local_optimizer_state(parameter, values, kind)
+    def _shape(self, name: str) -> tuple[int, ...]:
+        parameter = self.parameters[name]
+        return tuple(getattr(parameter, "ds_shape", parameter.shape))  # ds_shape: under ZeRO-3
+
+    def _parts(self, to_load: bool = False) -> Iterator[_Part]:
+        """This rank's part of every parameter.
+
+        Args:
+            to_load: all that this rank needs, not only what it writes, and what is set is kept.
+        """
+        if self.stage == 0:
+            yield from self._parts_of_replicas(to_load)
+        elif self.stage == 3:
+            yield from self._parts_of_shards(to_load)
         else:
+            yield from self._parts_of_partitions()
+
+    def _parts_of_replicas(self, to_load: bool) -> Iterator[_Part]:
+        for name, parameter in self.parameters.items():
+            part = slice(0, parameter.numel())
+            if not to_load:
+                replicas = self.world.expert_data if name in self.expert_names else self.world
+                size = -(-parameter.numel() // replicas.size)
+                part = slice(replicas.rank * size, (replicas.rank + 1) * size)
+            moments = {kind: self.optimizer.state[parameter][kind] for kind in MOMENTS}
+            state = {"weight": parameter.data, **moments}
+            yield _Part(name, part.start, {kind: t.view(-1)[part] for kind, t in state.items()})
+
+    def _parts_of_partitions(self) -> Iterator[_Part]:
+        """ZeRO 1 and 2 cut the concatenation of all parameters."""
+        for name, parameter in self.parameters.items():
             mapping = parameter._hp_mapping  # type: ignore[attr-defined]
-            mapping.get_hp_fragment(None if kind == "weight" else kind).copy_(values)
+            if mapping is None:  # all of it is on other ranks
+                continue
+            moments = {kind: mapping.get_hp_fragment(kind) for kind in MOMENTS}
+            start = mapping.lp_fragment_address.start
+            yield _Part(name, start, {"weight": mapping.get_hp_fragment(), **moments})
+
+    def _parts_of_shards(self, to_load: bool) -> Iterator[_Part]:
+        """ZeRO-3 cuts every parameter."""
+        names = {id(parameter): name for name, parameter in self.parameters.items()}
+        zero = self._engine.optimizer
+        for index, parameters in enumerate(zero.fp16_groups):
+            with self._resident(index, keep=to_load) as flat:
+                state = {"weight": flat.data, **{k: self.optimizer.state[flat][k] for k in MOMENTS}}
+                for parameter in parameters:
+                    _, offset, size = zero.grad_position[zero.get_param_id(parameter)]
+                    start = self.world.rank * size
+                    used = min(max(parameter.ds_numel - start, 0), size)  # the rest is padding
+                    values = {kind: t[offset : offset + used] for kind, t in state.items()}
+                    yield _Part(names[id(parameter)], start, values)
+
+    @contextlib.contextmanager
+    def _resident(self, index: int, keep: bool) -> Iterator[Tensor]:
+        """ZeRO-3's flat fp32 weights of one sub-group, read from NVMe if that is where they are.
+
+        Args:
+            keep: write them back.
+        """
+        zero = self._engine.optimizer
+        swapped = zero._swappable_optimizer_subgroup(index)
+        if swapped:
+            zero._optimizer_states_and_gradient_swap_in(index)
+        yield zero.fp32_partitioned_groups_flat[index]
+        if swapped and keep:
+            zero._optimizer_states_and_gradient_swap_out(index)
+        elif swapped:
+            zero._release_swap_buffers(index)
+
+    def _start_moments(self, updates: int) -> None:
+        """Make the optimizer's state before its first step.
+
+        DeepSpeed maps parameters to their moments after the first *group* has stepped, and then
+        finds none for the other groups if they are made lazily.
+        """
+        if self.stage == 3:
+            for index in range(len(self._engine.optimizer.fp16_groups)):
+                with self._resident(index, keep=True) as flat:
+                    self._start_moments_of(flat, updates)
+            return
+        for group in self.optimizer.param_groups:
+            for flat in group["params"]:  # whole parameters, or ZeRO's parts
+                self._start_moments_of(flat, updates)
+        if self.stage > 0:
+            self._engine.optimizer._hp_optimizer_states_linked = False
+            self._engine.optimizer._lazy_init_hp_params_optimizer_state()
+
+    def _start_moments_of(self, flat: Tensor, updates: int) -> None:
+        """In place where there are some: what swaps them knows them by identity."""
+        state = self.optimizer.state[flat]
+        state["step"] = torch.tensor(float(updates))
+        for kind in MOMENTS:
+            if kind in state:
+                state[kind].zero_()
+            else:
+                state[kind] = torch.zeros_like(flat)
 
     def close(self) -> None:
         """Release the hooks and buffers that DeepSpeed holds."""

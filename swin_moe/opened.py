@@ -69,7 +69,7 @@ def open_checkpoint(path: Path, world: World, overrides: list[str], command: str
     load_pretrained(model, source)
     model.eval().to(world.device)
     dtype = resolve_precision(config.precision, world.device)
-    forward = _inference(model, dtype, cast_weights=config.zero.stage > 0)
+    forward = in_precision(model, dtype, cast_weights=config.zero.stage > 0)
     return Opened(found, config, model, forward, loader_of(config, world, training=False))
 
 
@@ -85,8 +85,8 @@ def evaluate_checkpoint(
     return result
 
 
-def _inference(model: SwinTransformer, dtype: torch.dtype, cast_weights: bool) -> Any:
-    """The forward pass with the precision that training evaluates in."""
+def in_precision(model: SwinTransformer, dtype: torch.dtype, cast_weights: bool) -> Any:
+    """The forward pass with the precision of training, which DeepSpeed else brings about."""
     if dtype == torch.float32:
         return model
     if cast_weights:  # parameters only: buffers stay fp32, as under DeepSpeed

@@ -43,7 +43,7 @@ def header(
         f"{world.size} processes = {world.expert_data.size} data × {world.expert.size} expert "
         f"parallel, on {_device_name(world)}",
     )
-    micro, accumulation = config.data.batch_size, config.train.accumulation_steps
+    micro, accumulation = config.data.batch_size, config.train.micro_steps
     parts = f"{micro} × {world.size} processes" + f" × {accumulation} steps" * (accumulation > 1)
     table.add_row("batch", f"{micro * accumulation * world.size} = {parts}")
     offload = f", offload to {config.zero.offload}" if config.zero.offload != "none" else ""

@@ -19,6 +19,7 @@ from .distributed import World
 from .engine import Engine, resolve_precision
 from .guard import Preempted, StopSignal
 from .metrics import MetricLog
+from .micro_batch import choose_micro_batch
 from .models import SwinTransformer, build, expert_parameter_names
 from .models.cost import count
 from .models.pretrained import (
@@ -71,6 +72,7 @@ def train(config: Config, world: World, console: Console, fresh: bool = False) -
         _check(config, world)
         torch.set_flush_denormal(config.precision.flush_denormals)
         run = Run(Path(config.train.output), world, console)
+        _choose_micro_batch(run, config)
         # All input is checked before anything is written.
         loaders = [loader_of(config, world, training) for training in (True, False)]
         plan = _plan(config, loaders[0])
@@ -169,6 +171,16 @@ def _roll_back(job: _Job, trainer: Trainer) -> Trainer:
     return _assemble(job, reader, place=place)
 
 
+def _choose_micro_batch(run: Run, config: Config) -> None:
+    if config.train.accumulation_steps != "auto":
+        return
+    choose_micro_batch(config, run.world)
+    run.say(
+        f"micro-batches of {config.data.batch_size} images a process fit into memory: "
+        f"{config.train.micro_steps} of them an update"
+    )
+
+
 def _log_place(world: World) -> None:
     log.info(
         "rank %d of %d on %s (%s), expert rank %d of %d, torch %s",
@@ -221,7 +233,7 @@ def _build_engine(config: Config, model: SwinTransformer, world: World) -> Engin
         zero=config.zero,
         dtype=resolve_precision(config.precision, world.device),
         micro_batch=config.data.batch_size,
-        accumulation_steps=config.train.accumulation_steps,
+        accumulation_steps=config.train.micro_steps,
     )
 
 
@@ -270,7 +282,7 @@ def _build_trainer(job: _Job, engine: Engine, position: Position) -> Trainer:
 
 
 def _plan(config: Config, loader: Loader) -> Plan:
-    accumulation = config.train.accumulation_steps
+    accumulation = config.train.micro_steps
     updates = len(loader) // accumulation
     if updates == 0:
         raise ValueError(
@@ -292,7 +304,7 @@ def _plan(config: Config, loader: Loader) -> Plan:
 
 def _global_batch(config: Config, world: World) -> int:
     """Images per update."""
-    return config.data.batch_size * config.train.accumulation_steps * world.size
+    return config.data.batch_size * config.train.micro_steps * world.size
 
 
 def _layout(model: SwinTransformer, world: World) -> Layout:

@@ -45,7 +45,8 @@ class ModelConfig(Section):
     pretrained_window_sizes: list[NonNegative] = []
     init_std: Annotated[float, Field(gt=0)] = 0.02  # of Linear layers; experts have moe.init_std
     extra_norm_every_n_blocks: NonNegative = 0  # on the main branch, as in Swin V2 H and G
-    use_checkpoint: bool = False  # recompute each block in the backward pass
+    # Recompute each block in the backward pass; offload: keep its input in host memory until then.
+    use_checkpoint: bool | Literal["offload"] = False
     pretrained: str = ""  # weights to start from, of any dialect that `swin-moe convert` reads
 
     @property
@@ -177,7 +178,7 @@ class DataConfig(Section):
     path: str = "fashion_mnist"
     train: str = "train"  # sub-folder, or prefix of the shards' names
     val: str = "val"
-    batch_size: Positive = 128  # per process and micro-step
+    batch_size: Positive = 128  # per process and micro-step, see train.accumulation_steps
     eval_batch_size: NonNegative = 0  # 0 = batch_size
     num_workers: NonNegative = 4
     mean: list[float] = [0.485, 0.456, 0.406]
@@ -251,11 +252,25 @@ class ScheduleConfig(Section):
 
 
 class TrainConfig(Section):
+    """What a run is.
+
+    ``accumulation_steps``: micro-batches of an update. ``auto``: ``data.batch_size`` is what a
+    process does for an update, in as few micro-batches as fit into its memory: rates and the order
+    of samples do not depend on the machine.
+    """
+
     output: str = ""  # run directory; empty = runs/<name of the config file>
     seed: NonNegative = 0
-    accumulation_steps: Positive = 1
+    accumulation_steps: Positive | Literal["auto"] = 1
     eval_every_epochs: Positive = 1
     max_steps: NonNegative = 0  # stop after that many updates; 0 = run all epochs
+
+    @property
+    def micro_steps(self) -> int:
+        """``accumulation_steps``, once ``auto`` has become a number."""
+        if self.accumulation_steps == "auto":
+            raise ValueError("accumulation_steps=auto has not been resolved")
+        return self.accumulation_steps
 
 
 class ParallelConfig(Section):
@@ -272,13 +287,20 @@ class ParallelConfig(Section):
 
 
 class ZeroConfig(Section):
+    """What DeepSpeed cuts over the ranks, and where it keeps masters and moments."""
+
     stage: Annotated[int, Field(ge=0, le=3)] = 1
-    offload: Literal["none", "cpu"] = "none"  # optimizer state to host memory
+    offload: Literal["none", "cpu", "nvme"] = "none"  # to host memory, or to files
+    nvme_path: str = ""  # a folder on a fast disk of each node, for offload=nvme
 
     @model_validator(mode="after")
     def _check(self) -> ZeroConfig:
         if self.offload == "cpu" and self.stage == 0:
             raise ValueError("offload=cpu needs zero.stage 1, 2 or 3")
+        if self.offload == "nvme" and self.stage != 3:
+            raise ValueError("offload=nvme needs zero.stage=3")
+        if self.offload == "nvme" and not self.nvme_path:
+            raise ValueError("offload=nvme needs zero.nvme_path, a folder on a fast local disk")
         return self
 
 

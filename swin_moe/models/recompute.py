@@ -1,4 +1,4 @@
-"""What activation checkpointing must not do twice: a recompute never re-routes a token.
+"""Activation checkpointing: blocks are computed again in the backward pass, never re-routed.
 
 PyTorch's selective checkpointing keeps a list of ops, too, but numbers every other op as well, and
 fails where the recompute runs more of them than the forward pass, as ZeRO-3 does when it gathers.
@@ -6,12 +6,17 @@ fails where the recompute runs more of them than the forward pass, as ZeRO-3 doe
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
-from torch import Tensor
+import torch
+from fairscale.nn.checkpoint import checkpoint_wrapper, is_recomputing
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
+from torch.utils.checkpoint import checkpoint
 
+from ..moe import RoutingStats
 from ..ops import ROUTING_OPS
 
 
@@ -51,3 +56,38 @@ def keep_routing() -> tuple[TorchDispatchMode, TorchDispatchMode]:
     """Contexts of the forward pass and of the recompute, for ``torch.utils.checkpoint``."""
     kept: list[Any] = []
     return _Record(kept), _Replay(kept)
+
+
+class _Call(nn.Module):
+    """One call of a block under fairscale's ``checkpoint_wrapper``.
+
+    That runs the forward pass without gradients, knows tensors alone as results, and knows of
+    autocast only in fp16 on CUDA.
+    """
+
+    def __init__(self, block: nn.Module, device: str) -> None:
+        super().__init__()
+        self.block = block
+        self.record, self.replay = keep_routing()
+        enabled, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+        self.autocast = partial(torch.autocast, device, dtype=dtype, enabled=enabled)
+
+    def forward(self, x: Tensor) -> tuple[Any, ...]:
+        with self.replay if is_recomputing() else self.record, self.autocast():
+            # Statistics have no gradient: they pass by as one object.
+            leaves, self.structure = tree_flatten(
+                self.block(x), is_leaf=lambda value: isinstance(value, RoutingStats)
+            )
+        return tuple(leaves)
+
+
+def recomputed(block: nn.Module, x: Tensor, *, offload: bool) -> Any:
+    """``block(x)``, of which only x is kept for the backward pass, which computes it again.
+
+    Args:
+        offload: keep x in host memory.
+    """
+    if not offload:
+        return checkpoint(block, x, use_reentrant=False, context_fn=keep_routing)
+    call = checkpoint_wrapper(_Call(block, x.device.type), offload_to_cpu=True)
+    return tree_unflatten(call(x), call.structure)

@@ -7,12 +7,11 @@ names are the official ones; in every family any block's feed-forward may be a m
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from timm.layers import DropPath
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from ..config import ModelConfig, MoEConfig, check_moe_blocks
 from ..distributed import Group
@@ -22,7 +21,7 @@ from ..moe.router import CosineRouter, LinearRouter, SoftRouter
 from .attention import SpatialMlp, WindowAttention
 from .layers import Mlp, PatchEmbed, PatchMerging
 from .position import resize_position_embedding
-from .recompute import keep_routing
+from .recompute import recomputed
 
 _RESETTABLE = (nn.LayerNorm, nn.Conv2d, WindowAttention, CosineRouter, SoftRouter)
 
@@ -135,7 +134,10 @@ class SwinStage(nn.Module):
     """Blocks at one resolution, then patch merging (none in the last stage)."""
 
     def __init__(
-        self, blocks: list[SwinBlock], downsample: PatchMerging | None, use_checkpoint: bool
+        self,
+        blocks: list[SwinBlock],
+        downsample: PatchMerging | None,
+        use_checkpoint: bool | Literal["offload"],
     ) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(blocks)
@@ -147,7 +149,7 @@ class SwinStage(nn.Module):
         routed = []
         for block in self.blocks:
             if self.use_checkpoint and self.training and torch.is_grad_enabled():
-                x, result = checkpoint(block, x, use_reentrant=False, context_fn=keep_routing)
+                x, result = recomputed(block, x, offload=self.use_checkpoint == "offload")
             else:
                 x, result = block(x)
             if result is not None:

@@ -9,6 +9,7 @@ from torch.utils.checkpoint import checkpoint, noop_context_fn
 
 from swin_moe.config import ModelConfig, MoEConfig
 from swin_moe.models import SwinTransformer, split_output
+from swin_moe.models import recompute as recompute_module
 from swin_moe.models import swin as swin_module
 from swin_moe.moe import MoELayer
 
@@ -27,6 +28,8 @@ CASES = {
     "swinv2 moe dropless": ("swinv2", {"capacity_factor": 0.0, "balance": "gshard"}),
     "swin_moe reference": ("swin_moe", {"backend": "reference", "top_k": 1}),
 }
+
+WAYS = [True, "offload"]
 
 
 def build(case, use_checkpoint, only_noise=False):
@@ -71,19 +74,20 @@ def calls(monkeypatch):
     """Counts the blocks that are checkpointed."""
     counted = []
 
-    def counting(function, *args, **kwargs):
-        counted.append(function)
-        return checkpoint(function, *args, **kwargs)
+    def counting(block, *args, **kwargs):
+        counted.append(block)
+        return recompute_module.recomputed(block, *args, **kwargs)
 
-    monkeypatch.setattr(swin_module, "checkpoint", counting)
+    monkeypatch.setattr(swin_module, "recomputed", counting)
     return counted
 
 
+@pytest.mark.parametrize("how", WAYS)
 @pytest.mark.parametrize("case", CASES)
-def test_output_and_gradients_are_equal_bit_for_bit(case, calls):
+def test_output_and_gradients_are_equal_bit_for_bit(case, how, calls):
     plain = step(build(case, False))
     assert not calls
-    recomputed = step(build(case, True))
+    recomputed = step(build(case, how))
     assert len(calls) == sum(MODEL["depths"])
     assert not differences(plain, recomputed)
     assert all(tensor.isfinite().all() for tensor in plain.values())
@@ -118,15 +122,33 @@ def unlike(plans):
     return {f for f in fields for a, b in pairs if not torch.equal(getattr(a, f), getattr(b, f))}
 
 
+@pytest.mark.parametrize("how", WAYS)
 @pytest.mark.parametrize("case", [case for case in CASES if "moe" in case])
-def test_routing_is_the_same_when_recomputed(case, plans):
-    step(build(case, True))
+def test_routing_is_the_same_when_recomputed(case, how, plans):
+    step(build(case, how))
     assert not unlike(plans)
+
+
+def test_autocast_of_the_forward_pass_is_that_of_the_recompute():
+    grads = []
+    for how in (False, "offload"):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            model = build("swinv2 moe", how)
+            output = model(torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0)))
+        (output.logits.float().square().sum() + output.aux_loss).backward()
+        grads.append({name: p.grad for name, p in model.named_parameters()})
+    assert not differences(*grads)
+
+
+def test_statistics_do_not_keep_the_graph():
+    output = build("swinv2 moe", "offload")(torch.randn(4, 3, 32, 32))
+    assert output.aux_loss.requires_grad
+    assert not any(tensor.requires_grad for tensor in output.stats)
 
 
 def redrawing(monkeypatch, **options):
     monkeypatch.setattr(
-        swin_module, "checkpoint", partial(checkpoint, preserve_rng_state=False, **options)
+        recompute_module, "checkpoint", partial(checkpoint, preserve_rng_state=False, **options)
     )
 
 
@@ -143,7 +165,7 @@ def test_numbers_drawn_anew_would_be_seen(only_noise, monkeypatch, plans):
     plain = step(build("swin_moe cosine", False, only_noise))
     plans.clear()
     redrawing(monkeypatch)
-    monkeypatch.setattr(swin_module, "keep_routing", noop_context_fn)
+    monkeypatch.setattr(recompute_module, "keep_routing", noop_context_fn)
     different = differences(plain, step(build("swin_moe cosine", True, only_noise)))
     assert unlike(plans) >= {*DISCRETE[:5], "gate"}
     assert "logits" not in different
@@ -168,14 +190,16 @@ def saved_bytes(model):
     return sum(kept.values())
 
 
+@pytest.mark.parametrize("how", WAYS)
 @pytest.mark.parametrize("case", CASES)
-def test_fewer_activations_are_kept(case):
-    plain, recomputed = (saved_bytes(build(case, flag)) for flag in (False, True))
+def test_fewer_activations_are_kept(case, how):
+    plain, recomputed = (saved_bytes(build(case, flag)) for flag in (False, how))
     assert recomputed < plain / 4
 
 
-def test_nothing_is_recomputed_in_evaluation(calls):
-    model = build("swinv2 moe", True)
+@pytest.mark.parametrize("how", WAYS)
+def test_nothing_is_recomputed_in_evaluation(how, calls):
+    model = build("swinv2 moe", how)
     model.eval()(torch.randn(1, 3, 32, 32))
     with torch.no_grad():
         model.train()(torch.randn(1, 3, 32, 32))

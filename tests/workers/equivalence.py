@@ -10,7 +10,7 @@ import itertools
 import json
 import sys
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -50,9 +50,10 @@ class Cell(NamedTuple):
     stage: int = 0
     dtype: str = "fp32"
     accumulation: int = 1
-    recompute: bool = False  # activation checkpointing
+    recompute: bool | Literal["offload"] = False  # activation checkpointing
     sharded: bool = False
     gentle: bool = False
+    offload: Literal["none", "cpu", "nvme"] = "none"  # of masters and moments
 
     @property
     def name(self) -> str:
@@ -82,6 +83,10 @@ def legal_cells(world: int) -> list[Cell]:
         Cell(world, n, stage, dtype, accumulation, recompute)
         for (n, stage), dtype, accumulation, recompute in ways
     ]
+    if world == 2:
+        cells += [Cell(2, 2, stage, offload="cpu", recompute="offload") for stage in (1, 2)]
+        cells += [Cell(2, 1, 3, offload="cpu", recompute="offload")]
+        cells += [Cell(2, 1, stage, "bf16", recompute="offload") for stage in (0, 3)]
     if world == 4:
         cells += [Cell(4, 4, stage, sharded=True) for stage in range(3)]
     return cells
@@ -116,14 +121,14 @@ def write_checkpoint(folder: Path, engine, world, step: int = STEPS) -> None:
     assert writer.wait(), told
 
 
-def make_engine(world, cell: Cell, prepare=lambda model: None):
+def make_engine(world, cell: Cell, prepare=lambda model: None, shape=MODEL, nvme_path=""):
     """``prepare`` is called with the model before DeepSpeed has it."""
     from swin_moe.engine import Engine
     from swin_moe.models import build
 
     distributed.seed_everything(0)
     moe = SHARDED if cell.sharded else MOE
-    model = build(MODEL.model_copy(update={"use_checkpoint": cell.recompute}), moe, world.expert)
+    model = build(shape.model_copy(update={"use_checkpoint": cell.recompute}), moe, world.expert)
     for parameter in model.parameters():  # block norms start at zero: wake every path up
         if parameter.ndim == 1:
             torch.nn.init.ones_(parameter)
@@ -133,7 +138,7 @@ def make_engine(world, cell: Cell, prepare=lambda model: None):
         model,
         world,
         optimizer=GENTLE if gentle else OPTIMIZER,
-        zero=ZeroConfig(stage=cell.stage),
+        zero=ZeroConfig(stage=cell.stage, offload=cell.offload, nvme_path=nvme_path),
         dtype=DTYPES[cell.dtype],
         micro_batch=cell.micro_batch,
         accumulation_steps=cell.accumulation,
