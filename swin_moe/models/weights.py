@@ -1,22 +1,14 @@
-"""Read and write files of weights, whatever wrote them; nothing in a file is ever executed.
-
-``.pth`` files go through torch's weights-only unpickler with a list of harmless classes: some
-official files carry their configuration, which becomes a plain dict.
-"""
+"""Read and write files of weights, whatever wrote them; nothing in a file is ever executed."""
 
 from __future__ import annotations
 
 import glob
 import json
-import pickle
 import re
-import zipfile
-from collections import OrderedDict
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -24,21 +16,15 @@ from torch import Tensor
 
 from .. import checkpoint
 from ..config import Architecture, ConfigError, load_config, validate_architecture
-
-State = dict[str, Tensor]
+from . import deepspeed_files
+from .pickled import State, WeightsError, read_pickled
 
 PICKLED = (".pth", ".pt", ".bin", ".ckpt", ".tar")
-# Where programs keep the weights in what they save, the most telling name first.
-_WRAPPERS = ("model", "state_dict", "model_state_dict", "module", "model_ema", "state_dict_ema")
 # What wrappers of modules put before every name: DDP, torch.compile, Lightning.
 _PREFIXES = ("module.", "_orig_mod.", "model.")
 _RANK_FILE = re.compile(r"\.(rank\d+|master|global)$")
 _METADATA_KEY = "swin_moe"
 _INDEX = "model.safetensors.index.json"
-
-
-class WeightsError(ValueError):
-    """A file of weights that cannot be used; the message is one line for the user."""
 
 
 @dataclass
@@ -56,8 +42,9 @@ class Weights:
 
 
 def read(path: Path) -> Weights:
-    """Read a ``.pth``, a ``.safetensors``, a folder of shards, our checkpoint or run directory, or
-    an official Swin-MoE checkpoint (``X.pth`` for ``X.pth.master`` and ``X.pth.rank*``).
+    """Read a ``.pth``, a ``.safetensors``, a folder of shards, our checkpoint or run directory,
+    DeepSpeed's, or an official Swin-MoE checkpoint (``X.pth`` for ``X.pth.master`` and
+    ``X.pth.rank*``).
 
     Raises:
         WeightsError: the file is missing, damaged, or holds something other than weights.
@@ -96,7 +83,7 @@ def _read(path: Path) -> Weights:
         weights.foreign = foreign
         return weights
     if path.suffix in PICKLED:
-        return Weights(_read_pickled(path), foreign=foreign)
+        return Weights(read_pickled(path), foreign=foreign)
     raise WeightsError(f"{path}: expected .safetensors, {', '.join(PICKLED)} or a folder")
 
 
@@ -174,13 +161,15 @@ def _read_folder(path: Path) -> Weights:
         reader = checkpoint.Reader(path)
         config = load_config(path / "config.yaml")
         return Weights({name: reader.tensor(name) for name in reader.names()}, config)
+    if deepspeed_files.found(path):
+        return Weights(deepspeed_files.read(path))
     shards = _shards(path)
     if len(shards) > 1 and not (path / _INDEX).exists() and not _complete(shards):
         raise WeightsError(
             f"{path}: {len(shards)} safetensors files, no complete set: name the one to read"
         )
     elif not shards and (path / "pytorch_model.bin").is_file():
-        return Weights(_read_pickled(path / "pytorch_model.bin"), foreign=_foreign_config(path))
+        return Weights(read_pickled(path / "pytorch_model.bin"), foreign=_foreign_config(path))
     if not shards:
         raise WeightsError(f"{path}: no *.safetensors and no checkpoint in this folder")
     parts = [_read_safetensors(shard) for shard in shards]
@@ -220,81 +209,23 @@ def _foreign_config(folder: Path) -> dict[str, Any]:
 
 
 # --------------------------------------------------------------------------------------------
-# .pth
-
-
-class _PlainDict:
-    """What a pickled configuration object becomes: its items, with none of its code."""
-
-    def __new__(cls) -> Any:
-        return OrderedDict()  # of the mappings that the unpickler fills, the one with attributes
-
-
-_NUMPY_SCALAR = np.float64(0).__reduce__()[0]  # its module changed its name in numpy 2
-_ALLOWED: list[Any] = [
-    (_PlainDict, "yacs.config.CfgNode"),  # official files
-    (_PlainDict, "argparse.Namespace"),  # DeiT-style and timm training files
-    # numpy numbers, such as the best accuracy
-    (_NUMPY_SCALAR, "numpy.core.multiarray.scalar"),
-    (_NUMPY_SCALAR, "numpy._core.multiarray.scalar"),
-    np.dtype,
-    type(np.dtype(np.float64)),
-    type(np.dtype(np.float32)),
-    type(np.dtype(np.int64)),
-]
-
-
-def _read_pickled(path: Path) -> State:
-    try:
-        with torch.serialization.safe_globals(_ALLOWED):
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
-    except pickle.UnpicklingError as error:
-        found = re.search(r"(?:GLOBAL|global:?|class) '?([\w.]+\.[\w.]+)", str(error))
-        what = f"a Python object ({found[1]})" if found else "more than weights"
-        raise WeightsError(
-            f"{path}: holds {what}; loading that could run code, so it is refused. If you trust "
-            "the file, open it with torch.load(file, weights_only=False) and torch.save only its "
-            "dictionary of weights"
-        ) from None
-    except Exception as error:  # whatever a damaged file makes the reader stumble over
-        told = isinstance(error, RuntimeError | OSError) and str(error)
-        first = (told or type(error).__name__).splitlines()[0]
-        raise WeightsError(f"{path}: truncated or not a PyTorch file ({first:.100})") from None
-    return _unwrap(content, path)
-
-
-def _is_zip(path: Path) -> bool:
-    return zipfile.is_zipfile(path)
-
-
-def _unwrap(content: Any, path: Path) -> State:
-    candidates = [content]
-    if isinstance(content, dict):
-        held = [content[name] for name in _WRAPPERS if isinstance(content.get(name), dict)]
-        inner = [part.get("state_dict") for part in held]
-        candidates = [*held, *inner, content]
-    for candidate in candidates:
-        if isinstance(candidate, dict):
-            state = {name: t for name, t in candidate.items() if isinstance(t, Tensor)}
-            if state:
-                return state
-    raise WeightsError(f"{path}: no weights found (looked for {', '.join(_WRAPPERS)})")
+# Official Swin-MoE
 
 
 def _read_ranks(stem: Path) -> State:
     """Official Swin-MoE: dense weights in ``.master``, each rank's experts in ``.rank<r>``."""
     whole = stem.with_name(f"{stem.name}.global")
     if whole.exists():
-        return _read_pickled(whole)
+        return read_pickled(whole)
     found = {int(p.suffix[5:]): p for p in stem.parent.glob(f"{stem.name}.rank*")}
     if sorted(found) != list(range(len(found))) or not found:
         missing = next(r for r in range(len(found) + 1) if r not in found)
         raise WeightsError(f"{stem}.rank{missing} is missing: the experts it holds would be lost")
-    ranks = [_read_pickled(found[rank]) for rank in range(len(found))]
+    ranks = [read_pickled(found[rank]) for rank in range(len(found))]
     state = dict(ranks[0])
     master = stem.with_name(f"{stem.name}.master")
     if master.exists():
-        state |= _read_pickled(master)
+        state |= read_pickled(master)
     for name in [name for name in state if ".experts." in name]:
         parts = [rank[name] for rank in ranks if name in rank]
         experts = state.get(name.split(".experts.")[0] + "._num_global_experts")
