@@ -8,10 +8,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := $(shell find swin_moe/csrc -type f) setup.py
 
-.PHONY: help setup train evaluate test test-faults check format lock launchers clean
+.PHONY: help setup train evaluate test test-faults test-nvme tensorboard check format lock launchers clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo "  Variables: CONFIG=file.yaml  ARGS='key=value --fresh'  PYTHON=python3.12"
 
 # The stamp carries the lock's digest, so that a second run starts at once and a new lock installs.
@@ -49,6 +49,12 @@ test: setup ## run the test suite
 
 test-faults: setup ## kill a training a hundred times and compare it with an undisturbed one
 	@$(BIN)/python -m pytest -s -m faults tests/faults $(ARGS)
+
+test-nvme: setup ## build DeepSpeed's async_io and train with masters and moments in files
+	@$(BIN)/python -m pytest -m nvme $(ARGS)
+
+tensorboard: setup ## show runs/ in the browser of this machine
+	@$(BIN)/tensorboard --host 127.0.0.1 --logdir runs $(ARGS)
 
 check: setup ## format, lint and types, as CI does
 	@$(BIN)/ruff format --check .

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,9 +20,11 @@ from torch import Tensor, nn
 
 from .checkpoint import Fragment, persistent_buffers, whole_fragments
 from .config import OptimizerConfig, PrecisionConfig, ZeroConfig
-from .distributed import World, all_reduce_
+from .distributed import World, all_reduce_, barrier
 from .models import MoEOutput, SwinTransformer, expert_parameter_names
 from .optim import build_optimizer, parameter_groups
+
+log = logging.getLogger("swin_moe")
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -38,9 +41,14 @@ _INTERNALS = (
 )
 
 
-def check_nvme(zero: ZeroConfig) -> None:
-    """Raise ``ValueError`` if optimizer state cannot be kept in files."""
-    if not AsyncIOBuilder().is_compatible():
+def _prepare_nvme(zero: ZeroConfig, world: World) -> None:
+    """Build what reads and writes the files, once for all processes of a node.
+
+    Raises:
+        ValueError: that cannot be done here.
+    """
+    builder = AsyncIOBuilder()
+    if not builder.is_compatible():
         raise ValueError(
             "zero.offload=nvme needs libaio and its headers (apt install libaio-dev), and a C++ "
             "compiler, with which DeepSpeed builds its reader on first use"
@@ -49,6 +57,10 @@ def check_nvme(zero: ZeroConfig) -> None:
         Path(zero.nvme_path).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"zero.nvme_path={zero.nvme_path}: {error.strerror}") from None
+    if world.local_rank == 0:
+        log.info("building DeepSpeed's async_io, if it is not there yet: a few minutes")
+        builder.load(verbose=False)
+    barrier()
 
 
 def check_deepspeed() -> None:
@@ -156,7 +168,7 @@ class Engine:
     ) -> None:
         check_deepspeed()
         if zero.offload == "nvme":
-            check_nvme(zero)
+            _prepare_nvme(zero, world)
         self.world = world
         self.model = model
         self.stage = zero.stage

@@ -10,9 +10,10 @@ import math
 
 import pytest
 import torch
+from deepspeed.ops.op_builder import AsyncIOBuilder
 
 from swin_moe.checkpoint import Reader, verify
-from swin_moe.config import load_config
+from swin_moe.config import ZeroConfig, load_config
 from swin_moe.distributed import check_world
 from swin_moe.placement import ExpertShare
 from tests.parallel import MICRO, run_worker
@@ -128,16 +129,44 @@ def test_nan_gradient_is_refused_and_changes_nothing(tmp_path, processes, cases)
     assert int((tmp_path / "passed").read_text()) == cases
 
 
+@pytest.mark.nvme
+def test_state_in_files_is_state_in_memory(tmp_path):
+    """ZeRO-3 with NVMe offload: the same figures, saved and resumed, as with offload to memory."""
+    if not AsyncIOBuilder().is_compatible():
+        pytest.skip("libaio's headers are not installed (apt install libaio-dev)")
+    run_worker("nvme", tmp_path, 2, timeout=900)
+    assert (tmp_path / "passed").exists()
+
+
+def test_what_offload_needs_is_told(tmp_path, monkeypatch):
+    from swin_moe import engine
+
+    for override in ("zero.stage=2", "zero.nvme_path=''"):
+        with pytest.raises(ValueError, match="offload=nvme needs"):
+            load_config(
+                MICRO, ["zero.stage=3", "zero.offload=nvme", "zero.nvme_path=/tmp", override]
+            )
+    zero = ZeroConfig(stage=3, offload="nvme", nvme_path="/proc/nowhere")
+    monkeypatch.setattr(AsyncIOBuilder, "is_compatible", lambda self: True)
+    with pytest.raises(ValueError, match=r"zero\.nvme_path=/proc/nowhere: "):
+        engine._prepare_nvme(zero, None)
+    monkeypatch.setattr(AsyncIOBuilder, "is_compatible", lambda self: False)
+    with pytest.raises(ValueError, match="apt install libaio-dev"):
+        engine._prepare_nvme(zero, None)
+
+
 def table(folder):
     """The matrix for ``docs/``: worst deviation over accumulation and recompute of each cell."""
     lines = [
         "| processes | expert parallel | ZeRO | precision | loss | gradient norm | weights |",
         "|---|---|---|---|---|---|---|",
     ]
-    for key, some in itertools.groupby(CELLS, lambda c: (*c[:4], c.sharded)):
+    for key, some in itertools.groupby(CELLS, lambda c: (*c[:4], c.sharded, c.offload)):
         worst = [max(values) for values in zip(*(deviation(folder, c) for c in some), strict=True)]
-        world, n, stage, dtype, sharded = key
+        world, n, stage, dtype, sharded, offload = key
         group = f"{n}, two share each expert" if sharded else f"{n}"
+        if offload != "none":
+            stage = f"{stage}, offload"
         figures = " | ".join(f"{value:.0e}" for value in worst)
         lines.append(f"| {world} | {group} | {stage} | {dtype} | {figures} |")
     return "\n".join(lines) + "\n"
