@@ -19,7 +19,7 @@ from tests.parallel import train
 # A save is nearly always under way.
 EVERY = 2
 RECIPE = ["precision.dtype=fp32", "zero.stage=1", "log.every_steps=2", "data.batch_size=8",
-          f"checkpoint.every_steps={EVERY}", "checkpoint.keep_last=2"]  # fmt: skip
+          f"checkpoint.every_steps={EVERY}", "checkpoint.keep_last=2", "schedule.epochs=4"]  # fmt: skip
 
 
 def kill_at_random(process, folder, kills, generator):
