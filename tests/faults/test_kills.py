@@ -6,6 +6,7 @@
 import json
 import random
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import psutil
 import pytest
@@ -19,7 +20,7 @@ from tests.parallel import train
 # A save is nearly always under way.
 EVERY = 2
 RECIPE = ["precision.dtype=fp32", "zero.stage=1", "log.every_steps=2", "data.batch_size=8",
-          f"checkpoint.every_steps={EVERY}", "checkpoint.keep_last=2", "schedule.epochs=4"]  # fmt: skip
+          "schedule.epochs=4", f"checkpoint.every_steps={EVERY}", "checkpoint.keep_last=2"]  # fmt: skip
 
 
 def kill_at_random(process, folder, kills, generator):
@@ -28,7 +29,7 @@ def kill_at_random(process, folder, kills, generator):
     before = steps_done(folder)
     while len(lost) < kills:
         while steps_done(folder) <= before:  # until it has gone on from where it was
-            assert process.poll() is None, process.communicate()
+            assert process.poll() is None, f"ended by itself after {len(lost)} kills"
             time.sleep(0.01)
         time.sleep(generator.uniform(0.0, 0.4))
         workers = psutil.Process(process.pid).children()
@@ -68,8 +69,14 @@ def check(tmp_path, monkeypatch, kills, steps):
     monkeypatch.setattr(test_signals, "RECIPE", recipe)
     folder = tmp_path / "killed"
     process = start(folder, 2, "--max-restarts", str(kills))
-    lost = kill_at_random(process, folder, kills, random.Random(0))
-    printed, errors = process.communicate(timeout=600)
+    with ThreadPoolExecutor() as pool:  # what nobody reads would block the run in the end
+        words = [pool.submit(pipe.read) for pipe in (process.stdout, process.stderr)]
+        try:
+            lost = kill_at_random(process, folder, kills, random.Random(0))
+            process.wait(timeout=600)
+        finally:
+            process.terminate()
+        printed, errors = (word.result(timeout=60) for word in words)
     assert process.returncode == 0, errors
     assert f"started again by the launcher after a failure ({kills} of {kills})" in printed
     print(f"{kills} kills, steps lost: {lost}")
