@@ -14,8 +14,11 @@ from swin_moe import checkpoint
 from swin_moe.checkpoint import CheckpointError, Fragment, Reader, Writer, writer
 from swin_moe.checkpoint.folder import read_manifest, write_manifest
 from swin_moe.checkpoint.fragments import describe, merge, to_json
+from swin_moe.config import dump_config, load_config
+from swin_moe.models import build
 from swin_moe.placement import ExpertShare, Layout, expert_share, whole_layout
-from tests.saving import ALONE, save
+from tests.parallel import MICRO
+from tests.saving import ALONE, save, save_model
 
 EXPERTS = "a.experts.fc1.weight"
 LAYOUT = whole_layout({EXPERTS}, 4)
@@ -52,11 +55,13 @@ def test_round_trip(tmp_path):
     assert {file.suffix for file in path.iterdir()} == {".safetensors", ".json", ".yaml"}
 
 
-def test_nothing_is_written_twice(tmp_path):
-    big = {kind: torch.randn(500, 1000) for kind in ("weight", "exp_avg", "exp_avg_sq")}
-    path = save(tmp_path, 1, [("a.weight", big)])
+def test_the_micro_recipe_takes_its_tensors_and_at_most_two_percent_more(tmp_path):
+    config = load_config(MICRO)
+    model = build(config.model, config.moe)
+    path = save_model(tmp_path, 1, model, dump_config(config))
     size = sum(file.stat().st_size for file in path.iterdir())
-    assert size < 1.02 * 3 * 4 * 500_000
+    tensors = 12 * sum(parameter.numel() for parameter in model.parameters())
+    assert tensors < size < 1.02 * tensors
 
 
 # --------------------------------------------------------------------------------------------

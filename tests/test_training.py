@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from swin_moe.checkpoint import list_checkpoints
+from swin_moe.checkpoint.folder import read_manifest
 from swin_moe.metrics import read_metrics
 from tests.parallel import MICRO, ROOT, SMALL, command, environment, one_error, swin_moe, train
 
@@ -76,6 +77,21 @@ def test_run_directory_and_terminal(undisturbed):
     )
     assert {f"moe/layers.1.blocks.1/{figure}" for figure in figures} <= set(records[0])
     assert 0 <= records[-1]["val/top1"] <= 100
+
+
+def test_one_seed_is_one_run_bit_for_bit(undisturbed, tmp_path):
+    folder = tmp_path / "again"
+    done = train(folder, *RECIPE, "log.tensorboard=false", processes=2)
+    assert done.returncode == 0, done.stderr
+    assert figures(folder) == figures(undisturbed[0])
+    mine, theirs = (
+        read_manifest(run / "checkpoints/last").files for run in (folder, undisturbed[0])
+    )
+    for name, entry in theirs.items():
+        assert name == "config.yaml" or mine[name] == entry
+    done = train(tmp_path / "other", *RECIPE, "train.seed=1", "train.max_steps=1", processes=2)
+    assert done.returncode == 0, done.stderr
+    assert figures(tmp_path / "other")[0] != figures(folder)[0]
 
 
 def test_evaluate_repeats_the_final_accuracy_on_one_process(undisturbed):

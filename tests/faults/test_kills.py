@@ -20,7 +20,8 @@ from tests.parallel import train
 # A save is nearly always under way.
 EVERY = 2
 RECIPE = ["precision.dtype=fp32", "zero.stage=1", "log.every_steps=2", "data.batch_size=8",
-          "schedule.epochs=4", f"checkpoint.every_steps={EVERY}", "checkpoint.keep_last=2"]  # fmt: skip
+          "schedule.epochs=4", f"checkpoint.every_steps={EVERY}",
+          "checkpoint.keep_last=2"]  # fmt: skip
 
 
 def kill_at_random(process, folder, kills, generator):
