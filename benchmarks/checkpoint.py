@@ -22,6 +22,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 
@@ -60,6 +61,7 @@ class Bench:
         self.saved: list[Saved] = []
         self.writer = Writer(folder / "ours", world, self.saved.append)
         self.pending: object = None
+        self.group = dist.new_group()  # its thread would else meet the training's collectives
         self.images = torch.randn(BATCH, 3, 64, 64)
         self.labels = torch.randint(0, 100, (BATCH,))
 
@@ -90,7 +92,7 @@ class Bench:
 
     def torch_dcp_async(self) -> None:
         where = self.folder / f"dcp-async-{self.step}"
-        self.pending = dcp.async_save(self.state(), checkpoint_id=where)
+        self.pending = dcp.async_save(self.state(), checkpoint_id=where, process_group=self.group)
 
     def deepspeed(self) -> None:
         self.engine._engine.save_checkpoint(str(self.folder / f"deepspeed-{self.step}"))
