@@ -181,6 +181,9 @@ class DataConfig(Section):
     batch_size: Positive = 128  # per process and micro-step, see train.accumulation_steps
     eval_batch_size: NonNegative = 0  # 0 = batch_size
     num_workers: NonNegative = 4
+    # 0 = shuffle all samples in each epoch. On network disks: shuffle the shards, and so many
+    # samples at a time among themselves, so that the reads of a while are of a few shards.
+    shuffle_window: NonNegative = 0
     mean: list[float] = [0.485, 0.456, 0.406]
     std: list[Annotated[float, Field(gt=0)]] = [0.229, 0.224, 0.225]
 

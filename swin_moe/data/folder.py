@@ -29,6 +29,7 @@ class FolderSource:
         folder = ImageFolder(str(root), allow_empty=True)
         self.class_names: list[str] = folder.classes
         self.labels = np.array(folder.targets, dtype=np.int64)
+        self.runs = np.bincount(self.labels)
         start = len(str(root)) + 1
         self._names = np.array([path[start:].encode() for path, _ in folder.samples], np.bytes_)
 

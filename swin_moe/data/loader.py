@@ -159,6 +159,8 @@ def build_loader(
         world_size=world_size,
         seed=seed,
         training=training,
+        runs=source.runs,
+        window=data.shuffle_window,
     )
     dataset = ImageDataset(source, mode, transform, (in_chans, *image_sides), seed)
     split = data.train if training else data.val

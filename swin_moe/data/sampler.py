@@ -20,6 +20,11 @@ class ResumableSampler(Sampler[list[Position]]):
     Training shuffles and drops the ragged tail. Evaluation keeps the order of the data set and pads
     the tail with index -1, so that all ranks run equally many batches of one shape.
 
+    Args:
+        runs: lengths of the parts that lie together in storage, such as shards.
+        window: shuffle the runs, and only so many samples at a time among themselves, so that the
+            reads of a while are of a few runs; 0 = shuffle all samples.
+
     Raises:
         ValueError: training on fewer samples than one global batch.
     """
@@ -33,11 +38,15 @@ class ResumableSampler(Sampler[list[Position]]):
         world_size: int,
         seed: int,
         training: bool,
+        runs: np.ndarray | None = None,
+        window: int = 0,
     ) -> None:
         assert 0 <= rank < world_size
         self.num_samples, self.batch_size = num_samples, batch_size
         self.rank, self.world_size = rank, world_size
         self.seed, self.training = seed, training
+        self.runs = np.array([num_samples]) if runs is None else runs
+        self.window = window
         self._start = (0, 0)
         global_batch = batch_size * world_size
         if training and num_samples < global_batch:
@@ -76,6 +85,27 @@ class ResumableSampler(Sampler[list[Position]]):
     def _order(self, epoch: int) -> np.ndarray:
         if not self.training:
             return np.arange(self.num_samples)
-        # Sorting raw bits: NumPy fixes these streams for good, but not Generator.permutation's.
-        bits = np.random.Philox(np.random.SeedSequence([self.seed, epoch]))
-        return np.argsort(bits.random_raw(self.num_samples), kind="stable")
+        # Sorting raw bits: NumPy fixes these streams for good, but not Generator.permutation's. The
+        # index in the low bits makes them unique and comes back out of a plain sort, which takes a
+        # fraction of an argsort's time: 14 million samples are in order within a second.
+        keys = np.random.Philox(np.random.SeedSequence([self.seed, epoch])).random_raw(
+            self.num_samples
+        )
+        low = np.uint64((1 << self.num_samples.bit_length()) - 1)
+        if self.window:
+            number = self._window_numbers(epoch)
+            bits = int(number.max()).bit_length()
+            keys = keys >> np.uint64(bits) | number << np.uint64(64 - bits)
+        keys = keys & ~low | np.arange(self.num_samples, dtype=np.uint64)
+        keys.sort()
+        return (keys & low).astype(np.int64)
+
+    def _window_numbers(self, epoch: int) -> np.ndarray:
+        """Which window each sample is of [N] uint64, where the runs follow in shuffled order."""
+        bits = np.random.Philox(np.random.SeedSequence([self.seed, epoch, 1]))
+        shuffled = np.argsort(bits.random_raw(len(self.runs)), kind="stable")
+        ends = np.cumsum(self.runs[shuffled])
+        begins = np.empty_like(ends)
+        begins[shuffled] = ends - self.runs[shuffled]
+        moved = np.repeat(begins - (np.cumsum(self.runs) - self.runs), self.runs)
+        return ((np.arange(self.num_samples) + moved) // self.window).astype(np.uint64)

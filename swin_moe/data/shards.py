@@ -89,7 +89,8 @@ class ShardSource:
         self.labels = _join((part.labels for part in parts), np.int64)
         self._offsets = _join((part.offsets for part in parts), np.int64)
         self._sizes = _join((part.sizes for part in parts), np.int64)
-        self._shards = np.repeat(np.arange(len(parts)), [len(part.labels) for part in parts])
+        self.runs = np.array([len(part.labels) for part in parts], np.int64)
+        self._shards = np.repeat(np.arange(len(parts)), self.runs)
         self._keys = np.array([key for part in parts for key in part.keys], dtype=np.bytes_)
         self._contents = [part.content for part in parts]
         self._files: dict[int, IO[bytes]] = {}

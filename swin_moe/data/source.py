@@ -15,9 +15,13 @@ BUNDLED = {"fashion_mnist": Path(__file__).parent / "fashion_mnist"}
 
 
 class Source(Protocol):
-    """Random access to encoded images and their labels [N] int64."""
+    """Random access to encoded images and their labels [N] int64.
+
+    ``runs`` are the lengths of the parts that lie together in storage, int64.
+    """
 
     labels: np.ndarray
+    runs: np.ndarray
 
     def __len__(self) -> int: ...
     def describe(self) -> str: ...

@@ -1,3 +1,6 @@
+import itertools
+
+import numpy as np
 import pytest
 
 from swin_moe.data.sampler import ResumableSampler
@@ -52,6 +55,37 @@ def test_order_is_fixed_for_good():
     """A checkpoint of today must resume with the libraries of tomorrow."""
     batch = next(iter(_sampler(10, 10)))
     assert [index for _, index in batch] == [0, 8, 9, 3, 7, 5, 1, 2, 6, 4]
+
+
+@pytest.mark.parametrize("window", [1, 7, 16, 1000])
+@pytest.mark.parametrize("runs", [[40], [5, 1, 0, 20, 14], [10] * 4])
+def test_a_window_reads_few_runs_at_a_time(runs, window):
+    orders = []
+    for epoch in range(3):
+        sampler = ResumableSampler(
+            40, 4, rank=0, world_size=1, seed=0, training=True, runs=np.array(runs), window=window
+        )
+        order = [index for batch in _at(sampler, epoch, 0) for _, index in batch]
+        assert sorted(order) == list(range(40))
+        run_of = np.repeat(np.arange(len(runs)), runs)
+        windows = [set(run_of[order[i : i + window]]) for i in range(0, 40, window)]
+        for run in set(run_of):  # each is read in one go
+            where = [number for number, part in enumerate(windows) if run in part]
+            assert where == list(range(where[0], where[-1] + 1))
+        for this, following in itertools.pairwise(windows):
+            assert len(this & following) <= 1
+        orders.append(order)
+    assert len({tuple(order) for order in orders}) == (3 if window > 1 or len(runs) > 1 else 1)
+
+
+def test_a_window_of_all_samples_mixes_all_runs():
+    sampler = ResumableSampler(
+        4000, 4, rank=0, world_size=1, seed=0, training=True,
+        runs=np.full(40, 100), window=4000,
+    )  # fmt: skip
+    order = np.array([index for batch in _at(sampler, 0, 0) for _, index in batch])
+    quarters = [np.bincount(part // 100, minlength=40) for part in np.split(order, 4)]
+    assert min(quarter.min() for quarter in quarters) > 8  # 25 are expected
 
 
 def _at(sampler, epoch, batch):
