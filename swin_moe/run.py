@@ -78,6 +78,8 @@ def train(config: Config, world: World, console: Console, fresh: bool = False) -
         plan = _plan(config, loaders[0])
         source = _starting_weights(run, config, fresh)
         reader = prepare_folder(run, config, fresh)
+        for loader in loaders:
+            loader.bad.file = run.log_file.with_name(f"bad-samples-rank-{world.rank}.jsonl")
         job = _Job(
             run=run,
             config=config,
@@ -299,6 +301,7 @@ def _plan(config: Config, loader: Loader) -> Plan:
         log_every_steps=config.log.every_steps,
         max_steps=config.train.max_steps,
         num_classes=config.model.num_classes,
+        max_bad_share=config.data.max_bad_share,
     )
 
 

@@ -29,6 +29,8 @@ from .watchdog import Watchdog
 
 logger = logging.getLogger("swin_moe")
 
+ALLOWED_BAD = 10  # images of an epoch, however few it has
+
 
 class TrainingError(RuntimeError):
     """Training cannot go on; the message is one line for the user."""
@@ -52,6 +54,7 @@ class Position:
     best_top1: float = -1.0
     best_step: int = -1
     unreadable: int = 0
+    unreadable_before: int = 0  # of those, the ones of former epochs
     skipped: int = 0  # of the steps, those whose update was left out
 
     def state(self) -> dict[str, Any]:
@@ -71,6 +74,7 @@ class Plan:
     log_every_steps: int
     max_steps: int
     num_classes: int
+    max_bad_share: float
 
     def is_done(self, position: Position) -> bool:
         return position.epoch >= self.epochs or 0 < self.max_steps <= position.step
@@ -165,6 +169,7 @@ class Trainer:
                     self._stop()
         if position.update == plan.updates_per_epoch:
             position.epoch, position.update = position.epoch + 1, 0
+            position.unreadable_before = position.unreadable
 
     def _save(self) -> None:
         """Not while updates are being left out: the weights may be what is wrong."""
@@ -273,6 +278,15 @@ class Trainer:
         self._unreadable += len(batch.skipped)
         return loss
 
+    def _check_bad_samples(self) -> None:
+        bad = self.position.unreadable - self.position.unreadable_before
+        if bad > max(self.plan.max_bad_share * self.train_loader.num_samples, ALLOWED_BAD):
+            raise TrainingError(
+                f"{bad} of {self.train_loader.num_samples} training images could not be read in "
+                f"this epoch, more than data.max_bad_share={self.plan.max_bad_share}: "
+                "logs/bad-samples-rank-*.jsonl in the run directory lists them by kind"
+            )
+
     def _nonfinite_error(self, what: str) -> TrainingError:
         return TrainingError(
             f"non-finite {what} at step {self.position.step}; the weights were not changed and the "
@@ -297,6 +311,7 @@ class Trainer:
         loss, aux = loss / self.world.size, aux / self.world.size
         position.unreadable += int(unreadable)
         self._unreadable = 0
+        self._check_bad_samples()
         routers = self._routers.read()
         elapsed = time.monotonic() - self._clock
         self.images_per_second = self._images / max(elapsed, 1e-9)

@@ -101,9 +101,38 @@ def test_corrupt_images_are_skipped_counted_and_reported(tmp_path):
     assert "class0/3.png" in done.stderr
     assert "class1/0.png" in done.stderr
     assert re.search(r"unreadable\W+2 images were skipped", done.stdout)
+    lists = sorted((tmp_path / "run/logs").glob("bad-samples-rank-*.jsonl"))
+    listed = [json.loads(line) for path in lists for line in path.read_text().splitlines()]
+    assert {Path(sample["key"]).name for sample in listed} == {"3.png", "0.png"}
+    assert {sample["kind"] for sample in listed} <= {"ValueError", "OSError", "SyntaxError"}
     done = swin_moe("evaluate", str(tmp_path / "run"))
     assert done.returncode == 0, done.stderr
     assert "(7 images, 1 unreadable)" in done.stdout
+
+
+def test_too_many_unreadable_images_stop_the_run(tmp_path):
+    for split, count in (("train", 60), ("val", 4)):
+        for label in range(2):
+            folder = tmp_path / "data" / split / f"class{label}"
+            folder.mkdir(parents=True)
+            for index in range(count):
+                image = Image.new("L", (20, 20), index)
+                image.save(folder / f"{index:02d}.png")
+    for index in range(12):
+        (tmp_path / f"data/train/class{index % 2}/{index:02d}.png").write_bytes(b"no image")
+    recipe = [f"data.path={tmp_path / 'data'}", "data.batch_size=10", "model.num_classes=2"]
+    done = train(tmp_path / "run", *recipe)
+    assert done.returncode == 1
+    assert re.match(
+        r"1[12] of 120 training images could not be read in this epoch, more than "
+        r"data\.max_bad_share=0\.001: logs/bad-samples-rank-\*\.jsonl",
+        done.stderr.splitlines()[-1].removeprefix("swin-moe: error: "),
+    )
+    assert "Traceback" not in done.stderr
+    assert done.stderr.count("skipped unreadable image") == 10  # the list knows the others
+    assert len((tmp_path / "run/logs/bad-samples-rank-0.jsonl").read_text().splitlines()) > 10
+    done = train(tmp_path / "other", *recipe, "data.max_bad_share=0.2")
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_resume_keeps_its_windows(tmp_path):

@@ -184,6 +184,8 @@ class DataConfig(Section):
     # 0 = shuffle all samples in each epoch. On network disks: shuffle the shards, and so many
     # samples at a time among themselves, so that the reads of a while are of a few shards.
     shuffle_window: NonNegative = 0
+    # Of the images of an epoch; more that cannot be read stop the run. Ten are always allowed.
+    max_bad_share: Rate = 0.001
     mean: list[float] = [0.485, 0.456, 0.406]
     std: list[Annotated[float, Field(gt=0)]] = [0.229, 0.224, 0.225]
 

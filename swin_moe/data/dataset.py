@@ -10,6 +10,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from .bad_samples import Skipped
 from .rng import seeded
 from .sampler import Position
 from .source import Source
@@ -17,13 +18,6 @@ from .transforms import Transform
 
 # Not all that Pillow reads: some of its formats start other programs.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "PPM", "TIFF", "GIF")
-
-
-class Skipped(NamedTuple):
-    """A sample that could not be read."""
-
-    key: str
-    reason: str
 
 
 class Sample(NamedTuple):
@@ -95,7 +89,7 @@ class ImageDataset(Dataset[Sample]):
             image = decode(self.source.read(index), self.mode)
         except Exception as error:  # on damaged data a decoder may raise anything
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
-            skipped = Skipped(self.source.key(index), reason)
+            skipped = Skipped(self.source.key(index), type(error).__name__, reason)
             return Sample(torch.zeros(self.shape), -1, index, skipped)
         with seeded(self.seed, epoch, index):
             return Sample(self.transform(image), int(self.source.labels[index]), index)

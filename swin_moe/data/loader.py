@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import logging
 import os
 import signal
 import weakref
@@ -14,12 +13,11 @@ import torch
 from torch.utils.data import DataLoader
 
 from ..config import AugmentConfig, DataConfig
+from .bad_samples import BadSamples
 from .dataset import Batch, ImageDataset, collate, replace_unreadable
 from .sampler import ResumableSampler
 from .source import open_source
 from .transforms import build_transform, image_mode
-
-log = logging.getLogger(__name__)
 
 TERM_GRACE_S = 60  # workers outlive a SIGTERM for so long
 
@@ -31,7 +29,7 @@ class Loader:
         num_samples: in the whole split, over all ranks.
         class_names: by label, where the data tells.
         description: one line for the log.
-        skipped_total: unreadable samples met so far on this rank.
+        bad: unreadable samples met so far on this rank.
     """
 
     def __init__(
@@ -44,7 +42,7 @@ class Loader:
     ) -> None:
         self.num_samples = len(dataset.source)
         self.class_names, self.description = class_names, description
-        self.skipped_total = 0
+        self.bad = BadSamples()
         self._sampler, self._dataset = sampler, dataset
         self._loader = DataLoader(
             dataset,
@@ -98,14 +96,14 @@ class Loader:
             self._loader._iterator = None
 
     def _checked(self, batch: Batch) -> Batch:
-        for key, reason in batch.skipped:
-            log.warning("skipped unreadable image %s (%s)", key, reason)
-        self.skipped_total += len(batch.skipped)
+        self.bad.add(batch.skipped)
         if not self._sampler.training:
             return batch
         if len(batch.skipped) == len(batch.labels):
-            key, reason = batch.skipped[0]
-            raise ValueError(f"no image of a whole batch is readable, first {key} ({reason})")
+            first = batch.skipped[0]
+            raise ValueError(
+                f"no image of a whole batch is readable, first {first.key} ({first.reason})"
+            )
         return replace_unreadable(batch)
 
 

@@ -159,7 +159,7 @@ def test_training_replaces_unreadable_images(tmp_path, workers, caplog):
     _with_faults(tmp_path, bad)
     loader = open_loader(tmp_path, num_workers=workers)
     whole = list(loader.epoch(0))
-    assert loader.skipped_total == len(bad)
+    assert loader.bad.total == len(bad)
     order = [index for batch in loader._sampler for _, index in batch]
     for number, batch in enumerate(whole):
         wanted = order[4 * number : 4 * number + 4]
@@ -194,7 +194,7 @@ def test_evaluation_marks_unreadable_images(tmp_path):
         11,
     ]
     assert not batches[0].images[2].any()
-    assert loader.skipped_total == 3
+    assert loader.bad.total == 3
     reasons = [s.reason for batch in batches for s in batch.skipped]
     assert len(reasons) == 3
     assert "truncated" in reasons[1]

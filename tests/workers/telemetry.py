@@ -50,6 +50,7 @@ def make_trainer(world, spoilt: int = -1, **changes):
     plan = Plan(
         epochs=1, updates_per_epoch=UPDATES, accumulation_steps=ACCUMULATION, eval_every_epochs=1,
         save_every_epochs=1, save_every_steps=0, log_every_steps=1, max_steps=0, num_classes=5,
+        max_bad_share=0.001,
     )  # fmt: skip
     records: list[dict] = []
     trainer = Trainer(

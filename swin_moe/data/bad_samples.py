@@ -1,0 +1,52 @@
+"""Samples that cannot be read: each is listed, and they are counted by kind."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections import Counter
+from pathlib import Path
+from typing import NamedTuple
+
+log = logging.getLogger(__name__)
+
+TOLD = 10  # one by one; of further ones the list knows
+
+
+class Skipped(NamedTuple):
+    """A sample that could not be read: its key, the kind of error and what it said."""
+
+    key: str
+    kind: str
+    reason: str
+
+
+class BadSamples:
+    """What one rank could not read of a split.
+
+    Attributes:
+        kinds: how many of each kind.
+        file: a list of them, a JSON object a line; None = only told.
+    """
+
+    def __init__(self) -> None:
+        self.kinds: Counter[str] = Counter()
+        self.file: Path | None = None
+
+    @property
+    def total(self) -> int:
+        return self.kinds.total()
+
+    def add(self, skipped: list[Skipped]) -> None:
+        """Count, tell and list them."""
+        for sample in skipped:
+            self.kinds[sample.kind] += 1
+            level = logging.WARNING if self.total <= TOLD else logging.DEBUG
+            log.log(level, "skipped unreadable image %s (%s)", sample.key, sample.reason)
+        if self.total >= TOLD > self.total - len(skipped):
+            log.warning("further unreadable images are listed in %s", self.file or "the log")
+        if self.file is not None:
+            lines = "".join(json.dumps(sample._asdict()) + "\n" for sample in skipped)
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            with self.file.open("a", encoding="utf-8") as file:
+                file.write(lines)
