@@ -205,6 +205,11 @@ def restarts() -> tuple[int, int]:
     )
 
 
+def started_again() -> bool:
+    """Whether a launcher or a scheduler has started this job before, by the same command."""
+    return restarts()[0] > 0 or int(os.environ.get("SLURM_RESTART_COUNT", 0)) > 0
+
+
 def refuse_restart() -> None:
     """Tell the launcher, if it is ours, that starting anew would lead nowhere else."""
     if file := os.environ.get("SWIN_MOE_FINAL"):

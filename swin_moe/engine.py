@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -104,10 +105,12 @@ def _bucket(model: nn.Module) -> int:
 def reserved_bytes(zero: ZeroConfig, model: nn.Module, dtype: torch.dtype, world: World) -> int:
     """What DeepSpeed holds on the device beside weights and gradients of the model's own dtype."""
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    moments = 0 if zero.offload != "none" else 8 * parameters
+    elsewhere = zero.offload == "nvme" or (zero.offload == "cpu" and world.device.type != "cpu")
+    moments = 0 if elsewhere else 8 * parameters
     if zero.stage == 0:
         return moments
-    masters = 0 if dtype == torch.float32 or zero.offload != "none" else 4 * parameters
+    shared = dtype == torch.float32 and zero.stage == 3  # masters are the weights
+    masters = 0 if elsewhere or shared else 4 * parameters
     # Experts are cut over their replicas alone; ranks that hold others replicate none.
     replicas = world.expert_data.size if world.expert.size > 1 else world.size
     return (masters + moments) // replicas + 2 * _bucket(model) * dtype.itemsize
@@ -171,6 +174,7 @@ class Engine:
             _prepare_nvme(zero, world)
         self.world = world
         self.model = model
+        self._nvme_path = zero.nvme_path if zero.offload == "nvme" else ""
         self.stage = zero.stage
         self.dtype = dtype
         self.clip_norm = optimizer.clip_norm
@@ -440,5 +444,9 @@ class Engine:
                 state[kind] = torch.zeros_like(flat)
 
     def close(self) -> None:
-        """Release the hooks and buffers that DeepSpeed holds."""
+        """Release the hooks and buffers that DeepSpeed holds, and its files."""
+        if self._nvme_path:
+            barrier()
         self._engine.destroy()
+        if self._nvme_path and self.world.local_rank == 0:
+            shutil.rmtree(self._nvme_path, ignore_errors=True)

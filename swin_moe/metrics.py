@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
+
+log = logging.getLogger("swin_moe")
 
 Record = dict[str, Any]
 
@@ -51,10 +54,13 @@ class MetricLog:
         kept = []
         if resume_step is not None:
             kept = [r for r in read_metrics(folder) if r["step"] <= resume_step]
-        self.path.write_text("".join(json.dumps(record) + "\n" for record in kept))
+        temporary = self.path.with_suffix(".tmp")  # a kill here must not lose what there is
+        temporary.write_text("".join(json.dumps(record) + "\n" for record in kept))
+        temporary.replace(self.path)
         purge = None if resume_step is None else resume_step + 1
         self._step = resume_step or 0
         self._loads: list[list[float]] = []  # of the layers, as last written
+        self._failed = False
         self._writer = None
         if tensorboard:
             self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=purge)
@@ -67,8 +73,13 @@ class MetricLog:
         evaluation it gets a picture of the last loads of all layers, see :func:`heat_map`.
         """
         self._step = record["step"]
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+        except OSError as error:  # such as a full disk: no reason to end the training
+            if not self._failed:
+                log.warning("%s cannot be written: %s; training goes on", self.path, error.strerror)
+            self._failed = True
         if self._writer is None:
             return
         step = record["step"]

@@ -9,21 +9,28 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import multiprocessing
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from multiprocessing.connection import Connection
+from pathlib import Path
 
 import psutil
 import torch
 
+from . import ops
 from .config import Config
-from .distributed import World, all_reduce_, local_world_size
+from .distributed import Group, World, all_reduce_, local_world_size
 from .engine import reserved_bytes, resolve_precision
 from .models import SwinTransformer, build, split_output
 from .opened import in_precision
 
 _MARGIN = 0.08  # of the memory, for what no trial shows: fragments, the libraries' workspaces
-_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "Cannot allocate memory")
+_CGROUP = Path("/sys/fs/cgroup")
+# What a lack of memory sounds like; the last one is oneDNN's.
+_OUT_OF_MEMORY = ("can't allocate memory", "Cannot allocate memory", "could not create a primitive")
 
 
 def choose_micro_batch(config: Config, world: World, available: int | None = None) -> None:
@@ -39,7 +46,9 @@ def choose_micro_batch(config: Config, world: World, available: int | None = Non
     whole = config.data.batch_size
     mixes = config.augment.mixup > 0 or config.augment.cutmix > 0
     sizes = [n for n in range(whole, 0, -1) if whole % n == 0 and not (mixes and n % 2)]
-    size = next((n for n in sizes if _fits(config, world, n, available)), 0)
+    if available is None:
+        available = _available(world)
+    size = _largest(sizes, lambda n: _fits(config, world, n, available))
     size = int(all_reduce_(torch.tensor(float(size), device=world.device), "min"))
     if size == 0:
         raise ValueError(
@@ -51,19 +60,94 @@ def choose_micro_batch(config: Config, world: World, available: int | None = Non
     config.data.batch_size = size
 
 
-def _fits(config: Config, world: World, size: int, available: int | None) -> bool:
+def _largest(sizes: list[int], fits: Callable[[int], bool]) -> int:
+    """The first of the falling sizes that fits, 0 if none does; the first of all is tried first."""
+    if fits(sizes[0]):
+        return sizes[0]
+    # The index of the last one that is too large, and of the first one that fits.
+    large, small = 0, len(sizes)
+    while small - large > 1:
+        middle = (large + small) // 2
+        if fits(sizes[middle]):
+            small = middle
+        else:
+            large = middle
+    return sizes[small] if small < len(sizes) else 0
+
+
+def _fits(config: Config, world: World, size: int, available: int) -> bool:
+    if world.device.type == "cpu":
+        return _fits_in_a_child(config, world, size, available)
+    total = torch.cuda.get_device_properties(world.device).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(available / total, 1.0), world.device)
     try:
-        with torch.random.fork_rng(), _silence(), _limit(world, available) as total:
-            _try(config, world, size, total)
-    except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not any(s in str(error) for s in _OUT_OF_MEMORY):
-            raise
+        with torch.random.fork_rng([world.device]), _silence():
+            _try(config, world, size, available)
+    except torch.cuda.OutOfMemoryError:
         return False
     finally:
+        torch.cuda.set_per_process_memory_fraction(1.0, world.device)
         gc.collect()
-        if world.device.type == "cuda":
-            torch.cuda.empty_cache()
+        torch.cuda.empty_cache()
     return True
+
+
+def _fits_in_a_child(config: Config, world: World, size: int, available: int) -> bool:
+    """On a CPU in a process of its own: libraries do not always survive a lack of memory."""
+    theirs, ours = multiprocessing.Pipe(duplex=False)
+    expert, replicas = (
+        Group(None, group.rank, group.size) for group in (world.expert, world.expert_data)
+    )
+    alone = replace(world, expert=expert, expert_data=replicas)
+    # Its server imports once, and starts no threads that a fork would lose.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    child = context.Process(target=_child, args=(config, alone, size, available, ours))
+    child.start()
+    ours.close()
+    try:
+        error = theirs.recv()
+    except EOFError:  # killed
+        error = None
+    child.join()
+    if error:
+        raise ValueError(f"train.accumulation_steps=auto: the trial failed: {error}")
+    return error == ""
+
+
+def _child(config: Config, world: World, size: int, available: int, answer: Connection) -> None:
+    """Answers with an empty text if it fits, None if it does not, else with what went wrong."""
+    import resource  # not on Windows
+
+    if not config.ops.fused:
+        ops.use_references()
+    used = psutil.Process().memory_info().data
+    hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
+    resource.setrlimit(resource.RLIMIT_DATA, (used + available, hard))
+    try:
+        with _silence():
+            _try(config, world, size, available)
+        answer.send("")
+    except MemoryError:
+        answer.send(None)
+    except RuntimeError as error:
+        lacks = any(sign in str(error) for sign in _OUT_OF_MEMORY)
+        answer.send(None if lacks else str(error).splitlines()[0])
+    except Exception as error:
+        answer.send(f"{error}".splitlines()[0])
+
+
+def _available(world: World) -> int:
+    """Bytes that this process may take of its device, or its share of the host's memory."""
+    if world.device.type == "cuda":
+        return torch.cuda.mem_get_info(world.device)[0]
+    free = psutil.virtual_memory().available
+    with contextlib.suppress(OSError, ValueError):  # the limit of a container or a Slurm job
+        limit, taken = (
+            int((_CGROUP / f"memory.{name}").read_text()) for name in ("max", "current")
+        )
+        free = min(free, limit - taken)
+    return free // local_world_size()
 
 
 def _try(config: Config, world: World, size: int, total: int) -> None:
@@ -100,28 +184,3 @@ def _silence() -> Iterator[None]:
         os.dup2(kept, 2)
         os.close(kept)
         os.close(nothing)
-
-
-@contextlib.contextmanager
-def _limit(world: World, available: int | None) -> Iterator[int]:
-    """Bytes that may be taken; on a CPU, taking more fails instead of ending the process."""
-    if world.device.type == "cuda":
-        free, total = torch.cuda.mem_get_info(world.device)
-        fraction = min((available or free) / total, 1.0)
-        torch.cuda.set_per_process_memory_fraction(fraction, world.device)
-        try:
-            yield available or free
-        finally:
-            torch.cuda.set_per_process_memory_fraction(1.0, world.device)
-        return
-    import resource  # not on Windows
-
-    if available is None:
-        available = psutil.virtual_memory().available // local_world_size()
-    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
-    used = psutil.Process().memory_info().data
-    resource.setrlimit(resource.RLIMIT_DATA, (used + available, hard))
-    try:
-        yield available
-    finally:
-        resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))

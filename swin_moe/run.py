@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import hashlib
 import logging
 import time
 from dataclasses import dataclass, replace
@@ -68,11 +70,12 @@ def train(config: Config, world: World, console: Console, fresh: bool = False) -
         Preempted: a signal asked for an end; the checkpoint is written.
     """
     started = time.monotonic()
+    fresh = fresh and not distributed.started_again()  # once is what was meant
     with StopSignal() as stop_signal:
         _check(config, world)
         torch.set_flush_denormal(config.precision.flush_denormals)
         run = Run(Path(config.train.output), world, console)
-        _choose_micro_batch(run, config)
+        _choose_micro_batch(run, config, fresh)
         # All input is checked before anything is written.
         loaders = [loader_of(config, world, training) for training in (True, False)]
         plan = _plan(config, loaders[0])
@@ -154,28 +157,49 @@ def _fit(job: _Job, trainer: Trainer) -> Trainer:
             trainer.fit()
             return trainer
         except RollBack:
-            trainer = _roll_back(job, trainer)
+            place, from_start = trainer.position, trainer.updates_made == 0
         except (TrainingError, Preempted):  # of all ranks
-            job.writer.wait()
+            with job.watchdog.paused():
+                job.writer.wait()
             distributed.barrier()  # the end of another would end rank 0 before it has told
             raise
         except BaseException:
             job.writer.close()
             raise
+        with job.watchdog.paused():
+            job.writer.wait()
+            trainer.engine.close()
+            del trainer  # or there would be two of all that it holds
+            gc.collect()
+            if job.run.world.device.type == "cuda":
+                torch.cuda.empty_cache()
+            trainer = _roll_back(job, place, from_start)
 
 
-def _roll_back(job: _Job, trainer: Trainer) -> Trainer:
-    """Build the trainer anew from the last checkpoint, with the samples that follow."""
-    job.writer.wait()
-    place, from_start = trainer.position, trainer.updates_made == 0
-    trainer.engine.close()
+def _roll_back(job: _Job, place: Position, from_start: bool) -> Trainer:
+    """Build the trainer anew from the last checkpoint, with the samples that follow.
+
+    Args:
+        from_start: it has not made one update since that checkpoint.
+    """
     reader = step_back(job.run, passed_over=from_start)
     return _assemble(job, reader, place=place)
 
 
-def _choose_micro_batch(run: Run, config: Config) -> None:
+def _choose_micro_batch(run: Run, config: Config, fresh: bool) -> None:
+    """Resolve ``train.accumulation_steps=auto``; a resume on as many processes keeps the choice."""
     if config.train.accumulation_steps != "auto":
         return
+    for path in [] if fresh else checkpoint.list_checkpoints(run.checkpoints)[:1]:
+        try:
+            saved = load_config(path / "config.yaml")
+            processes = checkpoint.Reader(path).state["processes"]
+        except (ValueError, OSError, KeyError):
+            break  # what is wrong with it is told when it is to be resumed from
+        micro, steps = saved.data.batch_size, saved.train.micro_steps
+        if processes == run.world.size and micro * steps == config.data.batch_size:
+            config.data.batch_size, config.train.accumulation_steps = micro, steps
+            return
     choose_micro_batch(config, run.world)
     run.say(
         f"micro-batches of {config.data.batch_size} images a process fit into memory: "
@@ -228,11 +252,16 @@ def _check(config: Config, world: World) -> None:
 
 
 def _build_engine(config: Config, model: SwinTransformer, world: World) -> Engine:
+    zero = config.zero
+    if zero.offload == "nvme":  # a folder of this run's, the same at each start
+        folder = Path(config.train.output).resolve()
+        name = f"{folder.name}-{hashlib.sha256(str(folder).encode()).hexdigest()[:12]}"
+        zero = zero.model_copy(update={"nvme_path": str(Path(zero.nvme_path) / name)})
     return Engine(
         model,
         world,
         optimizer=config.optimizer,
-        zero=config.zero,
+        zero=zero,
         dtype=resolve_precision(config.precision, world.device),
         micro_batch=config.data.batch_size,
         accumulation_steps=config.train.micro_steps,

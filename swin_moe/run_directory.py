@@ -21,13 +21,14 @@ from rich.console import Console
 
 from . import __version__, checkpoint
 from .config import Config, ConfigError, dump_config, load_config
-from .distributed import World, broadcast_object, gather_objects, hostname, restarts
+from .distributed import World, broadcast_object, gather_objects, hostname, restarts, started_again
 from .models.pretrained import built_windows
 
 log = logging.getLogger("swin_moe")
 
 MARKER = ".swin_moe"  # in every run directory: nothing else is ever moved or written over
 _held: list[IO[str]] = []
+_PATIENCE = 60.0  # seconds
 
 
 @dataclass
@@ -162,24 +163,35 @@ def _adopt(run: Run, fresh: bool) -> str:
         if found is not None:
             checkpoint.set_aside_newer(run.checkpoints, found)
             return str(found)
-        if fresh or (folder / "metrics.jsonl").exists():  # killed before its first checkpoint
-            aside = folder.with_name(f"{folder.name}.{time.strftime('%Y%m%d-%H%M%S')}")
-            folder.rename(aside)
-            run.say(f"the earlier run was moved to {aside}")
+        if not fresh and not (folder / "metrics.jsonl").exists():
+            return ""  # it had hardly begun
+        aside = folder.with_name(f"{folder.name}.{time.strftime('%Y%m%d-%H%M%S')}")
+        folder.rename(aside)
+        run.say(f"the earlier run was moved to {aside}")
     folder.mkdir(parents=True, exist_ok=True)
     _lock(marker)
     return ""
 
 
 def _lock(marker: Path) -> None:
-    """Hold the marker as long as this process lives."""
+    """Hold the marker as long as this process lives.
+
+    Started again, it waits for what the killed processes have left behind: workers that read data
+    hold the marker, too, until they notice.
+    """
     handle = marker.open("a")
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise ValueError(
-            f"another training runs in {marker.parent}: wait for it, or set another train.output"
-        ) from None
+    deadline = time.monotonic() + (_PATIENCE if started_again() else 0.0)
+    while True:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except BlockingIOError:
+            if time.monotonic() >= deadline:
+                raise ValueError(
+                    f"another training runs in {marker.parent}: wait for it, or set another "
+                    "train.output"
+                ) from None
+            time.sleep(0.2)
     _held.append(handle)
 
 

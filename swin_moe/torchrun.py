@@ -35,12 +35,23 @@ class _Agent(LocalElasticAgent):
 
     def _monitor_workers(self, worker_group: Any) -> Any:
         result = super()._monitor_workers(worker_group)
-        if result.state == WorkerState.FAILED and Path(os.environ[FINAL]).exists():
+        final = bool(_told) or Path(os.environ[FINAL]).exists()
+        if result.state == WorkerState.FAILED and final:
             self._remaining_restarts = 0
         return result
 
+    def _start_workers(self, worker_group: Any) -> Any:
+        started = super()._start_workers(worker_group)
+        if _told:  # before there was one to tell
+            _pass_on(_told[-1], None)
+        return started
+
+
+_told: list[int] = []  # signals that came so far
+
 
 def _pass_on(number: int, _frame: object) -> None:
+    _told.append(number)
     for child in psutil.Process().children():
         with contextlib.suppress(psutil.NoSuchProcess):
             child.send_signal(number)

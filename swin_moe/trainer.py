@@ -167,7 +167,11 @@ class Trainer:
                     self._save()
                 if stop and not last:  # else after the epoch's evaluation and an update more
                     self._stop()
-        if position.update == plan.updates_per_epoch:
+        self._turn_epoch()
+
+    def _turn_epoch(self) -> None:
+        position = self.position
+        if position.update == self.plan.updates_per_epoch:
             position.epoch, position.update = position.epoch + 1, 0
             position.unreadable_before = position.unreadable
 
@@ -181,11 +185,19 @@ class Trainer:
         """Save what there is and end, because a signal to some rank asked for it."""
         self._save()
         with self.watchdog.paused():
-            self.saver.wait()
-        raise Preempted(
-            f"told to stop by a signal at step {self.position.step}; the checkpoint is written: "
-            "start again to go on from it"
-        )
+            complete = self.saver.wait()
+        told = f"told to stop by a signal at step {self.position.step}"
+        if not complete:
+            raise TrainingError(
+                f"{told}, but the checkpoint could not be written (the warning above says why); "
+                "the one before it is whole: make room and start again"
+            )
+        if self._bad_in_a_row:
+            raise Preempted(
+                f"{told}, while updates were being left out: start again to go on from the last "
+                "checkpoint"
+            )
+        raise Preempted(f"{told}; the checkpoint is written: start again to go on from it")
 
     def _update(self, batches: Iterator[Batch]) -> bool:
         """One optimizer update: ``accumulation_steps`` micro-batches and a step.
@@ -251,6 +263,7 @@ class Trainer:
             "logs/rank-*.log"
         )
         if self._bad_in_a_row >= limit:
+            self._turn_epoch()
             raise RollBack
 
     def _log_samples(self, samples: list[Batch]) -> None:

@@ -1,21 +1,17 @@
 """The largest micro-batch is found by trial, and a trial that fails leaves nothing behind."""
 
-import ast
 import resource
-import subprocess
-import sys
 
 import pytest
 import torch
 
 from swin_moe.config import load_config
 from swin_moe.distributed import Group, World
-from swin_moe.micro_batch import choose_micro_batch
-from tests.parallel import MICRO, ROOT, environment, train
+from swin_moe.micro_batch import _largest, choose_micro_batch
+from tests.parallel import MICRO, train
 
 WORLD = World(0, 0, 1, torch.device("cpu"), Group(), Group())
 MB = 10**6
-N = 600 * MB
 
 
 def chosen(available, *overrides):
@@ -42,16 +38,21 @@ def test_micro_batches_shrink_with_the_memory_and_make_up_the_same_update(capfd)
 
 
 def test_recomputing_makes_room():
-    """Each in a fresh process, for what an allocator has kept is room, too."""
-    sizes = []
-    for on in ("false", "true"):
-        code = "import sys; from tests.test_micro_batch import *; print(chosen(N, *sys.argv[1:]))"
-        done = subprocess.run(
-            [sys.executable, "-c", code, f"model.use_checkpoint={on}", "data.batch_size=2520"],
-            cwd=ROOT, env=environment(), capture_output=True, text=True, check=True, timeout=100,
-        )  # fmt: skip
-        sizes.append(ast.literal_eval(done.stdout.splitlines()[-1])[0])
+    sizes = [
+        chosen(500 * MB, f"model.use_checkpoint={on}", "data.batch_size=2520")[0]
+        for on in ("false", "true")
+    ]
     assert sizes[1] > sizes[0]
+
+
+@pytest.mark.parametrize("available", [430, 520])
+def test_bf16_in_which_onednn_runs_out_of_memory(available):
+    """It says so in words of its own, and fails for good in that process."""
+    size, steps = chosen(
+        available * MB, "data.batch_size=512", "zero.stage=2", "precision.dtype=bf16"
+    )
+    assert 0 < size
+    assert size * steps == 512
 
 
 def test_too_little_memory_is_told():
@@ -60,20 +61,31 @@ def test_too_little_memory_is_told():
     assert "model.use_checkpoint=true" in str(error.value)
 
 
-def test_other_errors_are_not_taken_for_a_lack_of_memory(monkeypatch):
-    def fail(*_):
-        raise RuntimeError("shapes do not match")
-
-    monkeypatch.setattr("swin_moe.micro_batch._try", fail)
-    with pytest.raises(RuntimeError, match="shapes do not match"):
-        chosen(20_000 * MB)
+def test_other_errors_are_not_taken_for_a_lack_of_memory():
+    with pytest.raises(ValueError, match=r"the trial failed: .*tutel"):
+        chosen(20_000 * MB, "moe.backend=tutel")
 
 
-def test_a_run_takes_what_fits(tmp_path):
-    done = train(
-        tmp_path / "run", "train.accumulation_steps=auto", "train.max_steps=1", processes=2
-    )
+@pytest.mark.parametrize(("room", "expected"), [(9, 8), (8, 8), (7, 4), (3, 2), (1, 1), (0, 0)])
+def test_the_largest_that_fits_is_found(room, expected):
+    tried = []
+
+    def fits(size):
+        tried.append(size)
+        return size <= room
+
+    assert _largest([8, 4, 2, 1], fits) == expected
+    assert tried[0] == 8
+
+
+def test_a_run_takes_what_fits_and_a_resume_keeps_it(tmp_path):
+    options = [tmp_path / "run", "train.accumulation_steps=auto", "checkpoint.every_steps=1"]
+    done = train(*options, "train.max_steps=1")
     assert done.returncode == 0, done.stderr
     assert (
         "micro-batches of 50 images a process fit into memory: 1 of them an update" in done.stdout
     )
+    done = train(*options, "train.max_steps=2")
+    assert done.returncode == 0, done.stderr
+    assert "resumed from" in done.stdout
+    assert "fit into memory" not in done.stdout

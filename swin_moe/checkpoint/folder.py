@@ -135,8 +135,15 @@ def verify(path: Path) -> None:
     """Check sizes and digests against the manifest.
 
     Raises:
-        CheckpointError: what is missing, cut off or changed.
+        CheckpointError: what is missing, cut off, changed or unreadable.
     """
+    try:
+        _verify(path)
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror} ({error.filename})") from None
+
+
+def _verify(path: Path) -> None:
     files = read_manifest(path).files
     for name, (size, _) in files.items():
         file = path / name

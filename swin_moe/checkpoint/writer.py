@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -104,7 +103,6 @@ class Writer:
         self.wait()
         saved = Saved(step, self.folder / f"step-{step:08d}")
         partial = self.folder / f"partial-{saved.path.name}-{self._life}"
-        partial.mkdir(parents=True, exist_ok=True)
         tensors, entries = self._stage(fragments, layout)
         texts = {}
         if self.world.is_main:
@@ -194,7 +192,7 @@ class Writer:
             self._write_part(job)
             if self.world.is_main:
                 self._commit(job)
-        except (OSError, CheckpointError, SafetensorError) as error:
+        except Exception as error:  # whatever it is, this checkpoint is not there
             job.saved.error = _reason(error)
             log.debug("save of %s failed", job.saved.path, exc_info=True)
             if self.world.is_main:
@@ -205,6 +203,7 @@ class Writer:
         """This rank's file and its description; where that fails, the reason."""
         rank = self.world.rank
         try:
+            job.partial.mkdir(parents=True, exist_ok=True)
             file = job.partial / rank_file(rank)
             save_file(job.tensors, file)
             file.chmod(job.partial.stat().st_mode & 0o666)  # not for its writer alone
@@ -216,7 +215,7 @@ class Writer:
                 files[name] = file_digest(job.partial / name)
             mine = json.dumps({"files": files, "tensors": to_json(job.entries)})
             _appear(job.partial / f"rank-{rank}.json", mine)
-        except (OSError, SafetensorError) as error:
+        except Exception as error:
             text = _reason(error)
             try:
                 _appear(job.partial / f"rank-{rank}.failed", text)
