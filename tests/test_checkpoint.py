@@ -317,6 +317,27 @@ def test_saves_do_not_overlap(tmp_path, slow):
     assert len(checkpoint.list_checkpoints(tmp_path)) == 2
 
 
+def raising(error):
+    def fail(*_args, **_kwargs):
+        raise error
+
+    return fail
+
+
+def test_a_disk_that_cannot_be_read_is_damage(tmp_path, monkeypatch, caplog):
+    first, second = write(tmp_path, 1), write(tmp_path, 2)
+    original = checkpoint.folder.file_digest
+
+    def digest(path):
+        if path.parent == second:
+            raise OSError(5, "Input/output error", str(path))
+        return original(path)
+
+    monkeypatch.setattr(checkpoint.folder, "file_digest", digest)
+    assert checkpoint.latest(tmp_path) == first
+    assert "Input/output error" in caplog.text
+
+
 def test_a_failing_write_is_told_and_leaves_the_old_ones_alone(tmp_path, monkeypatch):
     first = write(tmp_path, 1)
     told = []
@@ -332,6 +353,17 @@ def test_a_failing_write_is_told_and_leaves_the_old_ones_alone(tmp_path, monkeyp
     assert told[0].error == "No space left on device (rank-00000.safetensors)"
     assert checkpoint.latest(tmp_path) == first
     assert not list(tmp_path.glob("partial-*"))
+    for error in (MemoryError("no room"), RuntimeError("whatever it is")):
+        with monkeypatch.context() as patched:
+            patched.setattr(writer, "sync", raising(error))
+            begin(saver, 2, torch.ones(1))
+            assert not saver.wait()
+        assert told[-1].error == str(error)
+    with monkeypatch.context() as patched:  # such as on a disk that has no room for a folder
+        patched.setattr(type(tmp_path), "mkdir", raising(OSError(28, "No space left on device")))
+        begin(saver, 2, torch.ones(1))
+        assert not saver.wait()
+    assert told[-1].error == "No space left on device"
     begin(saver, 3, torch.ones(1))  # there is room again
     assert saver.wait()
     assert checkpoint.latest(tmp_path).name == "step-00000003"

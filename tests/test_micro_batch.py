@@ -51,7 +51,7 @@ def test_bf16_in_which_onednn_runs_out_of_memory(available):
     size, steps = chosen(
         available * MB, "data.batch_size=512", "zero.stage=2", "precision.dtype=bf16"
     )
-    assert 0 < size
+    assert size > 0
     assert size * steps == 512
 
 

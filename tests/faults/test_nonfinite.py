@@ -75,6 +75,19 @@ def test_it_goes_back_and_on_with_later_samples(tmp_path):
     assert all(reader.tensor(name).isfinite().all() for name in reader.names())
 
 
+def test_it_goes_back_from_the_end_of_an_epoch(tmp_path):
+    """Of five updates an epoch, the last two are bad."""
+    done = run(
+        tmp_path, [(0, 4), (0, 5)], "faults.nonfinite=rollback", "faults.max_nonfinite=2",
+        "data.batch_size=1000", "checkpoint.every_steps=2", "schedule.epochs=2",
+        "train.max_steps=7",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "went back to step-00000002 (epoch 2, step 5)" in done.stdout
+    position = last_state(tmp_path)["position"]
+    assert (position["step"], position["epoch"], position["update"]) == (7, 1, 2)
+
+
 def test_a_checkpoint_that_leads_nowhere_is_passed_over(tmp_path):
     """What was saved after the weights went wrong and before it showed is no way back."""
     poison = [(0, update) for update in (9, 10)]

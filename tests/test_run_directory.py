@@ -1,0 +1,59 @@
+"""The directory of a run: whose it is and what life in it goes on."""
+
+import pytest
+from rich.console import Console
+
+from swin_moe import distributed, run_directory
+from swin_moe.run_directory import MARKER, Run, _adopt
+from tests.saving import ALONE
+
+
+@pytest.fixture(autouse=True)
+def _release(monkeypatch):
+    held = []
+    monkeypatch.setattr(run_directory, "_held", held)
+    yield
+    for handle in held:
+        handle.close()
+
+
+def run_of(folder):
+    return Run(folder, ALONE, Console(quiet=True))
+
+
+def test_a_run_that_hardly_began_begins(tmp_path):
+    (tmp_path / MARKER).touch()
+    (tmp_path / "logs").mkdir()
+    assert _adopt(run_of(tmp_path), fresh=False) == ""
+    assert (tmp_path / "logs").is_dir()
+    with pytest.raises(ValueError, match="another training runs in"):
+        _adopt(run_of(tmp_path), fresh=False)
+
+
+@pytest.mark.parametrize("fresh", [False, True])
+def test_a_run_without_a_checkpoint_is_moved_aside(tmp_path, fresh):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    for name in (MARKER, "metrics.jsonl"):
+        (folder / name).touch()
+    assert _adopt(run_of(folder), fresh) == ""
+    assert [path.name for path in folder.iterdir()] == [MARKER]
+    assert len(list(tmp_path.glob("run.*/metrics.jsonl"))) == 1
+
+
+def test_a_restart_waits_for_what_the_dead_left_behind(tmp_path, monkeypatch):
+    assert _adopt(run_of(tmp_path / "run"), fresh=False) == ""
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    monkeypatch.setattr(run_directory.time, "sleep", lambda _: run_directory._held.pop().close())
+    assert _adopt(run_of(tmp_path / "run"), fresh=False) == ""
+
+
+@pytest.mark.parametrize("name", ["TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"])
+def test_restarts_are_known(monkeypatch, name):
+    monkeypatch.delenv("TORCHELASTIC_RESTART_COUNT", raising=False)
+    monkeypatch.delenv("SLURM_RESTART_COUNT", raising=False)
+    assert not distributed.started_again()
+    monkeypatch.setenv(name, "0")
+    assert not distributed.started_again()
+    monkeypatch.setenv(name, "2")
+    assert distributed.started_again()
