@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from swin_moe import distributed
 from swin_moe.config import MoEConfig
 from swin_moe.distributed import Group, World
-from swin_moe.models.swin import keep_routing
+from swin_moe.models.recompute import keep_routing
 from swin_moe.moe import MoELayer, build_moe, choose_overlap, exchange
 from swin_moe.moe.all_to_all import AllToAll
 

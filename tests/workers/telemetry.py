@@ -21,6 +21,8 @@ NAME = "layers.1.blocks.1"
 class Images:
     """Batches of random images in place of a loader's; ``spoilt`` makes NaN of one's pixels."""
 
+    num_samples = UPDATES * ACCUMULATION * MICRO_BATCH
+
     def __init__(self, rank: int, spoilt: int = -1) -> None:
         self.rank, self.spoilt = rank, spoilt
 
