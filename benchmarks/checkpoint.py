@@ -10,16 +10,14 @@ the time of the call and of the steps after it, until it is on disk, over that o
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shutil
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
@@ -98,12 +96,17 @@ class Bench:
         self.engine._engine.save_checkpoint(str(self.folder / f"deepspeed-{self.step}"))
 
     def settle(self) -> None:
-        """Wait for what still writes, and make room."""
+        """Wait until all is on disk."""
         self.writer.wait()
         if self.pending is not None:
             self.pending.result()  # type: ignore[attr-defined]
             self.pending = None
         distributed.barrier()
+        if self.world.is_main:
+            os.sync()
+        distributed.barrier()
+
+    def make_room(self) -> None:
         if self.world.is_main:
             for path in self.folder.glob("*-*"):
                 shutil.rmtree(path)
@@ -137,6 +140,7 @@ class Bench:
                     self.timed(self.train_step)
                 self.settle()
                 after = time.perf_counter() - begun
+                self.make_room()
                 if turn >= 0:
                     alone += without
                     stalls[name].append(stall)
@@ -151,39 +155,16 @@ class Bench:
         )  # fmt: skip
 
 
-def work(options: argparse.Namespace) -> None:
+def work(options: argparse.Namespace) -> NoReturn:
     """One of the processes."""
     cells = []
     rounds, steps = (1, 3) if options.quick else (7, 6)
     for group in (1, PROCESSES):
         world = distributed.init(expert_parallel_size=group)
-        folder = options.folder / f"ep{group}"
-        bench = Bench(world, folder)
+        bench = Bench(world, options.folder / f"ep{group}")
         cells.append(bench.measure(rounds, steps))
         bench.engine.close()
-    if world.is_main:
-        options.worker.write_text(json.dumps(cells))
-    distributed.barrier()
-    distributed.shutdown()
-    distributed.leave(0)
-
-
-def on_processes(folder: Path) -> list[dict[str, object]]:
-    """The cells, measured by this program under torchrun.
-
-    Raises:
-        SystemExit: a process failed.
-    """
-    path = folder / "cells.json"
-    command = [sys.executable, "-m", "swin_moe.torchrun", "--standalone", "--nproc-per-node"]
-    command += [str(PROCESSES), "-m", "benchmarks.checkpoint", *sys.argv[1:]]
-    command += ["--worker", str(path), "--folder", str(folder)]
-    done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False)
-    if done.returncode:
-        raise SystemExit(done.returncode)
-    cells = json.loads(path.read_text())
-    assert isinstance(cells, list)
-    return cells
+    harness.hand_over(options.worker, cells, world)
 
 
 def measure_reshard(source: Path, rounds: int) -> list[dict[str, object]]:
@@ -221,7 +202,7 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
         folder = Path(name)
-        cells = on_processes(folder)
+        cells = harness.on_processes("benchmarks.checkpoint", PROCESSES, "--folder", str(folder))
         saved = checkpoint.latest(folder / f"ep{PROCESSES}/ours")
         assert saved is not None
         resharded = measure_reshard(saved, 1 if options.quick else 3)

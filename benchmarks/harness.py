@@ -14,14 +14,20 @@ import json
 import os
 import platform
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from rich.console import Console
 from rich.table import Table
+
+from swin_moe import distributed
+from swin_moe.distributed import World
 
 # The launchers' setting for glibc, see launch/common.sh.
 ALLOCATOR = {
@@ -166,6 +172,36 @@ def release_memory() -> None:
     gc.collect()
     if sys.platform == "linux":
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def on_processes(module: str, count: int, *more: str) -> list[dict[str, object]]:
+    """What several processes of one thread each measure: the program ``module`` under torchrun.
+
+    It gets this program's arguments, ``more`` and ``--worker PATH``, to which :func:`hand_over`
+    writes its cells.
+
+    Raises:
+        SystemExit: a process failed.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "cells.json"
+        command = [sys.executable, "-m", "swin_moe.torchrun", "--standalone", "--nproc-per-node"]
+        command += [str(count), "-m", module, *sys.argv[1:], *more, "--worker", str(path)]
+        done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False)
+        if done.returncode:
+            raise SystemExit(done.returncode)
+        cells = json.loads(path.read_text())
+    assert isinstance(cells, list)
+    return cells
+
+
+def hand_over(path: Path, cells: list[dict[str, object]], world: World) -> NoReturn:
+    """End one of several processes; rank 0 hands its cells to who started them."""
+    if world.is_main:
+        path.write_text(json.dumps(cells))
+    distributed.barrier()
+    distributed.shutdown()
+    distributed.leave(0)
 
 
 def write_json(path: Path | None, cells: list[dict[str, object]], **more: object) -> None:

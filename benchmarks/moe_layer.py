@@ -15,15 +15,12 @@ out. Without --full, most of the cells that take long and have no bar are not me
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import subprocess
-import sys
-import tempfile
 from collections.abc import Callable
 from functools import partial
 from itertools import product
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
@@ -311,33 +308,10 @@ def columns(cell: dict[str, object]) -> list[str]:
     return harness.row(cell, "dense", "ratio_to_dense", "verdict")
 
 
-def on_processes(count: int) -> list[dict[str, object]]:
-    """The cells of several processes of one thread each, measured by this program under torchrun.
-
-    Raises:
-        SystemExit: a process failed.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "cells.json"
-        command = [sys.executable, "-m", "swin_moe.torchrun", "--standalone", "--nproc-per-node"]
-        command += [str(count), "-m", "benchmarks.moe_layer", *sys.argv[1:], "--worker", str(path)]
-        done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False)
-        if done.returncode:
-            raise SystemExit(done.returncode)
-        cells = json.loads(path.read_text())
-    assert isinstance(cells, list)
-    return cells
-
-
-def work(options: argparse.Namespace) -> None:
+def work(options: argparse.Namespace) -> NoReturn:
     """One of several processes."""
     world = distributed.init(expert_parallel_size=distributed.environment_rank()[2])
-    cells = measure_all(options, world)
-    if world.is_main:
-        options.worker.write_text(json.dumps(cells))
-    distributed.barrier()
-    distributed.shutdown()
-    distributed.leave(0)
+    harness.hand_over(options.worker, measure_all(options, world), world)
 
 
 def show(cells: list[dict[str, object]], moved: list[dict[str, object]]) -> None:
@@ -377,7 +351,7 @@ def main() -> None:
     cells = []
     # First the others, while this process holds no memory.
     if "2" in options.processes and torch.cuda.device_count() != 1:
-        cells += on_processes(2)
+        cells += harness.on_processes("benchmarks.moe_layer", 2)
     if "1" in options.processes:
         cells = measure_all(options, distributed.init()) + cells
     moved = traffic(processes=2)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -73,13 +75,22 @@ class MetricLog:
         evaluation it gets a picture of the last loads of all layers, see :func:`heat_map`.
         """
         self._step = record["step"]
+        with self._whatever_the_disk(), self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+        with self._whatever_the_disk():
+            self._show(record)
+
+    @contextlib.contextmanager
+    def _whatever_the_disk(self) -> Iterator[None]:
+        """A full disk is no reason to end the training: it is told once."""
         try:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(record) + "\n")
-        except OSError as error:  # such as a full disk: no reason to end the training
+            yield
+        except OSError as error:
             if not self._failed:
-                log.warning("%s cannot be written: %s; training goes on", self.path, error.strerror)
+                log.warning("metrics cannot be written: %s; training goes on", error)
             self._failed = True
+
+    def _show(self, record: Record) -> None:
         if self._writer is None:
             return
         step = record["step"]
@@ -108,11 +119,13 @@ class MetricLog:
             import matplotlib.image
 
             pixels = matplotlib.image.imread(path)
-            self._writer.add_image(key, pixels[..., :3], self._step, dataformats="HWC")
+            with self._whatever_the_disk():
+                self._writer.add_image(key, pixels[..., :3], self._step, dataformats="HWC")
 
     def close(self) -> None:
         if self._writer is not None:
-            self._writer.close()
+            with self._whatever_the_disk():
+                self._writer.close()
 
 
 def heat_map(loads: list[list[float]]) -> np.ndarray:

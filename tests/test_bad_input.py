@@ -80,15 +80,20 @@ def test_module_and_plain_torchrun_are_the_same_program(tmp_path):
     assert Path(tmp_path / "run/logs/rank-1.log").exists()
 
 
-def test_corrupt_images_are_skipped_counted_and_reported(tmp_path):
-    """Real images, some of them damaged, as folders of files."""
-    for split, count in (("train", 12), ("val", 4)):
+def write_images(folder, **counts):
+    """Folders of two classes; ``counts`` are a class's images by split."""
+    for split, count in counts.items():
         for label in range(2):
-            folder = tmp_path / "data" / split / f"class{label}"
-            folder.mkdir(parents=True)
+            (folder / split / f"class{label}").mkdir(parents=True)
             for index in range(count):
                 pixels = numpy.random.default_rng(index + 100 * label).integers(0, 255, (20, 20))
-                Image.fromarray(pixels.astype("uint8")).save(folder / f"{index}.png")
+                image = Image.fromarray(pixels.astype("uint8"))
+                image.save(folder / split / f"class{label}" / f"{index}.png")
+
+
+def test_corrupt_images_are_skipped_counted_and_reported(tmp_path):
+    """Real images, some of them damaged, as folders of files."""
+    write_images(tmp_path / "data", train=12, val=4)
     (tmp_path / "data/train/class0/3.png").write_bytes(b"\x89PNG not really")
     (tmp_path / "data/val/class1/0.png").write_bytes(b"")
     done = train(
@@ -111,15 +116,9 @@ def test_corrupt_images_are_skipped_counted_and_reported(tmp_path):
 
 
 def test_too_many_unreadable_images_stop_the_run(tmp_path):
-    for split, count in (("train", 60), ("val", 4)):
-        for label in range(2):
-            folder = tmp_path / "data" / split / f"class{label}"
-            folder.mkdir(parents=True)
-            for index in range(count):
-                image = Image.new("L", (20, 20), index)
-                image.save(folder / f"{index:02d}.png")
+    write_images(tmp_path / "data", train=60, val=4)
     for index in range(12):
-        (tmp_path / f"data/train/class{index % 2}/{index:02d}.png").write_bytes(b"no image")
+        (tmp_path / f"data/train/class{index % 2}/{index}.png").write_bytes(b"no image")
     recipe = [f"data.path={tmp_path / 'data'}", "data.batch_size=10", "model.num_classes=2"]
     done = train(tmp_path / "run", *recipe)
     assert done.returncode == 1

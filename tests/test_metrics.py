@@ -43,6 +43,19 @@ def test_resume_cuts_off_what_it_takes_back(tmp_path):
     assert "moe/layers.0.blocks.1/load/expert1" in events.Tags()["scalars"]
 
 
+def test_a_full_disk_is_told_once_and_ends_nothing(tmp_path, caplog):
+    log = MetricLog(tmp_path, tensorboard=True, resume_step=None)
+    log.path.unlink()
+    log.path.symlink_to("/dev/full")
+    for record in records(range(1, 3)):
+        log.write(record)
+    assert caplog.text.count("metrics cannot be written: [Errno 28]") == 1
+    # What TensorBoard's thread met, it raises at the next record.
+    log._writer.file_writer.event_writer._async_writer._worker.exception = OSError(28, "full")
+    log.write(records([3])[0])
+    log.close()
+
+
 def test_many_experts_get_a_histogram_and_evaluations_a_heat_map(tmp_path):
     log = MetricLog(tmp_path, tensorboard=True, resume_step=None)
     load = [0.0, 1 / 16] + [15 / 16 / 30] * 30

@@ -140,7 +140,7 @@ def verify(path: Path) -> None:
     try:
         _verify(path)
     except OSError as error:
-        raise CheckpointError(f"{path}: {error.strerror} ({error.filename})") from None
+        raise CheckpointError(f"{error.filename or path}: {error.strerror}") from None
 
 
 def _verify(path: Path) -> None:

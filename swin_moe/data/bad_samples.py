@@ -46,7 +46,14 @@ class BadSamples:
         if self.total >= TOLD > self.total - len(skipped):
             log.warning("further unreadable images are listed in %s", self.file or "the log")
         if self.file is not None:
-            lines = "".join(json.dumps(sample._asdict()) + "\n" for sample in skipped)
-            self.file.parent.mkdir(parents=True, exist_ok=True)
-            with self.file.open("a", encoding="utf-8") as file:
+            self._list(self.file, skipped)
+
+    def _list(self, path: Path, skipped: list[Skipped]) -> None:
+        lines = "".join(json.dumps(sample._asdict()) + "\n" for sample in skipped)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("a", encoding="utf-8") as file:
                 file.write(lines)
+        except OSError as error:  # such as a full disk: no reason to end the training
+            log.warning("%s cannot be written: %s", path, error.strerror)
+            self.file = None
