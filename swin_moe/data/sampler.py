@@ -96,9 +96,11 @@ class ResumableSampler(Sampler[list[Position]]):
             number = self._window_numbers(epoch)
             bits = int(number.max()).bit_length()
             keys = keys >> np.uint64(bits) | number << np.uint64(64 - bits)
-        keys = keys & ~low | np.arange(self.num_samples, dtype=np.uint64)
+        keys &= ~low
+        keys |= np.arange(self.num_samples, dtype=np.uint64)
         keys.sort()
-        return (keys & low).astype(np.int64)
+        keys &= low
+        return keys.view(np.int64)
 
     def _window_numbers(self, epoch: int) -> np.ndarray:
         """Which window each sample is of [N] uint64, where the runs follow in shuffled order."""
