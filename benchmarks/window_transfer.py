@@ -58,7 +58,8 @@ def train(family: str, steps: int) -> SwinTransformer:
         if step % len(batches) == 0:
             epoch = batches.epoch(step // len(batches))
         batch = next(epoch)
-        loss = F.cross_entropy(model(batch.images), batch.labels)
+        images, labels = batches.on_device(batch, torch.device("cpu"))
+        loss = F.cross_entropy(model(images), labels)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -70,9 +71,11 @@ def train(family: str, steps: int) -> SwinTransformer:
 def accuracy(model: SwinTransformer, images: int, pixels: int) -> float:
     """Top-1 in percent on the first ``images`` held-out ones."""
     right = seen = 0
-    for batch in loader(pixels, training=False).epoch(0):
-        right += int((model.eval()(batch.images).argmax(1) == batch.labels).sum())
-        seen += len(batch.labels)
+    batches = loader(pixels, training=False)
+    for batch in batches.epoch(0):
+        held_out, labels = batches.on_device(batch, torch.device("cpu"))
+        right += int((model.eval()(held_out).argmax(1) == labels).sum())
+        seen += len(labels)
         if seen >= images:
             break
     return 100 * right / seen

@@ -30,6 +30,8 @@ examples:
   swin-moe evaluate runs/swin_moe_micro/checkpoints/best
   swin-moe inspect runs/swin_moe_micro --images 6
   swin-moe checkpoint list runs/swin_moe_micro
+  swin-moe prepare-data /data/fall11_whole /data/in22k --val 0.01
+  swin-moe data show configs/fashion_mnist/swin_moe_micro.yaml
 
 exit codes: 0 done, 1 failed, 2 wrong use (a config, an argument or data that cannot be used),
 75 stopped by SIGTERM or SIGUSR1 with its checkpoint written: start again to go on
@@ -72,7 +74,8 @@ def build_parser() -> argparse.ArgumentParser:
     models.add_argument("pattern", nargs="?", default="*", help="e.g. 'swinv2_base*'")
     convert = _add_convert(commands)
     checkpoints = _add_checkpoint(commands)
-    for command in (train, evaluate, inspect, models, convert, *checkpoints):
+    data = _add_data(commands)
+    for command in (train, evaluate, inspect, models, convert, *checkpoints, *data):
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
 
@@ -158,6 +161,47 @@ def _add_checkpoint(commands: Any) -> list[argparse.ArgumentParser]:
     return [listing, verify, reshard, export]
 
 
+def _add_data(commands: Any) -> list[argparse.ArgumentParser]:
+    prepare = commands.add_parser(
+        "prepare-data",
+        help="write any data set as shuffled tar shards with an index",
+        description="Read a folder of class folders, a folder of tars (webdataset or one per "
+        "class), a .zip with its _map.txt, a list of files, parquet shards, or a root with train "
+        "and val of these, and write tar shards. Interrupted or killed, the same command goes on.",
+    )
+    prepare.add_argument("input", metavar="IN")
+    prepare.add_argument("output", metavar="OUT", help="folder to make")
+    prepare.add_argument(
+        "--val", type=float, default=0.0, metavar="SHARE", help="of each class, held out as val"
+    )
+    prepare.add_argument(
+        "--shard-size", type=int, default=512, metavar="MB", help="of a shard (default 512)"
+    )
+    prepare.add_argument(
+        "--resize", type=int, default=0, metavar="PIXELS", help="shorter side of larger images"
+    )
+    prepare.add_argument(
+        "--classes", type=Path, metavar="FILE", help="keep these, a line each: label = line"
+    )
+    prepare.add_argument("--seed", type=int, default=0, help="of the order (default 0)")
+    data = commands.add_parser("data", help="show what a config trains on, verify a data set")
+    actions = data.add_subparsers(dest="action", required=True, metavar="ACTION")
+    show = actions.add_parser("show", help="draw augmented and mixed batches with their labels")
+    show.add_argument("config", metavar="CONFIG")
+    show.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. augment.mixup=0")
+    show.add_argument("--output", type=Path, default=Path("data.png"), metavar="FILE.png")
+    verify = actions.add_parser("verify", help="read and decode every sample, list the bad ones")
+    verify.add_argument("path", metavar="PATH")
+    verify.add_argument(
+        "--output", type=Path, default=Path("bad-samples.jsonl"), metavar="FILE", help="the list"
+    )
+    for command in (prepare, verify):
+        command.add_argument(
+            "--workers", type=int, default=0, metavar="N", help="processes (default: all cores)"
+        )
+    return [prepare, show, verify]
+
+
 def _parse(argv: list[str] | None) -> argparse.Namespace:
     """Options and overrides in any order, which argparse alone does not allow here."""
     parser = build_parser()
@@ -186,7 +230,7 @@ def main(argv: list[str] | None = None) -> int:
         shutdown()
         return code
     except KeyboardInterrupt:
-        return _fail("interrupted; start again to resume from the last checkpoint", local_rank == 0)
+        return _fail("interrupted; the same command goes on from where it was", local_rank == 0)
     except (ValueError, OSError) as error:
         # The same on every rank of a node: one of them tells.
         if arguments.debug:
@@ -249,6 +293,8 @@ def _run(arguments: argparse.Namespace) -> int:
         return DONE
     if arguments.command == "checkpoint":
         return _checkpoint(arguments, console)
+    if arguments.command in ("prepare-data", "data"):
+        return _data(arguments, console)
     if arguments.command == "train":
         config = load_config(arguments.config, arguments.overrides)
         if config.parallel.expert_parallel_size == "auto":
@@ -290,6 +336,33 @@ def _checkpoint(arguments: argparse.Namespace, console: Any) -> int:
         checkpoints.reshard(path, Path(arguments.output), arguments.files, console)
     else:
         checkpoints.export(path, Path(arguments.output), console, arguments.overwrite)
+    return DONE
+
+
+def _data(arguments: argparse.Namespace, console: Any) -> int:
+    from .data import commands
+
+    if arguments.command == "prepare-data":
+        commands.prepare_data(
+            Path(arguments.input),
+            Path(arguments.output),
+            console,
+            val_share=arguments.val,
+            shard_megabytes=arguments.shard_size,
+            resize=arguments.resize,
+            classes=arguments.classes,
+            seed=arguments.seed,
+            workers=arguments.workers,
+        )
+    elif arguments.action == "verify":
+        path = Path(arguments.path)
+        well = commands.verify_data(path, console, arguments.output, arguments.workers)
+        return DONE if well else FAILED
+    else:
+        from .config import load_config
+        from .data.show import show
+
+        show(load_config(arguments.config, arguments.overrides), arguments.output, console)
     return DONE
 
 

@@ -47,8 +47,7 @@ def evaluate(
     total = torch.zeros_like(correct)
     sums = torch.zeros(3, dtype=torch.float64, device=device)  # loss, top-5 hits, unreadable
     for batch in loader.epoch(0):
-        images = batch.images.to(device, non_blocking=True)
-        labels = batch.labels.to(device, non_blocking=True)
+        images, labels = loader.on_device(batch, device)
         logits, _ = split_output(forward(images))
         valid = labels >= 0
         logits, labels = logits.float()[valid], labels[valid]

@@ -17,6 +17,7 @@ from . import checkpoint, distributed, ops, report
 from .checkpoint import Saved, Writer
 from .config import Config, dump_config, load_config
 from .data import Loader, build_mixing
+from .data.show import contact_sheet
 from .distributed import World
 from .engine import Engine, resolve_precision
 from .guard import Preempted, StopSignal
@@ -94,6 +95,7 @@ def train(config: Config, world: World, console: Console, fresh: bool = False) -
             log=_open_log(run, config, reader),
         )
         _log_place(world)
+        _show_data(job, reader)
         restart, allowed = distributed.restarts()
         if restart:
             run.say(f"started again by the launcher after a failure ({restart} of {allowed})")
@@ -205,6 +207,19 @@ def _choose_micro_batch(run: Run, config: Config, fresh: bool) -> None:
         f"micro-batches of {config.data.batch_size} images a process fit into memory: "
         f"{config.train.micro_steps} of them an update"
     )
+
+
+def _show_data(job: _Job, reader: checkpoint.Reader | None) -> None:
+    """A picture of what the model is to see, in the run directory and in TensorBoard."""
+    if job.log is None or reader is not None:
+        return
+    path = job.run.folder / "data.png"
+    try:
+        contact_sheet(job.config, job.loaders[0], job.loaders[1], path)
+    except OSError as error:  # such as a full disk: no reason not to train
+        log.warning("%s cannot be drawn: %s", path, error)
+    else:
+        job.log.image("data/first_batches", path)
 
 
 def _log_place(world: World) -> None:

@@ -18,6 +18,7 @@ from .checkpoint import Writer
 from .config import FaultsConfig
 from .data import Batch, Loader
 from .data.mixing import Mixing
+from .data.watch import LoaderWatch
 from .distributed import World, all_reduce_
 from .engine import Engine
 from .evaluation import Evaluation, evaluate
@@ -120,7 +121,9 @@ class Trainer:
         self._bad_in_a_row = 0
         self.updates_made = 0  # since this trainer began
         self._unreadable = 0  # on this rank, since the last log
-        self._clock, self._images, self.images_per_second = time.monotonic(), 0, 0.0
+        self._clock, self._images, self._waited = time.monotonic(), 0, 0.0
+        self._steps_logged, self.images_per_second = self.position.step, 0.0
+        self._loader_watch = LoaderWatch()
 
     def fit(self) -> None:
         """Train from the current position to the end of the plan."""
@@ -210,7 +213,9 @@ class Trainer:
         samples: list[Batch] = []
         bad = ""
         for micro in range(plan.accumulation_steps):
+            waited = time.monotonic()
             samples.append(next(batches))
+            self._waited += time.monotonic() - waited
             loss = self._forward(samples[-1], position.step * plan.accumulation_steps + micro)
             if self.engine.at_boundary:
                 loss = loss * self._guard.agree()
@@ -272,9 +277,7 @@ class Trainer:
             logger.info("samples of step %d: %s", self.position.step, keys)
 
     def _forward(self, batch: Batch, micro_step: int) -> Tensor:
-        device = self.world.device
-        images = batch.images.to(device, non_blocking=True)
-        labels = batch.labels.to(device, non_blocking=True)
+        images, labels = self.train_loader.on_device(batch, self.world.device)
         images, targets = self.mixing(images, labels, micro_step)
         logits, routed = split_output(self.engine.forward(images))
         cross_entropy = self.loss_function(logits, targets)
@@ -314,20 +317,23 @@ class Trainer:
         return round(self.position.epoch + self.position.update / self.plan.updates_per_epoch, 4)
 
     def _restart_clock(self) -> None:
-        self._clock, self._images = time.monotonic(), 0
+        self._clock, self._images, self._waited = time.monotonic(), 0, 0.0
 
     def _log_training(self) -> str:
         """Reduce the meters over ranks and write a record; returns the bar's status text."""
         device, position = self.world.device, self.position
-        local = [self._loss.read(), self._aux.read(), float(self._unreadable)]
-        loss, aux, unreadable = all_reduce_(torch.tensor(local, device=device)).tolist()
-        loss, aux = loss / self.world.size, aux / self.world.size
+        waited = self._waited / max(time.monotonic() - self._clock, 1e-9)
+        local = [self._loss.read(), self._aux.read(), float(self._unreadable), waited]
+        loss, aux, unreadable, waited = all_reduce_(torch.tensor(local, device=device)).tolist()
+        loss, aux, waited = (value / self.world.size for value in (loss, aux, waited))
         position.unreadable += int(unreadable)
         self._unreadable = 0
         self._check_bad_samples()
         routers = self._routers.read()
         elapsed = time.monotonic() - self._clock
         self.images_per_second = self._images / max(elapsed, 1e-9)
+        steps = max(position.step - self._steps_logged, 1)
+        self._steps_logged = position.step
         self._restart_clock()
         record: Record = {
             "step": position.step,
@@ -336,6 +342,7 @@ class Trainer:
             "train/lr": self.engine.lr,
             "train/grad_norm": self.engine.grad_norm(),
             "train/images_per_second": round(self.images_per_second, 1),
+            "train/data_wait_ms": round(1e3 * waited * elapsed / steps, 2),
         }
         if position.skipped:
             record["train/skipped_updates"] = position.skipped
@@ -346,6 +353,8 @@ class Trainer:
         if self.log:
             self.log.write(record)
         for warning in self._watch.check(routers):
+            self.say(f"warning at step {position.step}: {warning}")
+        if warning := self._loader_watch.check(waited, self.train_loader.workers):
             self.say(f"warning at step {position.step}: {warning}")
         status = (
             f"loss {loss:.4f}  lr {record['train/lr']:.2e}  norm {record['train/grad_norm']:.2f}  "

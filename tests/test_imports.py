@@ -31,7 +31,7 @@ ONLY_IN = {
     "SummaryWriter": {"metrics.py"},
     "environ": {"distributed.py", "torchrun.py"},
     "getenv": set(),
-    "argparse": {"cli.py", "data/prepare.py"},
+    "argparse": {"cli.py", "data/bundle.py"},
     "yaml": {"config/loading.py"},
     "pickle": {"models/pickled.py"},
     "torch.load": {"models/pickled.py"},

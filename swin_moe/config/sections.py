@@ -206,6 +206,7 @@ class AugmentConfig(Section):
     auto_augment: str = "rand-m9-mstd0.5-inc1"  # empty = none
     interpolation: Literal["bicubic", "bilinear", "random"] = "bicubic"
     random_erase: Rate = 0.25
+    repeats: Positive = 1  # repeated augmentation: each image so often in an epoch of equal length
     mixup: NonNegativeFloat = 0.8
     cutmix: NonNegativeFloat = 1.0
     mixup_prob: Rate = 1.0

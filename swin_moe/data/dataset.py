@@ -2,38 +2,38 @@
 
 from __future__ import annotations
 
-import io
 from typing import NamedTuple
 
+import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from .bad_samples import Skipped
+from .decode import UnreadableImage
 from .rng import seeded
 from .sampler import Position
 from .source import Source
 from .transforms import Transform
 
-# Not all that Pillow reads: some of its formats start other programs.
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "PPM", "TIFF", "GIF")
-
 
 class Sample(NamedTuple):
-    """An image [C, H, W] with its label; zeros and −1 for padding and for unreadable samples.
+    """Pixels [H, W, C] uint8 with their label; zeros and −1 for padding and unreadable samples.
 
     ``place`` is the sample's index in the split, −1 for padding.
     """
 
-    image: Tensor
+    pixels: np.ndarray
     label: int
     place: int
     skipped: Skipped | None = None
 
 
 class Batch(NamedTuple):
-    """Images [B, C, H, W] float32, labels [B] int64, and the samples that could not be read.
+    """Images [B, C, H, W] uint8, labels [B] int64, and the samples that could not be read.
+
+    Bytes, because a worker hands over, and a GPU receives, four times as many images a second so;
+    :meth:`Loader.on_device` makes of them what a model takes. Memory is channels-last.
 
     In evaluation, label −1 marks padding and unreadable samples; no metric may count them.
     ``indices`` [B] int64 are the samples' places in the split, −1 for padding.
@@ -45,60 +45,42 @@ class Batch(NamedTuple):
     indices: Tensor
 
 
-def decode(data: bytes, mode: str) -> Image.Image:
-    """Decode the whole image and convert it to ``mode``.
-
-    Raises:
-        Exception: whatever Pillow raises on damaged or truncated data.
-    """
-    try:
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
-    except UnidentifiedImageError:  # its message names an address in memory
-        raise ValueError(f"not a {', '.join(FORMATS)} image") from None
-    if image.mode[0] in "IF":  # Pillow would clip the pixels to 8 bits: a white image
-        raise ValueError(f"pixels of mode {image.mode} have more than 8 bits")
-    return image.convert(mode)
-
-
 class ImageDataset(Dataset[Sample]):
-    """Samples by ``(epoch, index)``, augmented as a pure function of seed, epoch and index.
+    """Samples by :data:`Position`, augmented as a pure function of seed and position.
 
     Args:
         source: encoded images.
-        mode: Pillow's mode to decode to.
-        transform: from such an image to a tensor of ``shape``.
-        shape: [C, H, W].
+        transform: from such an image to pixels of ``shape``.
+        shape: (H, W, C).
     """
 
     def __init__(
-        self,
-        source: Source,
-        mode: str,
-        transform: Transform,
-        shape: tuple[int, int, int],
-        seed: int,
+        self, source: Source, transform: Transform, shape: tuple[int, int, int], seed: int
     ) -> None:
-        self.source, self.mode, self.transform = source, mode, transform
+        self.source, self.transform = source, transform
         self.shape, self.seed = shape, seed
 
     def __getitem__(self, position: Position) -> Sample:
-        epoch, index = position
+        epoch, index, repeat = position
         if index < 0:
-            return Sample(torch.zeros(self.shape), -1, index)
+            return Sample(np.zeros(self.shape, np.uint8), -1, index)
         try:
-            image = decode(self.source.read(index), self.mode)
-        except Exception as error:  # on damaged data a decoder may raise anything
-            reason = f"{type(error).__name__}: {error}".splitlines()[0]
-            skipped = Skipped(self.source.key(index), type(error).__name__, reason)
-            return Sample(torch.zeros(self.shape), -1, index, skipped)
-        with seeded(self.seed, epoch, index):
-            return Sample(self.transform(image), int(self.source.labels[index]), index)
+            data = self.source.read(index)
+            with seeded(self.seed, epoch, index, repeat):
+                pixels = self.transform(data)
+        except (OSError, ValueError) as error:
+            kind = error.kind if isinstance(error, UnreadableImage) else "cannot be read"
+            reason = (str(error).splitlines() or [""])[0]
+            skipped = Skipped(self.source.key(index), kind, reason)
+            return Sample(np.zeros(self.shape, np.uint8), -1, index, skipped)
+        return Sample(pixels, int(self.source.labels[index]), index)
 
 
 def collate(samples: list[Sample]) -> Batch:
     """Stack samples to a batch."""
+    pixels = torch.from_numpy(np.stack([sample.pixels for sample in samples]))
     return Batch(
-        torch.stack([sample.image for sample in samples]),
+        pixels.permute(0, 3, 1, 2),
         torch.tensor([sample.label for sample in samples]),
         [sample.skipped for sample in samples if sample.skipped is not None],
         torch.tensor([sample.place for sample in samples]),

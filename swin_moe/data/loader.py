@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import itertools
 import os
 import signal
 import weakref
@@ -10,14 +11,16 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from ..config import AugmentConfig, DataConfig
 from .bad_samples import BadSamples
 from .dataset import Batch, ImageDataset, collate, replace_unreadable
-from .sampler import ResumableSampler
+from .normalise import Normalise
+from .sampler import Position, ResumableSampler
 from .source import open_source
-from .transforms import build_transform, image_mode
+from .transforms import build_transform
 
 TERM_GRACE_S = 60  # workers outlive a SIGTERM for so long
 
@@ -30,6 +33,7 @@ class Loader:
         class_names: by label, where the data tells.
         description: one line for the log.
         bad: unreadable samples met so far on this rank.
+        workers: processes that load, 0 = the training's own.
     """
 
     def __init__(
@@ -37,12 +41,13 @@ class Loader:
         dataset: ImageDataset,
         sampler: ResumableSampler,
         num_workers: int,
-        class_names: list[str] | None,
+        normalise: Normalise,
         description: str,
     ) -> None:
         self.num_samples = len(dataset.source)
-        self.class_names, self.description = class_names, description
-        self.bad = BadSamples()
+        self.class_names, self.description = dataset.source.class_names, description
+        self._normalise = normalise
+        self.bad, self.workers = BadSamples(), num_workers
         self._sampler, self._dataset = sampler, dataset
         self._loader = DataLoader(
             dataset,
@@ -75,6 +80,11 @@ class Loader:
         for batch in self._loader:
             yield self._checked(batch) if batch.skipped else batch
 
+    def on_device(self, batch: Batch, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Images [B, C, H, W] float32, normalised by ``data.mean`` and ``std``, and labels [B]."""
+        images = batch.images.to(device, non_blocking=True)
+        return self._normalise(images), batch.labels.to(device, non_blocking=True)
+
     def label(self, index: int) -> int:
         """The label of a sample of the split, without reading it."""
         return int(self._dataset.source.labels[index])
@@ -85,7 +95,13 @@ class Loader:
 
     def pick(self, indices: Sequence[int]) -> Batch:
         """These samples of the split as a batch, read in this process, in the form of epoch 0."""
-        return collate([self._dataset[0, index] for index in indices])
+        return collate([self._dataset[Position(0, index)] for index in indices])
+
+    def peek(self, batches: int) -> Iterator[Batch]:
+        """The first batches of epoch 0, read in this process; the epochs are not touched."""
+        self._sampler.set_position(0, 0)
+        for positions in itertools.islice(self._sampler, batches):
+            yield collate([self._dataset[position] for position in positions])
 
     def close(self) -> None:
         """End the worker processes; happens by itself when the program exits."""
@@ -147,9 +163,8 @@ def build_loader(
     Raises:
         ValueError: one line naming the key, the path and the remedy, for data that cannot be used.
     """
-    mode = image_mode(in_chans)
-    transform = build_transform(augment, image_sides, in_chans, data.mean, data.std, training)
-    source, names = open_source(data, num_classes, training)
+    transform = build_transform(augment, image_sides, in_chans, data.mean, training)
+    source = open_source(data, num_classes, training)
     sampler = ResumableSampler(
         len(source),
         data.batch_size if training else data.eval_batch_size or data.batch_size,
@@ -159,11 +174,13 @@ def build_loader(
         training=training,
         runs=source.runs,
         window=data.shuffle_window,
+        repeats=augment.repeats if training else 1,
     )
-    dataset = ImageDataset(source, mode, transform, (in_chans, *image_sides), seed)
+    dataset = ImageDataset(source, transform, (*image_sides, in_chans), seed)
     split = data.train if training else data.val
-    classes = f"{len(names)} classes" if names else "classes without names"
+    names = source.class_names
+    classes = f"{len(names):,} classes" if names else "classes without names"
     description = f"{split}: {len(source):,} samples, {classes}, {source.describe()}"
     # More workers than cores only wait for each other; the batches are the same.
     workers = min(data.num_workers, os.cpu_count() or 1)
-    return Loader(dataset, sampler, workers, names, description)
+    return Loader(dataset, sampler, workers, Normalise(data.mean, data.std), description)

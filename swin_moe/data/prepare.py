@@ -1,128 +1,333 @@
-"""Writes the bundled sample: Fashion-MNIST as gzip-compressed webdataset shards.
+"""``swin-moe prepare-data``: any data set to shuffled tar shards with an index.
 
-``python -m swin_moe.data.prepare --source DIR --output DIR`` makes ``swin_moe/data/fashion_mnist``
-again from the four IDX files of https://github.com/zalandoresearch/fashion-mnist (Debian:
-``apt install dataset-fashion-mnist``). The same input and the same zlib give the same bytes.
+The plan is written first; then each shard is a pure function of the plan, written beside and then
+renamed. So processes may write shards in any order, a kill loses the shards that were being
+written, and the same command goes on where it was.
 """
 
 from __future__ import annotations
 
-import argparse
-import gzip
+import hashlib
 import io
-from collections.abc import Iterable
+import json
+import shutil
+import tarfile
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
-import webdataset
-from PIL import Image
+import simplejpeg
+from rich.console import Console
+from rich.filesize import decimal
 
-DEBIAN_PATH = Path("/usr/share/datasets/fashion-mnist")
-CLASSES = (
-    "T-shirt/top",
-    "Trouser",
-    "Pullover",
-    "Dress",
-    "Coat",
-    "Sandal",
-    "Shirt",
-    "Sneaker",
-    "Bag",
-    "Ankle boot",
-)
-SPLITS = {"train": ("train", 10_000), "val": ("t10k", 2_000)}  # ours -> (theirs, samples)
-SHARD_SAMPLES = 2_500
-SEED = 0
+from .bad_samples import Skipped
+from .decode import EncodedImage, UnreadableImage
+from .index import Manifest, Shard, replacing, write_index
+from .parallel import in_processes
+from .progress import sample_progress
+from .rng import permutation
+from .scan import scan_shard
+from .source import Source
+from .transforms import resize
+
+QUALITY = 95  # of a resized JPEG
+PROBED = 200  # images whose size is looked at, to find how many fill a shard
+WORK = ".prepare"  # folder of what is needed to go on
 
 
-def read_idx(path: Path) -> np.ndarray:
-    """Read one gzip-compressed IDX file of unsigned bytes: images [N, 28, 28] or labels [N].
+@dataclass(frozen=True)
+class Settings:
+    """What decides the bytes of a split's shards.
 
-    Raises:
-        ValueError: the file is missing or is not such a file.
+    Attributes:
+        source: what was prepared.
+        shard_bytes: wanted size of a shard.
+        resize: shorter side in pixels to which larger images are resized; 0 = none.
+        val_share: of each class, the samples that go to ``val``.
     """
-    try:
-        data = gzip.decompress(path.read_bytes())
-    except (OSError, EOFError) as error:
-        raise ValueError(f"{path}: cannot read the IDX file ({error})") from None
-    if data[:3] != b"\0\0\x08":
-        raise ValueError(f"{path}: not an IDX file of unsigned bytes")
-    dims = data[3]
-    shape = np.frombuffer(data, dtype=">u4", count=dims, offset=4)
-    return np.frombuffer(data, dtype=np.uint8, offset=4 + 4 * dims).reshape(shape.tolist())
+
+    source: str
+    seed: int
+    shard_bytes: int
+    resize: int
+    val_share: float
 
 
-def balanced_sample(labels: np.ndarray, count: int, seed: int = SEED) -> np.ndarray:
-    """Shuffled row numbers [count], the same number of each class, from ``labels`` [N]."""
-    rng = np.random.default_rng(seed)
-    per_class = count // len(CLASSES)
-    rows = [
-        rng.choice(np.flatnonzero(labels == label), per_class, replace=False)
-        for label in range(len(CLASSES))
-    ]
-    return rng.permutation(np.concatenate(rows))
+class _Job(NamedTuple):
+    """A split to be written; processes inherit it by forking, so that nothing is copied."""
+
+    source: Source
+    labels: np.ndarray  # [N] as they are to be written
+    order: np.ndarray  # places in the source
+    samples: int  # of a shard
+    prefix: Path
+    resize: int
+
+    def members(self, shard: int) -> np.ndarray:
+        return self.order[shard * self.samples : (shard + 1) * self.samples]
+
+    @property
+    def num_shards(self) -> int:
+        return -(-len(self.order) // self.samples)
+
+    def path(self, shard: int) -> Path:
+        return self.prefix.with_name(f"{self.prefix.name}-{shard:06d}.tar")
+
+    def record(self, shard: int) -> Path:
+        """What is known of a shard that is complete."""
+        return self.prefix.parent / WORK / f"{self.path(shard).name}.json"
 
 
-def encode_png(pixels: np.ndarray) -> bytes:
-    """The smallest PNG that Pillow makes of grey ``pixels`` [H, W] uint8."""
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, format="PNG", optimize=True)
-    return buffer.getvalue()
+_JOB: list[_Job] = []  # of this process, for the ones that it forks
 
 
-def write_shard(path: Path, samples: Iterable[tuple[str, bytes, int]]) -> None:
-    """Write ``(key, png, label)`` samples as ``key.png`` and ``key.cls`` with fixed metadata.
-
-    A name that ends in ``gz`` compresses: the 512-byte blocks of tar weigh more than small images.
-    """
-    archive = io.BytesIO()
-    with webdataset.TarWriter(archive, encoder=False, user="root", group="root", mtime=0) as tar:
-        for key, png, label in samples:
-            tar.write({"__key__": key, "png": png, "cls": str(label).encode()})
-    with open(path, "wb") as raw:
-        if path.name.endswith("gz"):
-            with gzip.GzipFile("", "wb", fileobj=raw, mtime=0) as packed:
-                packed.write(archive.getvalue())
-        else:
-            raw.write(archive.getvalue())
-
-
-def prepare_fashion_mnist(source: Path, output: Path) -> None:
-    """Sample 10,000 training and 2,000 test images and write shards and ``classes.txt``.
+def prepare(
+    source: Source,
+    output: Path,
+    settings: Settings,
+    console: Console,
+    *,
+    split: str = "train",
+    classes: list[str] | None = None,
+    workers: int = 1,
+) -> list[Skipped]:
+    """Write ``split-*.tar`` (and ``val-*.tar``), ``split.json`` with the index, ``classes.txt``.
 
     Args:
-        source: folder with the four ``*-ubyte.gz`` files.
-        output: folder to write to; made if it is missing.
+        classes: the classes to keep, by name (or number, where the source has no names), in the
+            order of their new labels; None = all.
+
+    Returns:
+        the samples that could not be read; they are left out and listed in ``bad-samples.jsonl``.
 
     Raises:
-        ValueError: a source file is missing or damaged.
+        ValueError: one line, if nothing is to be written, the folder holds something else, or the
+            disk is too small.
     """
+    labels, names = _relabel(source, classes)
+    parts = _split(labels, settings, split)
+    work = output / WORK
+    if not work.exists() and any((output / f"{name}.json").exists() for name in parts):
+        raise ValueError(f"{output} is prepared already: remove it or choose another folder")
     output.mkdir(parents=True, exist_ok=True)
-    for split, (name, count) in SPLITS.items():
-        images = read_idx(source / f"{name}-images-idx3-ubyte.gz")
-        labels = read_idx(source / f"{name}-labels-idx1-ubyte.gz")
-        rows = balanced_sample(labels, count)
-        for shard, start in enumerate(range(0, count, SHARD_SAMPLES)):
-            samples = [
-                (f"{row:05d}", encode_png(images[row]), int(labels[row]))  # key: row of the source
-                for row in rows[start : start + SHARD_SAMPLES]
-            ]
-            write_shard(output / f"{split}-{shard:03d}.tar.gz", samples)
-    (output / "classes.txt").write_text("\n".join(CLASSES) + "\n", encoding="utf-8")
+    plan = {**asdict(settings), "split": split, "samples": len(source), "classes": names}
+    samples = _plan(work / f"{split}.json", plan, source, parts, settings, output)
+    skipped: list[Skipped] = []
+    for name, order in parts.items():
+        job = _Job(source, labels, order, samples, output / name, settings.resize)
+        skipped += _write_split(job, settings, console, workers)
+    if names is not None:
+        (output / "classes.txt").write_text("".join(f"{n}\n" for n in names), encoding="utf-8")
+    if skipped:
+        lines = "".join(json.dumps(sample._asdict()) + "\n" for sample in skipped)
+        (output / "bad-samples.jsonl").write_text(lines, encoding="utf-8")
+    return skipped
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m swin_moe.data.prepare", description=(__doc__ or "").splitlines()[0]
-    )
-    parser.add_argument("--source", type=Path, default=DEBIAN_PATH, help="folder of the IDX files")
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "fashion_mnist")
-    arguments = parser.parse_args()
+def finish(output: Path) -> None:
+    """All splits are written: remove what was needed to go on."""
+    shutil.rmtree(output / WORK, ignore_errors=True)
+
+
+def _relabel(source: Source, classes: list[str] | None) -> tuple[np.ndarray, list[str] | None]:
+    """Labels [N] to be written, −1 for samples to be left out, and the classes' names."""
+    if classes is None:
+        return np.asarray(source.labels), source.class_names
+    if len(set(classes)) < len(classes):
+        twice = next(name for name in classes if classes.count(name) > 1)
+        raise ValueError(f"the class '{twice}' is listed twice")
+    known = source.class_names or [str(number) for number in range(len(source.class_counts))]
+    new = {name: label for label, name in enumerate(classes)}
+    table = np.array([new.get(name, -1) for name in known], np.int32)
+    if (table < 0).all():
+        raise ValueError(
+            f"none of the {len(classes):,} listed classes is in the data, first listed "
+            f"'{classes[0]}', first there '{known[0]}'"
+        )
+    return table[source.labels], classes
+
+
+def _split(labels: np.ndarray, settings: Settings, split: str) -> dict[str, np.ndarray]:
+    """Which samples go to which split, shuffled: the first of each class to ``val``."""
+    order = permutation(len(labels), settings.seed)
+    order = order[labels[order] >= 0]
+    if not settings.val_share:
+        return {split: order}
+    mine = labels[order]
+    by_class = np.argsort(mine, kind="stable")
+    counts = np.bincount(mine)
+    place = np.arange(len(order)) - np.repeat(np.cumsum(counts) - counts, counts)
+    rank = np.empty(len(order), np.int64)
+    rank[by_class] = place
+    held_out = rank < np.round(settings.val_share * counts)[mine]
+    return {split: order[~held_out], "val": order[held_out]}
+
+
+def _plan(
+    path: Path,
+    plan: dict,
+    source: Source,
+    parts: dict[str, np.ndarray],
+    settings: Settings,
+    output: Path,
+) -> int:
+    """Samples per shard: as a former start planned, or by the size of some images."""
+    if path.exists():
+        former = json.loads(path.read_text(encoding="utf-8"))
+        samples = former.pop("samples_per_shard")
+        if former != plan:
+            key = next(key for key in plan if plan[key] != former.get(key))
+            told = "" if key == "classes" else f" ({former.get(key)!r}, now {plan[key]!r})"
+            raise ValueError(
+                f"{output} holds an unfinished preparation with another '{key}'{told}: finish "
+                "that, or choose another folder"
+            )
+        return samples
+    count = sum(len(order) for order in parts.values())
+    if not count:
+        raise ValueError("there is no sample to write")
+    order = next(order for order in parts.values() if len(order))
+    sizes = []
+    for index in order[:PROBED]:
+        try:
+            sizes.append(len(_encoded(source.read(int(index)), settings.resize)[0]) + 2048)
+        except (OSError, ValueError):
+            continue
+    if not sizes:
+        raise ValueError(f"none of {PROBED} samples can be read, first {source.key(int(order[0]))}")
+    needed, free = int(np.mean(sizes) * count), shutil.disk_usage(output).free
+    if needed > free:
+        raise ValueError(
+            f"{output}: the shards need about {decimal(needed)}, and the disk has {decimal(free)}"
+        )
+    samples = max(1, round(settings.shard_bytes / float(np.mean(sizes))))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps({**plan, "samples_per_shard": samples}), encoding="utf-8")
+    return samples
+
+
+def _write_split(job: _Job, settings: Settings, console: Console, workers: int) -> list[Skipped]:
+    done = [shard for shard in range(job.num_shards) if _is_done(job, shard)]
+    rest = sorted(set(range(job.num_shards)) - set(done))
+    if done:
+        console.print(f"{job.prefix.name}: {len(done)} of {job.num_shards} shards are there")
+    _JOB[:] = [job]
+    with sample_progress(console, job.prefix.name, len(job.order)) as advance:
+        advance(sum(len(job.members(shard)) for shard in done), 0)
+        for shard, size in in_processes(_write_shard, rest, workers):
+            advance(len(job.members(shard)), size)
+    _JOB.clear()
+    return _index(job, settings)
+
+
+def _is_done(job: _Job, shard: int) -> bool:
     try:
-        prepare_fashion_mnist(arguments.source, arguments.output)
-    except ValueError as error:
-        parser.exit(1, f"{error}\n")
+        state = json.loads(job.record(shard).read_text(encoding="utf-8"))
+        return job.path(shard).stat().st_size == state["bytes"]
+    except (OSError, ValueError, KeyError):
+        return False
 
 
-if __name__ == "__main__":
-    main()
+def _write_shard(shard: int) -> tuple[int, int]:
+    (job,) = _JOB
+    path = job.path(shard)
+    skipped: list[Skipped] = []
+    with replacing(path) as temporary:
+        with tarfile.open(temporary, "w", format=tarfile.PAX_FORMAT) as tar:
+            for index in job.members(shard).tolist():
+                try:
+                    data, extension = _encoded(job.source.read(index), job.resize)
+                except (OSError, ValueError) as error:
+                    kind = error.kind if isinstance(error, UnreadableImage) else "cannot be read"
+                    skipped.append(Skipped(job.source.key(index), kind, str(error)))
+                    continue
+                key = _key(job.source, index)
+                _add(tar, f"{key}.{extension}", data)
+                _add(tar, f"{key}.cls", str(job.labels[index]).encode())
+        table = scan_shard(temporary, shard).table
+        size, digest = temporary.stat().st_size, sha256(temporary)
+    work = job.record(shard)
+    np.save(work.with_suffix(".npy"), table, allow_pickle=False)
+    state = {
+        "samples": len(table),
+        "bytes": size,
+        "sha256": digest,
+        "skipped": [sample._asdict() for sample in skipped],
+    }
+    with replacing(work) as temporary:
+        temporary.write_text(json.dumps(state), encoding="utf-8")
+    return shard, size
+
+
+def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+    member = tarfile.TarInfo(name)  # without time or owner: the same plan gives the same bytes
+    member.size = len(data)
+    tar.addfile(member, io.BytesIO(data))
+
+
+def _key(source: Source, index: int) -> str:
+    """Unique, and still telling: the place in the source and the image's name there."""
+    stem = source.key(index).replace("\\", "/").rsplit("/", 1)[-1].rsplit(":", 1)[-1]
+    stem = stem.rsplit(".", 1)[0] if "." in stem else stem
+    return f"{index:09d}-{stem.replace('.', '_')}"
+
+
+def _encoded(data: bytes, shorter_side: int) -> tuple[bytes, str]:
+    """An image as it is to be stored, and its extension.
+
+    Raises:
+        UnreadableImage: it is none, or it was to be resized and cannot be decoded.
+    """
+    extension = image_extension(data)
+    if extension is None:
+        raise UnreadableImage("not an image", "neither JPEG, PNG, WebP, GIF, BMP, TIFF nor PPM")
+    if shorter_side:
+        image = EncodedImage(data, "RGB")
+        height, width = image.height, image.width
+        if min(height, width) > shorter_side:
+            scale = shorter_side / min(height, width)
+            sides = round(height * scale), round(width * scale)
+            pixels = resize(image.pixels(), sides, "bicubic")
+            data = simplejpeg.encode_jpeg(pixels, QUALITY, colorsubsampling="420")
+            extension = "jpg"
+    return data, extension
+
+
+def image_extension(data: bytes) -> str | None:
+    """What an image file begins with, as an extension."""
+    for start, extension in (
+        (b"\xff\xd8\xff", "jpg"), (b"\x89PNG\r\n", "png"), (b"GIF8", "gif"), (b"BM", "bmp"),
+        (b"II*\0", "tif"), (b"MM\0*", "tif"), (b"P6", "ppm"), (b"P5", "ppm"),
+    ):  # fmt: skip
+        if data.startswith(start):
+            return extension
+    return "webp" if data[:4] == b"RIFF" and data[8:12] == b"WEBP" else None
+
+
+def sha256(path: Path) -> str:
+    """Hexadecimal digest of a file."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _index(job: _Job, settings: Settings) -> list[Skipped]:
+    """Put the shards' tables together; returns what was left out of them."""
+    shards, skipped, counts = [], [], np.zeros(int(job.labels.max()) + 1, np.int64)
+    for shard in range(job.num_shards):
+        state = json.loads(job.record(shard).read_text(encoding="utf-8"))
+        skipped += [Skipped(**sample) for sample in state.pop("skipped")]
+        shards.append(Shard(name=job.path(shard).name, **state))
+        counts += np.bincount(_table(job, shard)["label"], minlength=len(counts))
+    manifest = Manifest(shards=shards, class_counts=counts.tolist(), preparation=asdict(settings))
+    tables = (_table(job, shard) for shard in range(job.num_shards))
+    write_index(job.prefix.with_name(f"{job.prefix.name}.json"), manifest, tables)
+    return skipped
+
+
+def _table(job: _Job, shard: int) -> np.ndarray:
+    return np.load(job.record(shard).with_suffix(".npy"), allow_pickle=False)

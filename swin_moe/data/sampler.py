@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 from torch.utils.data import Sampler
 
-Position = tuple[int, int]  # (epoch, index); index -1 is padding
+from .rng import permutation
+
+
+class Position(NamedTuple):
+    """A sample's place in the split, −1 for padding, and how often it came before in the epoch."""
+
+    epoch: int
+    place: int
+    repeat: int = 0
 
 
 class ResumableSampler(Sampler[list[Position]]):
@@ -24,6 +33,8 @@ class ResumableSampler(Sampler[list[Position]]):
         runs: lengths of the parts that lie together in storage, such as shards.
         window: shuffle the runs, and only so many samples at a time among themselves, so that the
             reads of a while are of a few runs; 0 = shuffle all samples.
+        repeats: each sample comes so many times in a row, and an epoch, which is as long as
+            without, has that share of them: repeated augmentation (https://arxiv.org/abs/1901.09335).
 
     Raises:
         ValueError: training on fewer samples than one global batch.
@@ -40,13 +51,14 @@ class ResumableSampler(Sampler[list[Position]]):
         training: bool,
         runs: np.ndarray | None = None,
         window: int = 0,
+        repeats: int = 1,
     ) -> None:
         assert 0 <= rank < world_size
         self.num_samples, self.batch_size = num_samples, batch_size
         self.rank, self.world_size = rank, world_size
         self.seed, self.training = seed, training
         self.runs = np.array([num_samples]) if runs is None else runs
-        self.window = window
+        self.window, self.repeats = window, repeats
         self._start = (0, 0)
         global_batch = batch_size * world_size
         if training and num_samples < global_batch:
@@ -78,29 +90,17 @@ class ResumableSampler(Sampler[list[Position]]):
         order = self._order(epoch)
         for batch in range(first, len(self)):
             start = (batch * self.world_size + self.rank) * self.batch_size
-            part = order[start : start + self.batch_size].tolist()
-            part += [-1] * (self.batch_size - len(part))
-            yield [(epoch, index) for index in part]
+            samples = [
+                Position(epoch, int(order[place // self.repeats]), place % self.repeats)
+                for place in range(start, min(start + self.batch_size, self.num_samples))
+            ]
+            yield samples + [Position(epoch, -1)] * (self.batch_size - len(samples))
 
     def _order(self, epoch: int) -> np.ndarray:
         if not self.training:
             return np.arange(self.num_samples)
-        # Sorting raw bits: NumPy fixes these streams for good, but not Generator.permutation's. The
-        # index in the low bits makes them unique and comes back out of a plain sort, which takes a
-        # fraction of an argsort's time: 14 million samples are in order within a second.
-        keys = np.random.Philox(np.random.SeedSequence([self.seed, epoch])).random_raw(
-            self.num_samples
-        )
-        low = np.uint64((1 << self.num_samples.bit_length()) - 1)
-        if self.window:
-            number = self._window_numbers(epoch)
-            bits = int(number.max()).bit_length()
-            keys = keys >> np.uint64(bits) | number << np.uint64(64 - bits)
-        keys &= ~low
-        keys |= np.arange(self.num_samples, dtype=np.uint64)
-        keys.sort()
-        keys &= low
-        return keys.view(np.int64)
+        window = self._window_numbers(epoch) if self.window else None
+        return permutation(self.num_samples, self.seed, epoch, major=window)
 
     def _window_numbers(self, epoch: int) -> np.ndarray:
         """Which window each sample is of [N] uint64, where the runs follow in shuffled order."""

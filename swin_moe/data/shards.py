@@ -1,32 +1,41 @@
-"""Random access to tar shards of webdataset's layout: ``key.png`` beside ``key.cls``."""
+"""Random access to tar shards of webdataset's layout: ``key.jpg`` beside ``key.cls``."""
 
 from __future__ import annotations
 
-import gzip
 import io
 import os
 import tarfile
-import zlib
-from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from glob import glob
+from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 from braceexpand import braceexpand
-from webdataset.tariterators import base_plus_ext
+from rich.console import Console
+from rich.filesize import decimal
+from rich.progress import track
 
-IMAGE_EXTENSIONS = frozenset({"png", "jpg", "jpeg", "webp"})
+from .index import (
+    Manifest,
+    Shard,
+    check_sizes,
+    one_at_a_time,
+    read_cache,
+    read_index,
+    write_cache,
+)
+from .scan import Scan, is_compressed, sample_key, scan_shard
+
 SUFFIXES = (".tar", ".tar.gz", ".tgz")
 MAX_COMPRESSED = 256 << 20  # bytes of .gz shards in one set, which are kept in memory
-MAX_UNPACKED = 1 << 30  # bytes of one .gz shard
 MAX_OPEN = 256  # a set may have more shards than a process may open files
 INDEX_THREADS = 16  # on a network file system, reading the headers waits for latency
+KEPT = 1000  # samples from which on an index is kept
 
 
-def find_shards(pattern: str) -> list[str]:
+def find_shards(pattern: str) -> list[Path]:
     """Paths of local shards, sorted by name.
 
     Args:
@@ -38,7 +47,7 @@ def find_shards(pattern: str) -> list[str]:
         ValueError: a brace range names a file that does not exist.
     """
     if not has_wildcard(pattern):
-        return sorted(p for suffix in SUFFIXES for p in glob(f"{pattern}-*{suffix}"))
+        return sorted(Path(p) for suffix in SUFFIXES for p in glob(f"{pattern}-*{suffix}"))
     paths: list[str] = []
     for part in braceexpand(pattern):
         if "*" in part or "?" in part or "[" in part:
@@ -47,7 +56,7 @@ def find_shards(pattern: str) -> list[str]:
             paths.append(part)
         else:
             raise ValueError(f"{part}: no such shard, but {pattern} names it")
-    return paths
+    return [Path(path) for path in paths]
 
 
 def has_wildcard(pattern: str) -> bool:
@@ -55,60 +64,71 @@ def has_wildcard(pattern: str) -> bool:
     return any(character in pattern for character in "{*?[")
 
 
-@dataclass
-class _Index:
-    """Where the samples of one shard lie. Typed arrays: a million Python tuples are 100 MB."""
-
-    labels: array = field(default_factory=lambda: array("q"))
-    offsets: array = field(default_factory=lambda: array("q"))
-    sizes: array = field(default_factory=lambda: array("q"))
-    keys: list[bytes] = field(default_factory=list)
-    content: bytes | None = None  # the whole archive, if it was compressed
-
-
 class ShardSource:
-    """Random access to the samples of tar shards.
+    """Random access to the samples of tar shards; see :class:`~.source.Source`.
 
     A plain ``.tar`` is read in place at the offsets of its members; a compressed one is unpacked
     to memory once, before worker processes start, which then share it.
 
     Args:
-        paths: shards, as from :func:`find_shards`.
-        num_classes: labels must lie in [0, num_classes); 0 allows any that is not negative.
-
-    Raises:
-        ValueError: one line naming the shard, if one is truncated or damaged, a sample lacks its
-            image or label, a label is not an integer in range, or too much is compressed.
+        paths: the shards of ``manifest``.
+        table: ``RECORD`` [N].
+        contents: of compressed shards, by number.
+        kind: what to call them.
     """
 
-    def __init__(self, paths: Sequence[str], num_classes: int) -> None:
-        self.paths = [str(path) for path in paths]
-        _check_compressed(self.paths)
-        with ThreadPoolExecutor(INDEX_THREADS) as pool:
-            parts = list(pool.map(lambda path: _index_shard(path, num_classes), self.paths))
-        self.labels = _join((part.labels for part in parts), np.int64)
-        self._offsets = _join((part.offsets for part in parts), np.int64)
-        self._sizes = _join((part.sizes for part in parts), np.int64)
-        self.runs = np.array([len(part.labels) for part in parts], np.int64)
-        self._shards = np.repeat(np.arange(len(parts)), self.runs)
-        self._keys = np.array([key for part in parts for key in part.keys], dtype=np.bytes_)
-        self._contents = [part.content for part in parts]
+    def __init__(
+        self,
+        paths: Sequence[Path],
+        manifest: Manifest,
+        table: np.ndarray,
+        class_names: list[str] | None,
+        contents: dict[int, bytes],
+        kind: str = "tar shards",
+    ) -> None:
+        self.paths, self.class_names = list(paths), class_names
+        self.class_counts = np.array(manifest.class_counts, np.int64)
+        self.runs = np.array([shard.samples for shard in manifest.shards], np.int64)
+        self._bytes = sum(shard.bytes for shard in manifest.shards)
+        self._table, self._contents, self._kind = table, contents, kind
         self._files: dict[int, IO[bytes]] = {}
 
+    @property
+    def labels(self) -> np.ndarray:
+        return self._table["label"]
+
     def __len__(self) -> int:
-        return len(self.labels)
+        return len(self._table)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_files": {}}  # open files do not survive pickling
+        state = {**self.__dict__, "_files": {}}  # open files do not survive pickling
+        if isinstance(self._table, np.memmap):  # which pickles as a copy
+            state["_table"] = Path(str(self._table.filename))
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        if isinstance(state["_table"], Path):
+            state["_table"] = np.load(state["_table"], mmap_mode="r", allow_pickle=False)
+        self.__dict__.update(state)
 
     def describe(self) -> str:
         """Format and size, for the log."""
-        size = self._sizes.sum() / 1e6
-        return f"tar shards ({len(self.paths)} files, {size:,.1f} MB of images)"
+        return f"{self._kind} ({len(self.paths):,} files, {decimal(self._bytes)})"
 
     def key(self, index: int) -> str:
         """Name of a sample: its shard's path and its key."""
-        return f"{self.paths[self._shards[index]]}:{self._keys[index].decode()}"
+        record = self._table[index]
+        path = self.paths[record["shard"]]
+        start = int(record["offset"]) - int(record["header"])
+        try:
+            content = self._contents.get(int(record["shard"]))
+            with path.open("rb") if content is None else io.BytesIO(content) as stream:
+                stream.seek(start)
+                with tarfile.open(fileobj=stream, mode="r:") as tar:
+                    member = tar.next()
+        except (OSError, tarfile.TarError):
+            member = None
+        return f"{path}:{sample_key(member)[0] if member else f'at byte {start}'}"
 
     def read(self, index: int) -> bytes:
         """The encoded image of a sample.
@@ -116,12 +136,13 @@ class ShardSource:
         Raises:
             OSError: the shard cannot be read, or is shorter than when it was indexed.
         """
-        shard, offset, size = self._shards[index], self._offsets[index], self._sizes[index]
-        content = self._contents[shard]
+        record = self._table[index]
+        shard, offset, size = int(record["shard"]), int(record["offset"]), int(record["size"])
+        content = self._contents.get(shard)
         if content is not None:
             return content[offset : offset + size]
         # pread leaves the file position alone, so that forked workers may share an open file.
-        data = os.pread(self._file(int(shard)).fileno(), int(size), int(offset))
+        data = os.pread(self._file(shard).fileno(), size, offset)
         if len(data) < size:
             raise OSError("the shard became shorter while it was in use")
         return data
@@ -130,101 +151,87 @@ class ShardSource:
         if shard not in self._files:
             if len(self._files) >= MAX_OPEN:
                 self._files.pop(next(iter(self._files))).close()
-            self._files[shard] = open(self.paths[shard], "rb", buffering=0)  # noqa: SIM115
+            self._files[shard] = self.paths[shard].open("rb", buffering=0)
         return self._files[shard]
 
 
-def _join(parts: Iterable[array], dtype: type) -> np.ndarray:
-    return np.concatenate([np.empty(0, dtype), *(np.asarray(part, dtype) for part in parts)])
+def open_manifest(path: Path, class_names: list[str] | None) -> ShardSource:
+    """Shards that ``prepare-data`` wrote, by their ``SPLIT.json``.
+
+    Raises:
+        ValueError: one line, if index and shards do not belong together.
+    """
+    manifest, table = read_index(path)
+    paths = [path.parent / shard.name for shard in manifest.shards]
+    check_sizes(path, manifest, paths)
+    return ShardSource(paths, manifest, table, class_names, {})
 
 
-def _is_compressed(path: str) -> bool:
-    return path.endswith("gz")
+def open_shards(
+    paths: Sequence[Path], class_names: list[str] | None, labels: Sequence[int] | None = None
+) -> ShardSource:
+    """Anyone's shards, indexed at the first time; the index is kept.
+
+    Args:
+        labels: of each shard, where each is of one class.
+
+    Raises:
+        ValueError: see :func:`.scan.scan_shard`; or too much is compressed.
+    """
+    kind = "tar shards" if labels is None else "a tar per class"
+    packed = [path for path in paths if is_compressed(path)]
+    _check_compressed(packed)
+    if packed:
+        return _scanned(paths, class_names, labels, kind, keep=False)
+    if kept := read_cache(paths):
+        return ShardSource(paths, *kept, class_names, {}, kind)
+    with one_at_a_time(paths):
+        if kept := read_cache(paths):  # of a process that was before us
+            return ShardSource(paths, *kept, class_names, {}, kind)
+        return _scanned(paths, class_names, labels, kind, keep=True)
 
 
-def _check_compressed(paths: list[str]) -> None:
-    packed = [path for path in paths if _is_compressed(path)]
-    size = sum(os.path.getsize(path) for path in packed)
+def _scanned(
+    paths: Sequence[Path],
+    class_names: list[str] | None,
+    labels: Sequence[int] | None,
+    kind: str,
+    keep: bool,
+) -> ShardSource:
+    stats = [path.stat() for path in paths]
+    numbers = range(len(paths))
+    with ThreadPoolExecutor(INDEX_THREADS) as pool:
+        found = pool.map(scan_shard, paths, numbers, labels or [None] * len(paths))
+        console = Console(stderr=True)
+        quiet = not console.is_terminal or len(paths) < INDEX_THREADS
+        scans: list[Scan] = list(
+            track(found, "indexing shards", len(paths), console=console, disable=quiet)
+        )
+    table = np.concatenate([scan.table for scan in scans])
+    manifest = Manifest(
+        shards=[
+            Shard(
+                name=path.name,
+                samples=len(scan.table),
+                bytes=stat.st_size,
+                mtime_ns=stat.st_mtime_ns,
+            )
+            for path, scan, stat in zip(paths, scans, stats, strict=True)
+        ],
+        class_counts=np.bincount(table["label"]).tolist(),
+    )
+    if keep and len(table) >= KEPT:
+        write_cache(paths, manifest, table)
+        if kept := read_cache(paths):  # mapped, and so shared with the other processes
+            return ShardSource(paths, *kept, class_names, {}, kind)
+    contents = {n: scan.content for n, scan in enumerate(scans) if scan.content is not None}
+    return ShardSource(paths, manifest, table, class_names, contents, kind)
+
+
+def _check_compressed(packed: list[Path]) -> None:
+    size = sum(path.stat().st_size for path in packed)
     if size > MAX_COMPRESSED:
         raise ValueError(
             f"{packed[0]}: the compressed shards hold {size >> 20} MiB, more than the "
             f"{MAX_COMPRESSED >> 20} MiB that are kept in memory: gunzip them to plain .tar"
         )
-
-
-def _index_shard(path: str, num_classes: int) -> _Index:
-    index = _Index()
-    try:
-        if _is_compressed(path):
-            with gzip.open(path) as packed:
-                index.content = packed.read(MAX_UNPACKED + 1)
-            if len(index.content) > MAX_UNPACKED:
-                raise tarfile.ReadError(f"more than {MAX_UNPACKED >> 20} MiB when unpacked")
-            stream: IO[bytes] = io.BytesIO(index.content)
-        else:
-            stream = open(path, "rb")  # noqa: SIM115 - closed below
-        with stream, tarfile.open(fileobj=stream, mode="r:") as tar:
-            tar.getmembers()  # reads all headers
-            stream.seek(tar.offset)
-            if stream.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-                # tarfile takes this for a quiet end; it is a lost tail or a damaged header.
-                raise tarfile.ReadError("no end-of-archive block")
-            _index_members(path, tar, index, num_classes)
-    except (OSError, EOFError, zlib.error, tarfile.TarError) as error:
-        raise ValueError(
-            f"{path}: the shard is truncated or damaged ({error}): copy or write it again"
-        ) from None
-    return index
-
-
-def _index_members(path: str, tar: tarfile.TarFile, index: _Index, num_classes: int) -> None:
-    """Gather neighbouring members of one key, as webdataset does; other extensions are ignored."""
-    current: str | None = None
-    image: tarfile.TarInfo | None = None
-    label: int | None = None
-
-    def finish() -> None:
-        if current is None:
-            return
-        if image is None or label is None:
-            lack = (
-                "label (.cls)"
-                if label is None
-                else f"image ({', '.join(sorted(IMAGE_EXTENSIONS))})"
-            )
-            raise ValueError(f"{path}: sample '{current}' has no {lack}")
-        index.keys.append(current.encode())
-        index.labels.append(label)
-        index.offsets.append(image.offset_data)
-        index.sizes.append(image.size)
-
-    for member in tar:
-        key, extension = base_plus_ext(member.name)
-        extension = extension.lower() if extension else ""
-        if not member.isfile() or (extension != "cls" and extension not in IMAGE_EXTENSIONS):
-            continue
-        if key != current:
-            finish()
-            current, image, label = key, None, None
-        if extension == "cls":
-            content = tar.extractfile(member)
-            assert content is not None  # it is a file
-            label = _parse_label(path, key, content.read(), num_classes)
-        else:
-            image = member
-    finish()
-
-
-def _parse_label(path: str, key: str, text: bytes, num_classes: int) -> int:
-    try:
-        label = int(text)
-    except ValueError:
-        raise ValueError(
-            f"{path}: the label of sample '{key}' is {text[:20]!r}, not an integer"
-        ) from None
-    if label < 0 or (num_classes and label >= num_classes):
-        raise ValueError(
-            f"{path}: the label of sample '{key}' is {label}, not in [0, {num_classes or '…'}): "
-            "mend the shard or model.num_classes"
-        )
-    return label

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
+from glob import glob
 from pathlib import Path
 from typing import Protocol
 
@@ -9,99 +12,208 @@ import numpy as np
 
 from ..config import DataConfig
 from .folder import FolderSource, class_folders
-from .shards import ShardSource, find_shards, has_wildcard
+from .index import read_timm_info
+from .listing import ListSource
+from .parquet import ParquetSource
+from .scan import has_labels
+from .shards import SUFFIXES, find_shards, has_wildcard, open_manifest, open_shards
+from .zipped import ZipSource
+
+log = logging.getLogger(__name__)
 
 BUNDLED = {"fashion_mnist": Path(__file__).parent / "fashion_mnist"}
 
 
 class Source(Protocol):
-    """Random access to encoded images and their labels [N] int64.
+    """Random access to encoded images and their labels.
 
-    ``runs`` are the lengths of the parts that lie together in storage, int64.
+    Attributes:
+        labels: [N] integers, maybe memory-mapped.
+        runs: int64, the lengths of the parts that lie together in storage.
+        class_counts: int64 [classes], how many samples each has.
+        class_names: by label, where the data tells.
     """
 
-    labels: np.ndarray
     runs: np.ndarray
+    class_counts: np.ndarray
+    class_names: list[str] | None
 
+    @property
+    def labels(self) -> np.ndarray: ...
     def __len__(self) -> int: ...
     def describe(self) -> str: ...
     def key(self, index: int) -> str: ...
     def read(self, index: int) -> bytes: ...
 
 
-def open_source(
-    data: DataConfig, num_classes: int, training: bool
-) -> tuple[Source, list[str] | None]:
-    """Open one split: a folder of class folders, or tar shards.
+def open_source(data: DataConfig, num_classes: int, training: bool) -> Source:
+    """Open one split, whose format is told by what is there.
 
-    Returns:
-        The samples, and the names of the classes where known: the class folders', or the lines of
-        ``classes.txt`` beside shards.
+    Args:
+        num_classes: labels must lie in [0, num_classes); 0 (a model without a head) allows any.
 
     Raises:
         ValueError: one line naming the path and the key to mend, if nothing is there, it holds no
-            sample, the splits differ in classes, or there are more classes than the model has.
+            sample, the splits differ in classes, or a label is out of range.
     """
-    path = Path(data.path).expanduser()
-    if data.path in BUNDLED and not path.exists():
-        path = BUNDLED[data.path]
-    if not path.is_dir() and not has_wildcard(str(path)):
+    root = Path(data.path).expanduser()
+    if data.path in BUNDLED and not root.exists():
+        root = BUNDLED[data.path]
+    if not root.is_dir() and not has_wildcard(str(root)):
         raise ValueError(
             f"data.path={data.path}: no such folder: give a folder of images, a folder of tar "
             f"shards, or the name of a bundled sample ({', '.join(BUNDLED)})"
         )
     name, split = ("data.train", data.train) if training else ("data.val", data.val)
-    where = path / split
-    source: Source
-    names: list[str] | None
-    if where.is_dir():
-        other = None if training else path / data.train
-        source, names = _open_folder(where, name, num_classes, other)
-    else:
-        try:
-            source, names = _open_shards(where, num_classes), _read_names(path / "classes.txt")
-            if names and len(source) and source.labels.max() >= len(names):
-                raise ValueError(
-                    f"{path / 'classes.txt'} has {len(names)} names, but a label is "
-                    f"{source.labels.max()}: give every class a line, or remove the file"
-                )
-        except ValueError as error:
-            raise ValueError(f"{name}={split}: {error}") from None
-    if not len(source):
-        raise ValueError(f"{name}={split}: {where} holds no images")
-    return source, names
+    try:
+        source = _open_split(root, split)
+        if source is None:
+            raise ValueError(
+                f"found no {root / split}, and no shards {root / split}-*.tar (.tar.gz, .tgz), "
+                f"{split}.zip, {split}_map.txt or {split}-*.parquet there: set it to a sub-folder "
+                "or to the files' prefix"
+            )
+        if not len(source):
+            raise ValueError(f"{root / split} holds no images")
+        if not training:
+            _check_same_classes(root / split, root / data.train)
+        _check_labels(source, num_classes)
+    except ValueError as error:
+        raise ValueError(f"{name}={split}: {error}") from None
+    return source
 
 
-def _open_shards(where: Path, num_classes: int) -> ShardSource:
-    paths = find_shards(str(where))
-    if not paths:
-        kinds = "" if has_wildcard(str(where)) else f", and no shards {where}-*.tar (.tar.gz, .tgz)"
-        raise ValueError(f"found no {where}{kinds}: set it to a sub-folder or to shards' prefix")
-    return ShardSource(paths, num_classes)
+def open_path(path: Path) -> Source | None:
+    """The samples at one place: a folder, a file, or a prefix or pattern of shards.
+
+    Returns:
+        None if nothing is there.
+
+    Raises:
+        ValueError: one line, if what is there cannot be used.
+    """
+    if path.is_dir():
+        return _open_folder(path)
+    if path.is_file():
+        if path.name.endswith(SUFFIXES):
+            return open_shards([path], _class_names(path.parent))
+        if path.suffix == ".zip":
+            listing = path.with_name(f"{path.stem}_map.txt")
+            return ZipSource(path, listing if listing.is_file() else None)
+        if path.suffix == ".parquet":
+            return ParquetSource([path])
+        if path.suffix == ".json":
+            return open_manifest(path, _class_names(path.parent))
+        return ListSource(path)
+    if shards := find_shards(str(path)):
+        return open_shards(shards, _class_names(path.parent))
+    parquets = sorted(glob(str(path) if has_wildcard(str(path)) else f"{path}-*.parquet"))
+    return ParquetSource(parquets) if parquets else None
 
 
-def _read_names(path: Path) -> list[str] | None:
+def open_splits(path: Path) -> dict[str, Source]:
+    """``train`` and ``val`` of a data set's root, or what is at one place as ``train``.
+
+    Raises:
+        ValueError: one line, if nothing is there or it cannot be used.
+    """
+    if path.is_dir() and not _is_flat(path / "train"):
+        found = {name: _open_split(path, name) for name in ("train", "val", "validation")}
+        if found["train"] is not None:
+            held_out = found["val"] or found["validation"]
+            return {"train": found["train"]} | ({"val": held_out} if held_out else {})
+    source = open_path(path)
+    if source is None:
+        raise ValueError(
+            f"{path}: nothing that can be read: give a folder of class folders, of tars or of "
+            "parquet files, a .zip, a list of files with labels, or a pattern of shards"
+        )
+    return {"train": source}
+
+
+def _is_flat(folder: Path) -> bool:
+    """Whether it is a folder of files only: a class that happens to be called so."""
+    return folder.is_dir() and not any(
+        entry.is_dir() or entry.name.endswith((*SUFFIXES, ".parquet")) for entry in folder.iterdir()
+    )
+
+
+def _open_split(root: Path, split: str) -> Source | None:
+    for place in _places(root, split):
+        if (source := open_path(place)) is not None:
+            return source
+    info = root / "_info.json"
+    names = read_timm_info(info, split) if info.is_file() else None
+    if names is None:
+        return None
+    if missing := [name for name in names if not (root / name).is_file()]:
+        raise ValueError(f"{root / missing[0]}: no such shard, but {info} lists it: copy it again")
+    return open_shards([root / name for name in names], _class_names(root))
+
+
+def _places(root: Path, split: str) -> Iterator[Path]:
+    """Where a split may be, the most definite first."""
+    if (manifest := root / f"{split}.json").is_file():
+        yield manifest
+    yield root / split
+    for name in (f"{split}.zip", f"{split}_map.txt"):
+        if (root / name).is_file():
+            yield root / name
+    yield root / "data" / split  # as Hugging Face has it
+
+
+def _open_folder(root: Path) -> Source:
+    shards = sorted(path for path in root.iterdir() if path.name.endswith(SUFFIXES))
+    if shards and has_labels(shards[0]):
+        return open_shards(shards, _class_names(root) or _class_names(root.parent))
+    if shards:
+        names = [path.name.split(".")[0] for path in shards]
+        return open_shards(shards, names, range(len(shards)))
+    if parquets := sorted(root.glob("*.parquet")):
+        return ParquetSource(parquets)
+    if not class_folders(root):
+        raise ValueError(
+            f"{root} has no class folders: sort its images into one folder per class "
+            "(a flat validation folder carries no labels)"
+        )
+    return FolderSource(root)
+
+
+def _class_names(folder: Path) -> list[str] | None:
+    path = folder / "classes.txt"
     return path.read_text(encoding="utf-8").splitlines() if path.is_file() else None
 
 
-def _open_folder(
-    root: Path, name: str, num_classes: int, train: Path | None
-) -> tuple[FolderSource, list[str]]:
-    names = class_folders(root)
-    if not names:
+def _check_same_classes(val: Path, train: Path) -> None:
+    """Where labels are places in a sorted list of names, the lists must agree."""
+    here, there = (_named_by_place(folder) for folder in (val, train))
+    if here is None or there is None:
+        return
+    if differing := sorted(set(here) ^ set(there)):
         raise ValueError(
-            f"{name}: {root} has no class folders: sort its images into one folder per class "
-            "(a flat validation folder carries no labels)"
-        )
-    expected = class_folders(train) if train is not None and train.is_dir() else names
-    if differing := sorted(set(names) ^ set(expected)):
-        raise ValueError(
-            f"{name}: {root} and {train} differ in {len(differing)} class folders, first "
+            f"{val} and {train} differ in {len(differing)} class folders, first "
             f"'{differing[0]}': labels would shift, so give both the same (one may be empty)"
         )
-    if num_classes and len(names) > num_classes:
+
+
+def _named_by_place(folder: Path) -> list[str] | None:
+    if not folder.is_dir():
+        return None
+    return class_folders(folder) or sorted(
+        path.name.split(".")[0] for path in folder.iterdir() if path.name.endswith(SUFFIXES)
+    )
+
+
+def _check_labels(source: Source, num_classes: int) -> None:
+    counts, names = source.class_counts, source.class_names
+    if names is not None and len(counts) > len(names):
         raise ValueError(
-            f"{name}: {root} has {len(names)} class folders, but model.num_classes={num_classes}: "
-            f"set model.num_classes={len(names)}"
+            f"{len(names)} class names, but a label is {len(counts) - 1}: give every class a line "
+            "in classes.txt, or remove the file"
         )
-    return FolderSource(root), names
+    if num_classes and len(counts) > num_classes:
+        first = int(np.argmax(source.labels >= num_classes))
+        raise ValueError(
+            f"the label of {source.key(first)} is {source.labels[first]}, not in [0, {num_classes})"
+            f": mend the data or set model.num_classes={len(names or counts)}"
+        )

@@ -53,13 +53,13 @@ def inspect_checkpoint(
         drawn, found = look(opened, names, images, world.device)
     finally:
         opened.loader.close()
-    data, classes = opened.config.data, opened.loader.class_names
-    pixels = {index: to_pixels(image, data.mean, data.std) for index, (image, _) in drawn.items()}
+    classes = opened.loader.class_names
+    pixels = {index: to_pixels(image) for index, (image, _) in drawn.items()}
     captions = {i: _class_name(classes, label) for i, (_, label) in drawn.items()}
     title = _title(opened.path.resolve())
     second = first.with_name(f"{first.stem}-experts.png")
     draw_maps(first, title, pixels, captions, found)
-    draw_experts(second, title, found, data.mean, data.std)
+    draw_experts(second, title, found)
     for name, layer in found.items():
         console.print(_table(name, layer, classes))
     for picture in (first, second):
@@ -124,7 +124,7 @@ def look(
         if not part:
             continue
         with torch.no_grad(), watched(model) as seen:
-            opened.forward(images.to(device))
+            opened.forward(loader.on_device(batch, device)[0][valid.to(device)])
         for name, layer in found.items():
             layer.add(images, labels, seen[name], CROPS)
             maps = seen[name].expert.cpu()

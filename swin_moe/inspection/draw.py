@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import colorsys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from .routes import NOBODY, Crop, LayerFindings
@@ -26,10 +24,9 @@ def expert_colours(count: int) -> np.ndarray:
     return np.array([colorsys.hsv_to_rgb(hue, 0.85, value) for hue, value in pairs])
 
 
-def to_pixels(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
-    """Normalised images [..., C, H, W] to pixels [..., H, W, 3] in 0..1."""
-    scale, shift = torch.tensor(std)[:, None, None], torch.tensor(mean)[:, None, None]
-    pixels = (images.float() * scale + shift).clamp(0, 1).movedim(-3, -1).numpy()
+def to_pixels(images: Tensor) -> np.ndarray:
+    """Images [..., C, H, W] uint8 to pixels [..., H, W, 3] in 0..1."""
+    pixels = images.movedim(-3, -1).numpy() / 255
     return np.broadcast_to(pixels, (*pixels.shape[:-1], 3))
 
 
@@ -137,13 +134,7 @@ def _draw_legend(axis: Any, layer: LayerFindings, colours: np.ndarray) -> None:
     axis.set_title(", ".join(notes) or "load, dotted = even", fontsize=8)
 
 
-def draw_experts(
-    path: Path,
-    title: str,
-    layers: dict[str, LayerFindings],
-    mean: Sequence[float],
-    std: Sequence[float],
-) -> None:
+def draw_experts(path: Path, title: str, layers: dict[str, LayerFindings]) -> None:
     """A contact sheet: an expert per row, the patches it takes with the greatest weights.
 
     Experts that took nothing have no row.
@@ -168,9 +159,7 @@ def draw_experts(
     )
     for axis, (name, layer) in zip(axes.flat, layers.items(), strict=False):
         rows, load = active[name], layer.load
-        sheet = _sheet(
-            [layer.best[e] for e in rows], layer.patch, (experts, crops), tile, mean, std
-        )
+        sheet = _sheet([layer.best[e] for e in rows], layer.patch, (experts, crops), tile)
         axis.imshow(sheet, interpolation="nearest")
         idle = len(load) - len(rows)
         axis.set_title(name + f", {idle} experts took nothing" * (idle > 0), fontsize=9)
@@ -184,20 +173,13 @@ def draw_experts(
     _save(figure, path)
 
 
-def _sheet(
-    rows: list[list[Crop]],
-    patch: int,
-    shape: tuple[int, int],
-    tile: int,
-    mean: Sequence[float],
-    std: Sequence[float],
-) -> np.ndarray:
+def _sheet(rows: list[list[Crop]], patch: int, shape: tuple[int, int], tile: int) -> np.ndarray:
     """Pixels [h, w, 3] of ``shape`` (rows, columns) tiles; white where an expert took fewer."""
     sheet = np.ones((shape[0] * tile, shape[1] * tile, 3))
     pick_from = np.arange(tile - 2)
     for row, best in enumerate(rows):
         for column, one in enumerate(best):
-            pixels = to_pixels(one.pixels, mean, std)
+            pixels = to_pixels(one.pixels)
             side = pixels.shape[0]
             inner = slice((side - patch) // 2, (side + patch) // 2)
             tiled = 0.45 * pixels + 0.2  # dimmed

@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 import webdataset
 
-from swin_moe.data import prepare
-from swin_moe.data.dataset import decode
-from swin_moe.data.shards import ShardSource, find_shards
+from swin_moe.data import bundle
+from swin_moe.data.decode import EncodedImage
+from swin_moe.data.shards import find_shards, open_shards
 from swin_moe.data.source import BUNDLED
 
 from .helpers import open_loader
@@ -18,13 +18,13 @@ ROOT = BUNDLED["fashion_mnist"]
 @pytest.mark.parametrize(("split", "per_class"), [("train", 1000), ("val", 200)])
 def test_split_is_complete_and_balanced(split, per_class):
     paths = find_shards(str(ROOT / split))
-    source = ShardSource(paths, 10)
+    source = open_shards(paths, None)
     assert np.bincount(source.labels).tolist() == [per_class] * 10
     contents = {source.read(index) for index in range(len(source))}
     assert len(contents) > 0.98 * len(source)  # Fashion-MNIST itself has a few doubles
     for index in range(0, len(source), 50):
-        assert decode(source.read(index), "L").size == (28, 28)
-    read = webdataset.WebDataset(paths, shardshuffle=False).decode("pil")
+        assert EncodedImage(source.read(index), "L").pixels().shape == (28, 28, 1)
+    read = webdataset.WebDataset([str(path) for path in paths], shardshuffle=False).decode("pil")
     count = 0
     for sample, label in zip(read, source.labels, strict=True):
         assert sample["cls"] == label
@@ -35,7 +35,7 @@ def test_split_is_complete_and_balanced(split, per_class):
 
 def test_size_names_and_licence():
     assert sum(path.stat().st_size for path in ROOT.iterdir()) <= 12e6
-    assert (ROOT / "classes.txt").read_text().splitlines() == list(prepare.CLASSES)
+    assert (ROOT / "classes.txt").read_text().splitlines() == list(bundle.CLASSES)
     licence = (ROOT / "LICENSE-fashion-mnist").read_text()
     assert "Zalando SE" in licence
     assert "MIT" in licence
@@ -44,7 +44,7 @@ def test_size_names_and_licence():
 def test_opens_by_name():
     loader = open_loader("fashion_mnist", training=False, num_classes=10)
     assert loader.num_samples == 2000
-    assert loader.class_names == list(prepare.CLASSES)
+    assert loader.class_names == list(bundle.CLASSES)
     assert "2,000 samples, 10 classes" in loader.description
     batch = next(loader.epoch(0))
     assert batch.images.shape == (4, 3, 16, 16)
@@ -59,39 +59,39 @@ def test_a_folder_of_that_name_wins(tmp_path, monkeypatch):
 
 def _write_idx(path, values):
     header = bytes([0, 0, 8, values.ndim]) + np.array(values.shape, ">u4").tobytes()
-    path.write_bytes(prepare.gzip.compress(header + values.tobytes()))
+    path.write_bytes(bundle.gzip.compress(header + values.tobytes()))
 
 
 def test_prepare_twice_gives_the_same_bytes(tmp_path, monkeypatch):
     rng = np.random.default_rng(0)
-    monkeypatch.setattr(prepare, "SPLITS", {"train": ("train", 60), "val": ("t10k", 20)})
-    monkeypatch.setattr(prepare, "SHARD_SAMPLES", 30)
+    monkeypatch.setattr(bundle, "SPLITS", {"train": ("train", 60), "val": ("t10k", 20)})
+    monkeypatch.setattr(bundle, "SHARD_SAMPLES", 30)
     for name in ("train", "t10k"):
         images = rng.integers(0, 256, (100, 28, 28), dtype=np.uint8)
         labels = np.arange(100, dtype=np.uint8) % 10
         _write_idx(tmp_path / f"{name}-images-idx3-ubyte.gz", images)
         _write_idx(tmp_path / f"{name}-labels-idx1-ubyte.gz", labels)
-    prepare.prepare_fashion_mnist(tmp_path, tmp_path / "a")
-    prepare.prepare_fashion_mnist(tmp_path, tmp_path / "b")
+    bundle.prepare_fashion_mnist(tmp_path, tmp_path / "a")
+    bundle.prepare_fashion_mnist(tmp_path, tmp_path / "b")
     files = sorted(path.name for path in (tmp_path / "a").iterdir())
     assert files == ["classes.txt", "train-000.tar.gz", "train-001.tar.gz", "val-000.tar.gz"]
     for name in files:
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
-    source = ShardSource(find_shards(str(tmp_path / "a" / "train")), 10)
+    source = open_shards(find_shards(str(tmp_path / "a" / "train")), None)
     assert np.bincount(source.labels).tolist() == [6] * 10
 
 
-@pytest.mark.skipif(not prepare.DEBIAN_PATH.is_dir(), reason="needs dataset-fashion-mnist")
+@pytest.mark.skipif(not bundle.DEBIAN_PATH.is_dir(), reason="needs dataset-fashion-mnist")
 def test_bundled_files_come_from_the_script(tmp_path):
-    prepare.prepare_fashion_mnist(prepare.DEBIAN_PATH, tmp_path)
-    ours = ShardSource(find_shards(str(ROOT / "val")), 10)
-    theirs = ShardSource(find_shards(str(tmp_path / "val")), 10)
+    bundle.prepare_fashion_mnist(bundle.DEBIAN_PATH, tmp_path)
+    ours = open_shards(find_shards(str(ROOT / "val")), None)
+    theirs = open_shards(find_shards(str(tmp_path / "val")), None)
     assert ours.labels.tolist() == theirs.labels.tolist()
 
 
 def test_prepare_names_a_missing_or_wrong_source(tmp_path):
     with pytest.raises(ValueError, match=r"train-images-idx3-ubyte.gz: cannot read"):
-        prepare.prepare_fashion_mnist(tmp_path, tmp_path / "out")
+        bundle.prepare_fashion_mnist(tmp_path, tmp_path / "out")
     shutil.copy(ROOT / "val-000.tar.gz", tmp_path / "train-images-idx3-ubyte.gz")
     with pytest.raises(ValueError, match="not an IDX file"):
-        prepare.prepare_fashion_mnist(tmp_path, tmp_path / "out")
+        bundle.prepare_fashion_mnist(tmp_path, tmp_path / "out")

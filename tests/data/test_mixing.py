@@ -32,12 +32,29 @@ def test_ranks_draw_differently():
 
 
 def test_without_mixing_targets_are_smoothed():
-    mix = build_mixing(AugmentConfig(mixup=0, cutmix=0, label_smoothing=0.1), 5, seed=0)
+    mix = build_mixing(
+        AugmentConfig(mixup=0, cutmix=0, random_erase=0, label_smoothing=0.1), 5, seed=0
+    )
     images, targets = mix(IMAGES.clone(), LABELS, 0)
     assert torch.equal(images, IMAGES)
     expected = torch.full((6, 5), 0.02)
     expected[range(6), LABELS] = 0.92
     torch.testing.assert_close(targets, expected)
+
+
+def test_random_erasing_writes_noise_into_a_rectangle():
+    black = torch.zeros(64, 3, 16, 16).contiguous(memory_format=torch.channels_last)
+    augment = AugmentConfig(mixup=0, cutmix=0, random_erase=0.25)
+    images, _ = build_mixing(augment, 5, seed=0)(black.clone(), torch.zeros(64).long(), 7)
+    erased = [image for image in images if image.any()]
+    assert 6 <= len(erased) <= 28  # of 64, a quarter
+    for image in erased:
+        where = (image != 0).any(0)
+        rows, columns = where.any(1).sum(), where.any(0).sum()
+        assert where.sum() == rows * columns
+        assert image[:, where].unique().numel() > rows * columns  # per pixel, as Swin's recipe
+    again, _ = build_mixing(augment, 5, seed=0)(black.clone(), torch.zeros(64).long(), 7)
+    assert torch.equal(images, again)
 
 
 def test_odd_batch():

@@ -19,7 +19,7 @@ def _global_order(num_samples, batch_size, world_size, epoch, training=True):
         sampler.set_position(epoch, 0)
         ranks.append(list(sampler))
         assert len(ranks[-1]) == len(sampler)
-    return [index for step in zip(*ranks, strict=True) for batch in step for _, index in batch]
+    return [index for step in zip(*ranks, strict=True) for batch in step for _, index, _ in batch]
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
@@ -42,19 +42,19 @@ def test_evaluation_keeps_order_and_pads(world_size):
 def test_order_depends_on_seed_and_epoch_only():
     orders = {
         (seed, epoch): tuple(
-            index for batch in _at(_sampler(64, 8, seed=seed), epoch, 0) for _, index in batch
+            index for batch in _at(_sampler(64, 8, seed=seed), epoch, 0) for _, index, _ in batch
         )
         for seed in (0, 1)
         for epoch in (0, 1)
     }
     assert len(set(orders.values())) == 4
-    assert tuple(i for batch in _at(_sampler(64, 8), 0, 0) for _, i in batch) == orders[0, 0]
+    assert tuple(i for batch in _at(_sampler(64, 8), 0, 0) for _, i, _ in batch) == orders[0, 0]
 
 
 def test_order_is_fixed_for_good():
     """A checkpoint of today must resume with the libraries of tomorrow."""
     batch = next(iter(_sampler(10, 10)))
-    assert [index for _, index in batch] == [0, 8, 9, 3, 7, 5, 1, 2, 6, 4]
+    assert [index for _, index, _ in batch] == [0, 8, 9, 3, 7, 5, 1, 2, 6, 4]
 
 
 @pytest.mark.parametrize("window", [1, 7, 16, 1000])
@@ -65,7 +65,7 @@ def test_a_window_reads_few_runs_at_a_time(runs, window):
         sampler = ResumableSampler(
             40, 4, rank=0, world_size=1, seed=0, training=True, runs=np.array(runs), window=window
         )
-        order = [index for batch in _at(sampler, epoch, 0) for _, index in batch]
+        order = [index for batch in _at(sampler, epoch, 0) for _, index, _ in batch]
         assert sorted(order) == list(range(40))
         run_of = np.repeat(np.arange(len(runs)), runs)
         windows = [set(run_of[order[i : i + window]]) for i in range(0, 40, window)]
@@ -83,7 +83,7 @@ def test_a_window_of_all_samples_mixes_all_runs():
         4000, 4, rank=0, world_size=1, seed=0, training=True,
         runs=np.full(40, 100), window=4000,
     )  # fmt: skip
-    order = np.array([index for batch in _at(sampler, 0, 0) for _, index in batch])
+    order = np.array([index for batch in _at(sampler, 0, 0) for _, index, _ in batch])
     quarters = [np.bincount(part // 100, minlength=40) for part in np.split(order, 4)]
     assert min(quarter.min() for quarter in quarters) > 8  # 25 are expected
 
@@ -109,3 +109,15 @@ def test_too_few_samples_for_a_global_batch():
     with pytest.raises(ValueError, match=r"7 training .* 4 per .* 2 processes = 8: lower data\."):
         _sampler(7, 4, world_size=2)
     assert len(_sampler(7, 4, world_size=2, training=False)) == 1
+
+
+@pytest.mark.parametrize("repeats", [2, 3])
+def test_repeated_augmentation(repeats):
+    sampler = ResumableSampler(
+        50, 4, rank=0, world_size=1, seed=0, training=True, repeats=repeats
+    )  # fmt: skip
+    positions = [position for batch in _at(sampler, 1, 0) for position in batch]
+    plain = [p.place for batch in _at(_sampler(50, 4), 1, 0) for p in batch]
+    assert len(positions) == 48
+    assert [p.place for p in positions] == np.repeat(plain, repeats)[:48].tolist()
+    assert len(set(positions)) == 48  # each with an augmentation of its own

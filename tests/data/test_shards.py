@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 import webdataset
 
-from swin_moe.data.prepare import write_shard
-from swin_moe.data.shards import MAX_OPEN, ShardSource, find_shards
+from swin_moe.data.bundle import write_shard
+from swin_moe.data.shards import MAX_OPEN, find_shards, open_shards
 
 from .helpers import encode, make_shards, samples
 
@@ -17,14 +17,14 @@ def _write_members(path, members):
             info = tarfile.TarInfo(name)
             info.size = len(content)
             tar.addfile(info, io.BytesIO(content))
-    return str(path)
+    return path
 
 
 def test_reads_what_webdataset_reads(tmp_path):
     make_shards(tmp_path, 9)
     paths = find_shards(str(tmp_path / "train"))
-    source = ShardSource(paths, 9)
-    expected = [s for p in paths for s in webdataset.WebDataset(p, shardshuffle=False)]
+    source = open_shards(paths, None)
+    expected = [s for p in paths for s in webdataset.WebDataset(str(p), shardshuffle=False)]
     assert len(source) == len(expected) == 9
     for index, sample in enumerate(expected):
         assert source.read(index) == sample["png"]
@@ -36,7 +36,7 @@ def test_compressed_equals_plain(tmp_path):
     for name in ("a.tar", "b.tar.gz", "c.tgz"):
         write_shard(tmp_path / name, samples(5))
     plain, *packed = (
-        ShardSource([str(tmp_path / name)], 5) for name in ("a.tar", "b.tar.gz", "c.tgz")
+        open_shards([tmp_path / name], None) for name in ("a.tar", "b.tar.gz", "c.tgz")
     )
     for other in packed:
         np.testing.assert_array_equal(other.labels, plain.labels)
@@ -55,7 +55,7 @@ def test_members_in_folders_other_extensions_and_cases(tmp_path):
             ("n02/a.webp", encode(1, extension="webp")),
         ],
     )
-    source = ShardSource([path], 5)
+    source = open_shards([path], None)
     assert source.labels.tolist() == [3, 4]
     assert source.read(0) == encode(0, extension="jpg")
     assert source.key(1) == f"{path}:n02/a"
@@ -65,11 +65,11 @@ def test_find_shards(tmp_path):
     for name in ("train-0.tar", "train-1.tgz", "train-2.tar.gz", "train-3.idx", "trainer-0.tar"):
         (tmp_path / name).touch()
     names = ["train-0.tar", "train-1.tgz", "train-2.tar.gz"]
-    assert find_shards(str(tmp_path / "train")) == sorted(str(tmp_path / name) for name in names)
-    assert find_shards(str(tmp_path / "train-{0..0}.tar")) == [str(tmp_path / "train-0.tar")]
+    assert find_shards(str(tmp_path / "train")) == [tmp_path / name for name in names]
+    assert find_shards(str(tmp_path / "train-{0..0}.tar")) == [tmp_path / "train-0.tar"]
     assert find_shards(str(tmp_path / "train*-0.*")) == [
-        str(tmp_path / "train-0.tar"),
-        str(tmp_path / "trainer-0.tar"),
+        tmp_path / "train-0.tar",
+        tmp_path / "trainer-0.tar",
     ]
     with pytest.raises(ValueError, match=r"train-1\.tar: no such shard, but .*\{0\.\.1\}"):
         find_shards(str(tmp_path / "train-{0..1}.tar"))
@@ -79,7 +79,7 @@ def test_more_shards_than_open_files(tmp_path):
     count = MAX_OPEN + 3
     for number in range(count):
         write_shard(tmp_path / f"t-{number:03d}.tar", [("k", bytes([number % 256]), 0)])
-    source = ShardSource(find_shards(str(tmp_path / "t")), 1)
+    source = open_shards(find_shards(str(tmp_path / "t")), None)
     for index in (*range(count), 0, 1):
         assert source.read(index) == bytes([index % 256])
     assert len(source._files) == MAX_OPEN
@@ -90,9 +90,17 @@ FAULTS = {
     "has no label": [("a.png", PNG), ("b.png", PNG), ("b.cls", b"0")],
     "sample 'b' has no label": [("a.png", PNG), ("a.cls", b"0"), ("b.png", PNG)],
     "has no image": [("a.cls", b"0")],
-    "'a' is b'cat', not an integer": [("a.png", PNG), ("a.cls", b"cat")],
-    "'a' is 7, not in .0, 7.: mend": [("a.png", PNG), ("a.cls", b"7")],
-    "'a' is -1, not in": [("a.png", PNG), ("a.cls", b"-1")],
+    "'a' is b'cat', not a class number": [("a.png", PNG), ("a.cls", b"cat")],
+    "'a' is b'-1', not a class number": [("a.png", PNG), ("a.cls", b"-1")],
+    "the key 'a' comes twice": [
+        ("a.png", PNG),
+        ("a.cls", b"0"),
+        ("b.png", PNG),
+        ("b.cls", b"0"),
+        ("a.png", PNG),
+        ("a.cls", b"1"),
+    ],
+    "the key 'a' has two images": [("a.png", PNG), ("a.cls", b"0"), ("a.jpg", PNG)],
 }
 
 
@@ -100,7 +108,7 @@ FAULTS = {
 def test_faulty_samples_name_the_shard(tmp_path, message):
     path = _write_members(tmp_path / "bad.tar", FAULTS[message])
     with pytest.raises(ValueError, match=rf"bad\.tar: .*{message}") as error:
-        ShardSource([path], 7)
+        open_shards([path], None)
     assert "\n" not in str(error.value)
 
 
@@ -114,7 +122,7 @@ def test_truncated_shard(tmp_path, name, kept):
         content = content[: content.rindex(b"key0019.png")]  # not only the padding at the end
     path.write_bytes(content[: int(len(content) * kept)])
     with pytest.raises(ValueError, match=r"bad\.tar.*: the shard is truncated or damaged") as error:
-        ShardSource([str(path)], 20)
+        open_shards([path], None)
     assert "\n" not in str(error.value)
 
 
@@ -129,7 +137,7 @@ def test_truncated_at_every_block(tmp_path):
     for size in range(0, end, 512):
         path.write_bytes(content[:size])
         with pytest.raises(ValueError, match="truncated or damaged"):
-            ShardSource([str(path)], 2)
+            open_shards([path], None)
 
 
 def test_damaged_header(tmp_path):
@@ -141,7 +149,7 @@ def test_damaged_header(tmp_path):
     content[offset + 3] ^= 1
     path.write_bytes(content)
     with pytest.raises(ValueError, match="truncated or damaged"):
-        ShardSource([str(path)], 3)
+        open_shards([path], None)
 
 
 def test_too_much_compressed(tmp_path, monkeypatch):
@@ -149,13 +157,13 @@ def test_too_much_compressed(tmp_path, monkeypatch):
     write_shard(path, samples(3))
     monkeypatch.setattr("swin_moe.data.shards.MAX_COMPRESSED", 100)
     with pytest.raises(ValueError, match=r"x\.tar\.gz: .*gunzip"):
-        ShardSource([str(path)], 3)
+        open_shards([path], None)
 
 
 def test_shard_that_shrinks_while_in_use(tmp_path):
     path = tmp_path / "x.tar"
     write_shard(path, samples(3))
-    source = ShardSource([str(path)], 3)
+    source = open_shards([path], None)
     with open(path, "r+b") as file:
         file.truncate(700)
     with pytest.raises(OSError, match="shorter"):

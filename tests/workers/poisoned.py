@@ -29,16 +29,23 @@ def main() -> None:
     spec = json.loads((Path(sys.argv[1]) / "poison.json").read_text())
     rank = distributed.environment_rank()[0]
     mine = {update for of, update in spec["poison"] if of == rank}
-    original = Loader.epoch
+    epoch_of, on_device_of = Loader.epoch, Loader.on_device
+    update = 0
 
     def epoch(self, epoch, start_batch=0):
+        nonlocal update
         first = epoch * len(self) + start_batch + 1
-        for update, batch in enumerate(original(self, epoch, start_batch), first):
-            if self._sampler.training and update in mine:
-                HOW[spec["how"]](batch.images)
+        for number, batch in enumerate(epoch_of(self, epoch, start_batch), first):
+            update = number if self._sampler.training else 0
             yield batch
 
-    Loader.epoch = epoch
+    def on_device(self, batch, device):
+        images, labels = on_device_of(self, batch, device)
+        if update in mine:
+            HOW[spec["how"]](images)
+        return images, labels
+
+    Loader.epoch, Loader.on_device = epoch, on_device
     distributed.leave(cli.main(spec["arguments"]))
 
 

@@ -22,6 +22,7 @@ class Images:
     """Batches of random images in place of a loader's; ``spoilt`` makes NaN of one's pixels."""
 
     num_samples = UPDATES * ACCUMULATION * MICRO_BATCH
+    workers = 0
 
     def __init__(self, rank: int, spoilt: int = -1) -> None:
         self.rank, self.spoilt = rank, spoilt
@@ -32,6 +33,9 @@ class Images:
             if index == self.spoilt:
                 images[1] = torch.nan
             yield Batch(images, labels, [], torch.arange(len(labels)))
+
+    def on_device(self, batch: Batch, device):
+        return batch.images.to(device), batch.labels.to(device)
 
     def keys(self, batch: Batch) -> list[str]:
         return [str(index) for index in batch.indices.tolist()]

@@ -1,0 +1,106 @@
+"""``swin-moe prepare-data`` and ``swin-moe data verify``."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from rich.console import Console
+
+from .prepare import Settings, finish, prepare
+from .source import Source, open_splits
+from .verify import verify
+
+
+def prepare_data(
+    path: Path,
+    output: Path,
+    console: Console,
+    *,
+    val_share: float = 0.0,
+    shard_megabytes: int = 512,
+    resize: int = 0,
+    classes: Path | None = None,
+    seed: int = 0,
+    workers: int = 0,
+) -> None:
+    """Write tar shards with an index from any data set that can be read.
+
+    Args:
+        path: what :func:`.source.open_splits` takes.
+        workers: processes; 0 = one per core.
+
+    Raises:
+        ValueError: one line, naming the option, the file or the folder.
+    """
+    if not 0 <= val_share < 1:
+        raise ValueError(f"--val={val_share}: give a share in [0, 1)")
+    if shard_megabytes < 1:
+        raise ValueError(f"--shard-size={shard_megabytes}: give megabytes")
+    sources = open_splits(path)
+    if "val" in sources and val_share:
+        raise ValueError(f"--val={val_share}: {path} has a validation split of its own")
+    if "val" in sources and sources["val"].class_names != sources["train"].class_names:
+        raise ValueError(
+            f"{path}: the validation split has other classes than the training split: labels would "
+            "shift, so give both the same class folders (one may be empty)"
+        )
+    kept = None
+    if classes is not None:
+        kept = [line.strip() for line in classes.read_text(encoding="utf-8").splitlines()]
+        kept = [line for line in kept if line]
+    for split, source in sources.items():
+        _tell_source(split, source, console)
+        settings = Settings(
+            source=str(path.resolve()),
+            seed=seed,
+            shard_bytes=shard_megabytes * 1_000_000,
+            resize=resize,
+            val_share=val_share if split == "train" else 0.0,
+        )
+        skipped = prepare(
+            source, output, settings, console, split=split, classes=kept,
+            workers=workers or len(os.sched_getaffinity(0)),
+        )  # fmt: skip
+        if skipped:
+            console.print(
+                f"{len(skipped):,} samples could not be read and are left out: "
+                f"{output / 'bad-samples.jsonl'}",
+                highlight=False,
+            )
+    finish(output)
+    for split, source in open_splits(output).items():
+        console.print(f"{split}: {len(source):,} samples, {source.describe()}", highlight=False)
+    console.print(f"train on it with data.path={output}", highlight=False)
+
+
+def verify_data(path: Path, console: Console, output: Path, workers: int = 0) -> bool:
+    """Read and decode every sample of all splits at ``path``; whether all are well.
+
+    Raises:
+        ValueError: one line, if there is nothing that can be read.
+    """
+    well = True
+    for split, source in open_splits(path).items():
+        _tell_source(split, source, console)
+        manifest = path / f"{split}.json"
+        listed = output.with_name(f"{output.stem}-{split}{output.suffix}")
+        found = verify(
+            source,
+            manifest if manifest.is_file() else None,
+            listed,
+            console,
+            workers or len(os.sched_getaffinity(0)),
+        )
+        well = well and not found.skipped and not found.changed
+    return well
+
+
+def _tell_source(split: str, source: Source, console: Console) -> None:
+    classes = int((source.class_counts > 0).sum())
+    empty = len(source.class_names or source.class_counts) - classes
+    told = f" ({empty:,} more have none)" if empty else ""
+    console.print(
+        f"{split}: {len(source):,} samples of {classes:,} classes{told}, {source.describe()}",
+        highlight=False,
+    )

@@ -1,0 +1,142 @@
+"""From encoded bytes to pixels: JPEG through libjpeg-turbo, everything else through Pillow."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import simplejpeg
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+# Not all that Pillow reads: some of its formats start other programs.
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "PPM", "TIFF", "GIF")
+
+ORIENTATION = 0x0112  # the EXIF tag
+JPEG_SPACES = {"RGB": "RGB", "L": "GRAY"}
+MAX_REDUCTION = 8  # of libjpeg
+
+
+class UnreadableImage(ValueError):
+    """Data that cannot be decoded; ``kind`` is ``not an image``, ``truncated``, ``damaged`` or
+    ``unsupported``.
+    """
+
+    def __init__(self, kind: str, reason: str) -> None:
+        super().__init__(reason)
+        self.kind = kind
+
+
+class EncodedImage:
+    """An image whose header is read; :meth:`pixels` decodes the rest.
+
+    Args:
+        data: a file's content, of one of ``FORMATS``.
+        mode: Pillow's mode to decode to, ``RGB`` or ``L``.
+
+    Attributes:
+        height, width: as it is to be looked at, after the rotation that EXIF asks for.
+
+    Raises:
+        UnreadableImage: here and in the methods.
+    """
+
+    def __init__(self, data: bytes, mode: str) -> None:
+        self._data, self._mode = data, mode
+        self._image: Image.Image | None = None
+        with _telling_kind():
+            size = _plain_jpeg_size(data)
+            if size is None:
+                size = self._open().size[::-1]
+        self.height, self.width = size
+
+    def pixels(self, at_least: tuple[int, int] | None = None) -> np.ndarray:
+        """The whole image [H, W, C] uint8.
+
+        Args:
+            at_least: (height, width) that are enough: a JPEG may then be decoded at a half, a
+                quarter or an eighth of its size, which costs a fraction.
+        """
+        if self._image is None:
+            try:
+                return self._decode_jpeg(at_least or (self.height, self.width))
+            except ValueError:  # also on stray bytes, which do not matter: let Pillow judge
+                pass
+        with _telling_kind():
+            pixels = np.asarray(_convert(self._open(), self._mode))
+        return pixels.reshape(*pixels.shape[:2], -1)
+
+    def image(self) -> Image.Image:
+        """The whole image as Pillow's."""
+        return to_image(self.pixels())
+
+    def _open(self) -> Image.Image:
+        if self._image is None:
+            image = Image.open(io.BytesIO(self._data), formats=FORMATS)
+            self._image = ImageOps.exif_transpose(image)
+        return self._image
+
+    def _decode_jpeg(self, at_least: tuple[int, int]) -> np.ndarray:
+        height, width, factor = self.height, self.width, 1
+        while factor < MAX_REDUCTION and (
+            -(-height // (2 * factor)) >= at_least[0] and -(-width // (2 * factor)) >= at_least[1]
+        ):
+            factor *= 2
+        return simplejpeg.decode_jpeg(
+            self._data,
+            JPEG_SPACES[self._mode],
+            min_height=-(-height // factor),
+            min_width=-(-width // factor),
+            min_factor=factor,
+        )
+
+
+@contextmanager
+def _telling_kind() -> Iterator[None]:
+    """On damaged data Pillow's decoders may raise anything."""
+    try:
+        yield
+    except UnreadableImage:
+        raise
+    except UnidentifiedImageError:  # its message names an address in memory
+        raise UnreadableImage("not an image", f"not a {', '.join(FORMATS)} image") from None
+    except Exception as error:
+        kind = "truncated" if "truncated" in str(error) else "damaged"
+        raise UnreadableImage(kind, f"{type(error).__name__}: {error}") from error
+
+
+def to_image(pixels: np.ndarray) -> Image.Image:
+    """Pixels [H, W, 3] or [H, W, 1] uint8 as an image of mode RGB or L."""
+    return Image.fromarray(pixels if pixels.shape[2] > 1 else pixels[..., 0])
+
+
+def _plain_jpeg_size(data: bytes) -> tuple[int, int] | None:
+    """(height, width) of a JPEG that libjpeg-turbo alone shows as it should be, else None."""
+    if data[:3] != b"\xff\xd8\xff":
+        return None
+    try:
+        height, width, space, _ = simplejpeg.decode_jpeg_header(data)
+    except ValueError:
+        return None
+    if space not in ("YCbCr", "RGB", "Gray") or height * width > (Image.MAX_IMAGE_PIXELS or 0):
+        return None
+    if data.find(b"Exif\0\0", 0, 1 << 16) >= 0:
+        exif = Image.open(io.BytesIO(data), formats=FORMATS).getexif()
+        if exif.get(ORIENTATION, 1) != 1:
+            return None
+    return height, width
+
+
+def _convert(image: Image.Image, mode: str) -> Image.Image:
+    """To ``mode``, as a viewer would show it: transparency on white, deep pixels scaled."""
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
+        deep = np.asarray(image).astype(np.float32)  # Pillow would clip them to a white image
+        return Image.fromarray((deep / 257).round().astype(np.uint8)).convert(mode)
+    if image.mode[0] in "IF":
+        raise UnreadableImage("unsupported", f"pixels of mode {image.mode} have no known range")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image)
+    return image.convert(mode)

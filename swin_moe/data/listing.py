@@ -1,0 +1,138 @@
+"""Lists of image files with labels: the official ``…_map.txt`` and ImageNet-22K's JSON list."""
+
+from __future__ import annotations
+
+import json
+from array import array
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+
+from .names import Names
+
+CHUNK = 1 << 20  # characters of a JSON list that are read at a time
+
+
+class ListSource:
+    """Files named by a list, relative to its folder; see :class:`~.source.Source`.
+
+    Args:
+        listing: lines of ``path<TAB>label``, or a JSON array of ``[path, label, …]``, as the
+            official ``ILSVRC2011fall_whole_map_train.txt`` is.
+
+    Raises:
+        ValueError: one line naming the file and the line or entry, if the list is malformed, or
+            its first file is not there.
+    """
+
+    def __init__(self, listing: Path) -> None:
+        self.root, self._listing = listing.parent, listing
+        self.class_names: list[str] | None = None
+        self._names, labels, runs = Names(), array("i"), array("q")
+        folder = None
+        for name, label in read_list(listing):
+            self._names.append(name)
+            labels.append(label)
+            if (here := name.rpartition("/")[0]) != folder:
+                folder = here
+                runs.append(0)
+            runs[-1] += 1
+        self._names.freeze()
+        self.labels = np.array(labels, np.int32)
+        self.runs = np.array(runs, np.int64)
+        self.class_counts = np.bincount(self.labels)
+        if len(self) and not Path(self.key(0)).is_file():
+            raise ValueError(
+                f"{listing}: its first file, {self.key(0)}, is not there: the paths of a list are "
+                "relative to its own folder"
+            )
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def describe(self) -> str:
+        """Format, for the log."""
+        return f"list of image files ({self._listing})"
+
+    def key(self, index: int) -> str:
+        """Path of a sample."""
+        return str(self.root / self._names[index])
+
+    def read(self, index: int) -> bytes:
+        """The encoded image of a sample.
+
+        Raises:
+            OSError: the file cannot be read.
+        """
+        return Path(self.key(index)).read_bytes()
+
+
+def read_list(path: Path) -> Iterator[tuple[str, int]]:
+    """Relative paths and labels, one after the other: the lists are too long for Python objects.
+
+    Raises:
+        ValueError: one line naming the file and the line or entry.
+    """
+    try:
+        with path.open(encoding="utf-8") as file:
+            is_json = file.read(1024).lstrip().startswith("[")
+        entries = _json_entries(path) if is_json else _lines(path)
+        what = "entry" if is_json else "line"
+        for number, (name, label) in entries:
+            yield _checked(path, f"{what} {number}", name, label)
+    except UnicodeDecodeError:
+        raise ValueError(f"{path}: not a list of files: it is no UTF-8 text") from None
+
+
+def _checked(path: Path, where: str, name: object, label: object) -> tuple[str, int]:
+    try:
+        number = int(label) if isinstance(label, (int, str)) else -1
+    except ValueError:
+        number = -1
+    if not isinstance(name, str) or not 0 <= number < 1 << 31:
+        raise ValueError(
+            f"{path}, {where}: {name!r:.60} with {label!r:.20} is not a path with a class number "
+            "from 0 on"
+        )
+    parts = PurePosixPath(name)
+    if parts.is_absolute() or ".." in parts.parts:
+        raise ValueError(f"{path}, {where}: {name!r:.60} leads out of the list's folder")
+    return name, number
+
+
+def _lines(path: Path) -> Iterator[tuple[int, tuple[object, object]]]:
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            name, tab, label = line.rstrip("\r\n").partition("\t")
+            if not tab:
+                raise ValueError(f"{path}, line {number}: no tab between a path and its label")
+            yield number, (name, label.strip())
+
+
+def _json_entries(path: Path) -> Iterator[tuple[int, tuple[object, object]]]:
+    decoder, number = json.JSONDecoder(), 0
+    with path.open(encoding="utf-8") as file:
+        buffer, ended = file.read(CHUNK).lstrip()[1:], False
+        while True:
+            buffer = buffer.lstrip(" \t\r\n,")
+            if buffer.startswith("]"):
+                return
+            try:
+                entry, end = decoder.raw_decode(buffer)
+                # A number may go on in the next chunk, but an array cannot.
+                if not isinstance(entry, list) or len(entry) < 2:
+                    raise ValueError(f"{path}, entry {number + 1}: not a [path, label] pair")
+            except json.JSONDecodeError:
+                more = file.read(CHUNK)
+                if ended or not more:
+                    raise ValueError(
+                        f"{path}, entry {number + 1}: the list is damaged or ends too early"
+                    ) from None
+                buffer += more
+                continue
+            number += 1
+            yield number, (entry[0], entry[1])
+            buffer = buffer[end:]

@@ -1,0 +1,114 @@
+"""Pictures of what a model is shown: augmented and mixed images with their labels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from ..config import Config
+from .loader import Loader, build_loader
+from .mixing import build_mixing
+
+COLUMNS, ROWS = 8, 4  # of training images; below them comes a row of held-out ones
+TOLD = 0.05  # share from which on a class of a mixed label is named
+
+
+def show(config: Config, output: Path, console: Console) -> None:
+    """Draw the first images of the first epoch, as the first of all processes will see them.
+
+    Raises:
+        ValueError: one line, for a config or data that cannot be used.
+    """
+    loaders = [
+        build_loader(
+            config.data,
+            config.augment,
+            image_sides=config.model.image_sides,
+            in_chans=config.model.in_chans,
+            num_classes=config.model.num_classes,
+            training=training,
+            rank=0,
+            world_size=1,
+            seed=config.train.seed,
+        )
+        for training in (True, False)
+    ]
+    for loader in loaders:
+        console.print(loader.description, highlight=False)
+    contact_sheet(config, loaders[0], loaders[1], output)
+    for loader in loaders:
+        loader.close()
+    console.print(f"the picture is {output}", highlight=False)
+
+
+def contact_sheet(config: Config, train: Loader, val: Loader, path: Path) -> None:
+    """A PNG of the batches that training begins with, and of the first held-out images.
+
+    Both are read in this process alone, and nothing that training draws is changed by it.
+    """
+    mixing = build_mixing(config.augment, config.model.num_classes, config.train.seed)
+    cells: list[tuple[np.ndarray, str]] = []
+    wanted = COLUMNS * ROWS
+    for step, batch in enumerate(train.peek(-(-wanted // config.data.batch_size))):
+        images, labels = train.on_device(batch, torch.device("cpu"))
+        images, targets = mixing(images, labels, step)
+        pixels = _pixels(images, config.data.mean, config.data.std)
+        cells += [
+            (image, _told(target, train.class_names))
+            for image, target in zip(pixels, targets, strict=True)
+        ]
+    held_out: list[tuple[np.ndarray, str]] = []
+    for batch in val.peek(1):
+        pixels = batch.images.permute(0, 2, 3, 1).numpy() / 255
+        held_out += [
+            (image, _name(label, val.class_names))
+            for image, label in zip(pixels, batch.labels.tolist(), strict=True)
+            if label >= 0
+        ]
+    _draw(cells[:wanted], held_out[:COLUMNS], path)
+
+
+def _pixels(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
+    """Normalised [B, C, H, W] to [B, H, W, C] in 0..1; erased rectangles are noise beyond it."""
+    pixels = images.permute(0, 2, 3, 1) * torch.tensor(std) + torch.tensor(mean)
+    return pixels.clamp(0, 1).numpy()
+
+
+def _told(target: Tensor, names: Sequence[str] | None) -> str:
+    """The classes of a soft label, the strongest first."""
+    weights, classes = target.topk(min(2, len(target)))
+    first, *other = zip(weights.tolist(), classes.tolist(), strict=True)
+    if not other or other[0][0] < max(TOLD, 2 * float(target.min())):
+        return _name(first[1], names)
+    return "\n".join(f"{weight:.2f} {_name(label, names)}" for weight, label in (first, *other))
+
+
+def _name(label: int, names: Sequence[str] | None) -> str:
+    name = names[label] if names else str(label)
+    return name if len(name) <= 18 else f"{name[:17]}…"
+
+
+def _draw(
+    training: list[tuple[np.ndarray, str]], held_out: list[tuple[np.ndarray, str]], path: Path
+) -> None:
+    from matplotlib import pyplot
+
+    rows = [training[i : i + COLUMNS] for i in range(0, len(training), COLUMNS)] + [held_out]
+    figure, axes = pyplot.subplots(
+        len(rows), COLUMNS, figsize=(1.5 * COLUMNS, 1.85 * len(rows)), layout="constrained",
+        squeeze=False,
+    )  # fmt: skip
+    for axis in axes.flat:
+        axis.set_axis_off()
+    for line, row in zip(axes, rows, strict=True):
+        for axis, (pixels, label) in zip(line, row, strict=False):
+            axis.imshow(np.broadcast_to(pixels, (*pixels.shape[:2], 3)), interpolation="nearest")
+            axis.set_title(label, fontsize=7)
+    figure.suptitle("training, augmented and mixed; last row: held out", fontsize=10)
+    figure.savefig(path, dpi=100, format="png")
+    pyplot.close(figure)

@@ -1,0 +1,96 @@
+"""``swin-moe data verify``: read and decode every sample, and list the bad ones."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import NamedTuple
+
+from rich.console import Console
+
+from .bad_samples import Skipped
+from .decode import EncodedImage, UnreadableImage
+from .index import Manifest, read_index
+from .parallel import in_processes
+from .prepare import sha256
+from .progress import sample_progress
+from .source import Source
+
+PART = 500  # samples that a process takes at a time
+
+_SOURCE: list[Source] = []  # of this process, for the ones that it forks
+
+
+class Verdict(NamedTuple):
+    """What was found: samples that cannot be read, and shards that are not what was written."""
+
+    samples: int
+    skipped: list[Skipped]
+    changed: list[str]
+
+
+def verify(
+    source: Source, manifest: Path | None, output: Path, console: Console, workers: int
+) -> Verdict:
+    """Decode every sample; hold every shard's digest against its manifest.
+
+    Args:
+        output: where the bad samples are listed, a JSON object a line; written if there are any.
+    """
+    skipped: list[Skipped] = []
+    parts = [range(i, min(i + PART, len(source))) for i in range(0, len(source), PART)]
+    _SOURCE[:] = [source]
+    with sample_progress(console, "decoding", len(source)) as advance:
+        for count, size, bad in in_processes(_decode, parts, workers):
+            advance(count, size)
+            skipped += bad
+    _SOURCE.clear()
+    changed = _changed_shards(manifest, console, workers) if manifest else []
+    if skipped:
+        lines = "".join(json.dumps(sample._asdict()) + "\n" for sample in skipped)
+        output.write_text(lines, encoding="utf-8")
+    _tell(len(source), skipped, changed, output, console)
+    return Verdict(len(source), skipped, changed)
+
+
+def _decode(part: range) -> tuple[int, int, list[Skipped]]:
+    (source,) = _SOURCE
+    size, bad = 0, []
+    for index in part:
+        try:
+            data = source.read(index)
+            size += len(data)
+            EncodedImage(data, "RGB").pixels()
+        except (OSError, ValueError) as error:
+            kind = error.kind if isinstance(error, UnreadableImage) else "cannot be read"
+            bad.append(Skipped(source.key(index), kind, str(error)))
+    return len(part), size, bad
+
+
+def _changed_shards(path: Path, console: Console, workers: int) -> list[str]:
+    manifest: Manifest = read_index(path)[0]
+    expected = {path.parent / s.name: s for s in manifest.shards if s.sha256}
+    changed = []
+    with sample_progress(console, "digests", len(expected)) as advance:
+        for file, digest in in_processes(_digest, list(expected), workers):
+            advance(1, expected[file].bytes)
+            if digest != expected[file].sha256:
+                changed.append(str(file))
+    return sorted(changed)
+
+
+def _digest(path: Path) -> tuple[Path, str]:
+    return path, sha256(path)
+
+
+def _tell(
+    count: int, skipped: list[Skipped], changed: list[str], output: Path, console: Console
+) -> None:
+    for name in changed:
+        console.print(f"{name}: its content is not what was written: copy it again")
+    for kind, number in Counter(sample.kind for sample in skipped).most_common():
+        first = next(sample for sample in skipped if sample.kind == kind)
+        console.print(f"{number:,} {kind}, first {first.key} ({first.reason})", highlight=False)
+    found = f"{len(skipped):,} bad ones are listed in {output}" if skipped else "all can be read"
+    console.print(f"{count:,} samples: {found}", highlight=False)

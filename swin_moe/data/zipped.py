@@ -1,0 +1,243 @@
+"""Images in a zip archive with a list of labels beside it, as the official Swin code has them."""
+
+from __future__ import annotations
+
+import os
+import struct
+import zlib
+from array import array
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+import numpy as np
+from rich.filesize import decimal
+
+from .listing import read_list
+from .names import Names
+from .scan import IMAGE_EXTENSIONS
+
+STORED, DEFLATED = 0, 8
+DIRECTORY = struct.Struct("<4s6H3L5H2L")  # an entry of the central directory, without its name
+LOCAL = struct.Struct("<4s5H3L2H")  # header before an entry's data
+CHUNK = 4 << 20  # bytes of the directory that are read at a time
+END_SEARCHED = 66_000  # bytes at the end of an archive, where its directory is told
+
+RECORD = np.dtype(
+    [("offset", "<u8"), ("packed", "<u4"), ("size", "<u4"), ("crc", "<u4"), ("method", "<u4")]
+)
+
+
+class _Entry(NamedTuple):
+    name: str
+    offset: int
+    packed: int
+    size: int
+    crc: int
+    method: int
+
+
+class ZipSource:
+    """Random access to images of a zip archive; see :class:`~.source.Source`.
+
+    Only the places of the entries are kept: the stdlib's ``zipfile`` holds a kilobyte for each.
+
+    Args:
+        archive: the zip.
+        listing: lines of ``path<TAB>label``, such as ``train_map.txt``; None = each image's first
+            folder in the archive is its class.
+
+    Raises:
+        ValueError: one line naming the archive or list, the member or line, and the remedy.
+    """
+
+    def __init__(self, archive: Path, listing: Path | None) -> None:
+        self.archive = archive
+        self._bytes = archive.stat().st_size
+        if listing is None:
+            self._by_folder()
+        else:
+            self._by_list(listing)
+        self.runs = np.array([len(self.labels)], np.int64)
+        self.class_counts = np.bincount(self.labels)
+        self._file: IO[bytes] | None = None
+
+    def _by_folder(self) -> None:
+        self._names, records = Names(), array("Q")
+        folders = array("i")
+        number: dict[str, int] = {}
+        for entry in _entries(self.archive):
+            folder, slash, _ = entry.name.partition("/")
+            if not slash or entry.name.rsplit(".", 1)[-1].lower() not in IMAGE_EXTENSIONS:
+                continue
+            self._names.append(entry.name)
+            records.extend(entry[1:])
+            folders.append(number.setdefault(folder, len(number)))
+        self._names.freeze()
+        self._table = _table(records)
+        self.class_names: list[str] | None = sorted(number)
+        ranks = {name: rank for rank, name in enumerate(self.class_names)}
+        label_of = np.array([ranks[name] for name in number], np.int32)
+        self.labels = label_of[np.array(folders, np.int64)]
+
+    def _by_list(self, listing: Path) -> None:
+        self._names, labels = Names(), array("i")
+        for name, label in read_list(listing):
+            self._names.append(name)
+            labels.append(label)
+        self._names.freeze()
+        # Hashes instead of names as keys: 16 bytes an image instead of 150.
+        wanted = np.array([_hash(self._names[i]) for i in range(len(labels))], np.int64)
+        order = np.argsort(wanted)
+        ordered = wanted[order]
+        for at in np.flatnonzero(ordered[1:] == ordered[:-1]).tolist():
+            name = self._names[int(order[at])]
+            if name == self._names[int(order[at + 1])]:
+                raise ValueError(f"{listing}: '{name}' is listed twice")
+        self._table = np.zeros(len(labels), RECORD)
+        found = np.zeros(len(labels), bool)
+        for entry in _entries(self.archive):
+            at = int(np.searchsorted(ordered, _hash(entry.name)))
+            if at < len(order) and self._names[place := int(order[at])] == entry.name:
+                self._table[place] = entry[1:]
+                found[place] = True
+        if not found.all():
+            name = self._names[int(np.argmin(found))]
+            raise ValueError(
+                f"{self.archive}: {(~found).sum():,} images of {listing.name} are not in it, first "
+                f"'{name}': give the archive and the list of one data set"
+            )
+        self.labels, self.class_names = np.array(labels, np.int32), None
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_file": None}  # an open file does not survive pickling
+
+    def describe(self) -> str:
+        """Format and size, for the log."""
+        return f"zip ({self.archive}, {decimal(self._bytes)})"
+
+    def key(self, index: int) -> str:
+        """Name of a sample: the archive and its member."""
+        return f"{self.archive}:{self._names[index]}"
+
+    def read(self, index: int) -> bytes:
+        """The encoded image of a sample.
+
+        Raises:
+            OSError: the archive cannot be read.
+            ValueError: it is damaged there.
+        """
+        if self._file is None:
+            self._file = self.archive.open("rb", buffering=0)
+        record = self._table[index]
+        offset, packed, size = (int(record[name]) for name in ("offset", "packed", "size"))
+        # pread leaves the file position alone, so that forked workers may share the open file.
+        header = os.pread(self._file.fileno(), LOCAL.size, offset)
+        if len(header) < LOCAL.size or header[:4] != b"PK\x03\x04":
+            raise ValueError("no entry of the archive begins where its directory says")
+        name_size, extra_size = LOCAL.unpack(header)[-2:]
+        start = offset + LOCAL.size + name_size + extra_size
+        data = os.pread(self._file.fileno(), packed, start)
+        if record["method"] == DEFLATED:
+            try:
+                data = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, size + 1)
+            except zlib.error as error:
+                raise ValueError(f"the archive is damaged ({error})") from None
+        if len(data) != size or zlib.crc32(data) != record["crc"]:
+            raise ValueError("the archive is damaged (checksum or size differ)")
+        return data
+
+
+def _hash(name: str) -> int:
+    return hash(name)  # of this process; equal ones are compared by name
+
+
+def _table(records: array) -> np.ndarray:
+    columns = np.array(records, np.uint64).reshape(-1, len(RECORD.names or ()))
+    table = np.empty(len(columns), RECORD)
+    for place, name in enumerate(RECORD.names or ()):
+        table[name] = columns[:, place]
+    return table
+
+
+def _entries(archive: Path) -> Iterator[_Entry]:
+    """The files of an archive, one after the other.
+
+    Raises:
+        ValueError: it is no zip, truncated, encrypted, or compressed in an unusual way.
+    """
+    with archive.open("rb") as file:
+        start, size = _directory(file, archive)
+        file.seek(start)
+        buffer = b""
+        while size or buffer:
+            if len(buffer) < CHUNK // 2 and size:
+                more = file.read(min(CHUNK, size))
+                if not more:
+                    raise _damaged(archive)
+                buffer, size = buffer + more, size - len(more)
+            entry, used = _parse_entry(buffer, archive)
+            buffer = buffer[used:]
+            if not entry.name.endswith("/"):
+                yield entry
+
+
+def _parse_entry(buffer: bytes, archive: Path) -> tuple[_Entry, int]:
+    if len(buffer) < DIRECTORY.size:
+        raise _damaged(archive)
+    fields = DIRECTORY.unpack_from(buffer)
+    flags, method = fields[3], fields[4]
+    crc, packed, size, name_size, extra_size, comment_size = fields[7:13]
+    offset = fields[16]
+    used = DIRECTORY.size + name_size + extra_size + comment_size
+    if fields[0] != b"PK\x01\x02" or len(buffer) < used:
+        raise _damaged(archive)
+    name_end = DIRECTORY.size + name_size
+    raw = buffer[DIRECTORY.size : name_end]
+    name = raw.decode("utf-8" if flags & 0x800 else "cp437")
+    if flags & 1 or method not in (STORED, DEFLATED):
+        raise ValueError(
+            f"{archive}: '{name}' is encrypted or compressed in an unusual way: zip the images "
+            "anew, best stored (zip -0)"
+        )
+    if 0xFFFFFFFF in (packed, size, offset):
+        extra = _zip64(buffer[name_end : name_end + extra_size])
+        size = next(extra) if size == 0xFFFFFFFF else size
+        packed = next(extra) if packed == 0xFFFFFFFF else packed
+        offset = next(extra) if offset == 0xFFFFFFFF else offset
+    return _Entry(name, offset, packed, size, crc, method), used
+
+
+def _zip64(extra: bytes) -> Iterator[int]:
+    """The large numbers of an entry, from its extra fields."""
+    while len(extra) >= 4:
+        kind, size = struct.unpack_from("<2H", extra)
+        if kind == 1:
+            yield from struct.unpack_from(f"<{size // 8}Q", extra, 4)
+        extra = extra[4 + size :]
+
+
+def _directory(file: IO[bytes], archive: Path) -> tuple[int, int]:
+    """Where the central directory begins, and its size in bytes."""
+    total = file.seek(0, os.SEEK_END)
+    file.seek(max(0, total - END_SEARCHED))
+    tail = file.read()
+    at = tail.rfind(b"PK\x05\x06")
+    if at < 0 or len(tail) < at + 22:
+        raise _damaged(archive)
+    size, start = struct.unpack_from("<2L", tail, at + 12)
+    if 0xFFFFFFFF in (size, start) or tail[at - 20 : at - 16] == b"PK\x06\x07":
+        (place,) = struct.unpack_from("<Q", tail, at - 20 + 8)
+        file.seek(place)
+        record = file.read(56)
+        if record[:4] != b"PK\x06\x06":
+            raise _damaged(archive)
+        size, start = struct.unpack_from("<2Q", record, 40)
+    return start, size
+
+
+def _damaged(archive: Path) -> ValueError:
+    return ValueError(f"{archive}: not a zip archive, or a truncated one: copy it again")
