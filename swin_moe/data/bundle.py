@@ -70,15 +70,17 @@ def encode_png(pixels: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def write_shard(path: Path, samples: Iterable[tuple[str, bytes, int]]) -> None:
-    """Write ``(key, png, label)`` samples as ``key.png`` and ``key.cls`` with fixed metadata.
+def write_shard(
+    path: Path, samples: Iterable[tuple[str, bytes, int]], extension: str = "png"
+) -> None:
+    """Write ``(key, image, label)`` as ``key.png`` and ``key.cls`` with fixed metadata.
 
     A name that ends in ``gz`` compresses: the 512-byte blocks of tar weigh more than small images.
     """
     archive = io.BytesIO()
     with webdataset.TarWriter(archive, encoder=False, user="root", group="root", mtime=0) as tar:
-        for key, png, label in samples:
-            tar.write({"__key__": key, "png": png, "cls": str(label).encode()})
+        for key, image, label in samples:
+            tar.write({"__key__": key, extension: image, "cls": str(label).encode()})
     with open(path, "wb") as raw:
         if path.name.endswith("gz"):
             with gzip.GzipFile("", "wb", fileobj=raw, mtime=0) as packed:

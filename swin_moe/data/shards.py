@@ -118,14 +118,13 @@ class ShardSource:
     def key(self, index: int) -> str:
         """Name of a sample: its shard's path and its key."""
         record = self._table[index]
-        path = self.paths[record["shard"]]
-        start = int(record["offset"]) - int(record["header"])
+        shard, offset = int(record["shard"]), int(record["offset"])
+        path, start = self.paths[shard], offset - int(record["header"])
         try:
-            content = self._contents.get(int(record["shard"]))
-            with path.open("rb") if content is None else io.BytesIO(content) as stream:
-                stream.seek(start)
-                with tarfile.open(fileobj=stream, mode="r:") as tar:
-                    member = tar.next()
+            headers = self._bytes_at(shard, start, offset - start)
+            # One block, or before it those that tell a name of more than 100 bytes.
+            with tarfile.open(fileobj=io.BytesIO(headers + bytes(1024)), mode="r:") as tar:
+                member = tar.next()
         except (OSError, tarfile.TarError):
             member = None
         return f"{path}:{sample_key(member)[0] if member else f'at byte {start}'}"
@@ -137,7 +136,9 @@ class ShardSource:
             OSError: the shard cannot be read, or is shorter than when it was indexed.
         """
         record = self._table[index]
-        shard, offset, size = int(record["shard"]), int(record["offset"]), int(record["size"])
+        return self._bytes_at(int(record["shard"]), int(record["offset"]), int(record["size"]))
+
+    def _bytes_at(self, shard: int, offset: int, size: int) -> bytes:
         content = self._contents.get(shard)
         if content is not None:
             return content[offset : offset + size]

@@ -152,8 +152,8 @@ def resize(pixels: np.ndarray, sides: tuple[int, int], interpolation: str) -> np
     """
     if pixels.shape[:2] == sides:
         return np.ascontiguousarray(pixels)
-    # The fast kernel wants channels last with nothing between the rows, for in- and output.
-    images = torch.from_numpy(np.array(pixels, order="C")[None]).permute(0, 3, 1, 2)
+    # With nothing between the rows, PyTorch knows it as channels-last and keeps it so.
+    images = torch.from_numpy(np.array(pixels, order="C"))[None].permute(0, 3, 1, 2)
     resized = F.interpolate(images, sides, mode=interpolation, antialias=True)
     return resized.permute(0, 2, 3, 1)[0].contiguous().numpy()
 
