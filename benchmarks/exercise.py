@@ -12,6 +12,7 @@ both log must be equal to the bit.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -26,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import simplejpeg
 from rich.console import Console
 from rich.table import Table
@@ -50,7 +52,7 @@ moe:
   blocks: [[], [0]]
   num_experts: 4
 data:
-  batch_size: 125
+  batch_size: 124
   num_workers: 1
 augment:
   auto_augment: ''
@@ -79,7 +81,7 @@ def write_images(part: range) -> int:
         angle = 2 * np.pi * label / CLASSES
         pixels += 40 * np.cos(angle + np.array([0, 2, 4]) * np.pi / 3)
         data = simplejpeg.encode_jpeg(
-            np.ascontiguousarray(pixels.clip(0, 255).astype(np.uint8)), 94, colorsubsampling="420"
+            np.ascontiguousarray(pixels.clip(0, 255).astype(np.uint8)), 97, colorsubsampling="420"
         )
         name = f"n{label:08d}"
         (folder / name / f"{name}_{index}.JPEG").write_bytes(data)
@@ -104,10 +106,14 @@ def make_folder(folder: Path, images: int) -> None:
 def run(*command: str, kill_when: Callable[[], bool] | None = None) -> tuple[int, float, int]:
     """Run the program, maybe to a kill; returns exit code, seconds and the peak memory in bytes."""
     begun = time.monotonic()
-    process = subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=environment)
     while kill_when is not None and process.poll() is None:
         if kill_when():
-            os.killpg(process.pid, signal.SIGKILL)
+            first = psutil.Process(process.pid)
+            for one in [first, *first.children(recursive=True)]:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    one.kill()
             break
         time.sleep(0.05)
     _, status, usage = os.wait4(process.pid, 0)
@@ -120,7 +126,7 @@ def swin_moe(*arguments: str) -> list[str]:
 
 
 def train(config: Path, shards: Path, output: Path) -> list[str]:
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
+    launcher = ["-m", "swin_moe.torchrun", "--standalone", "--nproc-per-node", "2", "-m"]
     settings = [f"data.path={shards}", f"train.output={output}", "checkpoint.every_steps=50"]
     return [sys.executable, *launcher, "swin_moe", "train", str(config), *settings]
 

@@ -16,7 +16,7 @@ from . import __version__
 DONE, FAILED, WRONG_USE = 0, 1, 2
 PREEMPTED = 75  # the system's EX_TEMPFAIL: try again
 
-_PATIENCE = 5.0  # seconds that the launcher may take to end the other processes of a node
+_PATIENCE = 10.0  # seconds that the launcher may take to end the other processes of a node
 
 # What gloo, NCCL and the store say when the other end is gone.
 _LOST_PEER = ("closed by peer", "reset by peer", "remote process exited", "Broken pipe")

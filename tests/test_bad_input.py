@@ -109,7 +109,7 @@ def test_corrupt_images_are_skipped_counted_and_reported(tmp_path):
     lists = sorted((tmp_path / "run/logs").glob("bad-samples-rank-*.jsonl"))
     listed = [json.loads(line) for path in lists for line in path.read_text().splitlines()]
     assert {Path(sample["key"]).name for sample in listed} == {"3.png", "0.png"}
-    assert {sample["kind"] for sample in listed} <= {"ValueError", "OSError", "SyntaxError"}
+    assert {sample["kind"] for sample in listed} <= {"not an image", "truncated", "damaged"}
     done = swin_moe("evaluate", str(tmp_path / "run"))
     assert done.returncode == 0, done.stderr
     assert "(7 images, 1 unreadable)" in done.stdout

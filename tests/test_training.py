@@ -26,7 +26,7 @@ def figures(folder):
         {
             key: value
             for key, value in record.items()
-            if not key.endswith(("images_per_second", "exchange_ms"))
+            if not key.endswith(("images_per_second", "exchange_ms", "data_wait_ms"))
         }
         for record in read_metrics(folder)
     ]

@@ -1,7 +1,7 @@
 """Datasets, transforms and resumable batches.
 
-:func:`build_loader` opens a folder of images, tar shards or the bundled sample; its batches depend
-on seed, epoch and position alone. :func:`build_mixing` mixes a batch on its device.
+:func:`build_loader` opens whatever holds images; its batches depend on seed, epoch and position
+alone. :func:`build_mixing` erases and mixes a batch on its device.
 """
 
 from .dataset import Batch

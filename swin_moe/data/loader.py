@@ -78,7 +78,10 @@ class Loader:
         """
         self._sampler.set_position(epoch, start_batch)
         for batch in self._loader:
-            yield self._checked(batch) if batch.skipped else batch
+            if batch.skipped:
+                self.bad.add(batch.skipped)
+                batch = self._mended(batch)
+            yield batch
 
     def on_device(self, batch: Batch, device: torch.device) -> tuple[Tensor, Tensor]:
         """Images [B, C, H, W] float32, normalised by ``data.mean`` and ``std``, and labels [B]."""
@@ -101,7 +104,8 @@ class Loader:
         """The first batches of epoch 0, read in this process; the epochs are not touched."""
         self._sampler.set_position(0, 0)
         for positions in itertools.islice(self._sampler, batches):
-            yield collate([self._dataset[position] for position in positions])
+            batch = collate([self._dataset[position] for position in positions])
+            yield self._mended(batch) if batch.skipped else batch
 
     def close(self) -> None:
         """End the worker processes; happens by itself when the program exits."""
@@ -111,8 +115,7 @@ class Loader:
             iterator._shutdown_workers()
             self._loader._iterator = None
 
-    def _checked(self, batch: Batch) -> Batch:
-        self.bad.add(batch.skipped)
+    def _mended(self, batch: Batch) -> Batch:
         if not self._sampler.training:
             return batch
         if len(batch.skipped) == len(batch.labels):
