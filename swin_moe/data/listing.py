@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 from array import array
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
@@ -12,6 +14,8 @@ import numpy as np
 from .names import Names
 
 CHUNK = 1 << 20  # characters of a JSON list that are read at a time
+MAX_ENTRY = 1 << 20  # characters of one entry of a JSON list
+GAP = re.compile(r"[ \t\r\n,]*")  # between two of them
 
 
 class ListSource:
@@ -75,7 +79,7 @@ def read_list(path: Path) -> Iterator[tuple[str, int]]:
         ValueError: one line naming the file and the line or entry.
     """
     try:
-        with path.open(encoding="utf-8") as file:
+        with path.open(encoding="utf-8-sig") as file:  # Windows may put a mark first
             is_json = file.read(1024).lstrip().startswith("[")
         entries = _json_entries(path) if is_json else _lines(path)
         what = "entry" if is_json else "line"
@@ -86,10 +90,8 @@ def read_list(path: Path) -> Iterator[tuple[str, int]]:
 
 
 def _checked(path: Path, where: str, name: object, label: object) -> tuple[str, int]:
-    try:
-        number = int(label) if isinstance(label, (int, str)) else -1
-    except ValueError:
-        number = -1
+    digits = label if isinstance(label, str) else str(label) if type(label) is int else ""
+    number = int(digits) if digits.isascii() and digits.isdecimal() else -1
     if not isinstance(name, str) or not 0 <= number < 1 << 31:
         raise ValueError(
             f"{path}, {where}: {name!r:.60} with {label!r:.20} is not a path with a class number "
@@ -98,11 +100,15 @@ def _checked(path: Path, where: str, name: object, label: object) -> tuple[str, 
     parts = PurePosixPath(name)
     if parts.is_absolute() or ".." in parts.parts:
         raise ValueError(f"{path}, {where}: {name!r:.60} leads out of the list's folder")
+    try:
+        os.fsencode(name)
+    except UnicodeEncodeError:
+        raise ValueError(f"{path}, {where}: {name!r:.60} is no file name") from None
     return name, number
 
 
 def _lines(path: Path) -> Iterator[tuple[int, tuple[object, object]]]:
-    with path.open(encoding="utf-8") as file:
+    with path.open(encoding="utf-8-sig") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
@@ -114,25 +120,32 @@ def _lines(path: Path) -> Iterator[tuple[int, tuple[object, object]]]:
 
 def _json_entries(path: Path) -> Iterator[tuple[int, tuple[object, object]]]:
     decoder, number = json.JSONDecoder(), 0
-    with path.open(encoding="utf-8") as file:
-        buffer, ended = file.read(CHUNK).lstrip()[1:], False
+    with path.open(encoding="utf-8-sig") as file:
+        buffer, at = file.read(CHUNK).lstrip()[1:], 0
         while True:
-            buffer = buffer.lstrip(" \t\r\n,")
-            if buffer.startswith("]"):
+            at = _after_gap(buffer, at)
+            if buffer.startswith("]", at):
                 return
             try:
-                entry, end = decoder.raw_decode(buffer)
+                entry, end = decoder.raw_decode(buffer, at)
                 # A number may go on in the next chunk, but an array cannot.
                 if not isinstance(entry, list) or len(entry) < 2:
                     raise ValueError(f"{path}, entry {number + 1}: not a [path, label] pair")
-            except json.JSONDecodeError:
+            except (json.JSONDecodeError, RecursionError):
                 more = file.read(CHUNK)
-                if ended or not more:
+                # What is longer than any entry is damaged: do not gather the rest of the file.
+                if not more or len(buffer) - at > MAX_ENTRY:
                     raise ValueError(
                         f"{path}, entry {number + 1}: the list is damaged or ends too early"
                     ) from None
-                buffer += more
+                buffer, at = buffer[at:] + more, 0
                 continue
             number += 1
             yield number, (entry[0], entry[1])
-            buffer = buffer[end:]
+            at = end  # cutting the buffer instead would copy a megabyte for each entry
+
+
+def _after_gap(buffer: str, at: int) -> int:
+    match = GAP.match(buffer, at)
+    assert match is not None  # it may be empty
+    return match.end()

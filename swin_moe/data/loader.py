@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import itertools
+import logging
 import os
 import signal
 import weakref
@@ -19,8 +20,10 @@ from .bad_samples import BadSamples
 from .dataset import Batch, ImageDataset, collate, replace_unreadable
 from .normalise import Normalise
 from .sampler import Position, ResumableSampler
-from .source import open_source
+from .source import empty_classes, open_source
 from .transforms import build_transform
+
+log = logging.getLogger(__name__)
 
 TERM_GRACE_S = 60  # workers outlive a SIGTERM for so long
 
@@ -168,6 +171,8 @@ def build_loader(
     """
     transform = build_transform(augment, image_sides, in_chans, data.mean, training)
     source = open_source(data, num_classes, training)
+    if training and rank == 0 and (told := empty_classes(source, num_classes)):
+        log.warning("data.train=%s: %s", data.train, told)
     sampler = ResumableSampler(
         len(source),
         data.batch_size if training else data.eval_batch_size or data.batch_size,

@@ -5,14 +5,18 @@ from __future__ import annotations
 import json
 import os
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from rich.filesize import decimal
 
 KEPT_BYTES = 256 << 20  # of row groups
+MAX_OPEN = 64
+THREADS = 8
 IMAGES, LABELS = ("image", "img", "jpg"), ("label", "labels", "fine_label", "cls")
 
 
@@ -32,44 +36,27 @@ class ParquetSource:
 
     def __init__(self, paths: Sequence[str | Path]) -> None:
         self.paths = [Path(path) for path in paths]
-        self.class_names: list[str] | None = None
-        labels, runs = [], []
-        for path in self.paths:
-            file = _open(path)
-            image, label = (_column(path, file, names) for names in (IMAGES, LABELS))
-            self.class_names = self.class_names or _class_names(file, label)
-            column = file.read(columns=[label]).column(0)
-            if column.null_count:
-                row = column.is_null().to_pylist().index(True)
-                raise ValueError(f"{path}: row {row} has no label")
-            labels.append(column.to_numpy().astype(np.int32))
-            runs += [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
-            self._image = image
-            file.close()
+        with ThreadPoolExecutor(THREADS) as pool:
+            shards = list(pool.map(_look, self.paths))
+        self._images = [shard.image for shard in shards]
+        self.class_names = next((s.class_names for s in shards if s.class_names), None)
         self._groups = [
-            (shard, group)
-            for shard, path in enumerate(self.paths)
-            for group in range(_open(path).num_row_groups)
+            (number, group) for number, s in enumerate(shards) for group in range(len(s.runs))
         ]
-        self.labels = np.concatenate(labels) if labels else np.empty(0, np.int32)
-        self.runs = np.array(runs, np.int64)
-        self._ends = np.cumsum(self.runs)
-        if len(self.labels) and self.labels.min() < 0:
-            raise ValueError(
-                f"{self.key(int(np.argmin(self.labels)))} has the label {self.labels.min()}: a "
-                "split without labels cannot be used"
-            )
+        self.labels = np.concatenate([np.empty(0, np.int32), *(s.labels for s in shards)])
+        self.runs = np.array([run for shard in shards for run in shard.runs], np.int64)
         self.class_counts = np.bincount(self.labels)
+        self._ends = np.cumsum(self.runs)
         self._bytes = sum(path.stat().st_size for path in self.paths)
         self._kept: OrderedDict[int, list[bytes | None]] = OrderedDict()
-        self._files: dict[int, Any] = {}
+        self._files: OrderedDict[int, Any] = OrderedDict()
         self._process = os.getpid()
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_files": {}, "_kept": OrderedDict()}
+        return {**self.__dict__, "_files": OrderedDict(), "_kept": OrderedDict()}
 
     def describe(self) -> str:
         """Format and size, for the log."""
@@ -99,17 +86,19 @@ class ParquetSource:
 
     def _row_group(self, group: int) -> list[bytes | None]:
         if self._process != os.getpid():  # forked: open files may not be shared
-            self._files, self._process = {}, os.getpid()
+            self._files, self._process = OrderedDict(), os.getpid()
         if group in self._kept:
             self._kept.move_to_end(group)
             return self._kept[group]
         shard, within = self._groups[group]
         if shard not in self._files:
+            if len(self._files) >= MAX_OPEN:
+                self._files.popitem(last=False)[1].close()
             self._files[shard] = _open(self.paths[shard])
-        column = self._files[shard].read_row_group(within, columns=[self._image]).column(0)
-        images = [
-            value.get("bytes") if isinstance(value, dict) else value for value in column.to_pylist()
-        ]
+        with _naming(self.paths[shard]):
+            table = self._files[shard].read_row_group(within, columns=[self._images[shard]])
+            values = table.column(0).to_pylist()
+        images = [value.get("bytes") if isinstance(value, dict) else value for value in values]
         self._kept[group] = images
         while len(self._kept) > 1 and sum(map(_size, self._kept.values())) > KEPT_BYTES:
             self._kept.popitem(last=False)
@@ -120,19 +109,63 @@ def _size(images: list[bytes | None]) -> int:
     return sum(len(image) for image in images if image is not None)
 
 
+class _Shard(NamedTuple):
+    """What is read of a shard when the set is opened."""
+
+    image: str  # its column of images
+    labels: np.ndarray
+    runs: list[int]
+    class_names: list[str] | None
+
+
+def _look(path: Path) -> _Shard:
+    with _open(path) as file:
+        import pyarrow.types
+
+        image, label = (_column(path, file, names) for names in (IMAGES, LABELS))
+        kind = file.schema_arrow.field(image).type
+        if pyarrow.types.is_struct(kind) and "bytes" in {f.name for f in kind.fields}:
+            kind = kind.field("bytes").type
+        if not (pyarrow.types.is_binary(kind) or pyarrow.types.is_large_binary(kind)):
+            raise ValueError(f"{path}: the column '{image}' holds {kind}, not encoded images")
+        with _naming(path):
+            column = file.read(columns=[label]).column(0)
+        if not pyarrow.types.is_integer(column.type):
+            raise ValueError(f"{path}: the column '{label}' holds {column.type}, not class numbers")
+        if column.null_count:
+            row = column.is_null().to_pylist().index(True)
+            raise ValueError(f"{path}: row {row} has no label")
+        labels = column.to_numpy()
+        if len(wrong := np.flatnonzero((labels < 0) | (labels >= 1 << 31))):
+            raise ValueError(
+                f"{path}: row {wrong[0]} has the label {labels[wrong[0]]}: a split without labels "
+                "cannot be used"
+            )
+        runs = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
+        return _Shard(image, labels.astype(np.int32), runs, _class_names(file, label))
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Errors of pyarrow in a line that names the shard."""
+    import pyarrow
+
+    try:
+        yield
+    except (OSError, pyarrow.ArrowException) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{path}: the shard is damaged ({reason}): copy it again") from None
+
+
 def _open(path: Path) -> Any:
     try:
-        import pyarrow
         import pyarrow.parquet
     except ImportError:
         raise ValueError(
             f"{path}: reading parquet needs pyarrow: pip install 'swin_moe[parquet]'"
         ) from None
-    try:
+    with _naming(path):
         return pyarrow.parquet.ParquetFile(path)
-    except (OSError, pyarrow.ArrowException) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"{path}: the shard is damaged ({reason}): copy it again") from None
 
 
 def _column(path: Path, file: Any, names: Sequence[str]) -> str:

@@ -17,7 +17,7 @@ from .listing import ListSource
 from .parquet import ParquetSource
 from .scan import has_labels
 from .shards import SUFFIXES, find_shards, has_wildcard, open_manifest, open_shards
-from .zipped import ZipSource
+from .zipped import ZipSource, zipped_class_folders
 
 log = logging.getLogger(__name__)
 
@@ -81,6 +81,21 @@ def open_source(data: DataConfig, num_classes: int, training: bool) -> Source:
     except ValueError as error:
         raise ValueError(f"{name}={split}: {error}") from None
     return source
+
+
+def empty_classes(source: Source, num_classes: int) -> str:
+    """What to tell of classes of a model (or by name) that have no sample; empty if all have."""
+    total = max(num_classes, len(source.class_names or ()))
+    there = np.flatnonzero(source.class_counts)
+    empty = np.setdiff1d(np.arange(total), there, assume_unique=True).tolist()
+    if not empty:
+        return ""
+    names = source.class_names
+    first = f"'{names[empty[0]]}'" if names and empty[0] < len(names) else str(empty[0])
+    return (
+        f"{len(empty):,} of {total:,} classes have no sample, first {first}: fill them, or lower "
+        "model.num_classes"
+    )
 
 
 def open_path(path: Path) -> Source | None:
@@ -196,12 +211,15 @@ def _check_same_classes(val: Path, train: Path) -> None:
         )
 
 
-def _named_by_place(folder: Path) -> list[str] | None:
-    if not folder.is_dir():
-        return None
-    return class_folders(folder) or sorted(
-        path.name.split(".")[0] for path in folder.iterdir() if path.name.endswith(SUFFIXES)
-    )
+def _named_by_place(split: Path) -> list[str] | None:
+    if split.is_dir():
+        return class_folders(split) or sorted(
+            path.name.split(".")[0] for path in split.iterdir() if path.name.endswith(SUFFIXES)
+        )
+    archive = split if split.suffix == ".zip" else split.with_name(f"{split.name}.zip")
+    if archive.is_file() and not archive.with_name(f"{archive.stem}_map.txt").is_file():
+        return zipped_class_folders(archive)
+    return None
 
 
 def _check_labels(source: Source, num_classes: int) -> None:

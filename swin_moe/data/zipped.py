@@ -6,7 +6,7 @@ import os
 import struct
 import zlib
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -21,6 +21,7 @@ STORED, DEFLATED = 0, 8
 DIRECTORY = struct.Struct("<4s6H3L5H2L")  # an entry of the central directory, without its name
 LOCAL = struct.Struct("<4s5H3L2H")  # header before an entry's data
 CHUNK = 4 << 20  # bytes of the directory that are read at a time
+MAX_ENTRY = DIRECTORY.size + 3 * 0xFFFF  # bytes: header, name, extra fields and comment
 END_SEARCHED = 66_000  # bytes at the end of an archive, where its directory is told
 
 RECORD = np.dtype(
@@ -44,8 +45,8 @@ class ZipSource:
 
     Args:
         archive: the zip.
-        listing: lines of ``path<TAB>label``, such as ``train_map.txt``; None = each image's first
-            folder in the archive is its class.
+        listing: lines of ``path<TAB>label``, such as ``train_map.txt``; None = each image's folder
+            in the archive is its class.
 
     Raises:
         ValueError: one line naming the archive or list, the member or line, and the remedy.
@@ -63,22 +64,21 @@ class ZipSource:
         self._file: IO[bytes] | None = None
 
     def _by_folder(self) -> None:
-        self._names, records = Names(), array("Q")
-        folders = array("i")
+        self._names, records, parents = Names(), array("Q"), array("i")
         number: dict[str, int] = {}
         for entry in _entries(self.archive):
-            folder, slash, _ = entry.name.partition("/")
-            if not slash or entry.name.rsplit(".", 1)[-1].lower() not in IMAGE_EXTENSIONS:
+            if (parent := _class_folder(entry.name)) is None:
                 continue
             self._names.append(entry.name)
             records.extend(entry[1:])
-            folders.append(number.setdefault(folder, len(number)))
+            parents.append(number.setdefault(parent, len(number)))
         self._names.freeze()
         self._table = _table(records)
-        self.class_names: list[str] | None = sorted(number)
+        class_of = _class_names(number)
+        self.class_names: list[str] | None = sorted(set(class_of))
         ranks = {name: rank for rank, name in enumerate(self.class_names)}
-        label_of = np.array([ranks[name] for name in number], np.int32)
-        self.labels = label_of[np.array(folders, np.int64)]
+        label_of = np.array([ranks[name] for name in class_of], np.int32)
+        self.labels = label_of[np.array(parents, np.int64)]
 
     def _by_list(self, listing: Path) -> None:
         self._names, labels = Names(), array("i")
@@ -151,6 +151,29 @@ class ZipSource:
         return data
 
 
+def zipped_class_folders(archive: Path) -> list[str]:
+    """Sorted names of the class folders in an archive without a map."""
+    parents = {parent: 0 for e in _entries(archive) if (parent := _class_folder(e.name))}
+    return sorted(set(_class_names(parents)))
+
+
+def _class_folder(name: str) -> str | None:
+    """The folder of an image in an archive; None for what is no image in a folder."""
+    parent, _, file = name.rpartition("/")
+    if name.startswith("__MACOSX/") or file.rsplit(".", 1)[-1].lower() not in IMAGE_EXTENSIONS:
+        return None
+    return parent or None
+
+
+def _class_names(parents: Iterable[str]) -> list[str]:
+    """Of each folder its class: the first part of its path below what all have in common."""
+    split = [parent.split("/") for parent in parents]
+    shortest, common = min(map(len, split), default=0), 0
+    while common < shortest - 1 and len({parts[common] for parts in split}) == 1:
+        common += 1
+    return [parts[common] for parts in split]
+
+
 def _hash(name: str) -> int:
     return hash(name)  # of this process; equal ones are compared by name
 
@@ -172,42 +195,45 @@ def _entries(archive: Path) -> Iterator[_Entry]:
     with archive.open("rb") as file:
         start, size = _directory(file, archive)
         file.seek(start)
-        buffer = b""
-        while size or buffer:
-            if len(buffer) < CHUNK // 2 and size:
+        buffer, at = b"", 0
+        while size or at < len(buffer):
+            if len(buffer) - at < MAX_ENTRY and size:
                 more = file.read(min(CHUNK, size))
                 if not more:
                     raise _damaged(archive)
-                buffer, size = buffer + more, size - len(more)
-            entry, used = _parse_entry(buffer, archive)
-            buffer = buffer[used:]
+                buffer, at, size = buffer[at:] + more, 0, size - len(more)
+            entry, used = _parse_entry(buffer, at, archive)
+            at += used  # cutting the buffer instead would copy megabytes for each entry
             if not entry.name.endswith("/"):
                 yield entry
 
 
-def _parse_entry(buffer: bytes, archive: Path) -> tuple[_Entry, int]:
-    if len(buffer) < DIRECTORY.size:
+def _parse_entry(buffer: bytes, start: int, archive: Path) -> tuple[_Entry, int]:
+    if len(buffer) - start < DIRECTORY.size:
         raise _damaged(archive)
-    fields = DIRECTORY.unpack_from(buffer)
+    fields = DIRECTORY.unpack_from(buffer, start)
     flags, method = fields[3], fields[4]
     crc, packed, size, name_size, extra_size, comment_size = fields[7:13]
     offset = fields[16]
     used = DIRECTORY.size + name_size + extra_size + comment_size
-    if fields[0] != b"PK\x01\x02" or len(buffer) < used:
+    if fields[0] != b"PK\x01\x02" or len(buffer) - start < used:
         raise _damaged(archive)
-    name_end = DIRECTORY.size + name_size
-    raw = buffer[DIRECTORY.size : name_end]
-    name = raw.decode("utf-8" if flags & 0x800 else "cp437")
+    name_end = start + DIRECTORY.size + name_size
+    raw = buffer[start + DIRECTORY.size : name_end]
+    name = raw.decode("utf-8" if flags & 0x800 else "cp437", "surrogateescape")
     if flags & 1 or method not in (STORED, DEFLATED):
         raise ValueError(
             f"{archive}: '{name}' is encrypted or compressed in an unusual way: zip the images "
             "anew, best stored (zip -0)"
         )
     if 0xFFFFFFFF in (packed, size, offset):
-        extra = _zip64(buffer[name_end : name_end + extra_size])
-        size = next(extra) if size == 0xFFFFFFFF else size
-        packed = next(extra) if packed == 0xFFFFFFFF else packed
-        offset = next(extra) if offset == 0xFFFFFFFF else offset
+        try:
+            extra = _zip64(buffer[name_end : name_end + extra_size])
+            size = next(extra) if size == 0xFFFFFFFF else size
+            packed = next(extra) if packed == 0xFFFFFFFF else packed
+            offset = next(extra) if offset == 0xFFFFFFFF else offset
+        except (StopIteration, struct.error):
+            raise _damaged(archive) from None
     return _Entry(name, offset, packed, size, crc, method), used
 
 
@@ -229,13 +255,17 @@ def _directory(file: IO[bytes], archive: Path) -> tuple[int, int]:
     if at < 0 or len(tail) < at + 22:
         raise _damaged(archive)
     size, start = struct.unpack_from("<2L", tail, at + 12)
-    if 0xFFFFFFFF in (size, start) or tail[at - 20 : at - 16] == b"PK\x06\x07":
+    if at >= 20 and tail[at - 20 : at - 16] == b"PK\x06\x07":  # zip64
         (place,) = struct.unpack_from("<Q", tail, at - 20 + 8)
+        if place > total - 56:
+            raise _damaged(archive)
         file.seek(place)
         record = file.read(56)
         if record[:4] != b"PK\x06\x06":
             raise _damaged(archive)
         size, start = struct.unpack_from("<2Q", record, 40)
+    if start + size > total:
+        raise _damaged(archive)
     return start, size
 
 

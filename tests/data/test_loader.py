@@ -122,7 +122,7 @@ def test_workers_outlive_the_signals_of_a_preempted_job(tmp_path):
 PROGRAM = """
 import sys
 from tests.data.helpers import open_loader
-loader = open_loader(sys.argv[1], num_workers=2)
+loader = open_loader(sys.argv[1], num_workers=2, num_classes=40)
 next(loader.epoch(0))
 if sys.argv[2] == "fail":
     raise SystemExit(3)
@@ -292,6 +292,21 @@ def test_more_classes_than_the_model(tmp_path):
     _raises(r"c/0\.png is 2, not in \[0, 2\): .* model\.num_classes=3", tmp_path, num_classes=2)
     make_shards(tmp_path / "tar", 8)
     _raises(r"train-0\.tar:key0003 is 3, not in \[0, 3\)", tmp_path / "tar", num_classes=3)
+
+
+def test_empty_classes_are_told(tmp_path, caplog):
+    folder = make_folder(tmp_path / "train", ["a", "b", "c"])
+    (folder / "yak").mkdir()
+    open_loader(tmp_path, num_classes=4)
+    assert "data.train=train: 1 of 4 classes have no sample, first 'yak': fill" in caplog.text
+    caplog.clear()
+    open_loader(tmp_path, num_classes=4, rank=1)
+    open_loader(tmp_path, num_classes=0, train="train")
+    assert caplog.text.count("classes have no sample") == 1
+    caplog.clear()
+    make_shards(tmp_path / "tar", 8)
+    open_loader(tmp_path / "tar", num_classes=9)
+    assert "1 of 9 classes have no sample, first 8: fill" in caplog.text
 
 
 def test_a_model_without_a_head_takes_any_label(tmp_path):

@@ -86,6 +86,32 @@ def test_zip_without_a_map_is_of_class_folders(tmp_path):
     assert _read_all(source) == [_content(i) for i in range(len(FILES))]
 
 
+def test_folders_around_the_classes_of_a_zip(tmp_path):
+    names = ["data/train/cat/1.jpg", "data/train/dog/sub/2.jpg", "__MACOSX/data/train/cat/._1.jpg"]
+    source = ZipSource(_make_zip(tmp_path / "x.zip", names=names), None)
+    # notes.txt and __MACOSX hold no class
+    assert source.class_names == ["cat", "dog"]
+    assert source.labels.tolist() == [0, 1]
+    one = ZipSource(_make_zip(tmp_path / "one.zip", names=["train/cat/1.jpg"]), None)
+    assert one.class_names == ["cat"]
+
+
+def test_a_validation_zip_with_other_classes(tmp_path):
+    for split, classes in (("train", "abc"), ("val", "ac")):
+        with zipfile.ZipFile(tmp_path / f"{split}.zip", "w") as archive:
+            for name in classes * 4:
+                archive.writestr(f"{name}/{len(archive.namelist())}.png", encode(0))
+    message = r"data\.val=val: .*/val and .*/train differ in 1 class folders, first 'b'"
+    _refused(message, lambda: open_loader(tmp_path, training=False, num_classes=3))
+
+
+def test_a_list_may_begin_with_a_mark(tmp_path):
+    (tmp_path / "m.txt").write_text("a.jpg\t1\n", encoding="utf-8-sig")
+    assert list(read_list(tmp_path / "m.txt")) == [("a.jpg", 1)]
+    (tmp_path / "j.txt").write_text('[["a.jpg", 1]]', encoding="utf-8-sig")
+    assert list(read_list(tmp_path / "j.txt")) == [("a.jpg", 1)]
+
+
 def test_zip64_and_many_chunks(tmp_path, monkeypatch):
     """Above 65,535 entries an archive has the large form of its directory."""
     monkeypatch.setattr(zipped, "CHUNK", 1000)
@@ -104,7 +130,7 @@ def test_large_numbers_of_an_entry():
     extra = struct.pack("<2HI", 7, 4, 1) + struct.pack("<2H2Q", 1, 16, 5 << 32, 6 << 32)
     fields = (b"PK\x01\x02", 20, 20, 0, 0, 0, 0, 9, 0xFFFFFFFF, 7, 1, len(extra), 0, 0, 0, 0)
     entry = zipped.DIRECTORY.pack(*fields, 0xFFFFFFFF) + b"a" + extra
-    parsed, used = zipped._parse_entry(entry, "x.zip")
+    parsed, used = zipped._parse_entry(entry, 0, "x.zip")
     assert parsed == ("a", 6 << 32, 5 << 32, 7, 9, 0)
     assert used == len(entry)
 
@@ -187,7 +213,11 @@ def test_list_of_files(tmp_path, monkeypatch, kind, chunk):
     ('[["a.jpg", 0], ["b.jpg"]]', r"entry 2: not a \[path, label\] pair"),
     ('[["a.jpg", 0], {"b.jpg": 1}]', r"entry 2: not a \[path, label\] pair"),
     ('[["a.jpg", 0.5]]', "entry 1: 'a.jpg' with 0.5"),
-    ('[[7, 0]]', "entry 1: 7 with 0"),
+    ("[[7, 0]]", "entry 1: 7 with 0"),
+    ('[["a.jpg", true]]', "entry 1: 'a.jpg' with True"),
+    ("a.jpg\t1_0\n", "line 1: 'a.jpg' with '1_0'"),
+    ('[["\\ud800.jpg", 0]]', "entry 1: .* is no file name"),
+    ("[" * 3000, "entry 1: the list is damaged"),
 ])  # fmt: skip
 def test_faulty_lists(tmp_path, text, message):
     path = tmp_path / "map.txt"
@@ -210,16 +240,19 @@ def test_a_list_far_from_its_files(tmp_path):
 # Parquet
 
 
-def _make_parquet(path, start=0, count=10, *, label="label", names=("cat", "dog"), labels=None):
+def _make_parquet(path, start=0, count=10, *, label="label", labels=None, kind="int64"):
     parquet = pytest.importorskip("pyarrow.parquet", reason="reading parquet needs pyarrow")
     import pyarrow
 
     rows = range(start, start + count)
     table = pyarrow.table({
         "image": [{"bytes": encode(i), "path": f"{i}.png"} for i in rows],
-        label: pyarrow.array(labels or [i % 2 for i in rows], pyarrow.int64()),
+        label: pyarrow.array(labels or [i % 2 for i in rows], kind),
     })  # fmt: skip
-    features = {"image": {"_type": "Image"}, label: {"names": list(names), "_type": "ClassLabel"}}
+    features = {
+        "image": {"_type": "Image"},
+        label: {"names": ["cat", "dog"], "_type": "ClassLabel"},
+    }
     info = json.dumps({"info": {"features": features}})
     path.parent.mkdir(parents=True, exist_ok=True)
     parquet.write_table(
@@ -244,7 +277,18 @@ def test_parquet(tmp_path):
     )
 
 
-def test_parquet_keeps_few_row_groups(tmp_path, monkeypatch):
+def test_parquet_keeps_few_files_open(tmp_path, monkeypatch):
+    monkeypatch.setattr("swin_moe.data.parquet.MAX_OPEN", 2)
+    monkeypatch.setattr("swin_moe.data.parquet.KEPT_BYTES", 0)
+    for number in range(4):
+        _make_parquet(tmp_path / f"train-{number}.parquet", 3 * number, 3)
+    source = open_splits(tmp_path)["train"]
+    for index in (*range(12), 0, 5):
+        assert source.read(index) == encode(index)
+    assert len(source._files) == 2
+
+
+def test_parquet_keeps_few_row_row_groups(tmp_path, monkeypatch):
     source = open_path(_make_parquet(tmp_path / "x.parquet"))
     monkeypatch.setattr("swin_moe.data.parquet.KEPT_BYTES", 9 * len(encode(0)))
     for index in (0, 4, 8, 0, 9, 5):
@@ -258,7 +302,14 @@ def test_faulty_parquet(tmp_path):
     path = _make_parquet(tmp_path / "n.parquet", count=3, labels=[0, None, 1])
     _refused(r"n\.parquet: row 1 has no label", open_path, path)
     path = _make_parquet(tmp_path / "m.parquet", count=2, labels=[0, -1])
-    _refused(r"m\.parquet:1 has the label -1: a split without labels", open_path, path)
+    _refused(r"m\.parquet: row 1 has the label -1: a split without labels", open_path, path)
+    path = _make_parquet(tmp_path / "t.parquet", count=2, labels=["cat", "dog"], kind="string")
+    _refused(r"t\.parquet: the column 'label' holds string, not class numbers", open_path, path)
+    damaged = bytearray(_make_parquet(tmp_path / "d.parquet").read_bytes())
+    damaged[4:-200] = bytes(len(damaged) - 204)
+    (tmp_path / "d.parquet").write_bytes(damaged)
+    _refused(r"d\.parquet: the shard is damaged", open_path, tmp_path / "d.parquet")
+    path = tmp_path / "m.parquet"
     path.write_bytes(path.read_bytes()[:-10])
     _refused(r"m\.parquet: the shard is damaged", open_path, path)
 
