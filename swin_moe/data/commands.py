@@ -37,7 +37,8 @@ def prepare_data(
         raise ValueError(f"--val={val_share}: give a share in [0, 1)")
     if shard_megabytes < 1:
         raise ValueError(f"--shard-size={shard_megabytes}: give megabytes")
-    sources = open_splits(path)
+    with console.status(f"looking at {path}"):
+        sources = open_splits(path)
     if "val" in sources and val_share:
         raise ValueError(f"--val={val_share}: {path} has a validation split of its own")
     if "val" in sources and sources["val"].class_names != sources["train"].class_names:
@@ -70,8 +71,12 @@ def prepare_data(
             )
     finish(output)
     for split, source in open_splits(output).items():
-        console.print(f"{split}: {len(source):,} samples, {source.describe()}", highlight=False)
-    console.print(f"train on it with data.path={output}", highlight=False)
+        console.print(
+            f"{split}: {len(source):,} samples, {source.describe()}",
+            highlight=False,
+            soft_wrap=True,
+        )
+    console.print(f"train on it with data.path={output}", highlight=False, soft_wrap=True)
 
 
 def verify_data(path: Path, console: Console, output: Path, workers: int = 0) -> bool:

@@ -187,7 +187,8 @@ def build_loader(
     dataset = ImageDataset(source, transform, (*image_sides, in_chans), seed)
     split = data.train if training else data.val
     names = source.class_names
-    classes = f"{len(names):,} classes" if names else "classes without names"
+    count = len(names) if names else int((source.class_counts > 0).sum())
+    classes = f"{count:,} classes" + " without names" * (not names)
     description = f"{split}: {len(source):,} samples, {classes}, {source.describe()}"
     # More workers than cores only wait for each other; the batches are the same.
     workers = min(data.num_workers, os.cpu_count() or 1)

@@ -91,6 +91,10 @@ def _tell(
         console.print(f"{name}: its content is not what was written: copy it again")
     for kind, number in Counter(sample.kind for sample in skipped).most_common():
         first = next(sample for sample in skipped if sample.kind == kind)
-        console.print(f"{number:,} {kind}, first {first.key} ({first.reason})", highlight=False)
+        console.print(
+            f"{number:,} {kind}, first {first.key} ({first.reason})",
+            highlight=False,
+            soft_wrap=True,
+        )
     found = f"{len(skipped):,} bad ones are listed in {output}" if skipped else "all can be read"
-    console.print(f"{count:,} samples: {found}", highlight=False)
+    console.print(f"{count:,} samples: {found}", highlight=False, soft_wrap=True)

@@ -295,12 +295,12 @@ def test_more_classes_than_the_model(tmp_path):
 
 
 def test_empty_classes_are_told(tmp_path, caplog):
-    folder = make_folder(tmp_path / "train", ["a", "b", "c"])
+    folder = make_folder(tmp_path / "train", ["a", "b", "c"], per_class=4)
     (folder / "yak").mkdir()
     open_loader(tmp_path, num_classes=4)
     assert "data.train=train: 1 of 4 classes have no sample, first 'yak': fill" in caplog.text
     caplog.clear()
-    open_loader(tmp_path, num_classes=4, rank=1)
+    open_loader(tmp_path, num_classes=4, rank=1, world_size=2)
     open_loader(tmp_path, num_classes=0, train="train")
     assert caplog.text.count("classes have no sample") == 1
     caplog.clear()

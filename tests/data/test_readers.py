@@ -351,7 +351,7 @@ def test_official_zip_mode_by_config(tmp_path):
             archive.writestr(f"n0{i % 2}/{i}.png", encode(i))
     _make_map(tmp_path / "train_map.txt", [f"n0{i % 2}/{i}.png" for i in range(8)], [0, 1] * 4)
     loader = open_loader(tmp_path, num_classes=2)
-    assert "8 samples, classes without names, zip (" in loader.description
+    assert "8 samples, 2 classes without names, zip (" in loader.description
     assert len(list(loader.epoch(0))) == 2
     assert not loader.bad.total
 
