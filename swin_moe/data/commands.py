@@ -66,7 +66,7 @@ def prepare_data(
         if skipped:
             console.print(
                 f"{len(skipped):,} samples could not be read and are left out: "
-                f"{output / 'bad-samples.jsonl'}",
+                f"{output / f'bad-samples-{split}.jsonl'}",
                 highlight=False,
             )
     finish(output)

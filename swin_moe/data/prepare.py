@@ -99,7 +99,8 @@ def prepare(
             order of their new labels; None = all.
 
     Returns:
-        the samples that could not be read; they are left out and listed in ``bad-samples.jsonl``.
+        the samples that could not be read; they are left out and listed in
+        ``bad-samples-SPLIT.jsonl``.
 
     Raises:
         ValueError: one line, if nothing is to be written, the folder holds something else, or the
@@ -108,8 +109,11 @@ def prepare(
     labels, names = _relabel(source, classes)
     parts = _split(labels, settings, split)
     work = output / WORK
-    if not work.exists() and any((output / f"{name}.json").exists() for name in parts):
-        raise ValueError(f"{output} is prepared already: remove it or choose another folder")
+    kinds = ("{}.json", "{}-*.tar")
+    if not work.exists() and any(
+        True for name in parts for kind in kinds for _ in output.glob(kind.format(name))
+    ):
+        raise ValueError(f"{output} holds shards already: remove it or choose another folder")
     output.mkdir(parents=True, exist_ok=True)
     plan = {**asdict(settings), "split": split, "samples": len(source), "classes": names}
     samples = _plan(work / f"{split}.json", plan, source, parts, settings, output)
@@ -121,7 +125,7 @@ def prepare(
         (output / "classes.txt").write_text("".join(f"{n}\n" for n in names), encoding="utf-8")
     if skipped:
         lines = "".join(json.dumps(sample._asdict()) + "\n" for sample in skipped)
-        (output / "bad-samples.jsonl").write_text(lines, encoding="utf-8")
+        (output / f"bad-samples-{split}.jsonl").write_text(lines, encoding="utf-8")
     return skipped
 
 

@@ -60,7 +60,9 @@ def test_a_folder_becomes_shards(tmp_path, monkeypatch):
     assert source.key(0).rsplit("-", 1)[-1] in "0123456"  # the file's own name ends it
     loader = open_loader(tmp_path / "out", num_classes=3, num_workers=2)
     assert len({i for batch in loader.epoch(0) for i in batch.indices.tolist()}) == 20
-    _refused("is prepared already", folder, tmp_path / "out")
+    _refused("holds shards already", folder, tmp_path / "out")
+    (tmp_path / "out" / "train.json").unlink()  # as if they were another's
+    _refused("holds shards already", folder, tmp_path / "out")
 
 
 def test_the_same_seed_gives_the_same_bytes(tmp_path, monkeypatch):
@@ -125,7 +127,7 @@ def test_what_cannot_be_read_is_left_out_and_listed(tmp_path):
     (folder / "bee" / "3.png").write_bytes(encode(3, size=64)[:500])
     source = _prepare(folder, tmp_path / "out", resize=8)["train"]
     assert len(source) == 6
-    listed = (tmp_path / "out" / "bad-samples.jsonl").read_text().splitlines()
+    listed = (tmp_path / "out" / "bad-samples-train.jsonl").read_text().splitlines()
     bad = sorted((json.loads(line) for line in listed), key=lambda sample: sample["key"])
     assert [sample["kind"] for sample in bad] == ["not an image", "truncated"]
     assert bad[0]["key"] == str(folder / "ant" / "2.png")
@@ -157,7 +159,7 @@ from swin_moe import cli
 from swin_moe.data import commands, prepare
 write, settings = prepare._write_shard, prepare.Settings
 def slowly(shard):
-    time.sleep(0.2)
+    time.sleep(0.5)
     return write(shard)
 prepare._write_shard = slowly
 commands.Settings = lambda **values: settings(**{**values, "shard_bytes": 3000})
