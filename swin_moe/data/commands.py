@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import torch
 from rich.console import Console
 
 from .prepare import Settings, finish, prepare
+from .shards import ShardSource
 from .source import Source, open_splits
 from .verify import verify
 
@@ -33,6 +35,7 @@ def prepare_data(
     Raises:
         ValueError: one line, naming the option, the file or the folder.
     """
+    torch.set_num_threads(1)  # a pool of threads would not survive the forks
     if not 0 <= val_share < 1:
         raise ValueError(f"--val={val_share}: give a share in [0, 1)")
     if shard_megabytes < 1:
@@ -48,8 +51,9 @@ def prepare_data(
         )
     kept = None
     if classes is not None:
-        kept = [line.strip() for line in classes.read_text(encoding="utf-8").splitlines()]
-        kept = [line for line in kept if line]
+        kept = [line.strip() for line in classes.read_text(encoding="utf-8").strip().splitlines()]
+        if "" in kept:
+            raise ValueError(f"{classes}: line {kept.index('') + 1} is empty: labels are lines")
     for split, source in sources.items():
         _tell_source(split, source, console)
         settings = Settings(
@@ -68,15 +72,15 @@ def prepare_data(
                 f"{len(skipped):,} samples could not be read and are left out: "
                 f"{output / f'bad-samples-{split}.jsonl'}",
                 highlight=False,
+                markup=False,
+                soft_wrap=True,
             )
     finish(output)
     for split, source in open_splits(output).items():
-        console.print(
-            f"{split}: {len(source):,} samples, {source.describe()}",
-            highlight=False,
-            soft_wrap=True,
-        )
-    console.print(f"train on it with data.path={output}", highlight=False, soft_wrap=True)
+        _tell_source(split, source, console)
+    console.print(
+        f"train on it with data.path={output}", highlight=False, markup=False, soft_wrap=True
+    )
 
 
 def verify_data(path: Path, console: Console, output: Path, workers: int = 0) -> bool:
@@ -88,11 +92,10 @@ def verify_data(path: Path, console: Console, output: Path, workers: int = 0) ->
     well = True
     for split, source in open_splits(path).items():
         _tell_source(split, source, console)
-        manifest = path / f"{split}.json"
         listed = output.with_name(f"{output.stem}-{split}{output.suffix}")
         found = verify(
             source,
-            manifest if manifest.is_file() else None,
+            source.manifest if isinstance(source, ShardSource) else None,
             listed,
             console,
             workers or len(os.sched_getaffinity(0)),
@@ -108,4 +111,6 @@ def _tell_source(split: str, source: Source, console: Console) -> None:
     console.print(
         f"{split}: {len(source):,} samples of {classes:,} classes{told}, {source.describe()}",
         highlight=False,
+        markup=False,
+        soft_wrap=True,
     )

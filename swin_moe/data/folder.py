@@ -19,7 +19,8 @@ def class_folders(root: Path) -> list[str]:
         ValueError: the folder cannot be read.
     """
     try:
-        return find_classes(root)[0]
+        # Dot-folders are of programs, such as our index.
+        return [name for name in find_classes(root)[0] if not name.startswith(".")]
     except FileNotFoundError:
         return []
     except OSError as error:

@@ -11,12 +11,14 @@ import hashlib
 import json
 import logging
 import os
+import secrets
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, NonNegativeInt, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError
 
 log = logging.getLogger(__name__)
 
@@ -29,6 +31,7 @@ RECORD = np.dtype(
         ("header", "<u4"),  # how far before the image its member begins, in bytes
     ]
 )
+MAX_CLASSES = 1 << 24  # what is beyond is no class number, but some other id
 CACHES = (".swin_moe_index", "~/.cache/swin_moe/index")  # beside the shards, or else there
 
 
@@ -37,7 +40,7 @@ class Shard(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    name: str
+    name: Annotated[str, Field(pattern=r"^[^/\\]+$")]  # of a file beside the manifest
     samples: NonNegativeInt
     bytes: NonNegativeInt
     sha256: str = ""
@@ -67,6 +70,12 @@ def table_path(manifest: Path) -> Path:
     return manifest.with_name(manifest.name.removesuffix(".json") + ".index.npy")
 
 
+def is_manifest(path: Path) -> bool:
+    """Whether a ``.json`` is one of ours: many data sets have a ``train.json`` of annotations."""
+    with path.open("rb") as file:
+        return table_path(path).is_file() or b'"shards"' in file.read(4096)
+
+
 def read_index(path: Path) -> tuple[Manifest, np.ndarray]:
     """A manifest and its table of ``RECORD`` [N], mapped and not read.
 
@@ -77,7 +86,7 @@ def read_index(path: Path) -> tuple[Manifest, np.ndarray]:
     try:
         manifest = Manifest.model_validate_json(path.read_bytes())
         table = np.load(table_path(path), mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError) as error:  # pydantic's is a ValueError, of many lines
+    except (OSError, EOFError, ValueError) as error:  # pydantic's is a ValueError, of many lines
         first = error.errors()[0] if isinstance(error, ValidationError) else None
         reason = f"{'.'.join(map(str, first['loc']))}: {first['msg']}" if first else str(error)
         raise ValueError(
@@ -96,22 +105,29 @@ def write_index(path: Path, manifest: Manifest, tables: Iterable[np.ndarray]) ->
     """Write the shards' tables as one, then the manifest, each beside and then renamed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(table_path(path)) as temporary:
-        whole = np.lib.format.open_memmap(temporary, "w+", RECORD, (manifest.num_samples,))
-        start = 0
-        for table in tables:
-            whole[start : start + len(table)] = table
-            start += len(table)
-        whole.flush()
+        header = np.lib.format.header_data_from_array_1_0(np.empty(0, RECORD))
+        header["shape"] = (manifest.num_samples,)
+        # Not through a mapping, which would kill the process on a full disk.
+        with temporary.open("wb") as file:
+            np.lib.format.write_array_header_1_0(file, header)
+            for table in tables:
+                file.write(table.tobytes())
     with replacing(path) as temporary:
         temporary.write_text(manifest.model_dump_json(indent=1) + "\n", encoding="utf-8")
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A path to write to, which takes the place of ``path`` when all went well."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+def replacing(path: Path, folder: Path | None = None) -> Iterator[Path]:
+    """A path to write to, which takes the place of ``path`` when all went well.
+
+    Args:
+        folder: where it is, on the same file system; None = beside ``path``.
+    """
+    temporary = (folder or path.parent) / f".{path.name}.{secrets.token_hex(4)}.tmp"
     try:
         yield temporary
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -137,16 +153,16 @@ def check_sizes(path: Path, manifest: Manifest, paths: Sequence[Path]) -> None:
             )
 
 
-def cache_path(paths: Sequence[Path], folder: str) -> Path:
-    """Where the index of these shards is kept in a folder of ``CACHES``."""
-    names = "\n".join(str(path.resolve()) for path in paths)
+def cache_path(paths: Sequence[Path], kind: str, folder: str) -> Path:
+    """Where the index of these shards, so understood, is kept in a folder of ``CACHES``."""
+    names = "\n".join([kind, *(str(path.resolve()) for path in paths)])
     root = paths[0].parent / Path(folder).expanduser()
     return root / f"{hashlib.sha256(names.encode()).hexdigest()[:16]}.json"
 
 
-def read_cache(paths: Sequence[Path]) -> tuple[Manifest, np.ndarray] | None:
+def read_cache(paths: Sequence[Path], kind: str) -> tuple[Manifest, np.ndarray] | None:
     """The kept index of these shards, if they have not changed since."""
-    for path in (cache_path(paths, folder) for folder in CACHES):
+    for path in (cache_path(paths, kind, folder) for folder in CACHES):
         if not path.is_file():
             continue
         try:
@@ -161,9 +177,9 @@ def read_cache(paths: Sequence[Path]) -> tuple[Manifest, np.ndarray] | None:
     return None
 
 
-def write_cache(paths: Sequence[Path], manifest: Manifest, table: np.ndarray) -> None:
+def write_cache(paths: Sequence[Path], kind: str, manifest: Manifest, table: np.ndarray) -> None:
     """Keep the index beside the shards, or in the user's cache if that folder is read-only."""
-    for path in (cache_path(paths, folder) for folder in CACHES):
+    for path in (cache_path(paths, kind, folder) for folder in CACHES):
         try:
             write_index(path, manifest, [table])
         except OSError as error:
@@ -174,9 +190,9 @@ def write_cache(paths: Sequence[Path], manifest: Manifest, table: np.ndarray) ->
 
 
 @contextmanager
-def one_at_a_time(paths: Sequence[Path]) -> Iterator[None]:
+def one_at_a_time(paths: Sequence[Path], kind: str) -> Iterator[None]:
     """Of the processes that want the index of these shards, one makes it and the others wait."""
-    for path in (cache_path(paths, folder) for folder in CACHES):
+    for path in (cache_path(paths, kind, folder) for folder in CACHES):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             file = path.with_suffix(".lock").open("w")
@@ -201,8 +217,11 @@ def read_timm_info(path: Path, split: str) -> list[str] | None:
     try:
         splits = json.loads(path.read_text(encoding="utf-8"))["splits"]
         found = splits.get(split)
-        return None if found is None else [str(name) for name in found["filenames"]]
+        names = None if found is None else [str(name) for name in found["filenames"]]
+        if any(Path(name).is_absolute() or ".." in Path(name).parts for name in names or ()):
+            raise ValueError
+        return names
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise ValueError(
-            f"{path}: not an index of splits with their filenames: mend or remove it"
+            f"{path}: not an index of splits with their filenames in this folder: mend it"
         ) from None

@@ -11,6 +11,7 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
+from .index import MAX_CLASSES
 from .names import Names
 
 CHUNK = 1 << 20  # characters of a JSON list that are read at a time
@@ -92,7 +93,7 @@ def read_list(path: Path) -> Iterator[tuple[str, int]]:
 def _checked(path: Path, where: str, name: object, label: object) -> tuple[str, int]:
     digits = label if isinstance(label, str) else str(label) if type(label) is int else ""
     number = int(digits) if digits.isascii() and digits.isdecimal() else -1
-    if not isinstance(name, str) or not 0 <= number < 1 << 31:
+    if not isinstance(name, str) or not 0 <= number < MAX_CLASSES:
         raise ValueError(
             f"{path}, {where}: {name!r:.60} with {label!r:.20} is not a path with a class number "
             "from 0 on"

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import multiprocessing
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from typing import TypeVar
+
+import torch
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -17,23 +20,26 @@ PR_SET_PDEATHSIG = 1  # of Linux's prctl
 
 def in_processes(
     work: Callable[[Item], Result], items: Sequence[Item], workers: int
-) -> Iterator[Result]:
-    """Yield ``work(item)`` of all items, as they are done.
+) -> Generator[Result, None, None]:
+    """Yield ``work(item)`` of all items, as they are done; to be closed if it is left early.
 
     The processes inherit tables and files by forking: nothing is copied until it is changed.
     """
     context = multiprocessing.get_context("fork")
+    gc.collect()
+    gc.freeze()  # or a collection in a process would touch, and so copy, all that it inherits
     count = max(1, min(workers, len(items)))
-    with ProcessPoolExecutor(count, context, initializer=_leave_with_the_parent) as pool:
+    pool = ProcessPoolExecutor(count, context, initializer=_leave_with_the_parent)
+    try:
         futures = [pool.submit(work, item) for item in items]
-        try:
-            for future in as_completed(futures):
-                yield future.result()
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+        for future in as_completed(futures):
+            yield future.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+        gc.unfreeze()
 
 
 def _leave_with_the_parent() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
+    torch.set_num_threads(1)  # a pool of threads does not survive a fork
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from rich.filesize import decimal
 
+from .index import MAX_CLASSES
+
 KEPT_BYTES = 256 << 20  # of row groups
 MAX_OPEN = 64
 THREADS = 8
@@ -136,7 +138,7 @@ def _look(path: Path) -> _Shard:
             row = column.is_null().to_pylist().index(True)
             raise ValueError(f"{path}: row {row} has no label")
         labels = column.to_numpy()
-        if len(wrong := np.flatnonzero((labels < 0) | (labels >= 1 << 31))):
+        if len(wrong := np.flatnonzero((labels < 0) | (labels >= MAX_CLASSES))):
             raise ValueError(
                 f"{path}: row {wrong[0]} has the label {labels[wrong[0]]}: a split without labels "
                 "cannot be used"

@@ -12,6 +12,7 @@ import io
 import json
 import shutil
 import tarfile
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -220,8 +221,9 @@ def _write_split(job: _Job, settings: Settings, console: Console, workers: int) 
     _JOB[:] = [job]
     with sample_progress(console, job.prefix.name, len(job.order)) as advance:
         advance(sum(len(job.members(shard)) for shard in done), 0)
-        for shard, size in in_processes(_write_shard, rest, workers):
-            advance(len(job.members(shard)), size)
+        with closing(in_processes(_write_shard, rest, workers)) as written:
+            for shard, size in written:
+                advance(len(job.members(shard)), size)
     _JOB.clear()
     return _index(job, settings)
 
@@ -238,12 +240,13 @@ def _write_shard(shard: int) -> tuple[int, int]:
     (job,) = _JOB
     path = job.path(shard)
     skipped: list[Skipped] = []
-    with replacing(path) as temporary:
+    with replacing(path, path.parent / WORK) as temporary:
         with tarfile.open(temporary, "w", format=tarfile.PAX_FORMAT) as tar:
             for index in job.members(shard).tolist():
                 try:
                     data, extension = _encoded(job.source.read(index), job.resize)
-                except (OSError, ValueError) as error:
+                # An OSError ends the run, which may go on later: the disk may be at fault.
+                except ValueError as error:
                     kind = error.kind if isinstance(error, UnreadableImage) else "cannot be read"
                     skipped.append(Skipped(job.source.key(index), kind, str(error)))
                     continue
@@ -327,6 +330,8 @@ def _index(job: _Job, settings: Settings) -> list[Skipped]:
         skipped += [Skipped(**sample) for sample in state.pop("skipped")]
         shards.append(Shard(name=job.path(shard).name, **state))
         counts += np.bincount(_table(job, shard)["label"], minlength=len(counts))
+    if len(job.order) and not counts.any():
+        raise ValueError(f"no sample of {job.prefix.name} can be read, first {skipped[0].key}")
     manifest = Manifest(shards=shards, class_counts=counts.tolist(), preparation=asdict(settings))
     tables = (_table(job, shard) for shard in range(job.num_shards))
     write_index(job.prefix.with_name(f"{job.prefix.name}.json"), manifest, tables)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import io
+import itertools
 import tarfile
 import zlib
 from array import array
@@ -15,9 +16,10 @@ from typing import IO
 import numpy as np
 from webdataset.tariterators import base_plus_ext
 
-from .index import RECORD
+from .index import MAX_CLASSES, RECORD
 
 IMAGE_EXTENSIONS = frozenset({"png", "jpg", "jpeg", "webp", "bmp", "gif", "tif", "tiff", "ppm"})
+LOOKED_AT = 20  # members of a tar, to tell what it is
 MAX_UNPACKED = 1 << 30  # bytes of one .gz shard
 
 _REMEDY = "mend the shard, or write the set anew with `swin-moe prepare-data`"
@@ -73,24 +75,18 @@ def is_compressed(path: Path) -> bool:
 
 
 def has_labels(path: Path) -> bool:
-    """Whether a tar's first sample has a ``.cls``; else it may be a tar of one class.
+    """Whether a tar's samples have a ``.cls``; else it may be a tar of one class.
 
     Raises:
         ValueError: the tar cannot be read.
     """
     try:
         with tarfile.open(path) as tar:
-            first = None
-            for member in _members(tar):
-                key, extension = sample_key(member)
-                if first is not None and key != first:
-                    return False
-                if extension == "cls":
-                    return True
-                first = key
+            first = itertools.islice(_members(tar), LOOKED_AT)
+            suffixes = {member.name.rpartition(".")[2].lower() for member in first}
     except (OSError, EOFError, zlib.error, tarfile.TarError) as error:
         raise ValueError(f"{path}: not a tar file, or a damaged one ({error})") from None
-    return True  # it is empty, and takes part in nothing
+    return "cls" in suffixes or not suffixes & IMAGE_EXTENSIONS
 
 
 def _members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
@@ -117,13 +113,21 @@ class _Scanner:
     key: str | None = None
     image: tarfile.TarInfo | None = None
     label: int | None = None
+    other_images: int = 0  # fields of samples, or images whose names have dots
     seen: set[str] = field(default_factory=set)
     # Typed: a million tuples would be 100 MB.
     fields: tuple[array, ...] = field(default_factory=lambda: tuple(array("q") for _ in range(4)))
 
     def add(self, member: tarfile.TarInfo) -> None:
         key, extension = sample_key(member)
+        if self.class_label is not None:  # plain files, whose names may have dots and doubles
+            key, extension = member.name, member.name.rpartition(".")[2].lower()
+            if extension == "cls":
+                raise ValueError(
+                    f"{self.path}: it has labels (.cls), but others beside it do not: {_REMEDY}"
+                )
         if extension != "cls" and extension not in IMAGE_EXTENSIONS:
+            self.other_images += extension.rpartition(".")[2] in IMAGE_EXTENSIONS
             return
         if key != self.key:
             self.finish()
@@ -135,7 +139,7 @@ class _Scanner:
             if self.image is not None:
                 raise ValueError(f"{self.path}: the key '{key}' has two images: {_REMEDY}")
             self.image = member
-        elif self.class_label is None:
+        else:
             content = self.tar.extractfile(member)
             assert content is not None  # it is a file
             self.label = self._parse(content.read())
@@ -153,6 +157,11 @@ class _Scanner:
             column.append(value)
 
     def table(self, number: int) -> np.ndarray:
+        if self.other_images and not len(self.fields[0]):
+            raise ValueError(
+                f"{self.path}: {self.other_images} images, but none with a .cls of its key, which "
+                f"ends at the first dot: {_REMEDY}"
+            )
         table = np.empty(len(self.fields[0]), RECORD)
         table["shard"] = number
         for name, column in zip(("label", "offset", "size", "header"), self.fields, strict=True):
@@ -164,7 +173,7 @@ class _Scanner:
             label = int(text)
         except ValueError:
             label = -1
-        if not 0 <= label < 1 << 31:
+        if not 0 <= label < MAX_CLASSES:
             raise ValueError(
                 f"{self.path}: the label of sample '{self.key}' is {text[:20]!r}, not a class "
                 f"number from 0 on: {_REMEDY}"

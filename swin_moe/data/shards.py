@@ -92,6 +92,7 @@ class ShardSource:
         self._bytes = sum(shard.bytes for shard in manifest.shards)
         self._table, self._contents, self._kind = table, contents, kind
         self._files: dict[int, IO[bytes]] = {}
+        self.manifest: Path | None = None  # that came with the shards
 
     @property
     def labels(self) -> np.ndarray:
@@ -165,7 +166,9 @@ def open_manifest(path: Path, class_names: list[str] | None) -> ShardSource:
     manifest, table = read_index(path)
     paths = [path.parent / shard.name for shard in manifest.shards]
     check_sizes(path, manifest, paths)
-    return ShardSource(paths, manifest, table, class_names, {})
+    source = ShardSource(paths, manifest, table, class_names, {})
+    source.manifest = path
+    return source
 
 
 def open_shards(
@@ -184,10 +187,10 @@ def open_shards(
     _check_compressed(packed)
     if packed:
         return _scanned(paths, class_names, labels, kind, keep=False)
-    if kept := read_cache(paths):
+    if kept := read_cache(paths, kind):
         return ShardSource(paths, *kept, class_names, {}, kind)
-    with one_at_a_time(paths):
-        if kept := read_cache(paths):  # of a process that was before us
+    with one_at_a_time(paths, kind):
+        if kept := read_cache(paths, kind):  # of a process that was before us
             return ShardSource(paths, *kept, class_names, {}, kind)
         return _scanned(paths, class_names, labels, kind, keep=True)
 
@@ -222,8 +225,8 @@ def _scanned(
         class_counts=np.bincount(table["label"]).tolist(),
     )
     if keep and len(table) >= KEPT:
-        write_cache(paths, manifest, table)
-        if kept := read_cache(paths):  # mapped, and so shared with the other processes
+        write_cache(paths, kind, manifest, table)
+        if kept := read_cache(paths, kind):  # mapped, and so shared with the other processes
             return ShardSource(paths, *kept, class_names, {}, kind)
     contents = {n: scan.content for n, scan in enumerate(scans) if scan.content is not None}
     return ShardSource(paths, manifest, table, class_names, contents, kind)

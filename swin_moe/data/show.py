@@ -39,11 +39,11 @@ def show(config: Config, output: Path, console: Console) -> None:
         for training in (True, False)
     ]
     for loader in loaders:
-        console.print(loader.description, highlight=False, soft_wrap=True)
+        console.print(loader.description, highlight=False, markup=False, soft_wrap=True)
     contact_sheet(config, loaders[0], loaders[1], output)
     for loader in loaders:
         loader.close()
-    console.print(f"the picture is {output}", highlight=False, soft_wrap=True)
+    console.print(f"the picture is {output}", highlight=False, markup=False, soft_wrap=True)
 
 
 def contact_sheet(config: Config, train: Loader, val: Loader, path: Path) -> None:

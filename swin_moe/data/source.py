@@ -12,7 +12,7 @@ import numpy as np
 
 from ..config import DataConfig
 from .folder import FolderSource, class_folders
-from .index import read_timm_info
+from .index import is_manifest, read_timm_info
 from .listing import ListSource
 from .parquet import ParquetSource
 from .scan import has_labels
@@ -168,7 +168,7 @@ def _open_split(root: Path, split: str) -> Source | None:
 
 def _places(root: Path, split: str) -> Iterator[Path]:
     """Where a split may be, the most definite first."""
-    if (manifest := root / f"{split}.json").is_file():
+    if (manifest := root / f"{split}.json").is_file() and is_manifest(manifest):
         yield manifest
     yield root / split
     for name in (f"{split}.zip", f"{split}_map.txt"):
@@ -212,10 +212,13 @@ def _check_same_classes(val: Path, train: Path) -> None:
 
 
 def _named_by_place(split: Path) -> list[str] | None:
+    if (manifest := split.with_name(f"{split.name}.json")).is_file() and is_manifest(manifest):
+        return _class_names(split.parent)
     if split.is_dir():
-        return class_folders(split) or sorted(
-            path.name.split(".")[0] for path in split.iterdir() if path.name.endswith(SUFFIXES)
-        )
+        tars = sorted(path for path in split.iterdir() if path.name.endswith(SUFFIXES))
+        if not tars:
+            return class_folders(split)
+        return None if has_labels(tars[0]) else [path.name.split(".")[0] for path in tars]
     archive = split if split.suffix == ".zip" else split.with_name(f"{split.name}.zip")
     if archive.is_file() and not archive.with_name(f"{archive.stem}_map.txt").is_file():
         return zipped_class_folders(archive)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from contextlib import closing
 from pathlib import Path
 from typing import NamedTuple
 
@@ -41,8 +42,11 @@ def verify(
     skipped: list[Skipped] = []
     parts = [range(i, min(i + PART, len(source))) for i in range(0, len(source), PART)]
     _SOURCE[:] = [source]
-    with sample_progress(console, "decoding", len(source)) as advance:
-        for count, size, bad in in_processes(_decode, parts, workers):
+    with (
+        sample_progress(console, "decoding", len(source)) as advance,
+        closing(in_processes(_decode, parts, workers)) as decoded,
+    ):
+        for count, size, bad in decoded:
             advance(count, size)
             skipped += bad
     _SOURCE.clear()
@@ -72,8 +76,11 @@ def _changed_shards(path: Path, console: Console, workers: int) -> list[str]:
     manifest: Manifest = read_index(path)[0]
     expected = {path.parent / s.name: s for s in manifest.shards if s.sha256}
     changed = []
-    with sample_progress(console, "digests", len(expected)) as advance:
-        for file, digest in in_processes(_digest, list(expected), workers):
+    with (
+        sample_progress(console, "digests", len(expected)) as advance,
+        closing(in_processes(_digest, list(expected), workers)) as digests,
+    ):
+        for file, digest in digests:
             advance(1, expected[file].bytes)
             if digest != expected[file].sha256:
                 changed.append(str(file))
@@ -88,7 +95,7 @@ def _tell(
     count: int, skipped: list[Skipped], changed: list[str], output: Path, console: Console
 ) -> None:
     for name in changed:
-        console.print(f"{name}: its content is not what was written: copy it again")
+        console.print(f"{name}: its content is not what was written: copy it again", markup=False)
     for kind, number in Counter(sample.kind for sample in skipped).most_common():
         first = next(sample for sample in skipped if sample.kind == kind)
         console.print(
@@ -97,4 +104,4 @@ def _tell(
             soft_wrap=True,
         )
     found = f"{len(skipped):,} bad ones are listed in {output}" if skipped else "all can be read"
-    console.print(f"{count:,} samples: {found}", highlight=False, soft_wrap=True)
+    console.print(f"{count:,} samples: {found}", highlight=False, markup=False, soft_wrap=True)

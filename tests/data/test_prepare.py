@@ -133,6 +133,28 @@ def test_what_cannot_be_read_is_left_out_and_listed(tmp_path):
     assert bad[0]["key"] == str(folder / "ant" / "2.png")
 
 
+def test_a_source_that_goes_away_ends_the_run(tmp_path, monkeypatch):
+    folder = make_folder(tmp_path / "train", ["ant", "bee"], per_class=4)
+    _small_shards(monkeypatch)
+    plan = prepare._plan
+
+    def unplugged(*arguments):
+        samples = plan(*arguments)
+        folder.rename(tmp_path / "away")
+        return samples
+
+    monkeypatch.setattr(prepare, "_plan", unplugged)
+    with pytest.raises(FileNotFoundError, match=r"\.png"):
+        _prepare(folder, tmp_path / "out")
+    assert not (tmp_path / "out" / "train.json").exists()
+    (tmp_path / "away").rename(folder)
+    monkeypatch.setattr(prepare, "_plan", plan)
+    assert len(_prepare(folder, tmp_path / "out")["train"]) == 8
+    for path in folder.rglob("*.png"):
+        path.write_bytes(b"<html>")
+    _refused("none of 200 samples can be read, first .*png", folder, tmp_path / "none")
+
+
 def test_both_splits_of_a_root(tmp_path):
     make_folder(tmp_path / "in" / "train", ["ant", "bee"])
     make_folder(tmp_path / "in" / "val", ["ant", "bee"], per_class=1)
@@ -247,9 +269,15 @@ def test_an_index_that_does_not_match_its_shards(prepared):
     refused(r"train\.json: train\.index\.npy beside it is not its table: remove train\.json")
     table.write_bytes(kept[:50])
     refused(r"train\.json: the index is damaged or incomplete")
+    table.write_bytes(b"")
+    refused(r"train\.json: the index is damaged or incomplete")
     table.unlink()
     refused(r"train\.json: the index is damaged or inc.* \(.*No such file.*remove train\.json")
     table.write_bytes(kept)
+    manifest = json.loads((prepared / "train.json").read_text())
+    manifest["shards"][0]["name"] = "../train-000000.tar"
+    (prepared / "train.json").write_text(json.dumps(manifest))
+    refused(r"train\.json: the index is damaged or incomplete \(shards\.0\.name: ")
     (prepared / "train.json").write_text('{"shards": 1}')
     refused(r"train\.json: the index is damaged or incomplete \(shards: Input should be")
     (prepared / "train.json").unlink()

@@ -331,6 +331,48 @@ def test_tars_of_one_class_each(tmp_path):
     assert "a tar per class" in source.describe()
 
 
+def test_odd_members_do_not_hide_the_labels(tmp_path):
+    (tmp_path / "train").mkdir()
+    members = [("._a.jpg.txt", b"?"), ("README", b"?"), ("a.png", encode(0)), ("a.cls", b"7")]
+    _write_members(tmp_path / "train" / "000.tar", members)
+    assert open_splits(tmp_path)["train"].labels.tolist() == [7]
+    plain = [("b.1.png", encode(1)), ("b.2.png", encode(2))]
+    _write_members(tmp_path / "train" / "001.tar", plain)
+    _refused(r"001\.tar: 2 images, but none with a \.cls", open_splits, tmp_path)
+
+
+def test_tars_of_one_class_keep_every_name(tmp_path):
+    names = ["x.1.jpg", "x.2.jpg", "x.2.png"]
+    _write_members(tmp_path / "ant.tar", [(n, encode(i)) for i, n in enumerate(names)])
+    assert len(open_path(tmp_path)) == 3
+    _write_members(tmp_path / "bee.tar", [("y.png", encode(1)), ("y.cls", b"1")])
+    _refused(r"bee\.tar: it has labels", open_path, tmp_path)
+
+
+def test_validation_tars_with_other_classes(tmp_path):
+    for split, classes in (("train", "abc"), ("val", "bcd")):
+        (tmp_path / split / ".swin_moe_index").mkdir(parents=True)
+        for name in classes:
+            members = [(f"{i}.png", encode(i)) for i in range(4)]
+            _write_members(tmp_path / split / f"{name}.tar", members)
+    message = r"differ in 2 class folders, first 'a'"
+    _refused(message, lambda: open_loader(tmp_path, training=False, num_classes=3))
+
+
+def test_shards_in_folders_are_no_classes(tmp_path):
+    for split, count in (("train", 2), ("val", 1)):
+        (tmp_path / split).mkdir()
+        for number in range(count):
+            write_shard(tmp_path / split / f"{number:03d}.tar", samples(4))
+    assert open_loader(tmp_path, training=False).num_samples == 4
+
+
+def test_a_train_json_of_another(tmp_path):
+    make_folder(tmp_path / "train", ["a", "b"])
+    (tmp_path / "train.json").write_text('{"images": [], "annotations": []}')
+    assert open_loader(tmp_path, num_classes=2).class_names == ["a", "b"]
+
+
 def test_timms_index_names_the_shards(tmp_path):
     for number in range(3):
         write_shard(tmp_path / f"in22k_{number}.tar", samples(4, 4 * number))
@@ -341,6 +383,10 @@ def test_timms_index_names_the_shards(tmp_path):
     splits["train"]["filenames"].append("in22k_9.tar")
     (tmp_path / "_info.json").write_text(json.dumps({"splits": splits}))
     _refused(r"in22k_9\.tar: no such shard, but .*_info\.json lists it", open_loader, tmp_path)
+    for name in ("../in22k_0.tar", "/in22k_0.tar"):
+        content = json.dumps({"splits": {"train": {"filenames": [name]}}})
+        (tmp_path / "_info.json").write_text(content)
+        _refused(r"_info\.json: not an index of splits", open_loader, tmp_path)
     (tmp_path / "_info.json").write_text("[]")
     _refused(r"_info\.json: not an index of splits", open_loader, tmp_path)
 
