@@ -32,7 +32,7 @@ SUFFIXES = (".tar", ".tar.gz", ".tgz")
 MAX_COMPRESSED = 256 << 20  # bytes of .gz shards in one set, which are kept in memory
 MAX_OPEN = 256  # a set may have more shards than a process may open files
 INDEX_THREADS = 16  # on a network file system, reading the headers waits for latency
-KEPT = 1000  # samples from which on an index is kept
+INDEXED_BYTES = 16 << 20  # of a set, from which on its index is kept; less is scanned in no time
 
 
 def find_shards(pattern: str) -> list[Path]:
@@ -185,7 +185,7 @@ def open_shards(
     kind = "tar shards" if labels is None else "a tar per class"
     packed = [path for path in paths if is_compressed(path)]
     _check_compressed(packed)
-    if packed:
+    if packed or sum(path.stat().st_size for path in paths) < INDEXED_BYTES:
         return _scanned(paths, class_names, labels, kind, keep=False)
     if kept := read_cache(paths, kind):
         return ShardSource(paths, *kept, class_names, {}, kind)
@@ -224,7 +224,7 @@ def _scanned(
         ],
         class_counts=np.bincount(table["label"]).tolist(),
     )
-    if keep and len(table) >= KEPT:
+    if keep:
         write_cache(paths, kind, manifest, table)
         if kept := read_cache(paths, kind):  # mapped, and so shared with the other processes
             return ShardSource(paths, *kept, class_names, {}, kind)

@@ -311,7 +311,7 @@ def test_verify_reads_every_sample_and_digest(tmp_path, prepared, capsys):
 
 @pytest.mark.parametrize("readonly", [False, True])
 def test_the_index_of_anyones_shards_is_kept(tmp_path, monkeypatch, readonly):
-    monkeypatch.setattr("swin_moe.data.shards.KEPT", 1)
+    monkeypatch.setattr("swin_moe.data.shards.INDEXED_BYTES", 0)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     make_shards(tmp_path / "in", 8)
     if readonly:  # root may write anywhere, so the name is taken instead
