@@ -12,27 +12,12 @@ from rich.console import Console
 
 from . import checkpoint, report
 from .config import Config, ConfigError, load_config
-from .data import Loader, build_loader
+from .data import Loader, loader_of
 from .distributed import World
 from .engine import resolve_precision
 from .evaluation import Evaluation, evaluate
 from .models import SwinTransformer, build
 from .models.pretrained import adopt_pretrained_window, load_pretrained, read_pretrained
-
-
-def loader_of(config: Config, world: World, training: bool) -> Loader:
-    """Batches of the training or the held-out split for one rank."""
-    return build_loader(
-        config.data,
-        config.augment,
-        image_sides=config.model.image_sides,
-        in_chans=config.model.in_chans,
-        num_classes=config.model.num_classes,
-        training=training,
-        rank=world.rank,
-        world_size=world.size,
-        seed=config.train.seed,
-    )
 
 
 @dataclass(frozen=True)
@@ -70,7 +55,7 @@ def open_checkpoint(path: Path, world: World, overrides: list[str], command: str
     model.eval().to(world.device)
     dtype = resolve_precision(config.precision, world.device)
     forward = in_precision(model, dtype, cast_weights=config.zero.stage > 0)
-    return Opened(found, config, model, forward, loader_of(config, world, training=False))
+    return Opened(found, config, model, forward, loader_of(config, training=False))
 
 
 def evaluate_checkpoint(

@@ -16,7 +16,7 @@ from rich.console import Console
 from . import checkpoint, distributed, ops, report
 from .checkpoint import Saved, Writer
 from .config import Config, dump_config, load_config
-from .data import Loader, build_mixing
+from .data import Loader, build_mixing, loader_of
 from .data.show import contact_sheet
 from .distributed import World
 from .engine import Engine, resolve_precision
@@ -32,7 +32,6 @@ from .models.pretrained import (
     read_pretrained,
 )
 from .moe import MoELayer, choose_overlap
-from .opened import loader_of
 from .optim import build_schedule
 from .placement import Layout, expert_share
 from .run_directory import Run, prepare_folder, step_back
@@ -78,7 +77,9 @@ def train(config: Config, world: World, console: Console, fresh: bool = False) -
         run = Run(Path(config.train.output), world, console)
         _choose_micro_batch(run, config, fresh)
         # All input is checked before anything is written.
-        loaders = [loader_of(config, world, training) for training in (True, False)]
+        loaders = [
+            loader_of(config, training, world.rank, world.size) for training in (True, False)
+        ]
         plan = _plan(config, loaders[0])
         source = _starting_weights(run, config, fresh)
         reader = prepare_folder(run, config, fresh)

@@ -5,7 +5,7 @@ alone. :func:`build_mixing` erases and mixes a batch on its device.
 """
 
 from .dataset import Batch
-from .loader import Loader, build_loader
+from .loader import Loader, build_loader, loader_of
 from .mixing import build_mixing
 
-__all__ = ["Batch", "Loader", "build_loader", "build_mixing"]
+__all__ = ["Batch", "Loader", "build_loader", "build_mixing", "loader_of"]

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes
 
+from .files import FileSource
 from .names import Names
 
 
@@ -27,8 +28,8 @@ def class_folders(root: Path) -> list[str]:
         raise ValueError(f"{root}: the folder cannot be read ({error.strerror})") from None
 
 
-class FolderSource:
-    """Random access to ``root/class/…/image`` files; see :class:`~.source.Source`.
+def open_folder(root: Path) -> FileSource:
+    """The ``root/class/…/image`` files.
 
     The classes are numbered by sorted name, and their files come in sorted order, as in
     torchvision, whose list of tuples would take a gigabyte per million images.
@@ -36,39 +37,16 @@ class FolderSource:
     Raises:
         ValueError: a folder cannot be read.
     """
-
-    def __init__(self, root: Path) -> None:
-        self.root = root
-        names = class_folders(root)
-        self.class_names: list[str] | None = names
-        self.runs = np.zeros(len(names), np.int64)
-        self._names = Names()
-        for label, name in enumerate(names):
-            for file in _image_files(root, name):
-                self._names.append(file)
-                self.runs[label] += 1
-        self._names.freeze()
-        self.class_counts = self.runs
-        self.labels = np.repeat(np.arange(len(self.runs), dtype=np.int32), self.runs)
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def describe(self) -> str:
-        """Format, for the log; adding up the files' sizes would take minutes on a file server."""
-        return f"image folder ({self.root})"
-
-    def key(self, index: int) -> str:
-        """Path of a sample."""
-        return str(self.root / self._names[index])
-
-    def read(self, index: int) -> bytes:
-        """The encoded image of a sample.
-
-        Raises:
-            OSError: the file cannot be read.
-        """
-        return Path(self.key(index)).read_bytes()
+    classes = class_folders(root)
+    runs = np.zeros(len(classes), np.int64)
+    names = Names()
+    for label, name in enumerate(classes):
+        for file in _image_files(root, name):
+            names.append(file)
+            runs[label] += 1
+    names.freeze()
+    labels = np.repeat(np.arange(len(runs), dtype=np.int32), runs)
+    return FileSource(root, names, labels, runs, classes, f"image folder ({root})")
 
 
 def _image_files(root: Path, name: str) -> Iterator[str]:

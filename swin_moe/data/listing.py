@@ -11,6 +11,7 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
+from .files import FileSource
 from .index import MAX_CLASSES
 from .names import Names
 
@@ -19,8 +20,8 @@ MAX_ENTRY = 1 << 20  # characters of one entry of a JSON list
 GAP = re.compile(r"[ \t\r\n,]*")  # between two of them
 
 
-class ListSource:
-    """Files named by a list, relative to its folder; see :class:`~.source.Source`.
+def open_list(listing: Path) -> FileSource:
+    """The files that a list names, relative to its folder.
 
     Args:
         listing: lines of ``path<TAB>label``, or a JSON array of ``[path, label, …]``, as the
@@ -30,47 +31,24 @@ class ListSource:
         ValueError: one line naming the file and the line or entry, if the list is malformed, or
             its first file is not there.
     """
-
-    def __init__(self, listing: Path) -> None:
-        self.root, self._listing = listing.parent, listing
-        self.class_names: list[str] | None = None
-        self._names, labels, runs = Names(), array("i"), array("q")
-        folder = None
-        for name, label in read_list(listing):
-            self._names.append(name)
-            labels.append(label)
-            if (here := name.rpartition("/")[0]) != folder:
-                folder = here
-                runs.append(0)
-            runs[-1] += 1
-        self._names.freeze()
-        self.labels = np.array(labels, np.int32)
-        self.runs = np.array(runs, np.int64)
-        self.class_counts = np.bincount(self.labels)
-        if len(self) and not Path(self.key(0)).is_file():
-            raise ValueError(
-                f"{listing}: its first file, {self.key(0)}, is not there: the paths of a list are "
-                "relative to its own folder"
-            )
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def describe(self) -> str:
-        """Format, for the log."""
-        return f"list of image files ({self._listing})"
-
-    def key(self, index: int) -> str:
-        """Path of a sample."""
-        return str(self.root / self._names[index])
-
-    def read(self, index: int) -> bytes:
-        """The encoded image of a sample.
-
-        Raises:
-            OSError: the file cannot be read.
-        """
-        return Path(self.key(index)).read_bytes()
+    names, labels, runs = Names(), array("i"), array("q")
+    folder = None
+    for name, label in read_list(listing):
+        names.append(name)
+        labels.append(label)
+        if (here := name.rpartition("/")[0]) != folder:
+            folder = here
+            runs.append(0)
+        runs[-1] += 1
+    names.freeze()
+    root = listing.parent
+    if len(labels) and not (root / names[0]).is_file():
+        raise ValueError(
+            f"{listing}: its first file, {root / names[0]}, is not there: the paths of a list are "
+            "relative to its own folder"
+        )
+    kind = f"list of image files ({listing})"
+    return FileSource(root, names, np.array(labels, np.int32), np.array(runs, np.int64), None, kind)
 
 
 def read_list(path: Path) -> Iterator[tuple[str, int]]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from ..config import AugmentConfig, DataConfig
+from ..config import AugmentConfig, Config, DataConfig
 from .bad_samples import BadSamples
 from .dataset import Batch, ImageDataset, collate, replace_unreadable
 from .normalise import Normalise
@@ -142,6 +142,21 @@ def _close(reference: weakref.ref[Loader]) -> None:
     loader = reference()
     if loader is not None:
         loader.close()
+
+
+def loader_of(config: Config, training: bool, rank: int = 0, world_size: int = 1) -> Loader:
+    """Batches of a config's training or held-out split for one rank, see :func:`build_loader`."""
+    return build_loader(
+        config.data,
+        config.augment,
+        image_sides=config.model.image_sides,
+        in_chans=config.model.in_chans,
+        num_classes=config.model.num_classes,
+        training=training,
+        rank=rank,
+        world_size=world_size,
+        seed=config.train.seed,
+    )
 
 
 def build_loader(

@@ -11,7 +11,7 @@ from rich.console import Console
 from torch import Tensor
 
 from ..config import Config
-from .loader import Loader, build_loader
+from .loader import Loader, loader_of
 from .mixing import build_mixing
 
 COLUMNS, ROWS = 8, 4  # of training images; below them comes a row of held-out ones
@@ -24,20 +24,7 @@ def show(config: Config, output: Path, console: Console) -> None:
     Raises:
         ValueError: one line, for a config or data that cannot be used.
     """
-    loaders = [
-        build_loader(
-            config.data,
-            config.augment,
-            image_sides=config.model.image_sides,
-            in_chans=config.model.in_chans,
-            num_classes=config.model.num_classes,
-            training=training,
-            rank=0,
-            world_size=1,
-            seed=config.train.seed,
-        )
-        for training in (True, False)
-    ]
+    loaders = [loader_of(config, training) for training in (True, False)]
     for loader in loaders:
         console.print(loader.description, highlight=False, markup=False, soft_wrap=True)
     contact_sheet(config, loaders[0], loaders[1], output)

@@ -11,9 +11,9 @@ from typing import Protocol
 import numpy as np
 
 from ..config import DataConfig
-from .folder import FolderSource, class_folders
+from .folder import class_folders, open_folder
 from .index import is_manifest, read_timm_info
-from .listing import ListSource
+from .listing import open_list
 from .parquet import ParquetSource
 from .scan import has_labels
 from .shards import SUFFIXES, find_shards, has_wildcard, open_manifest, open_shards
@@ -119,7 +119,7 @@ def open_path(path: Path) -> Source | None:
             return ParquetSource([path])
         if path.suffix == ".json":
             return open_manifest(path, _class_names(path.parent))
-        return ListSource(path)
+        return open_list(path)
     if shards := find_shards(str(path)):
         return open_shards(shards, _class_names(path.parent))
     parquets = sorted(glob(str(path) if has_wildcard(str(path)) else f"{path}-*.parquet"))
@@ -191,7 +191,7 @@ def _open_folder(root: Path) -> Source:
             f"{root} has no class folders: sort its images into one folder per class "
             "(a flat validation folder carries no labels)"
         )
-    return FolderSource(root)
+    return open_folder(root)
 
 
 def _class_names(folder: Path) -> list[str] | None:

@@ -11,7 +11,7 @@ import pytest
 
 from swin_moe.data import listing, zipped
 from swin_moe.data.bundle import write_shard
-from swin_moe.data.listing import ListSource, read_list
+from swin_moe.data.listing import open_list, read_list
 from swin_moe.data.source import open_path, open_splits
 from swin_moe.data.zipped import ZipSource
 
@@ -195,7 +195,7 @@ def test_list_of_files(tmp_path, monkeypatch, kind, chunk):
         )
         path.write_text(text, encoding="utf-8")
     source = open_path(path)
-    assert isinstance(source, ListSource)
+    assert source.describe() == f"list of image files ({path})"
     assert source.labels.tolist() == LABELS
     assert source.key(12) == str(tmp_path / FILES[12])
     assert source.runs.tolist() == [1] * 13
@@ -228,12 +228,12 @@ def test_faulty_lists(tmp_path, text, message):
 def test_a_list_far_from_its_files(tmp_path):
     _refused(
         r"m\.txt: its first file, .*n00_0\.JPEG, is not there",
-        ListSource,
+        open_list,
         _make_map(tmp_path / "m.txt"),
     )
     path = tmp_path / "latin.txt"
     path.write_bytes("Größe.jpg\t0\n".encode("latin-1"))
-    _refused(r"latin\.txt: not a list", ListSource, path)
+    _refused(r"latin\.txt: not a list", open_list, path)
 
 
 # ---------------------------------------------------------------------------------------------
