@@ -16,7 +16,7 @@ from . import __version__
 DONE, FAILED, WRONG_USE = 0, 1, 2
 PREEMPTED = 75  # the system's EX_TEMPFAIL: try again
 
-_PATIENCE = 10.0  # seconds that the launcher may take to end the other processes of a node
+_PATIENCE = 5.0  # seconds that the launcher may take to end the other processes of a node
 
 # What gloo, NCCL and the store say when the other end is gone.
 _LOST_PEER = ("closed by peer", "reset by peer", "remote process exited", "Broken pipe")
@@ -266,6 +266,10 @@ def _fail(message: str, tell: bool, code: int = FAILED, alone: bool = True) -> i
     """
     logging.getLogger("swin_moe").debug("error: %s", message)
     if not tell:
+        from .guard import StopSignal
+
+        if StopSignal.came:  # while training was being built: the launcher ends us as the others
+            return code
         # The first exit ends all processes of the node. Who still lives then failed alone.
         time.sleep(_PATIENCE)
     if tell or alone:

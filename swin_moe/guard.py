@@ -118,8 +118,12 @@ class StopSignal:
     """Remembers that SIGTERM or SIGUSR1 came: how schedulers announce that they take a node away.
 
     The signals act like this between ``with`` and its end; then they are what they were.
+
+    Attributes:
+        came: whether one has come to this process.
     """
 
+    came = False
     SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
     def __init__(self) -> None:
@@ -138,3 +142,4 @@ class StopSignal:
 
     def _note(self, number: int, _frame: FrameType | None) -> None:
         self.name = signal.Signals(number).name
+        StopSignal.came = True
