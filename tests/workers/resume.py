@@ -1,7 +1,8 @@
 """Half a training here, the other half there: each world resumes what two processes began.
 
 The first launch, on two processes, trains three updates with expert parallelism and ZeRO-2 and
-saves; every launch then goes on from there in its own way. One process also trains through.
+saves; every launch then goes on from there in its own way, and saves what it has loaded, too. One
+process also trains through, and two in bf16, with ZeRO-2 and ZeRO-1.
 """
 
 import json
@@ -52,6 +53,7 @@ def go_on(world, cell: Cell, folder: Path, first: int, last: int) -> None:
             return reader.values(name, kind, layout.share_of(name), start, stop)
 
         engine.load(read, first)
+        write_checkpoint(folder, engine, world, first)
     else:
         engine = make_engine(world, cell)
     engine.train()
@@ -76,6 +78,7 @@ def main() -> None:
         for cell in (BEGINNING, low):
             go_on(world, cell, folder / cell.name, 0, HALF)
         go_on(world, low, folder / "through-bf16", 0, STEPS)
+        go_on(world, low._replace(stage=1), folder / "through-bf16-stage-1", 0, STEPS)
     for cell in ENDS[size]:
         world = distributed.init(expert_parallel_size=cell.expert_parallel)
         go_on(world, cell, folder / f"to-{cell.name}", HALF, STEPS)
