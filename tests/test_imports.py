@@ -20,6 +20,7 @@ LAYERS = [
     {"micro_batch"},
     {"run"},
     {"inspection"},
+    {"arguments"},
     {"cli"},
     {"__main__", "__init__"},
 ]
@@ -31,7 +32,7 @@ ONLY_IN = {
     "SummaryWriter": {"metrics.py"},
     "environ": {"distributed.py", "torchrun.py"},
     "getenv": set(),
-    "argparse": {"cli.py", "data/bundle.py"},
+    "argparse": {"arguments.py", "cli.py", "data/bundle.py"},
     "yaml": {"config/loading.py"},
     "pickle": {"models/pickled.py"},
     "torch.load": {"models/pickled.py"},
