@@ -67,6 +67,27 @@ def test_recipes_asked_for_are_there():
         assert rows <= names
 
 
+# Millions of parameters, and of those that one token meets, as the files' comments have them.
+SCALE = {
+    "swin_moe_1b": (1033, 66),
+    "swin_moe_1b_laptop": (1016, 49),
+    "swinv2_g_3b": (3087, 3087),
+    "swin_moe_13b": (13712, 718),
+    "swin_moe_100b": (126707, 3094),
+}
+
+
+@pytest.mark.parametrize("name", SCALE)
+def test_the_billions_build_on_the_meta_device(name):
+    config = load_config(ROOT / f"configs/scale/{name}.yaml")
+    found = count(config.model, config.moe)
+    assert (round(found.parameters / 1e6), round(found.activated / 1e6)) == SCALE[name]
+
+
+def test_every_recipe_of_scale_is_counted():
+    assert {path.stem for path in RECIPES if path.parent.name == "scale"} == SCALE.keys()
+
+
 def test_the_table_of_models():
     text = Console(width=120, record=True, file=io.StringIO())
     text.print(models_table("swinv2_tiny*"))
