@@ -19,6 +19,7 @@ from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from deepspeed.utils import groups as deepspeed_groups
 from torch import Tensor, nn
 
+from .adamw import MOMENTS, PAIRS, PairedAdamW, moment_views, start_moments
 from .checkpoint import Fragment, persistent_buffers, whole_fragments
 from .config import OptimizerConfig, PrecisionConfig, ZeroConfig
 from .distributed import World, all_reduce_, barrier
@@ -26,8 +27,6 @@ from .models import MoEOutput, SwinTransformer, expert_parameter_names
 from .optim import build_optimizer, parameter_groups
 
 log = logging.getLogger("swin_moe")
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 # What we use of DeepSpeed beyond its documented interface.
@@ -97,16 +96,27 @@ def resolve_precision(precision: PrecisionConfig, device: torch.device) -> torch
     return torch.bfloat16 if wanted else torch.float32
 
 
+# Elements that ZeRO-3 updates at a time; it copies their gradients, and reads them from files, at
+# once. DeepSpeed's default is 1e9, of which every rank then has a few copies.
+_SUB_GROUP = 50_000_000
+
+
 def _bucket(model: nn.Module) -> int:
     """Elements gathered before they are reduced; DeepSpeed's default takes 2 GB in bf16."""
     return max(50_000_000, *(parameter.numel() for parameter in model.parameters()))
 
 
-def reserved_bytes(zero: ZeroConfig, model: nn.Module, dtype: torch.dtype, world: World) -> int:
+def reserved_bytes(
+    zero: ZeroConfig,
+    optimizer: OptimizerConfig,
+    model: nn.Module,
+    dtype: torch.dtype,
+    world: World,
+) -> int:
     """What DeepSpeed holds on the device beside weights and gradients of the model's own dtype."""
     parameters = sum(parameter.numel() for parameter in model.parameters())
     elsewhere = zero.offload == "nvme" or (zero.offload == "cpu" and world.device.type != "cpu")
-    moments = 0 if elsewhere else 8 * parameters
+    moments = 0 if elsewhere else (4 if optimizer.moments == "bf16" else 8) * parameters
     if zero.stage == 0:
         return moments
     shared = dtype == torch.float32 and zero.stage == 3  # masters are the weights
@@ -202,6 +212,7 @@ class Engine:
             "reduce_scatter": True,
             "contiguous_gradients": True,
             "reduce_bucket_size": _bucket(self.model),
+            "sub_group_size": _SUB_GROUP,
             "overlap_comm": self.world.device.type == "cuda",
         }
         if zero.offload != "none":
@@ -218,6 +229,10 @@ class Engine:
             "zero_allow_untested_optimizer": True,
             "steps_per_print": None,
         }
+
+    @property
+    def _moment_keys(self) -> tuple[str, ...]:
+        return (PAIRS,) if isinstance(self.optimizer, PairedAdamW) else MOMENTS
 
     @property
     def _low_precision_weights(self) -> bool:
@@ -332,6 +347,16 @@ class Engine:
         if self.world.is_main:
             yield from whole_fragments((n, {"weight": t}) for n, t in self.buffers.items())
 
+    @property
+    def saved_bytes(self) -> int:
+        """About what this rank's fragments take."""
+        each = 4 + (4 if isinstance(self.optimizer, PairedAdamW) else 8)
+        total = 0
+        for name in self.parameters:
+            replicas = self.world.expert_data if name in self.expert_names else self.world
+            total += each * math.prod(self._shape(name)) // replicas.size
+        return total
+
     @torch.no_grad()
     def load(self, read: Callable[[str, str, int, int], Tensor], updates: int) -> None:
         """Set masters and moments to what ``read(name, kind, start, stop)`` returns, 1-D.
@@ -370,9 +395,9 @@ class Engine:
                 replicas = self.world.expert_data if name in self.expert_names else self.world
                 size = -(-parameter.numel() // replicas.size)
                 part = slice(replicas.rank * size, (replicas.rank + 1) * size)
-            moments = {kind: self.optimizer.state[parameter][kind] for kind in MOMENTS}
-            state = {"weight": parameter.data, **moments}
-            yield _Part(name, part.start, {kind: t.view(-1)[part] for kind, t in state.items()})
+            moments = moment_views(self.optimizer.state[parameter])
+            state = {"weight": parameter.data.view(-1), **moments}
+            yield _Part(name, part.start, {kind: t[part] for kind, t in state.items()})
 
     def _parts_of_partitions(self) -> Iterator[_Part]:
         """ZeRO 1 and 2 cut the concatenation of all parameters."""
@@ -380,7 +405,7 @@ class Engine:
             mapping = parameter._hp_mapping  # type: ignore[attr-defined]
             if mapping is None:  # all of it is on other ranks
                 continue
-            moments = {kind: mapping.get_hp_fragment(kind) for kind in MOMENTS}
+            moments = moment_views({k: mapping.get_hp_fragment(k) for k in self._moment_keys})
             start = mapping.lp_fragment_address.start
             yield _Part(name, start, {"weight": mapping.get_hp_fragment(), **moments})
 
@@ -390,7 +415,7 @@ class Engine:
         zero = self._engine.optimizer
         for index, parameters in enumerate(zero.fp16_groups):
             with self._resident(index, keep=to_load) as flat:
-                state = {"weight": flat.data, **{k: self.optimizer.state[flat][k] for k in MOMENTS}}
+                state = {"weight": flat.data, **moment_views(self.optimizer.state[flat])}
                 for parameter in parameters:
                     _, offset, size = zero.grad_position[zero.get_param_id(parameter)]
                     start = self.world.rank * size
@@ -424,24 +449,14 @@ class Engine:
         if self.stage == 3:
             for index in range(len(self._engine.optimizer.fp16_groups)):
                 with self._resident(index, keep=True) as flat:
-                    self._start_moments_of(flat, updates)
+                    start_moments(self.optimizer.state[flat], flat, updates, self._moment_keys)
             return
         for group in self.optimizer.param_groups:
             for flat in group["params"]:  # whole parameters, or ZeRO's parts
-                self._start_moments_of(flat, updates)
+                start_moments(self.optimizer.state[flat], flat, updates, self._moment_keys)
         if self.stage > 0:
             self._engine.optimizer._hp_optimizer_states_linked = False
             self._engine.optimizer._lazy_init_hp_params_optimizer_state()
-
-    def _start_moments_of(self, flat: Tensor, updates: int) -> None:
-        """In place where there are some: what swaps them knows them by identity."""
-        state = self.optimizer.state[flat]
-        state["step"] = torch.tensor(float(updates))
-        for kind in MOMENTS:
-            if kind in state:
-                state[kind].zero_()
-            else:
-                state[kind] = torch.zeros_like(flat)
 
     def close(self) -> None:
         """Release the hooks and buffers that DeepSpeed holds, and its files."""

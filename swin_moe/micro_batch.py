@@ -154,7 +154,7 @@ def _try(config: Config, world: World, size: int, total: int) -> None:
     """One forward and backward pass of ``size`` images; raises if memory runs out."""
     model = _model_of_one(config, world)
     dtype = resolve_precision(config.precision, world.device)
-    held = reserved_bytes(config.zero, model, dtype, world)
+    held = reserved_bytes(config.zero, config.optimizer, model, dtype, world)
     blocks = [torch.empty(held + int(_MARGIN * total), dtype=torch.uint8, device=world.device)]
     forward = in_precision(model.train(), dtype, cast_weights=config.zero.stage > 0)
     images = torch.randn(size, config.model.in_chans, *config.model.image_sides)

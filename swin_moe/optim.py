@@ -10,6 +10,7 @@ import torch
 from timm.scheduler import CosineLRScheduler
 from torch import nn
 
+from .adamw import PairedAdamW
 from .config import OptimizerConfig, ScheduleConfig
 from .models import SimMIM, SwinTransformer, expert_parameter_names
 
@@ -80,12 +81,12 @@ def parameter_groups(
 
 def build_optimizer(
     groups: list[dict[str, Any]], optimizer: OptimizerConfig, global_batch: int
-) -> torch.optim.AdamW:
+) -> torch.optim.Optimizer:
     """AdamW at the peak rate base_lr × global batch / 512, times ``lr_scale`` of the group."""
     peak = optimizer.base_lr * global_batch / REFERENCE_BATCH
-    adamw = torch.optim.AdamW(
-        groups, lr=peak, betas=(optimizer.betas[0], optimizer.betas[1]), eps=optimizer.eps
-    )
+    adamw: torch.optim.Optimizer
+    kind = PairedAdamW if optimizer.moments == "bf16" else torch.optim.AdamW
+    adamw = kind(groups, lr=peak, betas=(optimizer.betas[0], optimizer.betas[1]), eps=optimizer.eps)
     for group in adamw.param_groups:
         group["initial_lr"] = peak  # where a schedule starts from, which then scales it itself
         group["lr"] = peak * group.get("lr_scale", 1.0)

@@ -224,7 +224,11 @@ class AugmentConfig(Section):
 
 
 class OptimizerConfig(Section):
-    """AdamW. The peak rate is ``base_lr`` × global batch / 512, as in the Swin recipes."""
+    """AdamW. The peak rate is ``base_lr`` × global batch / 512, as in the Swin recipes.
+
+    ``moments``: in which dtype both moments are kept; they are computed in fp32, and masters are
+    fp32 in any case.
+    """
 
     base_lr: Annotated[float, Field(gt=0)] = 5e-4
     betas: list[Annotated[float, Field(ge=0, lt=1)]] = [0.9, 0.999]
@@ -232,6 +236,7 @@ class OptimizerConfig(Section):
     weight_decay: NonNegativeFloat = 0.05
     layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0  # rate × this per layer below the head
     clip_norm: NonNegativeFloat = 5.0  # 0 = no clipping
+    moments: Literal["fp32", "bf16"] = "fp32"
 
     @model_validator(mode="after")
     def _check(self) -> OptimizerConfig:

@@ -121,7 +121,9 @@ def write_checkpoint(folder: Path, engine, world, step: int = STEPS) -> None:
     assert writer.wait(), told
 
 
-def make_engine(world, cell: Cell, prepare=lambda model: None, shape=MODEL, nvme_path=""):
+def make_engine(
+    world, cell: Cell, prepare=lambda model: None, shape=MODEL, nvme_path="", moments="fp32"
+):
     """``prepare`` is called with the model before DeepSpeed has it."""
     from swin_moe.engine import Engine
     from swin_moe.models import build
@@ -134,10 +136,11 @@ def make_engine(world, cell: Cell, prepare=lambda model: None, shape=MODEL, nvme
             torch.nn.init.ones_(parameter)
     prepare(model)
     gentle = cell.gentle or cell.dtype == "bf16"
+    optimizer = GENTLE if gentle else OPTIMIZER
     return Engine(
         model,
         world,
-        optimizer=GENTLE if gentle else OPTIMIZER,
+        optimizer=optimizer.model_copy(update={"moments": moments}),
         zero=ZeroConfig(stage=cell.stage, offload=cell.offload, nvme_path=nvme_path),
         dtype=DTYPES[cell.dtype],
         micro_batch=cell.micro_batch,

@@ -1,0 +1,74 @@
+"""bf16 moments at each ZeRO stage: trained, saved, loaded, and passed on to fp32 and back."""
+
+import sys
+from pathlib import Path
+
+import torch
+
+from swin_moe import distributed
+from tests.workers.equivalence import Cell, layout_of, make_engine, train_step, write_checkpoint
+
+HALF, STEPS = 2, 4
+
+
+def train(world, cell: Cell, folder: Path, moments: str, first: int, last: int) -> list[float]:
+    """Updates [first, last), from the checkpoint of ``first`` on if that is not the beginning."""
+    from swin_moe.checkpoint import Reader, load_weights
+
+    def prepare(model) -> None:
+        if first:
+            load_weights(model, reader, layout_of(model, world))
+
+    if first:
+        reader = Reader(folder / f"step-{first:08d}")
+    engine = make_engine(world, cell, prepare, moments=moments)
+    if first:
+        layout = layout_of(engine.model, world)
+        engine.load(
+            lambda name, *part: reader.values(name, part[0], layout.share_of(name), *part[1:]),
+            first,
+        )
+    engine.train()
+    figures = []
+    for step in range(first, last):
+        figures += [train_step(engine, world, cell, step), engine.grad_norm()]
+    write_checkpoint(folder, engine, world, last)
+    engine.close()
+    return figures
+
+
+def close(one: list[float], other: list[float]) -> bool:
+    return all(abs(a - b) < 5e-3 * abs(b) for a, b in zip(one, other, strict=True))
+
+
+def main() -> None:
+    from swin_moe.checkpoint import Reader
+
+    world = distributed.init()
+    folder = Path(sys.argv[1])
+    cells = [Cell(world.size, 1, stage, gentle=True) for stage in range(4)]
+    cells += [Cell(world.size, 1, stage, gentle=True, offload="cpu") for stage in (2, 3)]
+    cells.sort(key=lambda cell: cell.stage)
+    for cell in cells:
+        place = folder / cell.name
+        wide = train(world, cell, place / "fp32", "fp32", 0, STEPS)
+        through = train(world, cell, place / "through", "bf16", 0, STEPS)
+        assert close(through, wide), (cell, through, wide)
+        halves = train(world, cell, place / "halves", "bf16", 0, HALF)
+        saved = Reader(place / "halves" / f"step-{HALF:08d}")
+        assert saved.tensor("head.weight", "exp_avg").dtype == torch.bfloat16
+        # On from bf16 in fp32, and in bf16 as if nothing had been.
+        mixed = train(world, cell, place / "halves", "fp32", HALF, STEPS)
+        assert close(halves + mixed, wide), (cell, halves + mixed, wide)
+        halves += train(world, cell, place / "halves", "bf16", HALF, STEPS)
+        assert halves == through, (cell, halves, through)
+        back = train(world, cell, place / "fp32", "bf16", STEPS, STEPS + 1)
+        assert len(back) == 2
+    if world.is_main:
+        (folder / "passed").touch()
+    distributed.shutdown()
+    distributed.leave(0)
+
+
+if __name__ == "__main__":
+    main()
