@@ -1,5 +1,6 @@
-# Shared by the launchers: sourced, not run. Finds the interpreter and tunes the memory allocator.
-# shellcheck shell=bash
+# Shared by the launchers: sourced, not run. Finds the interpreter, tunes the memory allocator and
+# reads the options.
+# shellcheck shell=bash disable=SC2034 # what is set here is used by the launchers
 
 root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
 
@@ -8,7 +9,6 @@ if [[ -n ${PYTHON:-} ]]; then
 elif [[ -x $root/.venv/bin/python ]]; then
   python=$root/.venv/bin/python
 else
-  # shellcheck disable=SC2034 # used by the launchers
   python=python3
 fi
 
@@ -22,13 +22,90 @@ fi
 export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
 
 die() {
-  printf '%s: error: %s\n' "$(basename -- "$0")" "$1" >&2
+  printf '%s: error: %s\n' "${launcher:-$(basename -- "$0")}" "$1" >&2
   exit 2
+}
+
+# options "NAME ..." "$@": the options before CONFIG. --NAME VALUE sets $NAME (with _ for -), and
+# these everywhere: --dry-run, --doctor, --help. CONFIG and what follows it go to $rest.
+dry_run=0 action=train rest=()
+options() {
+  local known=" $1 " name
+  shift
+  while [[ $# -gt 0 ]]; do
+    case $1 in
+      --dry-run) dry_run=1; shift ;;
+      --doctor) action=doctor; shift ;; # check the machines on the same road, instead of training
+      -h | --help)
+        sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"
+        exit 0
+        ;;
+      -*)
+        name=${1#--}
+        [[ $known == *" $name "* ]] ||
+          die "unknown option $1 before CONFIG (options of training come after it)"
+        [[ $# -ge 2 ]] || die "$1 needs a value"
+        printf -v "${name//-/_}" '%s' "$2"
+        shift 2
+        ;;
+      *) break ;;
+    esac
+  done
+  [[ $# -ge 1 ]] || die "no CONFIG given, such as configs/fashion_mnist/swin_moe_micro.yaml"
+  rest=("$@")
+}
+
+# whole_number --OPTION VALUE [LEAST]
+whole_number() {
+  [[ $2 =~ ^[0-9]{1,6}$ && $2 -ge ${3:-0} ]] ||
+    die "$1 '$2': expected a whole number from ${3:-0} on"
+}
+
+# GPUs of this machine, as the driver counts them.
+count_gpus() {
+  command -v nvidia-smi >/dev/null || { echo 0; return; }
+  nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU' || true
+}
+
+# Cores for each of $1 processes of this machine, unless OMP_NUM_THREADS says how many.
+share_cores() {
+  local cores
+  cores=$(nproc)
+  export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores / $1 > 0 ? cores / $1 : 1))}
+}
+
+# read_hostfile FILE: its hosts go to $hosts and the sum of their slots to $slots. Names reach
+# shells on the other side: nothing but a plain line passes.
+hosts=() slots=0
+read_hostfile() {
+  local line number=0
+  [[ -n $1 ]] || die "--hostfile FILE is missing; its lines read 'HOST slots=GPUS'"
+  [[ -f $1 ]] || die "--hostfile $1: no such file"
+  while IFS= read -r line || [[ -n $line ]]; do
+    number=$((number + 1))
+    [[ ! $line =~ ^[[:space:]]*(#.*)?$ ]] || continue
+    [[ $line =~ ^([A-Za-z0-9][A-Za-z0-9._-]*)[[:space:]]+slots=([1-9][0-9]{0,3})[[:space:]]*$ ]] ||
+      die "$1:$number: expected 'HOST slots=GPUS', got '$line'"
+    [[ " ${hosts[*]} " != *" ${BASH_REMATCH[1]} "* ]] ||
+      die "$1:$number: host ${BASH_REMATCH[1]} stands twice in this file"
+    hosts+=("${BASH_REMATCH[1]}")
+    slots=$((slots + BASH_REMATCH[2]))
+  done <"$1"
+  [[ ${#hosts[@]} -gt 0 ]] || die "$1: no line 'HOST slots=GPUS' in this file"
+}
+
+# split_master HOST[:PORT] DEFAULT_PORT: sets $master_host and $master_port.
+split_master() {
+  [[ $1 =~ ^([A-Za-z0-9][A-Za-z0-9._-]*)(:([0-9]{1,5}))?$ ]] ||
+    die "--master '$1': expected HOST or HOST:PORT of the first node"
+  master_host=${BASH_REMATCH[1]} master_port=${BASH_REMATCH[3]:-$2}
+  [[ $master_port -le 65535 && $master_port -gt 0 ]] ||
+    die "--master '$1': a port is from 1 to 65535"
 }
 
 # Replace this shell by the command, or print it, quoted, when --dry-run was given.
 launch() {
-  if [[ ${dry_run:-0} == 1 ]]; then
+  if [[ $dry_run == 1 ]]; then
     printf '%q ' "$@"
     printf '\n'
     exit 0

@@ -1,9 +1,10 @@
 """torchrun for this program: ``python -m swin_moe.torchrun``, with torchrun's own options.
 
-Three things differ. When a process fails, the process has told why; torchrun's page about itself is
-left out. SIGTERM and SIGUSR1, by which schedulers announce that they take a node away, are handed
-to the processes, which save and end, instead of ending them. And a failure that would only repeat
-itself, or an end that was asked for, is not answered by a restart, whatever --max-restarts says.
+When a process fails, the process has told why; torchrun's page about itself is left out. SIGTERM
+and SIGUSR1, by which schedulers announce that they take a node away, are handed to the processes,
+which save and end, instead of ending them. A failure that would only repeat itself, or an end that
+was asked for, is not answered by a restart, whatever --max-restarts says. Nodes that do not meet
+are told in one line (``nodes.py``), and those that meet again agree on what to begin.
 """
 
 from __future__ import annotations
@@ -19,19 +20,46 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from torch.distributed import run
+from torch.distributed import DistError, run
 from torch.distributed.elastic.agent.server.api import WorkerState
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.elastic.rendezvous import (
+    RendezvousClosedError,
+    RendezvousConnectionError,
+    RendezvousTimeoutError,
+)
 from torch.distributed.launcher import api as launcher
 
+from .nodes import Nodes, Stopped, Unmet, find_nodes
+
+FAILED, WRONG_USE, PREEMPTED = 1, 2, 75
 PASSED_ON = (signal.SIGTERM, signal.SIGUSR1)
 FINAL = "SWIN_MOE_FINAL"  # a file that a process makes if it is not to be restarted
 
 
 class _Agent(LocalElasticAgent):
     """Restarts nothing once a process has said that it is for good."""
+
+    nodes: Nodes | None = None  # None: all processes are on this machine
+
+    def _rendezvous(self, worker_group: Any) -> None:
+        handler = worker_group.spec.rdzv_handler
+        # Every round begins with a store of its own: torch keeps the first one's address where
+        # rank 0 has moved to another node, and in its store the addresses of dead processes.
+        handler._bootstrap_store_info = None
+        if self.nodes is None:
+            super()._rendezvous(worker_group)
+            return
+        self.nodes.agree(handler)
+        with self.nodes.watched(handler):
+            super()._rendezvous(worker_group)
+        # A node that joins late or was alone in failing has counted other restarts than the others.
+        store, size = worker_group.store, worker_group.group_world_size
+        store.set(f"swin_moe/restarts/{worker_group.group_rank}", str(self._remaining_restarts))
+        counts = store.multi_get([f"swin_moe/restarts/{rank}" for rank in range(size)])
+        self._remaining_restarts = min(int(count) for count in counts)
 
     def _monitor_workers(self, worker_group: Any) -> Any:
         result = super()._monitor_workers(worker_group)
@@ -41,6 +69,8 @@ class _Agent(LocalElasticAgent):
         return result
 
     def _start_workers(self, worker_group: Any) -> Any:
+        # Those before were perhaps told to end for the sake of a node that has joined.
+        Path(os.environ[FINAL]).unlink(missing_ok=True)
         started = super()._start_workers(worker_group)
         if _told:  # before there was one to tell
             _pass_on(_told[-1], None)
@@ -69,11 +99,31 @@ def _prepared() -> Iterator[None]:
         yield
 
 
+def _run(arguments: Any) -> None:
+    """Meet the other nodes and run; every way in which that can fail on the way is an ``Unmet``."""
+    with _prepared():
+        nodes = _Agent.nodes = find_nodes(arguments, lambda: bool(_told))
+        if nodes is None:
+            run.run(arguments)
+            return
+        if nodes.interface:  # gloo would take the address that the host's own name has
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", nodes.interface)
+        try:
+            run.run(arguments)
+        except RendezvousTimeoutError:
+            raise nodes.timed_out() from None
+        except RendezvousClosedError:
+            raise Unmet(
+                f"another node ended the job of {nodes.endpoint}; its output says why"
+            ) from None
+        except (RendezvousConnectionError, DistError):
+            raise nodes.lost() from None
+
+
 def main() -> int:
     arguments = run.parse_args(["--signals-to-handle", "SIGINT,SIGHUP,SIGQUIT", *sys.argv[1:]])
     try:
-        with _prepared():
-            run.run(arguments)
+        _run(arguments)
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         if failure.exitcode < 0:  # a process that exits by itself has said why
@@ -85,10 +135,19 @@ def main() -> int:
         return 128 + error.sigval
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
+    except Stopped:
+        name = signal.Signals(_told[-1]).name
+        return _fail(f"told to stop by {name} while waiting for the other nodes", PREEMPTED)
+    except Unmet as error:
+        return _fail(str(error), FAILED)
     except ValueError as error:
-        print(f"swin-moe: error: {error}", file=sys.stderr)
-        return 2
+        return _fail(str(error), WRONG_USE)
     return 0
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"swin-moe: error: {message}", file=sys.stderr, flush=True)
+    return code
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "swin_moe"
 # A module imports only from lines above its own (and from its own package).
 LAYERS = [
-    {"variants", "placement", "adamw"},
+    {"variants", "placement", "nodes", "adamw"},
     {"config", "distributed", "ops", "torchrun", "watchdog"},
     {"moe", "data", "checkpoint", "guard"},
     {"models", "metrics"},
