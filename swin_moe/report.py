@@ -47,10 +47,13 @@ def header(
     parts = f"{micro} × {world.size} processes" + f" × {accumulation} steps" * (accumulation > 1)
     table.add_row("batch", f"{micro * accumulation * world.size} = {parts}")
     offload = f", offload to {config.zero.offload}" if config.zero.offload != "none" else ""
-    table.add_row("ZeRO", f"stage {config.zero.stage}{offload}")
+    moments = ", bf16 moments" if config.optimizer.moments == "bf16" else ""
+    table.add_row("ZeRO", f"stage {config.zero.stage}{offload}{moments}")
     weights = "bf16 weights, fp32 masters" if config.zero.stage else "autocast over fp32 weights"
     table.add_row("precision", "fp32" if dtype == torch.float32 else f"bf16 ({weights})")
     table.add_row("ops", _ops(world, dtype))
+    if config.model.attention_chunk:
+        table.add_row("attention", _sequential(config.model.attention_chunk, world))
     return table
 
 
@@ -64,6 +67,12 @@ def _ops(world: World, dtype: torch.dtype) -> str:
     if world.device.type == "cpu" and status["window_attention"] != "reference" and instructions:
         lines.append(f"attention kernels for {instructions}")
     return "\n".join(lines)
+
+
+def _sequential(chunk: int, world: World) -> str:
+    if world.device.type in ops.status()["window_attention"].partition(";")[0]:
+        return "its kernels hold no matrices: model.attention_chunk saves nothing here"
+    return f"{chunk} windows at a time, computed again in the backward pass"
 
 
 def _model(model: ModelConfig, moe: MoEConfig) -> str:

@@ -45,8 +45,12 @@ class ModelConfig(Section):
     pretrained_window_sizes: list[NonNegative] = []
     init_std: Annotated[float, Field(gt=0)] = 0.02  # of Linear layers; experts have moe.init_std
     extra_norm_every_n_blocks: NonNegative = 0  # on the main branch, as in Swin V2 H and G
-    # Recompute each block in the backward pass; offload: keep its input in host memory until then.
-    use_checkpoint: bool | Literal["offload"] = False
+    # Recompute each block in the backward pass, or so many of each stage's first ones; offload: keep
+    # their inputs in host memory until then.
+    use_checkpoint: bool | Literal["offload"] | list[NonNegative] = False
+    # Windows whose attention matrices exist at a time, where no kernel, which makes none, does the
+    # attention; they are made again in the backward pass. 0 = all windows.
+    attention_chunk: NonNegative = 0
     pretrained: str = ""  # weights to start from, of any dialect that `swin-moe convert` reads
 
     @property
@@ -72,6 +76,9 @@ class ModelConfig(Section):
             raise ValueError(f"num_heads has {len(self.num_heads)} stages, depths has {stages}")
         if len(self.pretrained_window_sizes) not in (0, stages):
             raise ValueError(f"pretrained_window_sizes must be empty or have {stages} entries")
+        self._check_checkpoint()
+        if self.attention_chunk and self.family == "swin_mlp":
+            raise ValueError("attention_chunk has no meaning in family=swin_mlp: no attention")
         for stage, heads in enumerate(self.num_heads):
             if (self.embed_dim << stage) % heads:
                 raise ValueError(
@@ -79,6 +86,25 @@ class ModelConfig(Section):
                     f"{self.embed_dim << stage}"
                 )
         return self
+
+
+    def _check_checkpoint(self) -> None:
+        counts = self.use_checkpoint
+        if not isinstance(counts, list):
+            return
+        if len(counts) != len(self.depths):
+            raise ValueError(
+                f"use_checkpoint has {len(counts)} stages, depths has {len(self.depths)}"
+            )
+        for stage, (count, depth) in enumerate(zip(counts, self.depths, strict=True)):
+            if count > depth:
+                raise ValueError(f"use_checkpoint[{stage}]={count}, but the stage has {depth} blocks")
+
+    def recomputed_blocks(self, stage: int) -> int:
+        """How many of a stage's first blocks are recomputed in the backward pass."""
+        if isinstance(self.use_checkpoint, list):
+            return self.use_checkpoint[stage]
+        return self.depths[stage] if self.use_checkpoint else 0
 
 
 class MoEConfig(Section):

@@ -27,6 +27,7 @@ class WindowAttention(nn.Module):
             ``log_cpb_sigmoid`` (V2: 16·sigmoid of it).
         pretrained_window_size: window the weights were trained at; 0 = this one.
         qk_scale: factor of the dot product; None = head_dim^−½.
+        chunk: see :func:`swin_moe.ops.window_attention`.
     """
 
     coords: Tensor
@@ -43,6 +44,7 @@ class WindowAttention(nn.Module):
         qkv_bias: bool = True,
         qk_scale: float | None = None,
         attn_drop: float = 0.0,
+        chunk: int = 0,
         proj_drop: float = 0.0,
     ) -> None:
         super().__init__()
@@ -51,7 +53,7 @@ class WindowAttention(nn.Module):
         self.cosine = cosine
         self.kind = position_bias
         self.pretrained_window_size = pretrained_window_size
-        self.attn_drop = attn_drop
+        self.attn_drop, self.chunk = attn_drop, chunk
         self.scale = qk_scale or (dim // num_heads) ** -0.5
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias and not cosine)
         if cosine:
@@ -147,6 +149,7 @@ class WindowAttention(nn.Module):
             shift_size=shift_size,
             cosine=self.cosine,
             dropout_p=self.attn_drop if self.training else 0.0,
+            chunk=self.chunk,
         )
         return self.proj_drop(self.proj(out))
 

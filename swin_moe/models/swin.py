@@ -7,7 +7,7 @@ names are the official ones; in every family any block's feed-forward may be a m
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from timm.layers import DropPath
@@ -131,25 +131,31 @@ class SwinBlock(nn.Module):
 
 
 class SwinStage(nn.Module):
-    """Blocks at one resolution, then patch merging (none in the last stage)."""
+    """Blocks at one resolution, then patch merging (none in the last stage).
+
+    Args:
+        recomputed: so many of the first blocks are computed again in the backward pass.
+        offload: and their inputs are kept in host memory until then.
+    """
 
     def __init__(
         self,
         blocks: list[SwinBlock],
         downsample: PatchMerging | None,
-        use_checkpoint: bool | Literal["offload"],
+        recomputed: int = 0,
+        offload: bool = False,
     ) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(blocks)
         self.downsample = downsample
-        self.use_checkpoint = use_checkpoint
+        self.recomputed, self.offload = recomputed, offload
 
     def forward_blocks(self, x: Tensor) -> tuple[Tensor, list[MoEResult]]:
         """x [B, H, W, C] through the blocks alone."""
         routed = []
-        for block in self.blocks:
-            if self.use_checkpoint and self.training and torch.is_grad_enabled():
-                x, result = recomputed(block, x, offload=self.use_checkpoint == "offload")
+        for index, block in enumerate(self.blocks):
+            if index < self.recomputed and self.training and torch.is_grad_enabled():
+                x, result = recomputed(block, x, offload=self.offload)
             else:
                 x, result = block(x)
             if result is not None:
@@ -202,7 +208,8 @@ class SwinTransformer(nn.Module):
         blocks = [self._build_block(stage, i, expert_group) for i in range(model.depths[stage])]
         last = stage == len(model.depths) - 1
         merging = None if last else PatchMerging(model.embed_dim << stage, post_norm)
-        return SwinStage(blocks, merging, model.use_checkpoint)
+        offload = model.use_checkpoint == "offload"
+        return SwinStage(blocks, merging, model.recomputed_blocks(stage), offload)
 
     def _build_block(self, stage: int, index: int, expert_group: Group | None) -> SwinBlock:
         model, dim = self.config, self.config.embed_dim << stage
@@ -224,6 +231,7 @@ class SwinTransformer(nn.Module):
                 qkv_bias=model.qkv_bias,
                 qk_scale=model.qk_scale,
                 attn_drop=model.attn_drop_rate,
+                chunk=model.attention_chunk,
                 proj_drop=model.drop_rate,
             )
         hidden = int(dim * model.mlp_ratio)

@@ -35,6 +35,7 @@ def window_attention(
     shift_size: int | tuple[int, int] = 0,
     cosine: bool = True,
     dropout_p: float = 0.0,
+    chunk: int = 0,
 ) -> Tensor:
     """Multi-head attention within (shifted) windows of a feature map.
 
@@ -53,6 +54,8 @@ def window_attention(
             get −100.
         cosine: cosine attention (V2) instead of the scaled dot product (V1).
         dropout_p: dropout on the probabilities, drawn from torch's default generator.
+        chunk: windows whose matrices the reference holds at a time; it makes them again in the
+            backward pass. 0 = those of all windows, and kept. The kernels never hold any.
 
     Returns:
         [B, H, W, heads·head_dim] in the dtype of ``qkv``; differentiable in ``qkv``, ``bias`` and
@@ -64,20 +67,20 @@ def window_attention(
     windows = Windows(_pair(window_size), _pair(shift_size), cosine, dropout_p)
     device = qkv.device.type
     if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
-        return _attention(qkv, bias, scale, windows)
+        return _attention(qkv, bias, scale, windows, chunk)
     if qkv.is_floating_point() and qkv.dtype != torch.float64:
         qkv = qkv.to(torch.get_autocast_dtype(device))
     with torch.autocast(device, enabled=False):
-        return _attention(qkv, bias, scale, windows)
+        return _attention(qkv, bias, scale, windows, chunk)
 
 
-def _attention(qkv: Tensor, bias: Tensor, scale: Tensor, windows: Windows) -> Tensor:
+def _attention(qkv: Tensor, bias: Tensor, scale: Tensor, windows: Windows, chunk: int) -> Tensor:
     _check(qkv, bias, scale, windows)
     seed = None
     if windows.dropout_p > 0:
         seed = draw_seed(qkv.device)
     if not _fits_kernel(qkv, windows):
-        return attention_reference(qkv, bias, scale, seed, windows)
+        return attention_reference(qkv, bias, scale, seed, windows, chunk)
     out, _ = torch.ops.swin_moe.window_attention(
         qkv, bias.float(), scale.float().flatten(), seed, *_numbers(windows)
     )

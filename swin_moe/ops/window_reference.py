@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
+from torch.utils.checkpoint import checkpoint
 
 from swin_moe.ops.dropout import keep_mask
 
@@ -85,18 +86,55 @@ class Windows(NamedTuple):
 
 
 def attention_reference(
-    qkv: Tensor, bias: Tensor, scale: Tensor, seed: Tensor | None, windows: Windows
+    qkv: Tensor,
+    bias: Tensor,
+    scale: Tensor,
+    seed: Tensor | None,
+    windows: Windows,
+    chunk: int = 0,
 ) -> Tensor:
-    """`window_attention` in PyTorch, for any float dtype; differentiable any number of times."""
-    H, W = qkv.shape[1:3]
-    q, k, v = windows.split(qkv).permute(3, 0, 1, 4, 2, 5).unbind(0)  # [B, nW, heads, N, d]
+    """`window_attention` in PyTorch, for any float dtype; differentiable any number of times.
+
+    Args:
+        chunk: windows computed at a time, and again in the backward pass; 0 = all, and kept. Of
+            Swin Transformer V2 (https://arxiv.org/abs/2111.09883), section 3.4.
+    """
+    B, H, W = qkv.shape[:3]
+    x = windows.split(qkv)  # [B, nW, N, 3, heads, d]
+    mask = windows.mask(H, W, qkv)
+    if not chunk:
+        return windows.merge(_attend(x, bias, scale, seed, windows, mask), H, W)
+    number = torch.arange(B * x.shape[1], device=qkv.device)
+    parts = [
+        checkpoint(
+            _attend, part, bias, scale, seed, windows,
+            None if mask is None else mask[numbers % x.shape[1]], index * chunk,
+            use_reentrant=False, preserve_rng_state=False,
+        )
+        for index, (part, numbers) in enumerate(
+            zip(x.flatten(0, 1)[None].split(chunk, 1), number.split(chunk), strict=True)
+        )
+    ]  # fmt: skip
+    return windows.merge(torch.cat(parts, 1).unflatten(1, (B, -1))[0], H, W)
+
+
+def _attend(
+    x: Tensor,
+    bias: Tensor,
+    scale: Tensor,
+    seed: Tensor | None,
+    windows: Windows,
+    mask: Tensor | None,
+    first: int = 0,
+) -> Tensor:
+    """Windows [B, nW, N, 3, heads, d], the first of which has that number, to [B, nW, N, C]."""
+    q, k, v = x.permute(3, 0, 1, 4, 2, 5).unbind(0)  # [B, nW, heads, N, d]
     if windows.cosine:
         q, k = _unit(q), _unit(k)
-    probabilities = _logits(q, k, bias, scale, windows, (H, W)).softmax(-1)
+    probabilities = _logits(q, k, bias, scale, windows, mask).softmax(-1)
     if windows.dropout_p > 0:
-        probabilities = probabilities * _keep(seed, probabilities, windows.dropout_p)
-    out = (probabilities.to(v.dtype) @ v).transpose(2, 3).flatten(3)  # [B, nW, N, heads·d]
-    return windows.merge(out, H, W)
+        probabilities = probabilities * _keep(seed, probabilities, windows.dropout_p, first)
+    return (probabilities.to(v.dtype) @ v).transpose(2, 3).flatten(3)
 
 
 def forward_reference(
@@ -107,7 +145,9 @@ def forward_reference(
     q, k, _ = windows.split(qkv).permute(3, 0, 1, 4, 2, 5).unbind(0)
     if windows.cosine:
         q, k = _unit(q), _unit(k)
-    lse = _logits(q, k, bias, scale, windows, (H, W)).logsumexp(-1) * math.log2(math.e)
+    lse = _logits(q, k, bias, scale, windows, windows.mask(H, W, q)).logsumexp(-1) * math.log2(
+        math.e
+    )
     return attention_reference(qkv, bias, scale, seed, windows), lse.flatten(0, 1).to(bias.dtype)
 
 
@@ -128,7 +168,7 @@ def backward_reference(
     per_head = (windows.split(x.to(wide)).unflatten(3, (heads, -1)) for x in (grad_out, out))
     grad, out = (x.transpose(2, 3) for x in per_head)  # [B, nW, heads, N, d]
     q, k = (_unit(raw_q), _unit(raw_k)) if windows.cosine else (raw_q, raw_k)
-    logits = _logits(q, k, bias, scale, windows, (H, W))
+    logits = _logits(q, k, bias, scale, windows, windows.mask(H, W, q))
     p = torch.exp2(logits * math.log2(math.e) - lse.view(logits.shape[:-1]).unsqueeze(-1))
     keep = _keep(seed, p, windows.dropout_p) if windows.dropout_p > 0 else torch.ones_like(p)
     grad_v = (p * keep).transpose(-2, -1) @ grad
@@ -155,13 +195,12 @@ def _factor(scale: Tensor, cosine: bool, dtype: torch.dtype) -> Tensor:
 
 
 def _logits(
-    q: Tensor, k: Tensor, bias: Tensor, scale: Tensor, windows: Windows, sides: tuple[int, int]
+    q: Tensor, k: Tensor, bias: Tensor, scale: Tensor, windows: Windows, mask: Tensor | None
 ) -> Tensor:
     """[B, nW, heads, N, N] in at least fp32, of rows that are of length one if they shall be."""
     wide = torch.promote_types(q.dtype, torch.float32)
     factor = _factor(scale, windows.cosine, wide)
     logits = (q @ k.transpose(-2, -1)).to(wide) * factor + bias.to(wide)
-    mask = windows.mask(*sides, q)
     return logits if mask is None else logits + mask.to(wide)[:, None]
 
 
@@ -178,11 +217,15 @@ def _through_unit(raw: Tensor, unit: Tensor, grad: Tensor) -> Tensor:
     return (grad - unit * radial) / norm.clamp(min=MIN_NORM)
 
 
-def _keep(seed: Tensor | None, probabilities: Tensor, dropout_p: float) -> Tensor:
-    """0 or 1 / (1 − p) per probability [B, nW, heads, N, N], by the number of its query."""
+def _keep(seed: Tensor | None, probabilities: Tensor, dropout_p: float, first: int = 0) -> Tensor:
+    """0 or 1 / (1 − p) per probability [B, nW, heads, N, N], by the number of its query.
+
+    Args:
+        first: number of the first window.
+    """
     assert seed is not None
     B, nW, heads, N, _ = probabilities.shape
-    row = torch.arange(B * nW * heads * N, device=seed.device)
+    row = torch.arange(B * nW * heads * N, device=seed.device) + first * heads * N
     return keep_mask(seed, row, N, dropout_p).view_as(probabilities)
 
 

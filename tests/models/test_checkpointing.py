@@ -96,6 +96,26 @@ def test_output_and_gradients_are_equal_bit_for_bit(case, how, calls):
         assert (plain["dropped"].sum() > 0) == (case != "swinv2 moe dropless")
 
 
+def test_some_blocks_of_a_stage(calls):
+    """The first ones of each stage, so many as the list says, and nothing else changes."""
+    plain = step(build("swinv2 moe", False))
+    model = build("swinv2 moe", [1, 2])
+    assert not differences(plain, step(model))
+    chosen = [*model.layers[0].blocks[:1], *model.layers[1].blocks[:2]]
+    assert calls == chosen
+    kept = [saved_bytes(build("swinv2 moe", how)) for how in (False, [1, 2], True)]
+    assert kept[0] > kept[1] > kept[2]
+
+
+@pytest.mark.parametrize(
+    ("counts", "message"),
+    [([1], "has 1 stages, depths has 2"), ([1, 4], r"\[1\]=4, but the stage has 3 blocks")],
+)
+def test_a_list_that_does_not_fit_the_depths_is_told(counts, message):
+    with pytest.raises(ValueError, match=f"use_checkpoint.*{message}"):
+        ModelConfig(**{**MODEL, "use_checkpoint": counts})
+
+
 @pytest.fixture
 def plans(monkeypatch):
     """Every routing plan, in the order in which they are made."""
