@@ -180,11 +180,11 @@ class Engine:
         accumulation_steps: int,
     ) -> None:
         check_deepspeed()
-        if zero.offload == "nvme":
+        if zero.uses_files:
             _prepare_nvme(zero, world)
         self.world = world
         self.model = model
-        self._nvme_path = zero.nvme_path if zero.offload == "nvme" else ""
+        self._nvme_path = zero.nvme_path if zero.uses_files else ""
         self.stage = zero.stage
         self.dtype = dtype
         self.clip_norm = optimizer.clip_norm
@@ -219,6 +219,15 @@ class Engine:
             stage["offload_optimizer"] = {"device": zero.offload}
         if zero.offload == "nvme":
             stage["offload_optimizer"]["nvme_path"] = zero.nvme_path
+        if zero.offload_weights != "none":
+            stage["offload_param"] = {"device": zero.offload_weights}
+        if zero.offload_weights == "nvme":
+            largest = max(parameter.numel() for parameter in self.model.parameters())
+            stage["offload_param"] |= {
+                "nvme_path": zero.nvme_path,
+                "max_in_cpu": 0,
+                "buffer_size": -(-largest // self.world.size),  # a rank's part of any
+            }
         return {
             "train_micro_batch_size_per_gpu": micro_batch,
             "gradient_accumulation_steps": accumulation,

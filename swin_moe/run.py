@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from . import checkpoint, distributed, ops, report
+from . import checkpoint, distributed, ops, preflight, report
 from .checkpoint import Saved, Writer
 from .config import Config, dump_config, load_config
 from .data import Loader, build_mixing, loader_of
@@ -56,11 +56,18 @@ class _Job:
     log: MetricLog | None
 
 
-def train(config: Config, world: World, console: Console, fresh: bool = False) -> Path:
+def train(
+    config: Config,
+    world: World,
+    console: Console,
+    fresh: bool = False,
+    verdict: preflight.Verdict | None = None,
+) -> Path:
     """Train as the config says, from the last checkpoint of its run directory if there is one.
 
     Args:
         fresh: start anew; an existing run directory is moved aside, never overwritten.
+        verdict: of the processes, that they are alike; None leaves the rest of the preflight out.
 
     Returns:
         the run directory.
@@ -75,6 +82,9 @@ def train(config: Config, world: World, console: Console, fresh: bool = False) -
         _check(config, world)
         torch.set_flush_denormal(config.precision.flush_denormals)
         run = Run(Path(config.train.output), world, console)
+        if verdict is not None:
+            dtype = resolve_precision(config.precision, world.device)
+            preflight.at_start(config, verdict, world, dtype, run.say)
         _choose_micro_batch(run, config, fresh)
         # All input is checked before anything is written.
         loaders = [
@@ -269,7 +279,7 @@ def _check(config: Config, world: World) -> None:
 
 def _build_engine(config: Config, model: SwinTransformer, world: World) -> Engine:
     zero = config.zero
-    if zero.offload == "nvme":  # a folder of this run's, the same at each start
+    if zero.uses_files:  # a folder of this run's, the same at each start
         folder = Path(config.train.output).resolve()
         name = f"{folder.name}-{hashlib.sha256(str(folder).encode()).hexdigest()[:12]}"
         zero = zero.model_copy(update={"nvme_path": str(Path(zero.nvme_path) / name)})
@@ -415,6 +425,7 @@ def _save(config: Config, world: World, engine: Engine, writer: Writer, position
         config_text=dump_config(config),
         keep_last=config.checkpoint.keep_last,
         best_step=position.best_step,
+        size=engine.saved_bytes,
     )
 
 

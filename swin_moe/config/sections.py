@@ -45,8 +45,8 @@ class ModelConfig(Section):
     pretrained_window_sizes: list[NonNegative] = []
     init_std: Annotated[float, Field(gt=0)] = 0.02  # of Linear layers; experts have moe.init_std
     extra_norm_every_n_blocks: NonNegative = 0  # on the main branch, as in Swin V2 H and G
-    # Recompute each block in the backward pass, or so many of each stage's first ones; offload: keep
-    # their inputs in host memory until then.
+    # Recompute each block in the backward pass, or so many of each stage's first ones; offload: and
+    # keep their inputs in host memory until then.
     use_checkpoint: bool | Literal["offload"] | list[NonNegative] = False
     # Windows whose attention matrices exist at a time, where no kernel, which makes none, does the
     # attention; they are made again in the backward pass. 0 = all windows.
@@ -87,7 +87,6 @@ class ModelConfig(Section):
                 )
         return self
 
-
     def _check_checkpoint(self) -> None:
         counts = self.use_checkpoint
         if not isinstance(counts, list):
@@ -98,7 +97,9 @@ class ModelConfig(Section):
             )
         for stage, (count, depth) in enumerate(zip(counts, self.depths, strict=True)):
             if count > depth:
-                raise ValueError(f"use_checkpoint[{stage}]={count}, but the stage has {depth} blocks")
+                raise ValueError(
+                    f"use_checkpoint[{stage}]={count}, but the stage has {depth} blocks"
+                )
 
     def recomputed_blocks(self, stage: int) -> int:
         """How many of a stage's first blocks are recomputed in the backward pass."""
@@ -328,7 +329,8 @@ class ZeroConfig(Section):
 
     stage: Annotated[int, Field(ge=0, le=3)] = 1
     offload: Literal["none", "cpu", "nvme"] = "none"  # to host memory, or to files
-    nvme_path: str = ""  # a folder on a fast disk of each node, for offload=nvme
+    offload_weights: Literal["none", "cpu", "nvme"] = "none"  # of ZeRO-3: those of the model, too
+    nvme_path: str = ""  # a folder on a fast disk of each node, for nvme
 
     @model_validator(mode="after")
     def _check(self) -> ZeroConfig:
@@ -336,9 +338,22 @@ class ZeroConfig(Section):
             raise ValueError("offload=cpu needs zero.stage 1, 2 or 3")
         if self.offload == "nvme" and self.stage != 3:
             raise ValueError("offload=nvme needs zero.stage=3")
-        if self.offload == "nvme" and not self.nvme_path:
-            raise ValueError("offload=nvme needs zero.nvme_path, a folder on a fast local disk")
+        if self.offload_weights != "none" and self.stage != 3:
+            raise ValueError(f"offload_weights={self.offload_weights} needs zero.stage=3")
+        if self.offload_weights != "none" and self.offload == "none":
+            raise ValueError(
+                f"offload_weights={self.offload_weights} needs zero.offload=cpu or nvme, for "
+                "masters and moments are larger than weights"
+            )
+        for key in ("offload", "offload_weights"):
+            if getattr(self, key) == "nvme" and not self.nvme_path:
+                raise ValueError(f"{key}=nvme needs zero.nvme_path, a folder on a fast local disk")
         return self
+
+    @property
+    def uses_files(self) -> bool:
+        """Whether anything is kept below ``nvme_path``."""
+        return "nvme" in (self.offload, self.offload_weights)
 
 
 class PrecisionConfig(Section):

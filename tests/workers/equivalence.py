@@ -122,8 +122,9 @@ def write_checkpoint(folder: Path, engine, world, step: int = STEPS) -> None:
 
 
 def make_engine(
-    world, cell: Cell, prepare=lambda model: None, shape=MODEL, nvme_path="", moments="fp32"
-):
+    world, cell: Cell, prepare=lambda model: None, shape=MODEL, nvme_path="", moments="fp32",
+    weights="none",
+):  # fmt: skip
     """``prepare`` is called with the model before DeepSpeed has it."""
     from swin_moe.engine import Engine
     from swin_moe.models import build
@@ -141,7 +142,9 @@ def make_engine(
         model,
         world,
         optimizer=optimizer.model_copy(update={"moments": moments}),
-        zero=ZeroConfig(stage=cell.stage, offload=cell.offload, nvme_path=nvme_path),
+        zero=ZeroConfig(
+            stage=cell.stage, offload=cell.offload, nvme_path=nvme_path, offload_weights=weights
+        ),
         dtype=DTYPES[cell.dtype],
         micro_batch=cell.micro_batch,
         accumulation_steps=cell.accumulation,

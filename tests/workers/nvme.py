@@ -16,9 +16,12 @@ from tests.workers.equivalence import (
 # Smaller sub-groups stay in memory.
 WIDE = MODEL.model_copy(update={"embed_dim": 64})
 HALF, STEPS = 2, 4
+FILES = ("nvme", "nvme")  # weights, too
 
 
-def train(world, cell: Cell, folder: Path, first: int, last: int) -> list[float]:
+def train(
+    world, cell: Cell, folder: Path, first: int, last: int, weights: str = "none", **options: str
+) -> list[float]:
     """Updates [first, last), from the checkpoint of ``first`` on if that is not the beginning."""
     from swin_moe.checkpoint import Reader, load_weights
 
@@ -28,7 +31,8 @@ def train(world, cell: Cell, folder: Path, first: int, last: int) -> list[float]
 
     if first:
         reader = Reader(folder / f"step-{first:08d}")
-    engine = make_engine(world, cell, prepare, WIDE, str(folder.parent / "nvme"))
+    place = str(folder.parent / "nvme")
+    engine = make_engine(world, cell, prepare, WIDE, place, weights=weights, **options)
     if first:
         layout = layout_of(engine.model, world)
         engine.load(
@@ -52,15 +56,19 @@ def main() -> None:
     world = distributed.init()
     folder = Path(sys.argv[1])
     for dtype in ("fp32", "bf16"):
-        figures = {}
-        for offload in ("cpu", "nvme"):
-            cell = Cell(2, stage=3, dtype=dtype, offload=offload)
-            through = train(world, cell, folder / f"{dtype}-{offload}-through", 0, STEPS)
-            halves = train(world, cell, folder / f"{dtype}-{offload}", 0, HALF)
-            halves += train(world, cell, folder / f"{dtype}-{offload}", HALF, STEPS)
-            assert halves == through, (offload, halves, through)
-            figures[offload] = through
-        assert figures["cpu"] == figures["nvme"], figures
+        for moments in ("fp32", "bf16"):
+            figures = []
+            for offload, weights in (("cpu", "none"), ("cpu", "cpu"), ("nvme", "none"), FILES):
+                cell = Cell(2, stage=3, dtype=dtype, offload=offload)
+                options = {"weights": weights, "moments": moments}
+                place = folder / f"{dtype}-{moments}-{offload}-{weights}"
+                through = train(world, cell, place / "through", 0, STEPS, **options)
+                halves = train(world, cell, place, 0, HALF, **options)
+                halves += train(world, cell, place, HALF, STEPS, **options)
+                assert halves == through, (offload, halves, through)
+                figures.append(through)
+                print(f"{place.name} passed", flush=True)
+            assert figures[1:] == figures[:-1], figures
     if world.is_main:
         (folder / "passed").touch()
     distributed.shutdown()
