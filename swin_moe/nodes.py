@@ -16,7 +16,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import psutil
-from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
+from torch.distributed.elastic.rendezvous.utils import (
+    _matches_machine_hostname,
+    parse_rendezvous_endpoint,
+)
 
 PORT = 29500
 TIMEOUT = 300  # seconds for all nodes to come
@@ -129,22 +132,32 @@ def find_nodes(arguments: Any, stop_asked: Callable[[], bool]) -> Nodes | None:
     nodes = Nodes(f"{host}:{port}", timeout, arguments.nnodes, stop_asked)
     began = time.monotonic()
     address = _resolve(host, min(timeout, _RESOLVE))
-    hosts = False
     if _is_here(address):
         arguments.local_addr = arguments.local_addr or host
-        hosts = not _another_hosts(port)
+        # Where torch sees it itself, it tries both: there may be several nodes on this machine.
+        if not (_another_hosts(port) or _matches_machine_hostname(host)):
+            settings["is_host"] = "true"
     else:
+        settings["is_host"] = "false"
         own = _way_to(address, port, nodes)
         _wait_for_master(address, port, nodes)
         arguments.local_addr = arguments.local_addr or own
         address = own
     nodes.interface = _interface(address)
     left = max(timeout - (time.monotonic() - began), 1.0)
-    settings |= {"is_host": str(hosts).lower(), "join_timeout": f"{left:.0f}"}
+    settings["join_timeout"] = f"{left:.0f}"
     settings.setdefault("read_timeout", f"{max(timeout, 1):.0f}")
     arguments.rdzv_conf = ",".join(f"{key}={value}" for key, value in settings.items())
     arguments.rdzv_endpoint = nodes.endpoint
     return nodes
+
+
+def check_port(host: str, port: int) -> None:
+    """Raise ``ValueError`` if ``host`` is this machine and something else listens at ``port``."""
+    with contextlib.suppress(OSError, UnicodeError):  # a name that is known elsewhere, perhaps
+        address = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0][4][0]
+        if _is_here(str(address)):
+            _another_hosts(port)
 
 
 def _resolve(host: str, patience: float) -> str:
@@ -180,7 +193,7 @@ def _another_hosts(port: int) -> bool:
     Raises:
         ValueError: the port is taken by something else.
     """
-    if not taken(port):
+    if not _taken(port):
         return False
     owner = "another program"
     for connection in psutil.net_connections("tcp"):
@@ -197,7 +210,7 @@ def _another_hosts(port: int) -> bool:
     )
 
 
-def taken(port: int) -> bool:
+def _taken(port: int) -> bool:
     """Whether this program cannot listen at ``port`` of this machine."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

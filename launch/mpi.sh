@@ -1,0 +1,26 @@
+#!/usr/bin/env bash
+# Train through Open MPI on the hosts of a hostfile ("HOST slots=GPUS"): a process per slot.
+#
+#   launch/mpi.sh --hostfile FILE [--master HOST[:PORT]] [--doctor] [--dry-run]
+#                 CONFIG [key=value ...]
+#
+# Needs mpirun and this folder at the same path on all hosts, and ssh without a password to them.
+# mpirun's own options come from its environment, such as OMPI_MCA_btl_tcp_if_include=eth0.
+set -euo pipefail
+source "$(dirname -- "${BASH_SOURCE[0]}")/common.sh"
+
+hostfile='' master=''
+options "hostfile master" "$@"
+read_hostfile "$hostfile"
+split_master "${master:-${hosts[0]}}" 29500
+[[ $dry_run == 1 ]] || command -v mpirun >/dev/null || die "mpirun is missing (apt install openmpi-bin)"
+
+export MASTER_ADDR=$master_host MASTER_PORT=$master_port OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+exports=()
+for name in MASTER_ADDR MASTER_PORT OMP_NUM_THREADS PYTHONPATH \
+  MALLOC_MMAP_MAX_ MALLOC_TRIM_THRESHOLD_ MALLOC_TOP_PAD_ CUDA_VISIBLE_DEVICES; do
+  [[ -z ${!name+set} ]] || exports+=(-x "$name")
+done
+# Without -q it would add a page of its own to what a process has told.
+launch mpirun -q --hostfile "$hostfile" -n "$slots" --bind-to none "${exports[@]}" \
+  "$python" -m swin_moe "$action" "${rest[@]}"

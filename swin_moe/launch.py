@@ -1,0 +1,279 @@
+"""``swin-moe launch``: checks what can be checked before anything starts, then runs ``launch/*``.
+
+The scripts there are the launchers; this only finds mistakes early and fills in their options.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .config import Config, dump_plain, load_config, load_plain
+from .distributed import check_world
+from .nodes import check_port
+
+FOLDER = Path(__file__).resolve().parent.parent / "launch"
+PORT = 29500
+POD_TIMEOUT = 900  # seconds for all pods to be scheduled and to have their image
+
+# What each engine takes beside CONFIG and its overrides.
+ENGINES = {
+    "local": {"gpus_per_node", "max_restarts"},
+    "torchrun": {"nodes", "gpus_per_node", "master", "max_restarts", "timeout"},
+    "slurm": {"nodes", "gpus_per_node", "cpu", "max_restarts", "timeout", "experiments"},
+    "deepspeed": {"nodes", "gpus_per_node", "master", "hostfile"},
+    "mpi": {"nodes", "gpus_per_node", "master", "hostfile"},
+    "kubernetes": {"nodes", "gpus_per_node", "cpu", "max_restarts", "timeout", "manifest"},
+}
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the user asked for; None and empty where an option was not given.
+
+    Attributes:
+        nodes: a number, or MIN:MAX with torchrun. gpus_per_node: processes of a node.
+        cpu: the processes run on CPUs, and no GPUs are asked for.
+        experiments: file with the overrides of an array task per line.
+        manifest: the TrainJob to fill in. doctor: check the machines instead of training.
+    """
+
+    engine: str
+    config: str
+    overrides: list[str] = field(default_factory=list)
+    nodes: str = ""
+    gpus_per_node: int | None = None
+    cpu: bool = False
+    master: str = ""
+    hostfile: str = ""
+    max_restarts: int | None = None
+    timeout: int | None = None
+    experiments: str = ""
+    manifest: str = ""
+    fresh: bool = False
+    doctor: bool = False
+
+    @property
+    def words(self) -> list[str]:
+        """CONFIG and all that follows it."""
+        return [self.config, *self.overrides, *(["--fresh"] if self.fresh else [])]
+
+    def given(self) -> dict[str, Any]:
+        """The options of engines that were given."""
+        every = set().union(*ENGINES.values())
+        values = {name: getattr(self, name) for name in sorted(every)}
+        return {name: value for name, value in values.items() if value not in ("", None, False)}
+
+
+def launch(request: Request, dry_run: bool = False) -> int:
+    """Replace this process by the engine's launcher, or print what would run.
+
+    Returns:
+        the exit code of kubectl; the other engines' launchers take this process's place.
+
+    Raises:
+        ValueError: one line about the first mistake; nothing was started.
+    """
+    check(request)
+    if request.engine == "kubernetes":
+        text = dump_plain(train_job(request))
+        if dry_run:
+            print(text, end="")
+            return 0
+        _need_program("kubectl", "Kubernetes")
+        return subprocess.run(["kubectl", "apply", "-f", "-"], input=text, text=True).returncode
+    words = command(request)
+    if dry_run:
+        if request.engine == "slurm":
+            print(shlex.join(words))
+            return 0
+        words.insert(1, "--dry-run")
+    elif request.engine == "slurm":
+        _need_program("sbatch", "Slurm")
+    sys.stdout.flush()
+    os.execvp(words[0], words)
+
+
+def _need_program(name: str, engine: str) -> None:
+    if shutil.which(name) is None:
+        raise ValueError(f"{name} is not installed here: call this where {engine} can be reached")
+
+
+def command(request: Request) -> list[str]:
+    """The script of ``launch/`` with its options, for every engine but Kubernetes."""
+    given = request.given()
+    options = []
+    for name in ("nodes", "master", "hostfile", "max_restarts", "timeout", "experiments"):
+        if name in given and (name != "nodes" or request.engine == "torchrun"):
+            options += [f"--{name.replace('_', '-')}", str(given[name])]
+    if request.gpus_per_node and (request.engine in ("local", "torchrun") or request.cpu):
+        options += ["--processes", str(request.gpus_per_node)]
+    if request.doctor:
+        options.append("--doctor")
+    if request.engine != "slurm":
+        return [str(FOLDER / f"{request.engine}.sh"), *options, *request.words]
+    batch = ["env", f"SWIN_MOE_ROOT={FOLDER.parent}", "sbatch", "--nodes", request.nodes or "1"]
+    if not request.cpu:
+        batch += ["--gpus-per-node", str(request.gpus_per_node)]
+    if request.experiments:
+        batch += ["--array", f"1-{len(read_experiments(Path(request.experiments)))}"]
+    return [*batch, str(FOLDER / "slurm.sbatch"), *options, *request.words]
+
+
+def check(request: Request) -> Config:
+    """Raise ``ValueError`` for what can be seen to be wrong from here; returns the config."""
+    if not FOLDER.is_dir():
+        raise ValueError(f"{FOLDER}: no launchers there; install the project from its repository")
+    for name in request.given():
+        if name not in ENGINES[request.engine]:
+            engines = ", ".join(engine for engine, names in ENGINES.items() if name in names)
+            raise ValueError(
+                f"--{name.replace('_', '-')} is not for --on {request.engine}, but for {engines}"
+            )
+    for name, least in (("gpus_per_node", 1), ("max_restarts", 0), ("timeout", 1)):
+        value = getattr(request, name)
+        if value is not None and value < least:
+            raise ValueError(
+                f"--{name.replace('_', '-')} {value}: expected a number from {least} on"
+            )
+    config = load_config(request.config, request.overrides)
+    if request.experiments:
+        for number, words in read_experiments(Path(request.experiments)):
+            try:
+                load_config(request.config, [*request.overrides, *words])
+            except ValueError as error:
+                raise ValueError(f"{request.experiments}:{number}: {error}") from None
+    size = config.parallel.expert_parallel_size
+    for processes in _worlds(request):
+        if size != "auto":
+            check_world(processes, size)
+    return config
+
+
+def _worlds(request: Request) -> list[int]:
+    """The numbers of processes that this may come to, as far as is known here."""
+    if request.engine in ("deepspeed", "mpi"):
+        return [_check_hostfile(request)]
+    match = re.fullmatch(r"([1-9]\d{0,5})(?::([1-9]\d{0,5}))?", request.nodes or "1")
+    elastic = request.engine == "torchrun"
+    if match is None or (match[2] and not elastic):
+        raise ValueError(
+            f"--nodes {request.nodes}: expected a number" + (" or MIN:MAX" if elastic else "")
+        )
+    least, most = int(match[1]), int(match[2] or match[1])
+    if least > most:
+        raise ValueError(f"--nodes {request.nodes}: MIN is more than MAX")
+    if request.engine == "torchrun":
+        if not request.nodes:
+            raise ValueError("--nodes N is missing: how many machines run this command")
+        _check_master(request.master)
+    if request.gpus_per_node is None and request.engine in ("slurm", "kubernetes"):
+        raise ValueError("--gpus-per-node M is missing (with --cpu: processes of a node)")
+    gpus = torch.cuda.device_count()
+    if request.engine in ("local", "torchrun") and gpus and (request.gpus_per_node or 0) > gpus:
+        raise ValueError(
+            f"--gpus-per-node {request.gpus_per_node}: this machine has {gpus} "
+            f"(CUDA_VISIBLE_DEVICES counts)"
+        )
+    processes = request.gpus_per_node or gpus
+    if not processes:
+        return []  # the script tells, or takes 2 on a CPU
+    return [nodes * processes for nodes in range(least, most + 1)]
+
+
+def _check_master(master: str) -> None:
+    match = re.fullmatch(r"([A-Za-z0-9][A-Za-z0-9._-]*)(?::(\d{1,5}))?", master)
+    if match is None or not 0 < int(match[2] or PORT) < 2**16:
+        raise ValueError(f"--master {master!r}: expected HOST or HOST:PORT of one of the nodes")
+    check_port(match[1], int(match[2] or PORT))
+
+
+def read_hostfile(path: Path) -> dict[str, int]:
+    """Slots by host. Names reach shells on other machines, so that only plain lines pass."""
+    hosts: dict[str, int] = {}
+    for number, line in _lines(path, "--hostfile"):
+        match = re.fullmatch(r"([A-Za-z0-9][A-Za-z0-9._-]*)\s+slots=([1-9]\d{0,3})\s*", line)
+        if match is None:
+            raise ValueError(f"{path}:{number}: expected 'HOST slots=GPUS', got {line!r}")
+        if match[1] in hosts:
+            raise ValueError(f"{path}:{number}: host {match[1]} stands twice in this file")
+        hosts[match[1]] = int(match[2])
+    if not hosts:
+        raise ValueError(f"{path}: no line 'HOST slots=GPUS' in this file")
+    return hosts
+
+
+def _check_hostfile(request: Request) -> int:
+    if not request.hostfile:
+        raise ValueError("--hostfile FILE is missing; its lines read 'HOST slots=GPUS'")
+    hosts = read_hostfile(Path(request.hostfile))
+    if request.nodes and request.nodes != str(len(hosts)):
+        raise ValueError(f"--nodes {request.nodes}: {request.hostfile} lists {len(hosts)} hosts")
+    for host, slots in hosts.items():
+        if request.gpus_per_node not in (None, slots):
+            raise ValueError(
+                f"--gpus-per-node {request.gpus_per_node}: {request.hostfile} gives {slots} slots "
+                f"to {host}"
+            )
+    _check_master(request.master or next(iter(hosts)))
+    return sum(hosts.values())
+
+
+def read_experiments(path: Path) -> list[tuple[int, list[str]]]:
+    """Line number and overrides of each experiment, as ``launch/slurm.sbatch`` reads them."""
+    found = [(number, line.split()) for number, line in _lines(path, "--experiments")]
+    if not found:
+        raise ValueError(f"{path}: no experiments in this file: a line of key=value each")
+    return found
+
+
+def _lines(path: Path, option: str) -> list[tuple[int, str]]:
+    """Lines with their numbers, without comments and blank ones."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ValueError(f"{option} {path}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise ValueError(f"{option} {path}: not a text file") from None
+    numbered = enumerate(text.split("\n"), start=1)
+    return [(n, line) for n, line in numbered if not re.fullmatch(r"\s*(#.*)?", line)]
+
+
+def train_job(request: Request) -> dict[str, Any]:
+    """The TrainJob of ``launch/kubernetes.yaml``, or the user's own, filled in."""
+    path = Path(request.manifest or FOLDER / "kubernetes.yaml")
+    job = load_plain(path)
+    nodes, processes = int(request.nodes or 1), int(request.gpus_per_node or 1)
+    try:
+        trainer, metadata = job["spec"]["trainer"], job["metadata"]
+        trainer |= {"numNodes": nodes, "numProcPerNode": processes}
+    except (KeyError, TypeError):
+        raise ValueError(f"{path}: expected a TrainJob with metadata and spec.trainer") from None
+    stem = re.sub(r"[^a-z0-9]+", "-", Path(request.config).stem.lower()).strip("-")
+    metadata["name"] = stem[:40].strip("-") or "swin-moe"
+    if request.cpu:
+        trainer.get("resourcesPerNode", {}).get("limits", {}).pop("nvidia.com/gpu", None)
+    else:
+        resources = trainer.setdefault("resourcesPerNode", {}).setdefault("limits", {})
+        resources["nvidia.com/gpu"] = str(processes)
+    restarts = 3 if request.max_restarts is None else request.max_restarts
+    trainer["command"] = [
+        "python", "-m", "swin_moe.torchrun",
+        "--nnodes", str(nodes), "--nproc-per-node", str(processes),
+        "--rdzv-backend", "c10d", "--rdzv-endpoint", "$(PET_MASTER_ADDR):$(PET_MASTER_PORT)",
+        "--rdzv-conf", f"join_timeout={request.timeout or POD_TIMEOUT}",
+        "--max-restarts", str(restarts),
+        "-m", "swin_moe", "doctor" if request.doctor else "train",
+    ]  # fmt: skip
+    # Kubernetes would put variables in where it reads $(NAME).
+    trainer["args"] = [word.replace("$(", "$$(") for word in request.words]
+    return job

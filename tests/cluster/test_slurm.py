@@ -1,0 +1,165 @@
+"""A real Slurm: munge, a controller and two node daemons on loopback, all in a temporary folder."""
+
+import os
+import shutil
+import socket
+import subprocess
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from tests.cluster.tools import (
+    LAUNCH,
+    ROOT,
+    environment,
+    last_step,
+    need,
+    run_of,
+    starts,
+    until,
+    write_config,
+)
+
+# Nodes are called by addresses, which resolve everywhere.
+NODES = ("127.0.0.21", "127.0.0.22")
+SETTINGS = """\
+ClusterName=loopback
+SlurmctldHost=HOST(127.0.0.1)
+SlurmctldPort=PORT0
+SlurmUser=root
+SlurmdUser=root
+AuthType=auth/munge
+AuthInfo=socket=FOLDER/munge.socket
+StateSaveLocation=FOLDER/state
+SlurmdSpoolDir=FOLDER/spool-%n
+SlurmctldPidFile=FOLDER/slurmctld.pid
+SlurmdPidFile=FOLDER/slurmd-%n.pid
+SlurmctldLogFile=FOLDER/slurmctld.log
+SlurmdLogFile=FOLDER/slurmd-%n.log
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+MpiDefault=none
+SelectType=select/linear
+SchedulerParameters=batch_sched_delay=0,sched_interval=1,bf_interval=1,sched_min_interval=0
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+KillWait=5
+ReturnToService=2
+SlurmdTimeout=300
+SlurmdParameters=config_overrides
+"""
+
+
+class Slurm:
+    def __init__(self, folder):
+        self.folder, self.daemons = folder, []
+        self.env = environment(SLURM_CONF=str(folder / "slurm.conf"), SWIN_MOE_ROOT=str(ROOT))
+
+    def start(self):
+        folder = self.folder
+        key = folder / "munge.key"
+        key.write_bytes(os.urandom(1024))
+        key.chmod(0o400)
+        (folder / "state").mkdir()
+        ports = free_ports(3)
+        host = socket.gethostname()
+        text = SETTINGS.replace("FOLDER", str(folder)).replace("PORT0", str(ports[0]))
+        text = text.replace("HOST(", f"{host}(")
+        for name, port in zip(NODES, ports[1:], strict=True):
+            text += f"NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs=2\n"
+        nodes = ",".join(NODES)
+        text += f"PartitionName=low Nodes={nodes} Default=YES PriorityTier=1 GraceTime=200\n"
+        text += f"PartitionName=high Nodes={nodes} PriorityTier=9 PreemptMode=off\n"
+        (folder / "slurm.conf").write_text(text)
+        self.run_daemon(
+            "munged", "-F", "--force", "--num-threads=2", f"--key-file={key}",
+            f"--socket={folder}/munge.socket", f"--pid-file={folder}/munged.pid",
+            f"--log-file={folder}/munged.log", f"--seed-file={folder}/munged.seed",
+        )  # fmt: skip
+        until(lambda: (folder / "munge.socket").exists(), "munged listens")
+        self.run_daemon("slurmctld", "-D", "-i")
+        for name in NODES:
+            self.run_daemon("slurmd", "-D", "-N", name)
+        until(lambda: self.say("sinfo", "-h", "-N", "-o", "%t").split() == ["idle"] * 4, "nodes")
+
+    def run_daemon(self, *command):
+        with (self.folder / f"{command[0]}.out").open("a") as output:
+            self.daemons.append(
+                subprocess.Popen(command, env=self.env, stdout=output, stderr=output)
+            )
+
+    def say(self, *command):
+        done = subprocess.run(
+            command, env=self.env, capture_output=True, text=True, check=False, cwd=self.folder
+        )
+        return done.stdout if done.returncode == 0 else ""
+
+    def submit(self, *options):
+        """Returns the job's number."""
+        done = subprocess.run(
+            ["sbatch", "--parsable", *map(str, options)],
+            env=self.env, capture_output=True, text=True, check=False, cwd=self.folder,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        return done.stdout.strip()
+
+    def state(self, job):
+        return self.say("squeue", "-h", "-t", "all", "-j", job, "-o", "%T").strip()
+
+    def log(self, job):
+        path = self.folder / f"slurm-{job}.log"
+        return path.read_text() if path.exists() else ""
+
+    def close(self):
+        self.say("scancel", "--signal=KILL", "--full", "--me")
+        self.say("scancel", "--me")
+        for daemon in reversed(self.daemons):
+            daemon.terminate()
+        for daemon in self.daemons:
+            try:
+                daemon.wait(20)
+            except subprocess.TimeoutExpired:
+                daemon.kill()
+
+
+def free_ports(count):
+    probes = [socket.socket() for _ in range(count)]
+    for probe in probes:
+        probe.bind(("127.0.0.1", 0))
+    ports = [probe.getsockname()[1] for probe in probes]
+    for probe in probes:
+        probe.close()
+    return ports
+
+
+@pytest.fixture(scope="module")
+def slurm():
+    need("munged", "slurmctld", "slurmd", "sbatch", "srun")
+    # munge wants a folder that only root can write, and sockets a short path.
+    folder = Path(tempfile.mkdtemp(prefix="slurm-", dir="/run"))
+    folder.chmod(0o755)
+    cluster = Slurm(folder)
+    try:
+        cluster.start()
+        yield cluster
+    finally:
+        cluster.close()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def test_two_nodes_are_preempted_and_go_on_from_the_checkpoint(slurm, tmp_path):
+    config, run = write_config(tmp_path), run_of(tmp_path)
+    script = LAUNCH / "slurm.sbatch"
+    low = slurm.submit(
+        "--nodes=2", script, "--processes", "1", config, f"train.output={run}", "train.max_steps=0"
+    )
+    until(lambda: last_step(run) > 10 or slurm.state(low) not in ("PENDING", "RUNNING"), "steps")
+    assert slurm.state(low) == "RUNNING", slurm.log(low)
+    high = slurm.submit("--partition=high", "--nodes=2", "--wrap", "true")
+    until(lambda: slurm.state(high) == "COMPLETED", "the job of the higher partition")
+    stopped_at = last_step(run)
+    assert "told to stop by a signal" in slurm.log(low)
+    until(lambda: last_step(run) > stopped_at + 5, "the requeued job goes on")
+    assert f"resumed from step-{stopped_at:08d}" in slurm.log(low)
+    assert starts(run) == 2
