@@ -426,3 +426,20 @@ def test_another_model_does_not_load(tmp_path):
     with pytest.raises(CheckpointError, match=r"shape \[2\], the model's is \[3\]"):
         checkpoint.load_weights(model, reader, LAYOUT)
     assert json.loads((reader.path / "state.json").read_text())["position"] == {"step": 1}
+
+
+def test_without_room_for_a_copy_the_file_is_written_at_once(tmp_path, monkeypatch):
+    """The same tensors, nothing kept in memory, and a full disk is told as ever."""
+    staged, direct = write(tmp_path / "a"), write(tmp_path / "b", size=1 << 60)
+    assert direct.joinpath("rank-00000.safetensors").stat().st_size > 1 << 20  # room for a header
+    checkpoint.verify(direct)
+    one, other = Reader(staged), Reader(direct)
+    assert one.entries == other.entries
+    for name, entry in one.entries.items():
+        for kind in entry.kinds:
+            assert one.tensor(name, kind).equal(other.tensor(name, kind))
+    assert other.restore_rng(0)
+    monkeypatch.setattr(writer, "stream_file", raising(OSError(28, "No space left on device")))
+    with pytest.raises(OSError, match="No space left"):
+        write(tmp_path / "b", step=2, size=1 << 60)
+    assert checkpoint.latest(tmp_path / "b") == direct

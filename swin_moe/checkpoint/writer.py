@@ -1,5 +1,7 @@
 """Writing behind the training's back: copy to host memory, then a thread does the rest.
 
+Where the host has no room for the copy, this rank's file is written at once, and training waits.
+
 No rank waits for another. Each writes its own file and then ``rank-<n>.json``, or
 ``rank-<n>.failed`` with the reason; rank 0's thread waits for all of them, writes the manifest and
 renames the folder. That needs a file system that all ranks share, as loading does, and no
@@ -15,7 +17,7 @@ import secrets
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,15 +26,18 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..distributed import World, all_reduce_, broadcast_object, rng_state
+from ..distributed import World, all_reduce_, broadcast_object, local_world_size, rng_state
+from ..host import free_memory
 from ..placement import Layout
 from .folder import CheckpointError, discard, file_digest, prune, rank_file, sync, write_manifest
 from .fragments import Entry, Fragment, describe, from_json, key, merge, to_json
 from .reader import RNG
+from .stream import stream_file
 
 log = logging.getLogger("swin_moe")
 
 _POLL = 0.05  # seconds between looks for the other ranks' files
+_ROOM = 0.5  # of the free memory: the copy is kept, and training needs some
 
 
 @dataclass
@@ -63,6 +68,7 @@ class _Job:
     texts: dict[str, str]
     keep_last: int
     best: Path | None
+    problem: Exception | None = None  # of a file that is written already
     started: float = field(default_factory=time.monotonic)
     abandoned: threading.Event = field(default_factory=threading.Event)
     thread: threading.Thread = field(default_factory=threading.Thread)
@@ -93,23 +99,31 @@ class Writer:
         config_text: str,
         keep_last: int = 1,
         best_step: int | None = None,
+        size: int = 0,
     ) -> None:
         """Begin to write ``step-<step>``; a former save is waited for.
 
         Args:
+            size: bytes of the fragments: whether there is room for a copy.
             keep_last, best_step: see :func:`~swin_moe.checkpoint.prune`, which follows the write.
         """
         started = time.monotonic()
         self.wait()
         saved = Saved(step, self.folder / f"step-{step:08d}")
         partial = self.folder / f"partial-{saved.path.name}-{self._life}"
-        tensors, entries = self._stage(fragments, layout)
+        copies = bool(self._host) or size < _ROOM * free_memory() / local_world_size()
+        tensors: dict[str, Tensor] = {}
+        problem: Exception | None = None
+        if copies:
+            tensors, entries = self._stage(fragments, layout)
+        else:
+            entries, problem = self._write_at_once(partial, fragments, layout)
         texts = {}
         if self.world.is_main:
             text = json.dumps({"step": step, **state}, indent=1)
             texts = {"config.yaml": config_text, "state.json": text}
         best = None if best_step is None else self.folder / f"step-{best_step:08d}"
-        job = _Job(saved, partial, tensors, entries, texts, keep_last, best, started)
+        job = _Job(saved, partial, tensors, entries, texts, keep_last, best, problem, started)
         # Not a daemon: a program that ends lets it finish.
         job.thread = threading.Thread(target=self._write, args=(job,), name=f"save-{step}")
         self._job = job
@@ -176,6 +190,27 @@ class Writer:
             torch.cuda.synchronize(self.world.device)
         return staged | {RNG + name: t.clone() for name, t in rng_state().items()}, entries
 
+    def _write_at_once(
+        self, partial: Path, fragments: Iterable[Fragment], layout: Layout
+    ) -> tuple[dict[str, Entry], Exception | None]:
+        """Write this rank's file without a copy of it; what fails is for the thread to tell."""
+        entries: dict[str, Entry] = {}
+
+        def tensors() -> Iterator[tuple[str, Tensor]]:
+            for fragment in fragments:
+                entries[fragment.name] = describe(fragment, self.world.rank, layout)
+                for kind, values in fragment.values.items():
+                    yield key(fragment.name, kind), values
+            yield from ((RNG + name, state) for name, state in rng_state().items())
+
+        log.info("no room in memory for a copy of the checkpoint: training waits for its write")
+        try:
+            partial.mkdir(parents=True, exist_ok=True)
+            stream_file(tensors(), partial / rank_file(self.world.rank))
+        except OSError as error:
+            return entries, error
+        return entries, None
+
     def _to_host(self, name: str, values: Tensor) -> Tensor:
         target = self._host.get(name)
         if target is None or target.shape != values.shape:
@@ -205,7 +240,10 @@ class Writer:
         try:
             job.partial.mkdir(parents=True, exist_ok=True)
             file = job.partial / rank_file(rank)
-            save_file(job.tensors, file)
+            if job.problem is not None:
+                raise job.problem
+            if job.tensors:
+                save_file(job.tensors, file)
             file.chmod(job.partial.stat().st_mode & 0o666)  # not for its writer alone
             sync(file)
             files = {file.name: file_digest(file)}

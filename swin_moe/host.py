@@ -1,0 +1,38 @@
+"""This host and this process: free memory, and what native libraries print."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+
+_CGROUP = Path("/sys/fs/cgroup")
+
+
+def free_memory() -> int:
+    """Bytes of the host's memory that its processes may still take, together."""
+    free = int(psutil.virtual_memory().available)
+    with contextlib.suppress(OSError, ValueError):  # the limit of a container or a Slurm job
+        limit, taken = (
+            int((_CGROUP / f"memory.{name}").read_text()) for name in ("max", "current")
+        )
+        free = min(free, limit - taken)
+    return free
+
+
+@contextlib.contextmanager
+def silenced() -> Iterator[None]:
+    """Without the pages that native code prints to stderr about what it raises as well."""
+    sys.stderr.flush()
+    kept, nothing = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nothing, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nothing)
