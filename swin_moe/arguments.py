@@ -19,6 +19,7 @@ examples:
   swin-moe checkpoint list runs/swin_moe_micro
   swin-moe prepare-data /data/fall11_whole /data/in22k --val 0.01
   swin-moe data show configs/fashion_mnist/swin_moe_micro.yaml
+  swin-moe plan configs/scale/swin_moe_13b.yaml --nodes 4 --gpus-per-node 8 --gpu h100
 
 exit codes: 0 done, 1 failed, 2 wrong use (a config, an argument or data that cannot be used),
 75 stopped by SIGTERM or SIGUSR1 with its checkpoint written: start again to go on
@@ -48,6 +49,7 @@ def build_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="start anew; an existing run directory is moved aside, never overwritten",
     )
+    doctor = _add_doctor(commands)
     evaluate = commands.add_parser(
         "evaluate",
         help="evaluate a run or a checkpoint on one process, with a table of classes",
@@ -62,9 +64,33 @@ def build_parser() -> argparse.ArgumentParser:
     convert = _add_convert(commands)
     checkpoints = _add_checkpoint(commands)
     data = _add_data(commands)
-    for command in (train, evaluate, inspect, models, convert, *checkpoints, *data):
+    launch = _add_launch(commands)
+    plan = _add_plan(commands)
+    for command in (plan, train, doctor, evaluate, inspect, models, convert, *checkpoints, *data, launch):
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
+
+
+def _add_doctor(commands: Any) -> argparse.ArgumentParser:
+    doctor = commands.add_parser(
+        "doctor",
+        help="check the machines of a run before it: versions, links, clocks, disks",
+        description="Under the launcher that will train: compare all processes (versions, code, "
+        "config, compiled ops), time collectives of the run's sizes, and see that all share the "
+        "run directory. Exit code 0: a run may begin; 2: it would be refused. A training checks "
+        "the same at each start.",
+    )
+    doctor.add_argument("config", metavar="CONFIG", help="YAML file, e.g. from configs/")
+    doctor.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. zero.stage=2")
+    doctor.add_argument("--json", type=Path, metavar="FILE", help="write all figures there, too")
+    doctor.add_argument(
+        "--timeout",
+        type=float,
+        default=60.0,
+        metavar="SECONDS",
+        help="to wait for processes that do not come (default 60)",
+    )
+    return doctor
 
 
 def _add_inspect(commands: Any) -> argparse.ArgumentParser:
@@ -91,6 +117,33 @@ def _add_inspect(commands: Any) -> argparse.ArgumentParser:
         help="an MoE layer, e.g. layers.2.blocks.1, or several; default: the last ones that fit",
     )
     return inspect
+
+
+def _add_plan(commands: Any) -> argparse.ArgumentParser:
+    plan = commands.add_parser(
+        "plan",
+        help="tell what a run takes before it is started: memory, messages, time, what fits",
+        description="Print parameters, FLOPs, memory by kind, bytes of each collective, time of an "
+        "update and of the run on GPUs that need not be here, rank the layouts that fit at the "
+        "config's global batch, and draw their memory. Exit code 2 if the config as it stands does "
+        "not fit.",
+    )
+    plan.add_argument("config", metavar="CONFIG", help="YAML file, e.g. from configs/")
+    plan.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. zero.stage=2")
+    plan.add_argument("--nodes", type=int, default=1, metavar="N", help="default 1")
+    plan.add_argument("--gpus-per-node", type=int, default=8, metavar="M", help="default 8")
+    plan.add_argument(
+        "--gpu", default="h100", help="h100, h200, b200, a100-40, a100-80, …, or cpu (default h100)"
+    )
+    plan.add_argument(
+        "--images", type=int, metavar="N", help="of an epoch, where data.path is not here"
+    )
+    plan.add_argument(
+        "--simulate", action="store_true", help="weak and strong scaling up to 2,048 GPUs"
+    )
+    plan.add_argument("--output", type=Path, default=Path("plan.png"), metavar="FILE.png")
+    plan.add_argument("--json", type=Path, metavar="FILE", help="write the figures here as well")
+    return plan
 
 
 def _add_convert(commands: Any) -> argparse.ArgumentParser:
@@ -187,6 +240,44 @@ def _add_data(commands: Any) -> list[argparse.ArgumentParser]:
             "--workers", type=int, default=0, metavar="N", help="processes (default: all cores)"
         )
     return [prepare, show, verify]
+
+
+def _add_launch(commands: Any) -> argparse.ArgumentParser:
+    launch = commands.add_parser(
+        "launch",
+        help="train on many processes: this machine, torchrun, Slurm, hostfile, Kubernetes",
+        description="Check what can be checked before anything starts, then run the launcher of "
+        "launch/ for the engine, or hand Kubernetes a manifest. See docs/launching.md.",
+    )
+    launch.add_argument("config", metavar="CONFIG")
+    launch.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. zero.stage=2")
+    engines = ["local", "torchrun", "slurm", "deepspeed", "mpi", "kubernetes"]
+    launch.add_argument("--on", required=True, choices=engines, dest="engine")
+    launch.add_argument("--nodes", default="", metavar="N", help="torchrun: or MIN:MAX")
+    launch.add_argument("--gpus-per-node", type=int, metavar="M", help="processes of a node")
+    launch.add_argument(
+        "--cpu", action="store_true", help="slurm, kubernetes: M processes a node without GPUs"
+    )
+    launch.add_argument("--master", default="", metavar="HOST[:PORT]", help="one of the nodes")
+    launch.add_argument(
+        "--hostfile", default="", metavar="FILE", help="deepspeed, mpi: lines 'HOST slots=GPUS'"
+    )
+    launch.add_argument("--max-restarts", type=int, metavar="N", help="after failures (default 3)")
+    launch.add_argument(
+        "--timeout", type=int, metavar="SECONDS", help="for all nodes to come (default 300)"
+    )
+    launch.add_argument(
+        "--experiments", default="", metavar="FILE", help="slurm: an array, overrides per line"
+    )
+    launch.add_argument(
+        "--manifest", default="", metavar="FILE", help="kubernetes: instead of kubernetes.yaml"
+    )
+    launch.add_argument("--fresh", action="store_true", help="start anew, see train")
+    launch.add_argument(
+        "--doctor", action="store_true", help="check the machines on this road; do not train"
+    )
+    launch.add_argument("--dry-run", action="store_true", help="print what would run")
+    return launch
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

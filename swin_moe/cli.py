@@ -89,7 +89,6 @@ def _run(arguments: argparse.Namespace) -> int:
     from rich.console import Console
 
     from . import distributed
-    from .config import load_config
 
     console = Console(soft_wrap=False)
     if arguments.command == "models":
@@ -107,19 +106,32 @@ def _run(arguments: argparse.Namespace) -> int:
         return _checkpoint(arguments, console)
     if arguments.command in ("prepare-data", "data"):
         return _data(arguments, console)
+    if arguments.command == "launch":
+        return _launch(arguments)
+    if arguments.command == "plan":
+        _plan(arguments, console)
+        return DONE
     if arguments.command == "train":
-        config = load_config(arguments.config, arguments.overrides)
-        if config.parallel.expert_parallel_size == "auto":
-            shardable = config.moe.enabled and config.zero.stage < 3
-            size = distributed.auto_expert_parallel_size(config.moe.num_experts)
-            config.parallel.expert_parallel_size = size if shardable else 1
+        from . import preflight
+
+        config = _config(arguments)
+        meeting = distributed.connect()
+        verdict = preflight.agree(config, meeting)
+        preflight.refuse(verdict)  # before groups are made: of other sizes they would hang
         world = distributed.init(
             config.parallel.expert_parallel_size,
             hierarchical=config.parallel.hierarchical_all_to_all,
+            meeting=meeting,
         )
         from . import run  # imports DeepSpeed, which looks at the environment that init sets
 
-        run.train(config, world, console, arguments.fresh)
+        run.train(config, world, console, arguments.fresh, verdict)
+    elif arguments.command == "doctor":
+        from .preflight.doctor import doctor
+
+        config = _config(arguments)
+        meeting = distributed.connect(arguments.timeout)
+        return DONE if doctor(config, meeting, console, arguments.json) else WRONG_USE
     else:
         path = Path(arguments.path)
         if not path.is_dir():
@@ -132,6 +144,19 @@ def _run(arguments: argparse.Namespace) -> int:
 
             evaluate_checkpoint(path, world, console, arguments.overrides)
     return DONE
+
+
+def _config(arguments: argparse.Namespace) -> Any:
+    """The config of a run, its automatic sizes resolved."""
+    from .config import load_config
+    from .distributed import auto_expert_parallel_size
+
+    config = load_config(arguments.config, arguments.overrides)
+    if config.parallel.expert_parallel_size == "auto":
+        shardable = config.moe.enabled and config.zero.stage < 3
+        size = auto_expert_parallel_size(config.moe.num_experts)
+        config.parallel.expert_parallel_size = size if shardable else 1
+    return config
 
 
 def _checkpoint(arguments: argparse.Namespace, console: Any) -> int:
@@ -176,6 +201,36 @@ def _data(arguments: argparse.Namespace, console: Any) -> int:
 
         show(load_config(arguments.config, arguments.overrides), arguments.output, console)
     return DONE
+
+
+def _plan(arguments: argparse.Namespace, console: Any) -> None:
+    from .config import load_config
+    from .planner import Cluster, plan
+
+    for flag in ("nodes", "gpus_per_node", "images"):
+        value = getattr(arguments, flag)
+        if value is not None and value < 1:
+            raise ValueError(f"--{flag.replace('_', '-')} {value} must be at least 1")
+    if not console.is_terminal:
+        console.width = 120  # a pipe has none of its own
+    plan(
+        load_config(arguments.config, arguments.overrides),
+        Cluster(arguments.gpu, arguments.nodes, arguments.gpus_per_node),
+        console,
+        name=Path(arguments.config).stem,
+        images=arguments.images,
+        simulate=arguments.simulate,
+        output=arguments.output,
+        json_path=arguments.json,
+    )
+
+
+def _launch(arguments: argparse.Namespace) -> int:
+    from .launch import Request, launch
+
+    said = vars(arguments).items()
+    words = {key: value for key, value in said if key not in ("command", "debug", "dry_run")}
+    return launch(Request(**words), arguments.dry_run)
 
 
 def _inspect(arguments: argparse.Namespace, path: Path, world: Any, console: Any) -> None:

@@ -1,7 +1,7 @@
 """Processes, groups, reductions and seeds; the only reader of ``os.environ``.
 
-Ranks come from torchrun, Slurm (``srun`` with ``MASTER_ADDR`` set) or DeepSpeed's launcher; without
-any of them the program runs as one process.
+Ranks come from torchrun, DeepSpeed's launcher, or Slurm's ``srun`` or Open MPI's ``mpirun`` with
+``MASTER_ADDR`` set; without any of them the program runs as one process.
 """
 
 from __future__ import annotations
@@ -20,6 +20,10 @@ from typing import Any, Literal, NoReturn
 import numpy as np
 import torch
 import torch.distributed as dist
+
+from .meeting import Meeting, open_store
+
+PATIENCE = 600.0  # seconds to wait for other processes
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,7 @@ class World:
     device: torch.device
     expert: Group
     expert_data: Group
+    meeting: Meeting | None = None
 
     @property
     def is_main(self) -> bool:
@@ -65,13 +70,22 @@ def environment_rank() -> tuple[int, int, int]:
         return int(env["RANK"]), int(env.get("LOCAL_RANK", 0)), int(env.get("WORLD_SIZE", 1))
     if "SLURM_PROCID" in env and "MASTER_ADDR" in env:
         return int(env["SLURM_PROCID"]), int(env["SLURM_LOCALID"]), int(env["SLURM_NTASKS"])
+    if "OMPI_COMM_WORLD_RANK" in env and "MASTER_ADDR" in env:
+        mpi = "OMPI_COMM_WORLD_"
+        return int(env[f"{mpi}RANK"]), int(env[f"{mpi}LOCAL_RANK"]), int(env[f"{mpi}SIZE"])
     return 0, 0, 1
 
 
 def local_world_size() -> int:
     """Processes of this node."""
     env = os.environ
-    names = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "SLURM_NTASKS_PER_NODE")  # torchrun, DeepSpeed
+    # torchrun, DeepSpeed, Open MPI, Slurm
+    names = (
+        "LOCAL_WORLD_SIZE",
+        "LOCAL_SIZE",
+        "OMPI_COMM_WORLD_LOCAL_SIZE",
+        "SLURM_NTASKS_PER_NODE",
+    )
     size = next((env[name] for name in names if env.get(name)), "")
     return int(size) if size else environment_rank()[2]
 
@@ -108,18 +122,46 @@ def node_share(expert_parallel_size: int, hierarchical: bool | Literal["auto"]) 
     return local if possible and hierarchical else 0
 
 
+def connect(timeout: float = PATIENCE) -> Meeting:
+    """Reach the store of all ranks; no process group is made yet.
+
+    Args:
+        timeout: seconds to wait for rank 0, and in each exchange for the others.
+
+    Raises:
+        ConnectionError, ValueError: it cannot be reached, or nothing says where it is.
+    """
+    env = os.environ
+    rank, _, size = environment_rank()
+    if size == 1:
+        return Meeting(None, rank, size, "", timeout)
+    address, port = env.get("MASTER_ADDR", ""), env.setdefault("MASTER_PORT", "29500")
+    if not address:
+        raise ValueError(f"rank {rank} of {size}: MASTER_ADDR does not say where rank 0 is")
+    if not port.isdecimal():
+        raise ValueError(f"MASTER_PORT={port} is not a number")
+    serve = rank == 0 and env.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    store = open_store(address, int(port), rank, size, timeout, serve)
+    # The launcher's store outlives a restart: without a name of its own, the new group would look
+    # for the addresses of the dead one.
+    store = dist.PrefixStore(f"restart-{restarts()[0]}", store)
+    return Meeting(store, rank, size, f"{address}:{port}", timeout)
+
+
 def init(
     expert_parallel_size: int = 1,
-    timeout_minutes: float = 10.0,
     hierarchical: bool | Literal["auto"] = "auto",
+    meeting: Meeting | None = None,
 ) -> World:
     """Join the process group and make the expert groups.
 
     Args:
         hierarchical: see ``parallel.hierarchical_all_to_all``.
+        meeting: of :func:`connect`, if that has been called. Its time-out holds in the group, too.
 
     Raises:
         ValueError: the expert group does not divide the world, or is of no whole nodes.
+        ConnectionError: the processes do not find one another.
     """
     rank, local_rank, size = environment_rank()
     check_world(size, expert_parallel_size)
@@ -134,26 +176,32 @@ def init(
     else:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed warns that it found no GPU
     if not dist.is_initialized():
-        _join(rank, size, device, timeout_minutes)
+        meeting = meeting or connect()
+        _join(meeting)
     expert, expert_data = _expert_groups(rank, size, expert_parallel_size)
     if per_node:
         expert = _split_by_node(expert, rank, size, per_node)
-    return World(rank, local_rank, size, device, expert, expert_data)
+    return World(rank, local_rank, size, device, expert, expert_data, meeting)
 
 
-def _join(rank: int, size: int, device: torch.device, timeout_minutes: float) -> None:
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    timeout = datetime.timedelta(minutes=timeout_minutes)
-    if size == 1:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-        return
-    os.environ.setdefault("MASTER_PORT", "29500")
-    store, rank, size = next(dist.rendezvous("env://", rank, size, timeout=timeout))
+def backend() -> str:
+    return "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+
+
+def _join(meeting: Meeting) -> None:
+    timeout = datetime.timedelta(seconds=meeting.timeout)
+    store = meeting.store or dist.HashStore()
     store.set_timeout(timeout)
-    # The launcher's store outlives a restart: without a name of its own, the new group would look
-    # for the addresses of the dead one.
-    store = dist.PrefixStore(f"restart-{restarts()[0]}", store)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+    try:
+        dist.init_process_group(
+            backend(), store=store, rank=meeting.rank, world_size=meeting.size, timeout=timeout
+        )
+    except RuntimeError as error:
+        first = str(error).splitlines()[0]
+        raise ConnectionError(
+            f"rank {meeting.rank} on {hostname()} reaches {meeting.place}, but not the other "
+            f"processes ({first}): GLOO_SOCKET_IFNAME names the network interface to use"
+        ) from error
 
 
 def _expert_groups(rank: int, size: int, n: int) -> tuple[Group, Group]:

@@ -7,15 +7,11 @@ what DeepSpeed will hold beside it are taken.
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import multiprocessing
-import os
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from multiprocessing.connection import Connection
-from pathlib import Path
 
 import psutil
 import torch
@@ -24,11 +20,11 @@ from . import ops
 from .config import Config
 from .distributed import Group, World, all_reduce_, local_world_size
 from .engine import reserved_bytes, resolve_precision
+from .host import free_memory, silenced
 from .models import SwinTransformer, build, split_output
 from .opened import in_precision
 
 _MARGIN = 0.08  # of the memory, for what no trial shows: fragments, the libraries' workspaces
-_CGROUP = Path("/sys/fs/cgroup")
 # What a lack of memory sounds like; the last one is oneDNN's.
 _OUT_OF_MEMORY = ("can't allocate memory", "Cannot allocate memory", "could not create a primitive")
 
@@ -81,7 +77,7 @@ def _fits(config: Config, world: World, size: int, available: int) -> bool:
     total = torch.cuda.get_device_properties(world.device).total_memory
     torch.cuda.set_per_process_memory_fraction(min(available / total, 1.0), world.device)
     try:
-        with torch.random.fork_rng([world.device]), _silence():
+        with torch.random.fork_rng([world.device]), silenced():
             _try(config, world, size, available)
     except torch.cuda.OutOfMemoryError:
         return False
@@ -125,7 +121,7 @@ def _child(config: Config, world: World, size: int, available: int, answer: Conn
     hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
     resource.setrlimit(resource.RLIMIT_DATA, (used + available, hard))
     try:
-        with _silence():
+        with silenced():
             _try(config, world, size, available)
         answer.send("")
     except MemoryError:
@@ -141,13 +137,7 @@ def _available(world: World) -> int:
     """Bytes that this process may take of its device, or its share of the host's memory."""
     if world.device.type == "cuda":
         return torch.cuda.mem_get_info(world.device)[0]
-    free = psutil.virtual_memory().available
-    with contextlib.suppress(OSError, ValueError):  # the limit of a container or a Slurm job
-        limit, taken = (
-            int((_CGROUP / f"memory.{name}").read_text()) for name in ("max", "current")
-        )
-        free = min(free, limit - taken)
-    return free // local_world_size()
+    return free_memory() // local_world_size()
 
 
 def _try(config: Config, world: World, size: int, total: int) -> None:
@@ -170,17 +160,3 @@ def _model_of_one(config: Config, world: World) -> SwinTransformer:
     experts = max(moe.num_experts // world.expert.size, moe.top_k, 1)
     moe = moe.model_copy(update={"num_experts": experts, "eval_top_k": 0})
     return build(config.model, moe).to(world.device)
-
-
-@contextlib.contextmanager
-def _silence() -> Iterator[None]:
-    """Compiled ops print the stack of what they raise, which is no news here."""
-    sys.stderr.flush()
-    kept, nothing = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nothing, 2)
-    try:
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-        os.close(nothing)

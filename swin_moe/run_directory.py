@@ -78,7 +78,7 @@ def record_start(run: Run, resumed_from: str) -> None:
         "hosts": hosts,
         "resumed_from": resumed_from,
         "restart": restarts()[0],
-        "git": _git_commit(),
+        "git": git_commit(),
         "versions": {
             "swin_moe": __version__,
             "python": platform.python_version(),
@@ -90,7 +90,7 @@ def record_start(run: Run, resumed_from: str) -> None:
         file.write(json.dumps(record) + "\n")
 
 
-def _git_commit() -> str:
+def git_commit() -> str:
     """Commit of the source, with -dirty if files differ from it; empty outside a work tree."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
     try:

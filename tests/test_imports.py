@@ -8,16 +8,18 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "swin_moe"
 # A module imports only from lines above its own (and from its own package).
 LAYERS = [
-    {"variants", "placement", "nodes", "adamw"},
+    {"variants", "placement", "nodes", "adamw", "host"},
+    {"meeting"},
     {"config", "distributed", "ops", "torchrun", "watchdog"},
     {"moe", "data", "checkpoint", "guard"},
     {"models", "metrics"},
-    {"optim", "evaluation", "run_directory", "convert", "catalog", "summary"},
-    {"engine"},
+    {"optim", "evaluation", "run_directory", "launch", "convert", "catalog", "summary"},
+    {"engine", "planner"},
     {"trainer", "checkpoints"},
     {"report"},
     {"opened"},
     {"micro_batch"},
+    {"preflight"},
     {"run"},
     {"inspection"},
     {"arguments"},

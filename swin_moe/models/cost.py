@@ -18,11 +18,13 @@ class Cost:
         parameters: all, of all experts.
         activated: those that one token meets: k of E experts in each MoE layer.
         macs: multiply-accumulates of one image's forward pass.
+        experts: of the parameters, those of experts.
     """
 
     parameters: int
     activated: int
     macs: int
+    experts: int = 0
 
 
 def count(model: ModelConfig, moe: MoEConfig) -> Cost:
@@ -32,7 +34,8 @@ def count(model: ModelConfig, moe: MoEConfig) -> Cost:
     sizes = {name: parameter.numel() for name, parameter in built.named_parameters()}
     experts = sum(size for name, size in sizes.items() if ".experts." in name)
     idle = experts - experts * moe.top_k // moe.num_experts
-    return Cost(sum(sizes.values()), sum(sizes.values()) - idle, _macs(model, moe))
+    total = sum(sizes.values())
+    return Cost(total, total - idle, _macs(model, moe), experts)
 
 
 def _macs(model: ModelConfig, moe: MoEConfig) -> int:

@@ -9,7 +9,9 @@ import torch
 from swin_moe.ops import _library
 from swin_moe.ops._library import (
     allow_unverified,
+    assume_fused,
     cpu_instruction_set,
+    library_digest,
     require_fused,
     status,
     use_references,
@@ -43,8 +45,10 @@ __all__ = [
     "Route",
     "RouteOptions",
     "allow_unverified",
+    "assume_fused",
     "cpu_instruction_set",
     "finite_range",
+    "library_digest",
     "moe_choose",
     "moe_combine",
     "moe_combine_reference",

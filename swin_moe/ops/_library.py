@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 
@@ -28,6 +30,7 @@ _declarations = torch.library.Library("swin_moe", "FRAGMENT")
 _op_names: list[str] = []
 _unverified_allowed = False
 _fused_wanted = True
+_assumed: bool | None = None  # instead of what there is, see assume_fused
 
 
 def declare(schema: str, reference: Callable[..., object], *, internal: bool = False) -> None:
@@ -76,6 +79,15 @@ def load(folder: Path = _PACKAGE) -> bool:
     return not problem
 
 
+def library_digest(folder: Path = _PACKAGE) -> str:
+    """Of the library's files: twelve digits, empty if it was not built."""
+    paths = sorted(folder.glob("_C*.so"))
+    content = hashlib.sha256()
+    for path in paths:
+        content.update(path.read_bytes())
+    return content.hexdigest()[:12] if paths else ""
+
+
 def _compiled_for(op: str, device_type: str) -> bool:
     """Whether an op, with its backward where it has one, is compiled for a kind of device."""
     key = {"cpu": "CPU", "cuda": "CUDA"}[device_type]
@@ -103,6 +115,17 @@ def use_references() -> None:
     """Run every op's PyTorch reference from now on: to see whether a kernel is to blame."""
     global _fused_wanted
     _fused_wanted = False
+
+
+@contextmanager
+def assume_fused(fused: bool) -> Iterator[None]:
+    """Choose kernels, or references, whatever was built: for tensors without data, of another device."""
+    global _assumed
+    before, _assumed = _assumed, fused
+    try:
+        yield
+    finally:
+        _assumed = before
 
 
 def status() -> dict[str, str]:
@@ -166,6 +189,8 @@ def has_kernel(op: str, tensor: Tensor) -> bool:
 
 @torch.compiler.assume_constant_result  # a graph cannot ask the dispatcher
 def _serves(op: str, device_type: str) -> bool:
+    if _assumed is not None:
+        return _assumed
     return _decide(op, device_type, _fused_wanted, _unverified_allowed)
 
 

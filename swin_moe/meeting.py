@@ -1,0 +1,193 @@
+"""Where the processes of a run first meet: a small store, before there is any process group.
+
+What they tell one another here is text that is compared and printed; none of it is executed.
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+import time
+from collections.abc import Callable
+from datetime import timedelta
+
+import torch.distributed as dist
+
+from .host import silenced
+
+_READ = 10.0  # seconds that rank 0, which may hold the store, stays for the others to read
+
+
+class Meeting:
+    """The processes of a run at their store.
+
+    Args:
+        store: None where one process is alone. place: host and port, for people.
+        timeout: seconds to wait for the others, each time.
+    """
+
+    def __init__(
+        self, store: dist.Store | None, rank: int, size: int, place: str, timeout: float
+    ) -> None:
+        self.store, self.rank, self.size = store, rank, size
+        self.place, self.timeout = place, timeout
+        if store is not None:
+            store.set(f"host/{rank}", socket.gethostname())
+
+    def exchange(
+        self,
+        name: str,
+        said: str,
+        judge: Callable[[list[str]], str],
+        timeout: float | None = None,
+    ) -> str:
+        """Rank 0 judges what all ranks said; its answer comes to every rank.
+
+        Args:
+            name: of this exchange; every rank goes through the same ones, once.
+            timeout: seconds; default: the meeting's.
+
+        Raises:
+            TimeoutError: some did not come in time. It names them by host, on every rank.
+        """
+        if self.store is None:
+            return judge([said])
+        store, limit = self.store, self.timeout if timeout is None else timeout
+        store.set(f"{name}/{self.rank}", said)
+        if self.rank == 0:
+            late = self._late(name, limit)
+            answer = "" if late else judge(self._said(name))
+            store.set(f"{name}/answer", json.dumps([late, answer]))
+            if not late:
+                _poll(lambda: store.add(f"{name}/read", 0) >= self.size - 1, _READ)
+            else:
+                time.sleep(1.0)  # for those who are here to read
+        else:
+            # Rank 0 may have come last, and then waits as long for others.
+            if not _poll(lambda: store.check([f"{name}/answer"]), 2 * limit + _READ):
+                raise TimeoutError(f"rank 0 at {self.place} does not answer ({name})")
+            late, answer = json.loads(store.get(f"{name}/answer"))
+            store.add(f"{name}/read", 1)
+        if late:
+            raise TimeoutError(late)
+        return answer
+
+    def _said(self, name: str) -> list[str]:
+        assert self.store is not None
+        return [said.decode() for said in self.store.multi_get(self._keys(name))]
+
+    def _keys(self, name: str) -> list[str]:
+        return [f"{name}/{rank}" for rank in range(self.size)]
+
+    def _late(self, name: str, timeout: float) -> str:
+        """Wait for all to have spoken; a line about those who have not."""
+        store, keys = self.store, self._keys(name)
+        assert store is not None
+        if _poll(lambda: store.check(keys), timeout):
+            return ""
+        late = [rank for rank, key in enumerate(keys) if not store.check([key])]
+        return (
+            f"after {timeout:g} s {len(late)} of {self.size} processes have not come to "
+            f"{self.place} ({name}): {self._whose(late)}"
+        )
+
+    def _whose(self, ranks: list[int]) -> str:
+        """Ranks by their hosts, of those who have ever told it."""
+        assert self.store is not None
+        by_host: dict[str, list[int]] = {}
+        for rank in ranks:
+            known = self.store.check([f"host/{rank}"])
+            host = self.store.get(f"host/{rank}").decode() if known else "never connected"
+            by_host.setdefault(host, []).append(rank)
+        return ", ".join(f"{host} ({spans(some)})" for host, some in by_host.items())
+
+
+def spans(ranks: list[int]) -> str:
+    """Sorted ranks for people: ``rank 3``, ``ranks 0-7, 9``."""
+    runs: list[list[int]] = []
+    for rank in ranks:
+        if runs and rank == runs[-1][1] + 1:
+            runs[-1][1] = rank
+        else:
+            runs.append([rank, rank])
+    text = ", ".join(f"{first}-{last}" if last > first else f"{first}" for first, last in runs)
+    return f"rank{'s' * (len(ranks) > 1)} {text}"
+
+
+def open_store(
+    address: str, port: int, rank: int, size: int, timeout: float, serve: bool
+) -> dist.Store:
+    """The store of all ranks.
+
+    Args:
+        serve: this rank holds it, for no launcher does. timeout: seconds to wait for it.
+
+    Raises:
+        ConnectionError: it cannot be reached, or opened.
+    """
+    place = f"{address}:{port}"
+    if not serve:
+        _await_port(address, port, rank, timeout)
+    made: list[dist.Store | Exception] = []
+
+    def make() -> None:
+        try:
+            made.append(
+                dist.TCPStore(
+                    address, port, size, serve, timedelta(seconds=timeout),
+                    wait_for_workers=False, multi_tenant=True,
+                )
+            )  # fmt: skip
+        except Exception as error:
+            made.append(error)
+
+    # In a thread: where something else answers at that port it would wait for ever.
+    thread = threading.Thread(target=make, daemon=True)
+    with silenced():
+        thread.start()
+        thread.join(timeout + 5)
+    found = made[0] if made else None
+    if isinstance(found, dist.Store):
+        return found
+    if serve and "EADDRINUSE" in str(found):
+        raise ConnectionError(
+            f"MASTER_PORT={port} is taken on {socket.gethostname()}, perhaps by another training: "
+            "set it to a free one, the same for every process"
+        )
+    if serve:
+        why = str(found).splitlines()[0] if found else "no answer"
+        raise ConnectionError(f"rank 0 cannot open its store at {place}: {why}")
+    raise ConnectionError(
+        f"what answers at {place} is not rank 0 of this run: check MASTER_ADDR and MASTER_PORT, "
+        "and that nothing else uses that port"
+    )
+
+
+def _await_port(address: str, port: int, rank: int, timeout: float) -> None:
+    """Wait for rank 0 to listen; names and routes may come later than this process."""
+    deadline = time.monotonic() + timeout
+    while True:
+        try:
+            socket.create_connection((address, port), timeout=min(timeout, 5.0)).close()
+            return
+        except OSError as error:
+            why = error.strerror or str(error)
+        if time.monotonic() >= deadline:
+            raise ConnectionError(
+                f"rank {rank} on {socket.gethostname()} cannot reach rank 0 at {address}:{port} "
+                f"after {timeout:g} s ({why}): check MASTER_ADDR and MASTER_PORT, that rank 0 has "
+                "started, and that no firewall is between"
+            )
+        time.sleep(min(0.5, max(deadline - time.monotonic(), 0.05)))
+
+
+def _poll(done: Callable[[], bool], timeout: float) -> bool:
+    """Ask again and again: the store's own wait prints pages when it times out."""
+    deadline, pause = time.monotonic() + timeout, 0.005
+    while not done():
+        if time.monotonic() >= deadline:
+            return False
+        time.sleep(pause)
+        pause = min(1.5 * pause, 0.5)
+    return True

@@ -1,0 +1,152 @@
+"""Whether all processes of a run are alike: what is refused, and what is only told."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+from ..config import Config
+from ..meeting import Meeting, spans
+from .facts import Facts, collect
+
+# What differs in these breaks a run or changes it without a word, and what to do about it.
+REFUSED = {
+    "config": "start every process with the same config and overrides",
+    "swin_moe": "install the same version everywhere",
+    "source": "use the same checkout everywhere",
+    "compiled ops": "build them from the same source everywhere, or copy swin_moe/_C*.so",
+    "torch": "install requirements/lock.txt everywhere",
+    "DeepSpeed": "install requirements/lock.txt everywhere",
+    "backend": "a host without its GPUs, or with another build of torch, cannot take part",
+    "NCCL": "install requirements/lock.txt everywhere",
+}
+TAKEN = 0.1  # share of a GPU's memory that others may hold
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What was found of all processes, in rank order; the same on every rank."""
+
+    facts: list[Facts]
+    problems: list[str]
+    warnings: list[str]
+
+
+def agree(config: Config, meeting: Meeting) -> Verdict:
+    """Compare all processes, before they make any group.
+
+    Raises:
+        TimeoutError: some did not come.
+    """
+    mine = collect(config)
+    keys = _flat(config.model_dump())
+    text = json.dumps(keys) if meeting.rank == 0 else ""
+    common = json.loads(meeting.exchange("config", text, lambda said: said[0]))
+    different = {
+        key: [keys.get(key, "nothing"), common.get(key, "nothing")]
+        for key in {**common, **keys}
+        if keys.get(key) != common.get(key)
+    }
+    said = json.dumps([mine.to_json(), different])
+    answer = json.loads(meeting.exchange("versions", said, _judge))
+    return Verdict([Facts(**one) for one in answer[0]], answer[1], answer[2])
+
+
+def _flat(section: dict[str, Any], prefix: str = "") -> dict[str, str]:
+    """Dotted keys to values, as a person would write them."""
+    result: dict[str, str] = {}
+    for key, value in section.items():
+        if isinstance(value, dict):
+            result |= _flat(value, f"{prefix}{key}.")
+        else:
+            result[prefix + key] = str(value)
+    return result
+
+
+def _judge(said: list[str]) -> str:
+    pairs = [json.loads(text) for text in said]
+    facts = [Facts(**json.loads(one)) for one, _ in pairs]
+    problems, warnings = compare(facts, [different for _, different in pairs])
+    return json.dumps([[json.loads(one) for one, _ in pairs], problems, warnings])
+
+
+def compare(facts: list[Facts], keys: list[dict[str, list[str]]]) -> tuple[list[str], list[str]]:
+    """Lines about what differs: what is to be refused, and what is only told.
+
+    Args:
+        keys: of each rank the config's keys that differ from rank 0's: its value, and rank 0's.
+    """
+    problems, warnings = [], []
+    for name in facts[0].versions:
+        for line in _odd_ones(facts, name, keys):
+            if name in REFUSED:
+                problems.append(f"{line}: {REFUSED[name]}")
+            else:
+                warnings.append(line)
+    gpus = Counter(fact.gpu for fact in facts if fact.gpu)
+    for gpu, count in gpus.items():
+        if count > 1:
+            ranks = [rank for rank, fact in enumerate(facts) if fact.gpu == gpu]
+            problems.append(
+                f"{named(facts, ranks)}: {count} processes share one GPU: start one for each GPU"
+            )
+    return problems, warnings + _short_of_memory(facts)
+
+
+def _odd_ones(facts: list[Facts], name: str, keys: list[dict[str, list[str]]]) -> list[str]:
+    """A line per value that is not the usual one; of two equally usual ones rank 0's is."""
+    by_value: dict[str, list[int]] = {}
+    for rank, fact in enumerate(facts):
+        by_value.setdefault(fact.versions[name], []).append(rank)
+    usual = max(by_value, key=lambda value: len(by_value[value]))  # the first of equals
+    lines = []
+    for value, ranks in by_value.items():
+        if value == usual:
+            continue
+        these, those = named(facts, ranks), named(facts, by_value[usual])
+        theirs, ours = keys[ranks[0]], keys[by_value[usual][0]]
+        if name == "config" and (theirs or ours):
+            key = next(iter(theirs or ours))
+            mine, other = theirs[key] if theirs else ours[key][::-1]
+            lines.append(f"{these}: {key}={mine}, but {those} has {other}")
+        elif name == "source":
+            commits = [facts[group[0]].versions["commit"] for group in (ranks, by_value[usual])]
+            lines.append(
+                f"{these}: swin_moe's source is {value} (commit {commits[0]}), but {those} has "
+                f"{usual} (commit {commits[1]})"
+            )
+        else:
+            lines.append(f"{these}: {name} {value}, but {those} has {usual}")
+    return lines
+
+
+def _short_of_memory(facts: list[Facts]) -> list[str]:
+    lines = []
+    for rank, fact in enumerate(facts):
+        if fact.gpu_total and fact.gpu_free < (1 - TAKEN) * fact.gpu_total:
+            taken, total = (fact.gpu_total - fact.gpu_free) / 1e9, fact.gpu_total / 1e9
+            lines.append(
+                f"{named(facts, [rank])}: {taken:.1f} of its GPU's {total:.1f} GB are taken by "
+                "other programs"
+            )
+    usual = statistics.median(fact.memory for fact in facts)
+    hosts = {fact.host: fact.memory for fact in facts if fact.memory < usual / 2}
+    for host, memory in hosts.items():
+        lines.append(
+            f"{host}: {memory / 1e9:.1f} GB of memory are free, but {usual / 1e9:.1f} GB elsewhere"
+        )
+    return lines
+
+
+def named(facts: list[Facts], ranks: list[int]) -> str:
+    """Hosts of some ranks; with the ranks where the same host has others."""
+    chosen = set(ranks)
+    hosts = list(dict.fromkeys(facts[rank].host for rank in ranks))
+    if any(fact.host in hosts and rank not in chosen for rank, fact in enumerate(facts)):
+        shown = {host: [r for r in ranks if facts[r].host == host] for host in hosts}
+        hosts = [f"{host} ({spans(some)})" for host, some in shown.items()]
+    more = f" and {len(hosts) - 3} more" if len(hosts) > 3 else ""
+    return ", ".join(hosts[:3]) + more

@@ -1,0 +1,113 @@
+"""The command ``swin-moe doctor``: what a start would check, as tables."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from .. import distributed
+from ..config import Config
+from ..meeting import Meeting
+from .agreement import agree
+from .facts import Facts
+from .links import Links
+from .start import Checked, check, timing_text, to_json
+
+
+def doctor(config: Config, meeting: Meeting, console: Console, json_file: Path | None) -> bool:
+    """Check all processes and print what was found; returns whether a run would begin.
+
+    Raises:
+        ConnectionError, TimeoutError: who did not come, or was lost.
+    """
+    verdict = agree(config, meeting)
+    if verdict.problems:  # groups of other sizes, or another torch, might wait for ever
+        checked = Checked(verdict.facts, verdict.problems, verdict.warnings, None)
+    else:
+        size = config.parallel.expert_parallel_size
+        assert size != "auto"
+        world = distributed.init(
+            size,
+            hierarchical=config.parallel.hierarchical_all_to_all,
+            meeting=meeting,
+        )
+        from ..engine import check_deepspeed, resolve_precision  # looks at what init has set
+
+        check_deepspeed()
+        dtype = resolve_precision(config.precision, world.device)
+        checked = check(config, verdict, world, dtype)
+    if meeting.rank == 0:
+        _print(checked, console)
+        if json_file is not None:
+            json_file.write_text(to_json(checked) + "\n", encoding="utf-8")
+    return not checked.problems
+
+
+def _print(checked: Checked, console: Console) -> None:
+    if not console.is_terminal:
+        console.width = 160  # a pipe has none of its own
+    console.print(_versions(checked.facts))
+    console.print(_hosts(checked.facts, checked.links))
+    if checked.links is not None:
+        console.print("links")
+        for timing in checked.links.timings:
+            console.print(f"  {timing_text(timing)}", highlight=False)
+        slowest, usual = max(checked.links.ring), sorted(checked.links.ring)[0]
+        console.print(
+            f"  from each rank to the next: {1e3 * usual:.1f} to {1e3 * slowest:.1f} ms",
+            highlight=False,
+        )
+    elif len(checked.facts) > 1:
+        console.print("links were not timed: processes that differ could wait for ever")
+    for warning in checked.warnings:
+        console.print(f"warning: {warning}", highlight=False, markup=False, soft_wrap=True)
+    for problem in checked.problems:
+        console.print(f"refused: {problem}", highlight=False, markup=False, soft_wrap=True)
+    count = len(checked.facts)
+    who = "the process" if count == 1 else f"all {count} processes"
+    if checked.problems:
+        console.print(f"not fit: a run would be refused ({len(checked.problems)} reasons above)")
+    else:
+        also = " (but see the warnings)" if checked.warnings else ""
+        console.print(f"fit: {who} may begin{also}")
+
+
+def _versions(facts: list[Facts]) -> Table:
+    """A line per value that somebody has: one line where all agree."""
+    table = Table(title="versions", title_justify="left")
+    table.add_column("what")
+    table.add_column("value", overflow="fold")
+    table.add_column("on", overflow="fold")
+    for name in facts[0].versions:
+        values: dict[str, list[str]] = {}
+        for fact in facts:
+            values.setdefault(fact.versions[name], []).append(fact.host)
+        for value, hosts in values.items():
+            names = list(dict.fromkeys(hosts))
+            shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if names[8:] else "")
+            table.add_row(name, value, "all" if len(values) == 1 else f"{len(hosts)}: {shown}")
+    return table
+
+
+def _hosts(facts: list[Facts], links: Links | None) -> Table:
+    """A row per host."""
+    table = Table(title="hosts", title_justify="left")
+    table.add_column("host")
+    for column in ("processes", "memory free", "GPU memory free", "disk free", "clock", "compute"):
+        table.add_column(column, justify="right")
+    for host in dict.fromkeys(fact.host for fact in facts):
+        ranks = [rank for rank, fact in enumerate(facts) if fact.host == host]
+        first = facts[ranks[0]]
+        gpu = min(facts[rank].gpu_free for rank in ranks)
+        table.add_row(
+            host,
+            str(len(ranks)),
+            f"{first.memory / 1e9:.1f} GB",
+            f"{gpu / 1e9:.1f} of {first.gpu_total / 1e9:.1f} GB" if first.gpu else "-",
+            f"{first.disk / 1e9:.1f} GB",
+            f"{1e3 * links.skew[ranks[0]]:+.1f} ms" if links else "-",
+            f"{min(links.compute[r] for r in ranks) / 1e12:.3f} TFLOP/s" if links else "-",
+        )
+    return table
