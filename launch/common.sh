@@ -19,6 +19,8 @@ if [[ ${LD_PRELOAD:-} != *malloc* ]]; then
   export MALLOC_TRIM_THRESHOLD_=${MALLOC_TRIM_THRESHOLD_:-16000000000}
   export MALLOC_TOP_PAD_=${MALLOC_TOP_PAD_:-67108864}
 fi
+# What torch's sockets have to say about a lost peer, our launcher and processes tell in a line.
+export TORCH_CPP_LOG_LEVEL=${TORCH_CPP_LOG_LEVEL:-ERROR}
 export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
 
 die() {

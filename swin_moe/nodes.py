@@ -16,6 +16,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import psutil
+from torch.distributed import DistError
+from torch.distributed.elastic.rendezvous import RendezvousConnectionError
 from torch.distributed.elastic.rendezvous.utils import (
     _matches_machine_hostname,
     parse_rendezvous_endpoint,
@@ -88,6 +90,17 @@ class Nodes:
             yield
         finally:
             holder.sync = sync
+
+    def newcomers(self, handler: Any) -> int:
+        """How many nodes wait to be let in; none while the master cannot be asked.
+
+        Processes that are well do not end because the master's launcher has: at the end of a job
+        it may have been the first. Should they fail, there is no meeting again, and that is told.
+        """
+        try:
+            return int(type(handler).num_nodes_waiting(handler))
+        except (RendezvousConnectionError, DistError):
+            return 0
 
     def agree(self, handler: Any) -> None:
         """Raise ``ValueError`` if another node was started with another number of nodes."""

@@ -16,6 +16,7 @@ import signal
 import sys
 import tempfile
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -52,9 +53,14 @@ class _Agent(LocalElasticAgent):
         if self.nodes is None:
             super()._rendezvous(worker_group)
             return
-        self.nodes.agree(handler)
-        with self.nodes.watched(handler):
-            super()._rendezvous(worker_group)
+        handler.num_nodes_waiting = partial(self.nodes.newcomers, handler)
+        try:
+            self.nodes.agree(handler)
+            with self.nodes.watched(handler):
+                super()._rendezvous(worker_group)
+        except BaseException:
+            handler.shutdown = lambda: True  # who was not let in must not end the others' job
+            raise
         # A node that joins late or was alone in failing has counted other restarts than the others.
         store, size = worker_group.store, worker_group.group_world_size
         store.set(f"swin_moe/restarts/{worker_group.group_rank}", str(self._remaining_restarts))

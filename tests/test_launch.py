@@ -3,11 +3,16 @@
 import os
 import shlex
 import signal
+import socket
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+
+from swin_moe import launch
+from swin_moe.config import load_plain
 
 ROOT = Path(__file__).parent.parent
 NASTY = ["a b.yaml", "train.output=$(touch pwned)", "model.depths=[1, 2]", "x=;`id`'\""]
@@ -32,16 +37,17 @@ def hostfile(tmp_path):
     ("script", "options", "expected"),
     [
         ("local.sh", ["--processes", "3"], ["--standalone", "--nproc-per-node", "3"]),
-        ("torchrun.sh", ["--nodes", "4", "--node-rank", "3", "--master", "node-0:2345"],
-         ["--nnodes", "4", "--node-rank", "3", "--master-addr", "node-0", "--master-port", "2345"]),
-        ("slurm.sbatch", [], ["srun", "--rdzv-backend", "c10d"]),
+        ("torchrun.sh", ["--nodes", "4", "--master", "node-0:2345"],
+         ["--nnodes", "4", "--rdzv-backend", "c10d", "--rdzv-endpoint", "node-0:2345"]),
+        ("torchrun.sh", ["--nodes", "2:4", "--master", "node-0", "--timeout", "60"],
+         ["--nnodes", "2:4", "--rdzv-endpoint", "node-0:29500", "join_timeout=60"]),
+        ("slurm.sbatch", ["--processes", "2"], ["srun", "--rdzv-backend", "c10d"]),
+        ("mpi.sh", ["--hostfile", "HOSTFILE"], ["mpirun", "-n", "16", "MASTER_ADDR"]),
     ],
 )  # fmt: skip
-def test_dry_run_prints_the_quoted_command(script, options, expected):
-    arguments = (
-        ["--dry-run", *NASTY] if script == "slurm.sbatch" else [*options, "--dry-run", *NASTY]
-    )
-    done = run(script, *arguments)
+def test_dry_run_prints_the_quoted_command(script, options, expected, hostfile):
+    options = [hostfile if word == "HOSTFILE" else word for word in options]
+    done = run(script, *options, "--dry-run", *NASTY)
     assert done.returncode == 0, done.stderr
     command = shlex.split(done.stdout)
     assert command[-len(NASTY) - 1 :] == ["train", *NASTY]
@@ -55,13 +61,19 @@ def test_dry_run_prints_the_quoted_command(script, options, expected):
     ("script", "arguments", "message"),
     [
         ("local.sh", [], "no CONFIG given"),
-        ("local.sh", ["--processes", "two", "c.yaml"], "--processes two: expected"),
+        ("local.sh", ["--processes", "two", "c.yaml"], "--processes 'two': expected"),
         ("local.sh", ["--proceses", "2"], "unknown option --proceses"),
         ("torchrun.sh", ["c.yaml"], "--nodes '': expected"),
-        ("torchrun.sh", ["--nodes", "2", "--node-rank", "2", "--master", "a", "c.yaml"], "0 to 1"),
-        ("torchrun.sh", ["--nodes", "2", "--node-rank", "0", "--master", "a b", "c.yaml"],
-         "--master 'a b'"),
+        ("torchrun.sh", ["--nodes", "4:2", "--master", "a", "c.yaml"], "--nodes '4:2': expected"),
+        ("torchrun.sh", ["--nodes", "2", "--master", "a b", "c.yaml"], "--master 'a b'"),
+        ("torchrun.sh", ["--nodes", "2", "--master", "a:70000", "c.yaml"], "from 1 to 65535"),
+        ("torchrun.sh", ["--nodes", "2", "--master", "a", "--timeout", "0", "c.yaml"],
+         "--timeout '0'"),
         ("slurm.sbatch", [], "no CONFIG given"),
+        ("slurm.sbatch", ["c.yaml"], "the job has no GPUs"),
+        ("slurm.sbatch", ["--processes", "1", "--experiments", "nowhere", "c.yaml"],
+         "--experiments nowhere: no such file"),
+        ("mpi.sh", ["c.yaml"], "--hostfile FILE is missing"),
         ("deepspeed.sh", ["c.yaml"], "--hostfile FILE is missing"),
         ("deepspeed.sh", ["--hostfile", "nowhere", "c.yaml"], "no such file"),
     ],
@@ -84,12 +96,125 @@ def test_deepspeed_lets_no_shell_character_through(hostfile):
         assert "would meet a shell" in done.stderr
 
 
-def test_hostfile_lines_never_reach_a_shell(tmp_path):
+BAD_LINES = [
+    "node-1;touch${IFS}pwned slots=8",
+    "$(touch pwned) slots=8",
+    "-oProxyCommand=id slots=8",
+    "node-1 slots=0",
+    "node-1 slots=8 max_slots=9",
+    "node-1",
+    "node-0 slots=4",
+]
+
+
+@pytest.mark.parametrize("line", BAD_LINES)
+@pytest.mark.parametrize("script", ["deepspeed.sh", "mpi.sh"])
+def test_hostfile_lines_never_reach_a_shell(tmp_path, script, line):
     path = tmp_path / "hosts"
-    path.write_text("node-0 slots=8\nnode-1;touch${IFS}pwned slots=8\n")
-    done = run("deepspeed.sh", "--hostfile", str(path), "--dry-run", "c.yaml")
+    path.write_text(f"node-0 slots=8\n{line}\n")
+    done = run(script, "--hostfile", str(path), "--dry-run", "c.yaml")
     assert done.returncode == 2
-    assert f"{path}:2: expected 'HOST slots=GPUS'" in done.stderr
+    assert f"{path}:2: " in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert not Path("pwned").exists()
+    with pytest.raises(ValueError, match=r"hosts:2: "):
+        launch.read_hostfile(path)
+
+
+def test_an_array_task_takes_its_line_and_evaluates_nothing(tmp_path):
+    file = tmp_path / "experiments"
+    file.write_text("# rates\noptimizer.base_lr=1e-3\n\noptimizer.base_lr=$(id) zero.stage=1\n")
+    options = ["--dry-run", "--processes", "1", "--experiments", str(file)]
+    done = run("slurm.sbatch", *options, "a/b.yaml", "train.seed=1", SLURM_ARRAY_TASK_ID="2")
+    assert done.returncode == 0, done.stderr
+    words = shlex.split(done.stdout)
+    assert words[-5:] == ["a/b.yaml", "train.output=runs/b/2", "train.seed=1",
+                          "optimizer.base_lr=$(id)", "zero.stage=1"]  # fmt: skip
+    done = run("slurm.sbatch", *options, "b.yaml", SLURM_ARRAY_TASK_ID="3")
+    assert done.returncode == 2
+    assert "has 2 experiments, and this is array task 3" in done.stderr
+    assert launch.read_experiments(file)[0][1] == ["optimizer.base_lr=1e-3"]
+
+
+RECIPE = str(ROOT / "configs/imagenet22k/swin_moe_base_32expert.yaml")
+
+
+def front(engine, *overrides, config=RECIPE, **options):
+    return launch.Request(engine, config, list(overrides), **options)
+
+
+@pytest.mark.parametrize(
+    ("request_", "message"),
+    [
+        (front("local", config="nowhere.yaml"), "nowhere.yaml: cannot read"),
+        (front("local", "zero.stag=1"), "did you mean 'zero.stage'"),
+        (front("local", nodes="2"), "--nodes is not for --on local"),
+        (front("mpi", hostfile="h", max_restarts=1), "--max-restarts is not for --on mpi"),
+        (front("torchrun", master="localhost"), "--nodes N is missing"),
+        (front("torchrun", nodes="2", master="a b"), "--master 'a b': expected"),
+        (front("torchrun", nodes="0", master="localhost"), "--nodes 0: expected"),
+        (front("torchrun", "parallel.expert_parallel_size=8", nodes="4", gpus_per_node=3,
+               master="localhost"), "does not divide the 12 processes"),
+        (front("slurm", nodes="2:4", gpus_per_node=8), "--nodes 2:4: expected a number"),
+        (front("slurm", nodes="2"), "--gpus-per-node M is missing"),
+        (front("kubernetes", gpus_per_node=0), "--gpus-per-node 0: expected"),
+        (front("deepspeed"), "--hostfile FILE is missing"),
+        (front("deepspeed", hostfile="nowhere"), "--hostfile nowhere: No such file"),
+    ],
+)  # fmt: skip
+def test_the_front_refuses_before_anything_starts(request_, message):
+    with pytest.raises(ValueError, match=r".") as caught:
+        launch.check(request_)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_front_holds_the_hostfile_against_nodes_and_gpus(hostfile):
+    good = front("mpi", hostfile=hostfile, nodes="2", gpus_per_node=8)
+    launch.check(good)
+    assert launch.command(good)[1:3] == ["--hostfile", hostfile]
+    with pytest.raises(ValueError, match="lists 2 hosts"):
+        launch.check(replace(good, nodes="3"))
+    with pytest.raises(ValueError, match="gives 8 slots to node-0"):
+        launch.check(replace(good, gpus_per_node=4))
+
+
+def test_the_front_sees_that_the_port_of_the_master_is_taken():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        busy = front("torchrun", nodes="2", gpus_per_node=8, master=f"127.0.0.1:{port}")
+        with pytest.raises(ValueError, match=f"port {port} of this machine"):
+            launch.check(busy)
+
+
+def test_the_front_hands_slurm_an_array(tmp_path):
+    file = tmp_path / "experiments"
+    file.write_text("zero.stage=1\n#\nzero.stage=2\n")
+    words = launch.command(
+        front("slurm", nodes="2", gpus_per_node=4, cpu=True, experiments=str(file))
+    )
+    assert words[words.index("--array") + 1] == "1-2"
+    assert words[words.index("--processes") + 1] == "4"
+    assert "--gpus-per-node" not in words
+    file.write_text("zero.stage=1\nzero.stag=2\n")
+    bad = front("slurm", gpus_per_node=4, experiments=str(file))
+    with pytest.raises(ValueError, match=r"experiments:2: .*zero.stage"):
+        launch.check(bad)
+
+
+def test_the_manifest_fits_the_schema_and_the_plain_file():
+    models = pytest.importorskip("kubeflow_trainer_api.models", reason="needs kubeflow-trainer-api")
+    plain = load_plain(ROOT / "launch/kubernetes.yaml")
+    made = launch.train_job(front("kubernetes", "x=$(id)", nodes="4", gpus_per_node=8))
+    for job in (plain, made):
+        # What the schema does not know would not come back.
+        assert models.TrainerV1alpha1TrainJob.from_dict(job).to_dict() == job
+    assert made["spec"]["trainer"]["command"] == plain["spec"]["trainer"]["command"]
+    assert made["spec"]["trainer"]["args"] == [RECIPE, "x=$$(id)"]
+    assert made["metadata"]["name"] == "swin-moe-base-32expert"
+    alone = launch.train_job(front("kubernetes", gpus_per_node=2, cpu=True, doctor=True))
+    assert "nvidia.com/gpu" not in alone["spec"]["trainer"]["resourcesPerNode"]["limits"]
+    assert alone["spec"]["trainer"]["command"][-1] == "doctor"
 
 
 def test_slurm_takes_the_first_host_and_a_port_of_the_job(tmp_path):
@@ -97,9 +222,9 @@ def test_slurm_takes_the_first_host_and_a_port_of_the_job(tmp_path):
     scontrol.write_text("#!/bin/sh\necho node-7\necho node-8\n")
     scontrol.chmod(0o755)
     done = run(
-        "slurm.sbatch", "--dry-run", "c.yaml", SLURM_JOB_ID="20003", SLURM_NNODES="2",
-        SLURM_JOB_NODELIST="node-[7-8]", SLURM_SUBMIT_DIR=str(ROOT),
-        PATH=f"{tmp_path}:{os.environ['PATH']}",
+        "slurm.sbatch", "--dry-run", "--processes", "1", "c.yaml",
+        SLURM_JOB_ID="20003", SLURM_NNODES="2", SLURM_JOB_NODELIST="node-[7-8]",
+        SLURM_SUBMIT_DIR=str(ROOT), PATH=f"{tmp_path}:{os.environ['PATH']}",
     )  # fmt: skip
     command = shlex.split(done.stdout)
     assert command[command.index("--rdzv-endpoint") + 1] == "node-7:20003"

@@ -3,8 +3,8 @@
 import itertools
 import os
 import signal
-import socket
 import subprocess
+import sys
 import time
 
 import pytest
@@ -54,6 +54,17 @@ class Hosts:
         self.jobs.append(Job([*words, *options], output))
         return self.jobs[-1]
 
+    def listen(self, host, port):
+        """Something else at a port."""
+        code = (
+            "import socket, time\n"
+            f"s = socket.create_server(('', {port}))\nprint(flush=True)\ntime.sleep(600)"
+        )
+        words = ["ip", "netns", "exec", self.names[host], sys.executable, "-c", code]
+        process = subprocess.Popen(words, stdout=subprocess.PIPE)
+        process.stdout.readline()  # it listens
+        return process
+
     def close(self):
         for job in self.jobs:
             job.stop()
@@ -95,14 +106,64 @@ def stop_and_save(jobs):
     assert [job.wait() for job in jobs] == [75, 75], [job.text for job in jobs]
 
 
-def test_training_survives_a_short_cut(hosts, tmp_path):
-    jobs, run = train_without_end(hosts, tmp_path)
+def test_a_short_cut_only_delays_and_a_long_one_restarts(hosts, tmp_path):
+    """One training for both, for what takes time is its start."""
+    jobs, run = train_without_end(hosts, tmp_path, "faults.hang_minutes=0.25")
     hosts.link("down")
-    cut_at = last_step(run)
-    until(lambda: True, "")
-    time.sleep(5)
-    assert last_step(run) <= cut_at + 1
+    stood_at = until_it_stands(run)
     hosts.link("up")
-    until(lambda: last_step(run) > cut_at + 20, "training goes on")
+    until(lambda: last_step(run) > stood_at + 20, "training goes on")
     assert starts(run) == 1
+    hosts.link("down")
+    hung = "nothing went on for 15 s"
+    until(lambda: all(hung in job.text for job in jobs), "both find that they hang")
+    hosts.link("up")
+    until(lambda: starts(run) == 2, "both meet again")
+    resumed_at = last_step(run)
+    until(lambda: last_step(run) > resumed_at + 20, "training goes on from the checkpoint")
+    text = jobs[0].text + jobs[1].text
+    assert "started again by the launcher after a failure (1 of 3)" in text
+    assert "resumed from step-" in text
     stop_and_save(jobs)
+
+
+def until_it_stands(run):
+    """The step at which the other host is missed: nothing is logged for some seconds."""
+    last, since = last_step(run), time.monotonic()
+    while time.monotonic() < since + 5.0:
+        time.sleep(0.2)
+        if last_step(run) > last:
+            last, since = last_step(run), time.monotonic()
+    return last
+
+
+def one_line(job, code, *parts):
+    assert job.wait() == code, job.text
+    assert len(job.errors) == 1, job.text
+    assert "Traceback" not in job.text
+    for part in parts:
+        assert part in job.errors[0]
+
+
+def test_nodes_that_do_not_meet_are_one_line(hosts, tmp_path):
+    """Four mistakes at once, for each of them is mostly imports."""
+    config = write_config(tmp_path)
+    listener = hosts.listen(0, 29507)
+    try:
+        nobody = hosts.start(1, *options(config, master=f"{A}:29501", timeout="3"))
+        alone = hosts.start(0, *options(config, master=f"{A}:29502", timeout="15"))
+        more = hosts.start(1, *options(config, master=f"{A}:29502", nodes="3", timeout="15"))
+        port = hosts.start(0, *options(config, master=f"{A}:29507"))
+        name = hosts.start(1, *options(config, master="no-such-host.invalid", timeout="3"))
+        one_line(nobody, 1, f"{A}:29501 cannot be reached within 3 s", "Connection refused")
+        one_line(port, 2, "port 29507 of this machine, the master, is taken by python")
+        one_line(name, 2, "--master no-such-host.invalid: this machine does not know that name")
+        # Who comes second sees that the first was told another number; the first waits for its own.
+        codes = sorted([alone.wait(), more.wait()])
+        assert codes == [1, 2], alone.text + more.text
+        both = "\n".join(alone.errors + more.errors)
+        assert "give every node the same" in both
+        assert "1 of 2 nodes came" in both or "1 of 3 nodes came" in both
+    finally:
+        listener.kill()
+        listener.wait()
