@@ -238,3 +238,17 @@ def unknown_model(name: str) -> str:
 def dump_config(config: Config) -> str:
     """The resolved configuration as YAML that :func:`load_config` reads back."""
     return yaml.safe_dump(config.model_dump(), sort_keys=False, default_flow_style=None)
+
+
+def load_plain(path: Path) -> dict[str, Any]:
+    """A YAML file that is no config of ours, such as a manifest, as plain values.
+
+    Raises:
+        ConfigError: it cannot be read, or is no mapping.
+    """
+    data, _ = _read_yaml(path)
+    return data
+
+
+def dump_plain(data: dict[str, Any]) -> str:
+    return yaml.safe_dump(data, sort_keys=False, width=100)

@@ -159,6 +159,8 @@ def test_two_nodes_are_preempted_and_go_on_from_the_checkpoint(slurm, tmp_path):
     high = slurm.submit("--partition=high", "--nodes=2", "--wrap", "true")
     until(lambda: slurm.state(high) == "COMPLETED", "the job of the higher partition")
     stopped_at = last_step(run)
+    until(lambda: slurm.state(low) == "PENDING", "the job has queued again")
+    slurm.say("scontrol", "update", f"jobid={low}", "StartTime=now")  # Slurm would wait for 2 min
     assert "told to stop by a signal" in slurm.log(low)
     until(lambda: last_step(run) > stopped_at + 5, "the requeued job goes on")
     assert f"resumed from step-{stopped_at:08d}" in slurm.log(low)
