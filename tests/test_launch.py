@@ -266,7 +266,7 @@ def test_deepspeed_starts_our_program_with_our_arguments(tmp_path):
     options = ["--num_gpus", "2", "--module", "--no_local_rank", "swin_moe", "train"]
     done = subprocess.run(
         [*command, *options, "no such.yaml", "x=$(id)"],
-        capture_output=True, text=True, check=False, timeout=120, cwd=ROOT,
+        capture_output=True, text=True, check=False, timeout=300, cwd=ROOT,
     )  # fmt: skip
     assert done.returncode == 2
     assert "swin-moe: error: no such.yaml: cannot read the config file" in done.stderr

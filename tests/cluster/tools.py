@@ -18,7 +18,7 @@ from PIL import Image
 
 ROOT = Path(__file__).parent.parent.parent
 LAUNCH = ROOT / "launch"
-PATIENCE = 240.0  # seconds: as long as anything here may take on a slow machine
+PATIENCE = 480.0  # seconds: as long as anything here may take on a slow machine
 
 CONFIG = """\
 model: {name: swinv2_moe, img_size: 16, patch_size: 4, in_chans: 1, num_classes: 2, embed_dim: 8,
