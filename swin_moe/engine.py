@@ -36,6 +36,7 @@ _INTERNALS = (
     (DeepSpeedZeroOptimizer_Stage3, "_optimizer_states_and_gradient_swap_in"),
     (DeepSpeedZeroOptimizer_Stage3, "_optimizer_states_and_gradient_swap_out"),
     (DeepSpeedZeroOptimizer_Stage3, "_release_swap_buffers"),
+    (deepspeed.zero.Init, "_convert_to_zero_parameters"),
     (deepspeed_groups, "_EXPERT_PARALLEL_GROUP"),
     (deepspeed_groups, "_EXPERT_DATA_PARALLEL_GROUP"),
 )
@@ -103,7 +104,52 @@ _SUB_GROUP = 50_000_000
 
 def _bucket(model: nn.Module) -> int:
     """Elements gathered before they are reduced; DeepSpeed's default takes 2 GB in bf16."""
-    return max(50_000_000, *(parameter.numel() for parameter in model.parameters()))
+    return max(50_000_000, largest_parameter(model))
+
+
+def largest_parameter(model: nn.Module) -> int:
+    """Elements of the largest parameter, whether ZeRO-3 has cut it or not."""
+    return max(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
+
+
+def cutter(
+    zero: ZeroConfig, world: World, dtype: torch.dtype, largest: int
+) -> Callable[[list[nn.Parameter]], None]:
+    """What cuts parameters over the ranks as ZeRO-3 does, before there is an :class:`Engine`.
+
+    A model whose weights were all cut as soon as they were made never was whole in any rank's
+    memory. Every rank must cut the same parameters in the same order.
+
+    Args:
+        largest: elements of the largest parameter.
+    """
+    if zero.uses_files:
+        _prepare_nvme(zero, world)
+    deepspeed.ops.__compatible_ops__ = {}
+    settings = {
+        "train_micro_batch_size_per_gpu": 1,
+        "zero_optimization": {"stage": 3, **_offloaded_weights(zero, world, largest)},
+        "bf16": {"enabled": dtype == torch.bfloat16},
+    }
+    # Of a module without parameters: what it does for those of a whole one is to follow.
+    init = deepspeed.zero.Init(module=nn.Module(), config_dict_or_path=settings, dtype=dtype)
+
+    def cut(parameters: list[nn.Parameter]) -> None:
+        for parameter in parameters:
+            parameter.data = parameter.data.to(world.device, dtype)
+        init._convert_to_zero_parameters(parameters)
+
+    return cut
+
+
+def _offloaded_weights(zero: ZeroConfig, world: World, largest: int) -> dict[str, Any]:
+    if zero.offload_weights == "none":
+        return {}
+    settings: dict[str, Any] = {"device": zero.offload_weights}
+    if zero.offload_weights == "nvme":
+        part = -(-largest // world.size)  # of a parameter, on a rank
+        settings |= {"nvme_path": zero.nvme_path, "max_in_cpu": 0, "buffer_size": part}
+    return {"offload_param": settings}
 
 
 def reserved_bytes(
@@ -219,15 +265,7 @@ class Engine:
             stage["offload_optimizer"] = {"device": zero.offload}
         if zero.offload == "nvme":
             stage["offload_optimizer"]["nvme_path"] = zero.nvme_path
-        if zero.offload_weights != "none":
-            stage["offload_param"] = {"device": zero.offload_weights}
-        if zero.offload_weights == "nvme":
-            largest = max(parameter.numel() for parameter in self.model.parameters())
-            stage["offload_param"] |= {
-                "nvme_path": zero.nvme_path,
-                "max_in_cpu": 0,
-                "buffer_size": -(-largest // self.world.size),  # a rank's part of any
-            }
+        stage |= _offloaded_weights(zero, self.world, largest_parameter(self.model))
         return {
             "train_micro_batch_size_per_gpu": micro_batch,
             "gradient_accumulation_steps": accumulation,

@@ -30,7 +30,8 @@ REFERENCE_BATCH = 512  # images per update for which base_lr, warmup_lr and min_
 
 def decays(name: str, parameter: torch.Tensor) -> bool:
     """Whether weight decay applies: the official rule, stacked expert biases included."""
-    if parameter.ndim <= 1 or name.endswith(".bias"):
+    shape = getattr(parameter, "ds_shape", parameter.shape)  # ds_shape: of one that ZeRO-3 has cut
+    if len(shape) <= 1 or name.endswith(".bias"):
         return False
     return not any(part in name for part in NO_DECAY)
 

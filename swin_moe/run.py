@@ -15,16 +15,17 @@ from rich.console import Console
 
 from . import checkpoint, distributed, ops, preflight, report
 from .checkpoint import Saved, Writer
-from .config import Config, dump_config, load_config
+from .config import Config, ZeroConfig, dump_config, load_config
 from .data import Loader, build_mixing, loader_of
 from .data.show import contact_sheet
 from .distributed import World
-from .engine import Engine, resolve_precision
+from .engine import Engine, cutter, largest_parameter, resolve_precision
 from .guard import Preempted, StopSignal
 from .metrics import MetricLog
 from .micro_batch import choose_micro_batch
 from .models import SwinTransformer, build, expert_parameter_names
 from .models.cost import count
+from .models.parts import build_in_parts
 from .models.pretrained import (
     Pretrained,
     adopt_pretrained_window,
@@ -34,6 +35,7 @@ from .models.pretrained import (
 from .moe import MoELayer, choose_overlap
 from .optim import build_schedule
 from .placement import Layout, expert_share
+from .profiling import Profile
 from .run_directory import Run, prepare_folder, step_back
 from .summary import draw_summary
 from .trainer import Plan, Position, RollBack, Trainer, TrainingError
@@ -54,6 +56,7 @@ class _Job:
     writer: Writer
     watchdog: Watchdog
     log: MetricLog | None
+    profile: Profile | None
 
 
 def train(
@@ -104,6 +107,7 @@ def train(
             writer=Writer(run.checkpoints, world, partial(_tell_of_save, run)),
             watchdog=Watchdog(60 * config.faults.hang_minutes, run.log_file, world.rank),
             log=_open_log(run, config, reader),
+            profile=_profile(run, config) if config.train.profile else None,
         )
         _log_place(world)
         _show_data(job, reader)
@@ -114,6 +118,8 @@ def train(
             trainer = _fit(job, _assemble(job, reader, source))
         finally:
             job.watchdog.stop()
+            if job.profile:
+                job.profile.close()
             _finish_pictures(job)
     if world.is_main:
         console.print(report.closing(run.folder, trainer, time.monotonic() - started))
@@ -137,10 +143,13 @@ def _assemble(
     """
     run, config, world = job.run, job.config, job.run.world
     distributed.seed_everything(config.train.seed)
-    model = build(config.model, config.moe, world.expert)
+    if config.zero.stage == 3 and source is None:
+        model = _build_in_parts(config, world, reader)
+    else:
+        model = build(config.model, config.moe, world.expert)
+        if reader is not None:
+            checkpoint.load_weights(model, reader, _layout(model, world))
     started_from = load_pretrained(model, source) if source else ""
-    if reader is not None:
-        checkpoint.load_weights(model, reader, _layout(model, world))
     engine = _build_engine(config, model, world)
     position = Position()
     if reader is not None:
@@ -277,17 +286,41 @@ def _check(config: Config, world: World) -> None:
         ops.require_fused(world.device.type)
 
 
+def _build_in_parts(
+    config: Config, world: World, reader: checkpoint.Reader | None
+) -> SwinTransformer:
+    """The model for ZeRO-3: cut module by module, it is never whole on any rank."""
+    with torch.device("meta"), torch.random.fork_rng(devices=[]):
+        outline = build(config.model, config.moe, world.expert)
+    layout = _layout(outline, world)
+
+    def fill(name: str, parameter: torch.nn.Parameter) -> None:
+        if reader is not None:
+            checkpoint.load_weight(name, parameter, reader, layout)
+
+    dtype = resolve_precision(config.precision, world.device)
+    cut = cutter(_own_files(config), world, dtype, largest_parameter(outline))
+    model = build_in_parts(config.model, config.moe, world.expert, cut, fill)
+    if reader is not None:
+        checkpoint.load_buffers(model, reader, layout)
+    return model
+
+
+def _own_files(config: Config) -> ZeroConfig:
+    """With a folder of this run's for what ZeRO keeps in files, the same at each start."""
+    if not config.zero.uses_files:
+        return config.zero
+    folder = Path(config.train.output).resolve()
+    name = f"{folder.name}-{hashlib.sha256(str(folder).encode()).hexdigest()[:12]}"
+    return config.zero.model_copy(update={"nvme_path": str(Path(config.zero.nvme_path) / name)})
+
+
 def _build_engine(config: Config, model: SwinTransformer, world: World) -> Engine:
-    zero = config.zero
-    if zero.uses_files:  # a folder of this run's, the same at each start
-        folder = Path(config.train.output).resolve()
-        name = f"{folder.name}-{hashlib.sha256(str(folder).encode()).hexdigest()[:12]}"
-        zero = zero.model_copy(update={"nvme_path": str(Path(zero.nvme_path) / name)})
     return Engine(
         model,
         world,
         optimizer=config.optimizer,
-        zero=zero,
+        zero=_own_files(config),
         dtype=resolve_precision(config.precision, world.device),
         micro_batch=config.data.batch_size,
         accumulation_steps=config.train.micro_steps,
@@ -335,7 +368,15 @@ def _build_trainer(job: _Job, engine: Engine, position: Position) -> Trainer:
         stop_signal=job.stop_signal,
         say=job.run.say,
         position=position,
+        profile=job.profile,
     )
+
+
+def _profile(run: Run, config: Config) -> Profile:
+    """Model FLOPs are six a multiply-accumulate: two, and twice as many in the backward pass."""
+    images = config.data.batch_size * config.train.micro_steps
+    flops = 6.0 * count(config.model, config.moe).macs * images
+    return Profile(run.folder / "profile", run.world, run.console, flops)
 
 
 def _plan(config: Config, loader: Loader) -> Plan:

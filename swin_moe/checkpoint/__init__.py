@@ -29,7 +29,7 @@ from .folder import (
     verify,
 )
 from .fragments import Fragment, whole_fragments
-from .reader import Reader, load_weights, persistent_buffers
+from .reader import Reader, load_buffers, load_weight, load_weights, persistent_buffers
 from .reshard import reshard
 from .writer import Saved, Writer
 
@@ -45,6 +45,8 @@ __all__ = [
     "find",
     "latest",
     "list_checkpoints",
+    "load_buffers",
+    "load_weight",
     "load_weights",
     "persistent_buffers",
     "prune",

@@ -170,13 +170,27 @@ def load_weights(model: torch.nn.Module, reader: Reader, layout: Layout) -> None
     Raises:
         CheckpointError: a tensor is missing or has another shape.
     """
+    load_buffers(model, reader, layout)
+    for name, parameter in model.named_parameters():
+        load_weight(name, parameter, reader, layout)
+
+
+@torch.no_grad()
+def load_buffers(model: torch.nn.Module, reader: Reader, layout: Layout) -> None:
+    """The persistent buffers alone, see :func:`load_weights`."""
     known = set(reader.names())
-    buffers = {name: t for name, t in persistent_buffers(model).items() if name in known}
-    for name, target in {**dict(model.named_parameters()), **buffers}.items():
-        value = reader.tensor(name, share=layout.share_of(name))
-        if value.shape != target.shape:
-            raise CheckpointError(
-                f"{reader.path}: '{name}' has shape {list(value.shape)}, the model's is "
-                f"{list(target.shape)}"
-            )
-        target.copy_(value)
+    for name, buffer in persistent_buffers(model).items():
+        if name in known:
+            load_weight(name, buffer, reader, layout)
+
+
+@torch.no_grad()
+def load_weight(name: str, target: Tensor, reader: Reader, layout: Layout) -> None:
+    """Copy one tensor of a checkpoint; raises like :func:`load_weights`."""
+    value = reader.tensor(name, share=layout.share_of(name))
+    if value.shape != target.shape:
+        raise CheckpointError(
+            f"{reader.path}: '{name}' has shape {list(value.shape)}, the model's is "
+            f"{list(target.shape)}"
+        )
+    target.copy_(value)

@@ -7,6 +7,8 @@ names are the official ones; in every family any block's feed-forward may be a m
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -16,7 +18,7 @@ from torch import Tensor, nn
 from ..config import ModelConfig, MoEConfig, check_moe_blocks
 from ..distributed import Group
 from ..moe import MoELayer, MoEResult, RoutingStats, build_moe
-from ..moe.experts import Experts
+from ..moe.experts import ExpertLinear
 from ..moe.router import CosineRouter, LinearRouter, SoftRouter
 from .attention import SpatialMlp, WindowAttention
 from .layers import Mlp, PatchEmbed, PatchMerging
@@ -174,10 +176,18 @@ class SwinTransformer(nn.Module):
     MoE blocks a :class:`MoEOutput`. No process group is needed unless ``expert_group`` has more
     than one rank. On the meta device it takes no memory; ``to_empty`` and :meth:`init_weights` then
     make it real.
+
+    Args:
+        initialise: set the weights; else whoever builds it calls :meth:`init_weights`.
     """
 
     def __init__(
-        self, model: ModelConfig, moe: MoEConfig | None = None, expert_group: Group | None = None
+        self,
+        model: ModelConfig,
+        moe: MoEConfig | None = None,
+        expert_group: Group | None = None,
+        *,
+        initialise: bool = True,
     ) -> None:
         super().__init__()
         self.config = model
@@ -200,7 +210,8 @@ class SwinTransformer(nn.Module):
         self.head: nn.Module = nn.Identity()
         if model.num_classes:
             self.head = nn.Linear(self.num_features, model.num_classes)
-        self.init_weights()
+        if initialise:
+            self.init_weights()
 
     def _build_stage(self, stage: int, expert_group: Group | None) -> SwinStage:
         model = self.config
@@ -257,30 +268,41 @@ class SwinTransformer(nn.Module):
         )
 
     @torch.no_grad()
-    def init_weights(self) -> None:
+    def init_weights(
+        self, made: Callable[[nn.Module], AbstractContextManager[None]] = lambda _: nullcontext()
+    ) -> None:
         """Set every parameter and buffer anew, by the official rules.
 
         Linear: truncated normal ``init_std``, bias 0; experts: ``moe.init_std``; LayerNorm: 1 and
         0, but in V2 both norms of each block 0, so that a block starts as the identity.
+
+        Args:
+            made: entered with each module while its own parameters are set, once.
         """
+        blocks = [b for b in self.modules() if isinstance(b, SwinBlock) and b.post_norm]
+        zero = {id(norm) for block in blocks for norm in (block.norm1, block.norm2)}
         for module in self.modules():
-            if isinstance(module, nn.Linear | SpatialMlp):
-                nn.init.trunc_normal_(module.weight, std=self.config.init_std)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-            elif isinstance(module, Experts):
-                module.reset_parameters(self.moe.init_std)
-            elif isinstance(module, LinearRouter):
-                module.reset_parameters(self.config.init_std)
-            elif isinstance(module, _RESETTABLE):
-                module.reset_parameters()
-        for module in self.modules():
-            if isinstance(module, SwinBlock) and module.post_norm:
-                for norm in (module.norm1, module.norm2):
-                    nn.init.zeros_(norm.weight)
-                    nn.init.zeros_(norm.bias)
-        if self.absolute_pos_embed is not None:
-            nn.init.trunc_normal_(self.absolute_pos_embed, std=0.02)
+            if module is self:
+                continue
+            with made(module):
+                self._init_module(module)
+                if id(module) in zero:
+                    nn.init.zeros_(module.weight)  # type: ignore[arg-type]
+        with made(self):
+            if self.absolute_pos_embed is not None:
+                nn.init.trunc_normal_(self.absolute_pos_embed, std=0.02)
+
+    def _init_module(self, module: nn.Module) -> None:
+        if isinstance(module, nn.Linear | SpatialMlp):
+            nn.init.trunc_normal_(module.weight, std=self.config.init_std)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, ExpertLinear):
+            module.reset_parameters(self.moe.init_std)
+        elif isinstance(module, LinearRouter):
+            module.reset_parameters(self.config.init_std)
+        elif isinstance(module, _RESETTABLE):
+            module.reset_parameters()
 
     def moe_layer_names(self) -> list[str]:
         """Names such as ``layers.2.blocks.1``, in the order of :class:`MoEOutput`'s rows."""

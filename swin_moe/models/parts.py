@@ -1,0 +1,68 @@
+"""A model that is never whole in memory: its modules' weights are made and handed on in turn."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+from torch.nn.modules.module import register_module_module_registration_hook
+
+from ..config import ModelConfig, MoEConfig
+from ..distributed import Group
+from .swin import SwinTransformer
+
+Fill = Callable[[str, nn.Parameter], None]
+Take = Callable[[list[nn.Parameter]], None]
+
+
+def build_in_parts(
+    model: ModelConfig, moe: MoEConfig, expert_group: Group | None, take: Take, fill: Fill
+) -> SwinTransformer:
+    """The model of :func:`~swin_moe.models.build` from the same draws, a module at a time.
+
+    Args:
+        fill: called with the name and each initialised parameter, to put something else in it.
+        take: called with a module's own parameters after that; it is to free their memory.
+    """
+    with _discarding():
+        built = SwinTransformer(model, moe, expert_group, initialise=False)
+    names = {id(module): name for name, module in built.named_modules()}
+
+    @contextmanager
+    def made(module: nn.Module) -> Iterator[None]:
+        own = dict(module.named_parameters(recurse=False))
+        for name, parameter in own.items():
+            real = nn.Parameter(torch.empty_like(parameter, device="cpu"))
+            module._parameters[name] = own[name] = real
+        yield
+        prefix = f"{names[id(module)]}." if names[id(module)] else ""
+        for name, parameter in own.items():
+            fill(prefix + name, parameter)
+        take(list(own.values()))
+
+    built.init_weights(made)
+    return built
+
+
+@contextmanager
+def _discarding() -> Iterator[None]:
+    """Modules lose their weights as soon as they are part of another.
+
+    Not built on the meta device: the layers' own constructors draw numbers, and what is drawn after
+    them must be the same.
+    """
+
+    def discard(_parent: nn.Module, _name: str, child: nn.Module | None) -> None:
+        for module in child.modules() if child is not None else ():
+            for name, parameter in module._parameters.items():
+                if parameter is not None and not parameter.is_meta:
+                    empty = torch.empty_like(parameter, device="meta")
+                    module._parameters[name] = nn.Parameter(empty)
+
+    handle = register_module_module_registration_hook(discard)
+    try:
+        yield
+    finally:
+        handle.remove()

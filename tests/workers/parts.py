@@ -1,0 +1,59 @@
+"""ZeRO-3 of a model that was cut module by module trains what one does that was whole first."""
+
+import sys
+from pathlib import Path
+
+import torch
+
+from swin_moe import distributed
+from swin_moe.config import ZeroConfig
+from tests.workers.equivalence import DTYPES, GENTLE, MODEL, MOE, Cell, make_engine, train_step
+
+
+def engine_in_parts(world, cell: Cell):
+    from swin_moe.engine import Engine, cutter
+    from swin_moe.models.parts import build_in_parts
+
+    distributed.seed_everything(0)
+    zero = ZeroConfig(stage=3, offload=cell.offload)
+    dtype = DTYPES[cell.dtype]
+
+    def wake(_name, parameter) -> None:  # as make_engine does
+        if parameter.ndim == 1:
+            torch.nn.init.ones_(parameter)
+
+    cut = cutter(zero, world, dtype, largest=10_000)
+    model = build_in_parts(MODEL, MOE, world.expert, cut, wake)
+    assert all(parameter.numel() <= 1 for parameter in model.parameters())
+    return Engine(
+        model, world, optimizer=GENTLE, zero=zero, dtype=dtype, micro_batch=cell.micro_batch,
+        accumulation_steps=cell.accumulation,
+    )  # fmt: skip
+
+
+def main() -> None:
+    world = distributed.init()
+    for dtype in DTYPES:
+        cell = Cell(world.size, 1, 3, dtype, gentle=True)
+        figures = []
+        for build in (make_engine, engine_in_parts):
+            engine = build(world, cell)
+            engine.train()
+            run = []
+            for step in range(3):
+                run += [train_step(engine, world, cell, step), engine.grad_norm()]
+            parts = {f.name: f.values["weight"].clone() for f in engine.fragments()}
+            figures.append((run, parts))
+            engine.close()
+        (whole, weights), (mine, others) = figures
+        assert whole == mine, (dtype, whole, mine)
+        assert weights.keys() == others.keys()
+        assert all(weights[name].equal(others[name]) for name in weights)
+    if world.is_main:
+        (Path(sys.argv[1]) / "passed").touch()
+    distributed.shutdown()
+    distributed.leave(0)
+
+
+if __name__ == "__main__":
+    main()
