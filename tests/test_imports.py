@@ -14,7 +14,7 @@ LAYERS = [
     {"moe", "data", "checkpoint", "guard"},
     {"models", "metrics"},
     {"optim", "evaluation", "run_directory", "launch", "convert", "catalog", "summary"},
-    {"engine", "planner"},
+    {"engine", "planner", "profiling"},
     {"trainer", "checkpoints"},
     {"report"},
     {"opened"},

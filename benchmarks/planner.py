@@ -1,0 +1,287 @@
+"""The planner's memory against the allocator's own account of real training steps.
+
+Each cell is a config that trains a few steps under DeepSpeed on one or two processes of its own
+(ZeRO-3 changes torch for good). The profiler's memory events give every allocation and release from
+before the model is built; buckets are made small, or they would hide everything else.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from timm.loss import SoftTargetCrossEntropy
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from benchmarks import harness
+from swin_moe import distributed, engine
+from swin_moe.config import Config, validate
+from swin_moe.models import build, split_output
+from swin_moe.planner.choices import Planner
+from swin_moe.planner.hardware import Cluster
+from swin_moe.planner.memory import memory
+from swin_moe.planner.states import spread, states
+
+BUCKET = 1_000_000  # elements
+STEPS = 3
+BOUND = 0.10
+_V2 = {"img_size": 128, "num_classes": 10, "embed_dim": 128, "depths": [2, 4], "num_heads": [4, 8]}
+_V1 = {**_V2, "family": "swin", "img_size": 112, "window_size": 7}
+_MOE = {"blocks": [[], [1, 3]], "num_experts": 8}
+
+
+def _cell(
+    stage: int,
+    dtype: str = "fp32",
+    images: int = 8,
+    processes: int = 1,
+    model: dict[str, Any] | None = None,
+    moe: dict[str, Any] | None = None,
+    expert_parallel_size: int = 1,
+    steps: int = 1,
+) -> tuple[dict[str, Any], int]:
+    config = {
+        "model": {**(model or _V2), "name": (model or _V2).get("family", "swinv2")},
+        "moe": moe or {},
+        "data": {"batch_size": images},
+        "augment": {"mixup": 0.0, "cutmix": 0.0},
+        "zero": {"stage": stage},
+        "precision": {"dtype": dtype},
+        "parallel": {"expert_parallel_size": expert_parallel_size},
+        "train": {"accumulation_steps": steps},
+    }
+    return config, processes
+
+
+CELLS = {
+    "V2, ZeRO 0": _cell(0),
+    "V2, ZeRO 0, bf16": _cell(0, "bf16"),
+    "V2, ZeRO 1, 2 images": _cell(1, images=2),
+    "V2, ZeRO 1, bf16": _cell(1, "bf16"),
+    "V2, ZeRO 2 on 2": _cell(2, processes=2),
+    "V2, ZeRO 2, bf16, recomputed": _cell(2, "bf16", model={**_V2, "use_checkpoint": True}),
+    "V2, ZeRO 3 on 2": _cell(3, processes=2),
+    "V2, ZeRO 3, bf16": _cell(3, "bf16"),
+    "V1, ZeRO 1": _cell(1, model=_V1),
+    "V1, ZeRO 0, recomputed, 16 images": _cell(
+        0, images=16, model={**_V1, "use_checkpoint": True}
+    ),
+    "MoE, ZeRO 1": _cell(1, moe=_MOE),
+    "MoE, ZeRO 2, bf16, recomputed": _cell(
+        2, "bf16", moe=_MOE, model={**_V2, "use_checkpoint": True}
+    ),
+    "MoE, EP 2, ZeRO 1": _cell(1, moe=_MOE, processes=2, expert_parallel_size=2),
+    "MoE, EP 2, ZeRO 2, bf16": _cell(2, "bf16", moe=_MOE, processes=2, expert_parallel_size=2),
+    "V2, ZeRO 1, 2 × 4 images": _cell(1, images=4, steps=2),
+}
+QUICK = ["V2, ZeRO 1, bf16", "V1, ZeRO 0, recomputed, 16 images", "MoE, EP 2, ZeRO 1"]
+
+
+# --------------------------------------------------------------------------------------------
+# Measured
+
+
+def measure(raw: dict[str, Any], processes: int) -> dict[str, float]:
+    """Bytes by kind of rank 0, in processes of their own."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "measured.json"
+        children = [_start(raw, rank, processes, path, folder) for rank in range(processes)]
+        failed = [os.waitpid(child, 0)[1] for child in children]
+        if any(failed):
+            raise RuntimeError(f"a process of the cell failed: {failed}")
+        measured: dict[str, float] = json.loads(path.read_text())
+    return measured
+
+
+def _start(raw: dict[str, Any], rank: int, size: int, path: Path, folder: str) -> int:
+    """A forked process: what takes seconds to import is there already."""
+    child = os.fork()
+    if child:
+        return child
+    code = 1
+    try:
+        if size > 1:
+            store = dist.FileStore(f"{folder}/store", size)
+            dist.init_process_group("gloo", store=store, rank=rank, world_size=size)
+        env = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
+        os.environ.update({key: str(value) for key, value in env.items()})
+        measured = _train(validate(raw))
+        if rank == 0:
+            path.write_text(json.dumps(measured))
+        distributed.barrier()
+        code = 0
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+    finally:
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def _train(config: Config) -> dict[str, float]:
+    engine._bucket = lambda model: max(BUCKET, *(p.numel() for p in model.parameters()))
+    _wait_for_releases()
+    world = distributed.init(config.parallel.expert_parallel_size)
+    images = torch.randn(config.data.batch_size, 3, *config.model.image_sides)
+    targets = torch.randn(config.data.batch_size, config.model.num_classes).softmax(1)
+    loss_function, steps = SoftTargetCrossEntropy(), config.train.micro_steps
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        _mark("start")
+        model = build(config.model, config.moe, world.expert)
+        _mark("built")
+        trained = engine.Engine(
+            model,
+            world,
+            optimizer=config.optimizer,
+            zero=config.zero,
+            dtype=engine.resolve_precision(config.precision, world.device),
+            micro_batch=config.data.batch_size,
+            accumulation_steps=steps,
+        )
+        trained.train()
+        for step in range(STEPS):
+            for micro in range(steps):
+                _mark(f"pass {step} {micro}")
+                logits, routed = split_output(trained.forward(images))
+                loss = loss_function(logits, targets)
+                loss = loss if routed is None else loss + routed.aux_loss
+                trained.backward(loss)
+                del logits, routed, loss
+                _mark(f"update {step} {micro}")
+                trained.step()
+        _mark("end")
+    return _by_kind(_account(profiler), steps)
+
+
+def _mark(name: str) -> None:
+    with record_function(f"mark {name}"):
+        pass
+
+
+def _wait_for_releases() -> None:
+    """Gloo's threads hold tensors a little longer, and the profiler does not see them let go."""
+
+    def patient(collective: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            work = collective(*args, **kwargs)
+            if hasattr(work, "wait"):
+                work.wait()
+            time.sleep(0.004)
+            return work
+
+        return call
+
+    for name in ("all_reduce", "all_gather", "all_gather_into_tensor", "reduce_scatter_tensor",
+                 "reduce_scatter", "all_to_all_single", "broadcast"):  # fmt: skip
+        setattr(dist, name, patient(getattr(dist, name)))
+
+
+def _account(profiler: Any) -> dict[str, tuple[int, int]]:
+    """Bytes at each mark, and the most until the next one."""
+    events: list[tuple[int, int, Any]] = []
+    for event in profiler.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            events.append((event.start_ns(), 1, event.nbytes()))
+        elif event.name().startswith("mark "):
+            events.append((event.start_ns(), 0, event.name().removeprefix("mark ")))
+    live, mark, account = 0, "", {}
+    for _, is_memory, what in sorted(events, key=lambda event: event[:2]):
+        if is_memory:
+            live += what
+            if mark:
+                account[mark] = (account[mark][0], max(account[mark][1], live))
+        else:
+            mark = what
+            account[mark] = (live, live)
+    return account
+
+
+def _by_kind(account: dict[str, tuple[int, int]], steps: int) -> dict[str, float]:
+    step, last = STEPS - 1, steps - 1
+    held = account[f"pass {step} 0"][0]
+    passes = max(account[f"pass {step} {micro}"][1] for micro in range(steps))
+    update = account[f"update {step} {last}"]
+    return {
+        "weights and gradients": account["built"][0] + update[0] - held,
+        "held": held,
+        "passes": passes - held,
+        "peak": max(passes, update[1]),
+    }
+
+
+# --------------------------------------------------------------------------------------------
+# Predicted
+
+
+def predict(raw: dict[str, Any], processes: int) -> dict[str, float]:
+    """The same kinds by the planner, for processes of this machine."""
+    config = validate(raw)
+    planner = Planner(config, Cluster("cpu", 1, processes), fused=True)
+    choice = planner.asked()
+    sizes = spread(
+        planner.groups(choice.expert_parallel_size), processes, choice.expert_parallel_size
+    )
+    held = states(
+        sizes, stage=choice.stage, bf16=planner.bf16, offload="none", accelerator=False,
+        accumulates=choice.accumulation > 1, minimum_bucket=BUCKET,
+    )  # fmt: skip
+    width = 2 if planner.bf16 and choice.stage else 4
+    taken = memory(
+        planner.traced(choice), held, images=choice.images,
+        accumulates=choice.accumulation > 1, gradient_width=width,
+    )  # fmt: skip
+    always = held.gradients + held.between if choice.stage == 3 else 0
+    between = held.weights + held.optimizer + always
+    gradients = 0 if choice.stage == 3 else held.gradients
+    return {
+        "weights and gradients": 4 * sum(g.elements for g in sizes) + gradients,
+        "held": between,
+        "passes": taken.passes - always,
+        "peak": taken.total,
+    }
+
+
+def compare(names: list[str]) -> list[dict[str, Any]]:
+    """Each cell's kinds, measured and predicted, and the greatest deviation."""
+    cells = []
+    found = {name: measure(*CELLS[name]) for name in names}  # before autograd's threads are made
+    for name, measured in found.items():
+        predicted = predict(*CELLS[name])
+        off = {kind: predicted[kind] / measured[kind] - 1 for kind in measured}
+        cells.append(
+            {"name": name, "unit": "bytes", "measured": measured, "predicted": predicted, "off": off}
+        )
+        told = ", ".join(
+            f"{k} {measured[k] / 2**20:.1f} / {predicted[k] / 2**20:.1f} ({100 * off[k]:+.1f} %)"
+            for k in measured
+        )
+        print(f"{name}: {told}", flush=True)
+    return cells
+
+
+def main() -> None:
+    options = harness.arguments(__doc__ or "").parse_args()
+    torch.set_num_threads(1)
+    cells = compare(QUICK if options.quick else list(CELLS))
+    kinds = list(cells[0]["measured"])
+    rows = [
+        [cell["name"], *(f"{cell['measured'][k] / 2**20:.1f} / {cell['predicted'][k] / 2**20:.1f}"
+                         for k in kinds), f"{100 * max(map(abs, cell['off'].values())):.1f} %"]
+        for cell in cells
+    ]  # fmt: skip
+    harness.report("MiB, measured / predicted", ["cell", *kinds, "off by at most"], rows)
+    harness.write_json(options.json, cells, bound=BOUND)
+    if any(abs(off) > BOUND for cell in cells for off in cell["off"].values()):
+        raise SystemExit(f"a prediction is off by more than {100 * BOUND:.0f} %")
+
+
+if __name__ == "__main__":
+    main()

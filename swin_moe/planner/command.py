@@ -1,0 +1,331 @@
+"""The command ``swin-moe plan``: what a run will take, before it is started."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from ..config import Config, load_config
+from ..distributed import check_world
+from ..models.cost import count
+from .choices import Layout, Planner, fits, rank_layouts
+from .draw import draw, label
+from .hardware import GB, GIB, Cluster
+from .scaling import PUBLISHED, Point, strong, weak
+
+IMAGES = {21841: 14_197_122, 1000: 1_281_167}  # of ImageNet-22K and 1K, by their classes
+
+
+class DoesNotFit(ValueError):
+    """The config as it stands is too large; the message says by how much, and what would fit."""
+
+
+def plan(
+    config: Config,
+    cluster: Cluster,
+    console: Console,
+    *,
+    name: str,
+    images: int | None = None,
+    simulate: bool = False,
+    output: Path = Path("plan.png"),
+    json_path: Path | None = None,
+) -> None:
+    """Print what a run of the config on a cluster takes, and what else fits; draw and write it.
+
+    Args:
+        images: of an epoch; default: the data set's, or ImageNet's of as many classes.
+
+    Raises:
+        ValueError: the config cannot be laid out on so many ranks.
+        DoesNotFit: the config as it stands is too large, or everything is.
+    """
+    fused = config.ops.fused and (cluster.name == "cpu" or config.ops.allow_unverified)
+    planner = Planner(config, cluster, fused)
+    asked_choice = planner.asked()
+    check_world(cluster.size, asked_choice.expert_parallel_size)
+    with console.status("tracing the model"):
+        asked = planner.lay_out(asked_choice)
+        ranked = rank_layouts(planner, cluster)
+        curves: dict[str, list[Point]] = {}
+        chosen = asked if fits(asked, cluster) or not ranked else ranked[0]
+        if simulate:
+            curves = {
+                "weak: same batch per GPU": weak(planner, chosen),
+                "strong: same global batch": strong(planner, chosen),
+            }
+    report = _Report(planner, asked, ranked, curves, *_images(config, images))
+    report.print(console, name)
+    if simulate:
+        console.print(_published(console))
+    title = f"{name} on {cluster.nodes} × {cluster.per_node} {cluster.name}"
+    draw(output, title, asked, ranked, cluster, curves)
+    console.print(f"picture: {output}")
+    if json_path is not None:
+        json_path.write_text(json.dumps(report.as_json(), indent=1) + "\n")
+    if not fits(asked, cluster):
+        raise DoesNotFit(_too_large(planner, asked, ranked))
+
+
+def _images(config: Config, given: int | None) -> tuple[int, str]:
+    """Images of an epoch, and where that number is from."""
+    if given:
+        return given, "--images"
+    from ..data.source import open_source
+
+    try:
+        source = open_source(config.data, config.model.num_classes, training=True)
+        return len(source), config.data.path
+    except (ValueError, OSError):
+        classes = config.model.num_classes
+        if classes not in IMAGES:
+            raise ValueError(
+                f"data.path={config.data.path} cannot be counted here: give --images N"
+            ) from None
+        return IMAGES[classes], f"ImageNet of {classes} classes; --images gives another number"
+
+
+def _too_large(planner: Planner, asked: Layout, ranked: list[Layout]) -> str:
+    cluster = planner.cluster
+    over = (asked.memory.total - cluster.memory) / GIB
+    text = (
+        f"the config as it stands needs {asked.memory.total / GIB:.1f} GiB of "
+        f"{cluster.memory / GIB:.1f} on each {cluster.name}, {over:.1f} too much"
+    )
+    if ranked and fits(ranked[0], cluster):
+        return f"{text}; what fits: {' '.join(ranked[0].choice.overrides())}"
+    smallest = ranked[0]
+    text += (
+        f", and nothing else fits on {cluster.size} of them: {label(smallest)} still needs "
+        f"{smallest.memory.total / GIB:.1f}"
+    )
+    for doublings in range(1, 11):
+        more = replace(cluster, nodes=cluster.nodes << doublings)
+        for layout in ranked:
+            if fits(planner.lay_out(layout.choice, more), more):
+                return f"{text}; from --nodes {more.nodes} on {label(layout)} fits"
+    return f"{text}; more nodes do not help: take a smaller model or image, or a larger GPU"
+
+
+class _Report:
+    def __init__(
+        self,
+        planner: Planner,
+        asked: Layout,
+        ranked: list[Layout],
+        curves: dict[str, list[Point]],
+        images: int,
+        images_from: str,
+    ) -> None:
+        self.planner, self.asked, self.ranked, self.curves = planner, asked, ranked, curves
+        self.images, self.images_from = images, images_from
+        config, cluster = planner.config, planner.cluster
+        self.cost = count(config.model, config.moe)
+        choice = asked.choice
+        self.per_rank = sum(g.elements for g in planner.groups(choice.expert_parallel_size))
+        self.batch = choice.images * choice.accumulation * cluster.size
+        self.flops = planner.flops(choice)
+        updates = config.schedule.epochs * (images // self.batch)
+        limit = config.train.max_steps
+        self.updates = min(updates, limit) if limit else updates
+
+    def seconds(self, layout: Layout) -> float:
+        return self.updates * layout.seconds
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "cluster": asdict(self.planner.cluster),
+            "parameters": {**asdict(self.cost), "per_rank": self.per_rank},
+            "flops": {"images": self.asked.choice.images, **asdict(self.flops)},
+            "checkpoint_bytes": self.checkpoint_bytes,
+            "epoch_images": self.images,
+            "updates": self.updates,
+            "config": self._layout(self.asked),
+            "layouts": [self._layout(layout) for layout in self.ranked],
+            "scaling": {
+                name: [
+                    {
+                        "gpus": p.gpus,
+                        "images_per_second": p.images_per_second,
+                        "efficiency": p.efficiency,
+                        "fits": p.fits,
+                    }
+                    for p in points
+                ]
+                for name, points in self.curves.items()
+            },
+        }
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        """Masters and both moments."""
+        return (4 + self.planner.moment_bytes) * self.cost.parameters
+
+    def _layout(self, layout: Layout) -> dict[str, Any]:
+        return {
+            "overrides": layout.choice.overrides(),
+            "fits": fits(layout, self.planner.cluster),
+            "memory": layout.memory.by_kind(),
+            "messages": [asdict(message) for message in layout.messages],
+            "seconds": layout.seconds,
+            "compute": layout.compute,
+            "exposed": layout.exposed,
+            "update": layout.update,
+            "days": self.seconds(layout) / 86400,
+        }
+
+    # ----------------------------------------------------------------------------------------
+
+    def print(self, console: Console, name: str) -> None:
+        cluster, asked = self.planner.cluster, self.asked
+        device = cluster.device
+        console.print(
+            f"{name} on {cluster.nodes} × {cluster.per_node} {cluster.name} "
+            f"({cluster.memory / GIB:.1f} GiB each; {device.source})"
+        )
+        cost, images = self.cost, asked.choice.images
+        console.print(
+            f"parameters  {cost.parameters / 1e6:,.1f} M, {cost.activated / 1e6:,.1f} M activated, "
+            f"{self.per_rank / 1e6:,.1f} M on each rank"
+        )
+        per_image = self.flops.total / images / 1e9
+        forward = self.flops.forward / images / 1e9
+        ops_used = "compiled" if self.planner.fused else "reference"
+        console.print(
+            f"products    {forward:,.1f} GFLOP forward, {per_image:,.1f} training an image; "
+            f"{'bf16' if self.planner.bf16 else 'fp32'}, {ops_used} ops"
+        )
+        console.print(_memory_table(asked, cluster))
+        console.print(_message_table(asked))
+        self._print_time(console)
+        console.print(self._ranking())
+        best = self.ranked[0]
+        if fits(best, cluster):
+            console.print("the fastest that fits, at the same global batch:", style="bold")
+            console.print("  " + " ".join(best.choice.overrides()), soft_wrap=True)
+        for title, points in self.curves.items():
+            console.print(_curve_table(title, points))
+
+    def _print_time(self, console: Console) -> None:
+        asked, cluster = self.asked, self.planner.cluster
+        exposed = sum(asked.exposed.values())
+        console.print(
+            f"an update   {1e3 * asked.seconds:,.0f} ms: {1e3 * asked.compute:,.0f} computing, "
+            f"{1e3 * exposed:,.0f} waiting for messages, {1e3 * asked.update:,.0f} the optimizer; "
+            f"{self.batch / asked.seconds:,.0f} images/s"
+        )
+        total = self.seconds(asked)
+        console.print(
+            f"the run     {self.updates:,} updates of {self.batch:,} images ({self.images:,} an "
+            f"epoch: {self.images_from}): {total / 86400:,.1f} days, "
+            f"{total / 3600 * cluster.size:,.0f} GPU-hours"
+        )
+        console.print(f"checkpoint  {self.checkpoint_bytes / GB:,.1f} GB: masters and moments")
+        if asked.memory.host:
+            node = asked.memory.host * cluster.per_node / GIB
+            console.print(f"host memory {node:,.0f} GiB of each node, for what is offloaded")
+
+    def _ranking(self) -> Table:
+        cluster = self.planner.cluster
+        table = Table(box=SIMPLE_HEAD, padding=(0, 1), title="layouts of the same global batch")
+        for column in ("ZeRO", "EP", "images", "steps", "recompute", "offload", "GiB", "fits"):
+            table.add_column(column, justify="right")
+        for column in ("ms", "img/s", "days"):
+            table.add_column(column, justify="right")
+        for layout in self.ranked[:16]:
+            choice, total = layout.choice, layout.memory.total
+            over = (total - cluster.memory) / GIB
+            table.add_row(
+                str(choice.stage),
+                str(choice.expert_parallel_size),
+                str(choice.images),
+                str(choice.accumulation),
+                "yes" if choice.checkpoint else "",
+                "" if choice.offload == "none" else choice.offload,
+                f"{total / GIB:.1f}",
+                "yes" if over <= 0 else f"+{over:.1f}",
+                f"{1e3 * layout.seconds:,.0f}",
+                f"{self.batch / layout.seconds:,.0f}",
+                f"{self.seconds(layout) / 86400:,.1f}",
+            )
+        return table
+
+
+def _memory_table(layout: Layout, cluster: Cluster) -> Table:
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1), title="memory of a rank at the peak, GiB")
+    kinds = {k: v for k, v in layout.memory.by_kind().items() if k != "host"}
+    for kind in kinds:
+        table.add_column(kind.replace("_", "-"), justify="right")
+    table.add_column("total", justify="right")
+    table.add_column("of", justify="right")
+    total = layout.memory.total
+    style = "" if total <= cluster.memory else "red"
+    table.add_row(
+        *(f"{size / GIB:.2f}" for size in kinds.values()),
+        f"{total / GIB:.2f}",
+        f"{cluster.memory / GIB:.2f}",
+        style=style,
+    )
+    return table
+
+
+def _message_table(layout: Layout) -> Table:
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1), title="messages of a rank in an update")
+    for column in ("collective", "among", "of", "MB", "not hidden, ms"):
+        table.add_column(column, justify="left" if column in ("collective", "of") else "right")
+    for message in layout.messages:
+        waits = layout.exposed.get(message.what, 0.0)
+        table.add_row(
+            message.kind,
+            message.group,
+            message.what,
+            f"{message.sent / 1e6:,.1f}",
+            f"{1e3 * waits:,.1f}",
+        )
+    return table
+
+
+def _curve_table(title: str, points: list[Point]) -> Table:
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1), title=title)
+    for column in ("GPUs", "ms", "images/s", "efficiency", "GiB", "fits"):
+        table.add_column(column, justify="right")
+    for point in points:
+        table.add_row(
+            f"{point.gpus:,}",
+            f"{1e3 * point.layout.seconds:,.0f}",
+            f"{point.images_per_second:,.0f}",
+            f"{100 * point.efficiency:.0f} %",
+            f"{point.layout.memory.total / GIB:.1f}",
+            "yes" if point.fits else "no",
+        )
+    return table
+
+
+def _published(console: Console) -> Table:
+    """What authors report of runs, and what the planner says of ours in their place."""
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1), title="published runs")
+    for column in ("run", "reported", "planned, compiled ops", "planned, reference ops"):
+        table.add_column(column)
+    folder = Path(__file__).parents[2] / "configs"
+    with console.status("tracing the published runs"):
+        for run in PUBLISHED:
+            if not (folder / run.config).is_file():
+                continue  # installed without the recipes
+            config = load_config(folder / run.config, list(run.overrides))
+            cells = []
+            for fused in (True, False):
+                planner = Planner(config, run.cluster, fused)
+                layout = planner.lay_out(planner.asked())
+                per_gpu = layout.choice.images * layout.choice.accumulation / layout.seconds
+                room = layout.memory.total / GIB
+                verb = "fits" if fits(layout, run.cluster) else "too large"
+                cells.append(f"{per_gpu:,.0f} img/s a GPU; {room:.1f} GiB, {verb}")
+            reported = run.said or f"{run.images_per_gpu} img/s a GPU"
+            table.add_row(run.title, reported, *cells)
+    return table

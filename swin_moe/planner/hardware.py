@@ -1,0 +1,111 @@
+"""What a GPU and its links can do, by the makers' own figures, and how long collectives take on them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import psutil
+
+GIB, GB = 2**30, 10**9
+
+
+@dataclass(frozen=True)
+class Device:
+    """One GPU of a node as it is usually built.
+
+    Attributes:
+        memory: bytes. bf16, fp32: dense FLOP/s of matrix products (fp32: TF32 off).
+        hbm: bytes/s of its memory.
+        link: bytes/s to the other GPUs of the node, one direction.
+        network: bytes/s to other nodes, one direction, per GPU.
+        source: where the figures are from.
+    """
+
+    memory: int
+    bf16: float
+    fp32: float
+    hbm: float
+    link: float
+    network: float
+    source: str
+
+
+def _gpu(
+    gib: float, bf16: float, fp32: float, hbm: float, link: float, network: float, source: str
+) -> Device:
+    """Memory in GiB, TFLOP/s, GB/s."""
+    return Device(
+        int(gib * GIB), bf16 * 1e12, fp32 * 1e12, hbm * GB, link * GB, network * GB, source
+    )
+
+
+# Memory is what CUDA reports, a little below the name. Networks: DGX or HGX systems with a 400 Gb/s
+# adapter per GPU (A100: 200 Gb/s); cards without NVLink: PCIe, and 100 Gb/s shared by four.
+GPUS = {
+    "v100": _gpu(31.7, 125, 15.7, 900, 150, 12.5, "NVIDIA V100 data sheet (fp16), DGX-1"),
+    "a100-40": _gpu(39.4, 312, 19.5, 1555, 300, 25, "NVIDIA A100 data sheet, DGX A100"),
+    "a100-80": _gpu(79.1, 312, 19.5, 2039, 300, 25, "NVIDIA A100 data sheet, DGX A100"),
+    "h100": _gpu(79.1, 989, 67, 3350, 450, 50, "NVIDIA H100 SXM data sheet, DGX H100"),
+    "h200": _gpu(139.8, 989, 67, 4800, 450, 50, "NVIDIA H200 data sheet, DGX H200"),
+    "b200": _gpu(178, 2250, 75, 7700, 900, 50, "NVIDIA Blackwell data sheet, DGX B200"),
+    "l40s": _gpu(44.4, 362, 91.6, 864, 32, 3.1, "NVIDIA L40S data sheet, PCIe 4"),
+    "rtx4090": _gpu(23.5, 165, 82.6, 1008, 32, 3.1, "NVIDIA Ada whitepaper (fp32 sums), PCIe 4"),
+}
+NAMES = (*GPUS, "cpu")
+
+
+def device(name: str) -> Device:
+    """A GPU by name; ``cpu`` is a process of this machine, whose speed is a guess.
+
+    Raises:
+        ValueError: no such name.
+    """
+    if name == "cpu":
+        memory = psutil.virtual_memory().total
+        cores = psutil.cpu_count(logical=False) or 1
+        return Device(
+            memory, cores * 5e10, cores * 5e10, 2e10, 1e10, 1.25e9, "this machine's memory"
+        )
+    if name not in GPUS:
+        raise ValueError(f"--gpu {name}: unknown; there are {', '.join(NAMES)}")
+    return GPUS[name]
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Nodes of equal GPUs; on a CPU the processes of a node share its memory."""
+
+    name: str
+    nodes: int
+    per_node: int
+
+    @property
+    def device(self) -> Device:
+        return device(self.name)
+
+    @property
+    def size(self) -> int:
+        return self.nodes * self.per_node
+
+    @property
+    def memory(self) -> int:
+        """Bytes of each rank."""
+        return self.device.memory // (self.per_node if self.name == "cpu" else 1)
+
+    def seconds(self, kind: str, sent: float, ranks: int, stride: int = 1) -> float:
+        """Time of a collective among ``ranks`` ranks, every ``stride``-th of all.
+
+        By the traffic of a ring, which also bounds other algorithms: an all-reduce moves its bytes
+        2·(n − 1)/n times over the slowest link, others (n − 1)/n times. Rings over nodes use the
+        adapters of all GPUs of a node; an all-to-all sends each rank's remote rows by its own.
+        """
+        if ranks <= 1 or not sent:
+            return 0.0
+        inside = min(max(self.per_node // stride, 1), ranks)
+        share = (ranks - 1) / ranks * (2 if kind == "all_reduce" else 1)
+        link, network = self.device.link, self.device.network
+        if inside == ranks:
+            return share * sent / link
+        if kind == "all_to_all":
+            return max((inside - 1) / ranks * sent / link, (ranks - inside) / ranks * sent / network)
+        return max(share * sent / link, share * sent / (network * inside))

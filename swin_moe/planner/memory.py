@@ -1,0 +1,103 @@
+"""Memory of a rank by kind: what is held, and the worst moment of a training step."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+
+import numpy as np
+
+from .states import States
+from .trace import Trace
+
+MARGIN = 0.08  # of the device: fragments, libraries' workspaces, the context; as micro_batch has it
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes by kind at the peak, and in the host's memory."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    buckets: int
+    activations: int
+    all_to_all: int
+    update: int
+    margin: int
+    host: int
+    passes: int  # of the total: what the passes take at their peak beside what is always held
+
+    @property
+    def total(self) -> int:
+        """On the device."""
+        kinds = [field.name for field in fields(self) if field.name not in ("host", "passes")]
+        return sum(getattr(self, kind) for kind in kinds)
+
+    def by_kind(self) -> dict[str, int]:
+        return {kind: size for kind, size in asdict(self).items() if kind != "passes"}
+
+
+def memory(
+    traced: Trace,
+    held: States,
+    *,
+    images: int,
+    accumulates: bool,
+    gradient_width: int,
+    expert_scale: float = 1.0,
+    offloaded_per_image: int = 0,
+    margin: int = 0,
+) -> Memory:
+    """The peak of a step: of the passes, or of the update where that is more.
+
+    Args:
+        images: of a micro-batch.
+        gradient_width: bytes of an element of a gradient during the passes.
+        expert_scale: this rank's experts over those traced.
+        offloaded_per_image: bytes of blocks' inputs that are kept on the host.
+    """
+    live = np.maximum(traced.live.at(images) - offloaded_per_image * images, 0)
+    away = traced.travelling.at(images)
+    grown = gradient_width * (traced.dense_grads + traced.expert_grads * expert_scale)
+    if not held.full_gradients:
+        gradients = np.full_like(live, held.gradients if accumulates or held.between else 0)
+    elif accumulates:
+        gradients = np.full_like(live, gradient_width * _all(traced, expert_scale))
+    else:
+        gradients = grown
+    backward = np.arange(len(live)) >= traced.forward_events
+    # ZeRO-3's are there throughout; the others' from the first gradient on.
+    buckets = held.buckets * (backward | accumulates | (held.between > 0))
+    elements = traced.dense_grads + traced.expert_grads * expert_scale
+    buckets = buckets + held.flush * (elements > held.bucket)
+    during = live + gradients + buckets + held.between
+    worst = int(during.argmax())
+    update = held.gradients + held.between + held.update
+    common = {"weights": held.weights, "optimizer": held.optimizer, "margin": margin}
+    passes = int(during[worst])
+    if update > during[worst]:
+        return Memory(
+            **common,
+            gradients=held.gradients,
+            buckets=held.between,
+            activations=0,
+            all_to_all=0,
+            update=held.update,
+            host=held.host,
+            passes=passes,
+        )
+    bucket = int(buckets[worst]) + held.between
+    return Memory(
+        **common,
+        gradients=int(gradients[worst]),
+        buckets=bucket,
+        activations=int(live[worst] - away[worst]),
+        all_to_all=int(away[worst]),
+        update=0,
+        host=held.host,
+        passes=passes,
+    )
+
+
+def _all(traced: Trace, scale: float) -> float:
+    return float(traced.dense_grads[-1] + traced.expert_grads[-1] * scale)

@@ -1,0 +1,106 @@
+"""Weak and strong scaling by the planner's roofline, and published runs beside what it says of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from .choices import Layout, Planner, fits
+from .hardware import Cluster
+
+MOST = 2048  # GPUs
+
+
+@dataclass(frozen=True)
+class Point:
+    """A layout on so many GPUs; efficiency is images/s per GPU over that of the first point."""
+
+    gpus: int
+    layout: Layout
+    images_per_second: float
+    efficiency: float
+    fits: bool
+
+
+def weak(planner: Planner, layout: Layout) -> list[Point]:
+    """The same work for each GPU, on ever more of them."""
+    return _points(planner, layout, strong=False)
+
+
+def strong(planner: Planner, layout: Layout) -> list[Point]:
+    """The same global batch on ever more GPUs, until each has one image left."""
+    return _points(planner, layout, strong=True)
+
+
+def _points(planner: Planner, layout: Layout, strong: bool) -> list[Point]:
+    base, choice = planner.cluster, layout.choice
+    whole = choice.images * choice.accumulation * base.size
+    points: list[Point] = []
+    nodes = base.nodes
+    while nodes * base.per_node <= max(MOST, base.size):
+        cluster = replace(base, nodes=nodes)
+        each, rest = divmod(whole, cluster.size)
+        here = choice
+        if strong:
+            if each == 0 or rest:
+                break
+            images = max(n for n in range(1, choice.images + 1) if each % n == 0)
+            here = replace(choice, images=images, accumulation=each // images)
+        found = planner.lay_out(here, cluster)
+        made = here.images * here.accumulation * cluster.size / found.seconds
+        first = points[0].images_per_second / points[0].gpus if points else made / cluster.size
+        points.append(
+            Point(cluster.size, found, made, made / cluster.size / first, fits(found, cluster))
+        )
+        nodes *= 2
+    return points
+
+
+@dataclass(frozen=True)
+class Published:
+    """A run as its authors report it, and the config that it corresponds to."""
+
+    title: str
+    source: str
+    config: str
+    overrides: tuple[str, ...]
+    cluster: Cluster
+    images_per_gpu: float | None = None
+    said: str = ""
+
+
+_TUTEL = "Tutel, https://arxiv.org/abs/2206.03382, table 8"
+_A100 = Cluster("a100-40", 4, 8)
+PUBLISHED = [
+    Published(
+        "SwinV2-B dense, 192 px, 32 A100",
+        _TUTEL,
+        "imagenet22k/swinv2_base.yaml",
+        ("data.batch_size=128",),
+        _A100,
+        288,
+    ),
+    Published(
+        "SwinV2-MoE-B, 32 experts, 32 A100",
+        _TUTEL,
+        "imagenet22k/swinv2_moe_base_32expert.yaml",
+        ("data.batch_size=128", "parallel.expert_parallel_size=32", "zero.stage=1"),
+        _A100,
+        249,
+    ),
+    Published(
+        "SwinV2-G, 3 B, 40 GB A100, plain",
+        "Swin V2, https://arxiv.org/abs/2111.09883, section 3.4",
+        "scale/swinv2_g_3b.yaml",
+        ("model.use_checkpoint=false", "zero.stage=0", "data.batch_size=2"),
+        _A100,
+        said="did not fit",
+    ),
+    Published(
+        "SwinV2-G, ZeRO-1 and checkpointing",
+        "Swin V2, section 3.4",
+        "scale/swinv2_g_3b.yaml",
+        ("model.use_checkpoint=true", "zero.stage=1", "data.batch_size=2"),
+        _A100,
+        said="fitted, with sequential attention",
+    ),
+]

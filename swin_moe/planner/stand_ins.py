@@ -1,0 +1,86 @@
+"""What an MoE layer does between ranks, and what depends on data, for a trace without either.
+
+Loads are taken to be even: each expert gets its share of the rows, and each rank receives as many
+as it sends.
+"""
+
+from __future__ import annotations
+
+from types import MethodType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..moe import MoELayer
+from ..moe.plan import Kernels, Plan
+from ..ops import moe_experts
+
+
+def stand_in(layer: MoELayer, padded: bool, fused: bool) -> None:
+    """Let a layer of a fake model run on its own."""
+    kernels = layer.kernels
+    experts = moe_experts if fused else _experts
+    layer.kernels = Kernels(kernels.route, kernels.dispatch, kernels.combine, experts)
+    layer.experts.kernels = layer.kernels
+    layer.padded = padded
+    if layer.group.size > 1:
+        layer._apply_experts = MethodType(_apply_experts, layer)  # type: ignore[method-assign]
+
+
+def _experts(
+    rows: Tensor,
+    used: Tensor,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor | None,
+    *,
+    stride: int = 0,
+    dropout_p: float = 0.0,
+) -> Tensor:
+    """The reference, which goes from expert to expert, at once: it keeps and makes as much."""
+    each, rest = divmod(rows.shape[0], used.shape[0])
+    own = rows[: rows.shape[0] - rest].view(used.shape[0], each, -1)
+    hidden = F.gelu(torch.baddbmm(fc1_bias[:, None], own, fc1_weight.transpose(1, 2)))
+    if dropout_p > 0:
+        hidden = hidden * torch.empty_like(hidden)
+    out = torch.bmm(hidden, fc2_weight.transpose(1, 2))
+    if fc2_bias is not None:
+        out = out + fc2_bias[:, None]
+    return torch.cat((out.flatten(0, 1), rows.new_zeros(rest, rows.shape[1])))
+
+
+class _Travel(torch.autograd.Function):
+    """Rows that leave, and as many others that come in a buffer of their own."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor) -> Tensor:
+        return _buffer(rows)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return _buffer(grads[0])
+
+
+def _buffer(rows: Tensor) -> Tensor:
+    return rows.new_empty_strided(rows.shape, (rows.shape[1], 1))
+
+
+def _apply_experts(layer: MoELayer, rows: Tensor, plan: Plan) -> tuple[Tensor, float]:
+    """As :class:`~swin_moe.moe.exchange.Exchange` with one chunk."""
+    weights = layer.experts.weights_as(rows.dtype)
+    local = len(layer.experts.share.experts)
+    used = plan.used.new_empty(local)
+    chunk = _Travel.apply(rows)
+    if local > 1:  # from rank by rank to expert by expert, and back
+        order = plan.used.new_empty(rows.shape[0])
+        source = order.to(torch.int32)
+        destination = order.new_empty(order.shape).to(torch.int32).view(-1, 1)
+        chunk = layer.kernels.dispatch(chunk, source, destination)
+        chunk = layer.experts(chunk, used, weights=weights)
+        chunk = layer.kernels.dispatch(chunk, destination[:, 0], source[:, None])
+    else:
+        chunk = layer.experts(chunk, used, weights=weights)
+    return _Travel.apply(chunk), 0.0

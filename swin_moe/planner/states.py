@@ -1,0 +1,163 @@
+"""What DeepSpeed 0.19 holds of a rank's parameters, by formula: weights, gradients, optimizer, buckets.
+
+Read from its ``zero/stage_1_and_2.py`` and ``zero/stage3.py``, and held against the allocator's own
+account by ``benchmarks/planner.py``. ``P`` is what a rank's model has, cut over ``N`` replicas.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from torch import nn
+
+from ..optim import parameter_groups
+
+MINIMUM_BUCKET = 50_000_000  # elements, see engine._bucket
+PERSISTENT = 100_000  # ZeRO-3 keeps parameters of fewer elements whole
+LIVE = 1_000_000_000  # elements of gathered parameters that ZeRO-3 keeps before it frees one
+PREFETCH = 50_000_000  # elements that it gathers ahead
+SUB_GROUP = 50_000_000  # elements that ZeRO-3 updates at once, see engine._SUB_GROUP
+
+
+@dataclass(frozen=True)
+class Group:
+    """One of the optimizer's groups as a rank has it: elements of its tensors, and replicas."""
+
+    sizes: tuple[int, ...]
+    expert: bool
+    replicas: int = 1
+
+    @property
+    def elements(self) -> int:
+        return sum(self.sizes)
+
+    @property
+    def part(self) -> int:
+        """Elements of it that one replica keeps; the whole is padded to twice the replicas."""
+        return -(-self.elements // (2 * self.replicas)) * 2
+
+
+def groups_of(model: nn.Module, decay: float, layer_decay: float) -> list[Group]:
+    """The groups of a model (on the meta device), replicas left at one."""
+    return [
+        Group(tuple(p.numel() for p in group["params"]), group["moe"])
+        for group in parameter_groups(model, decay, layer_decay)  # type: ignore[arg-type]
+    ]
+
+
+def spread(groups: list[Group], world: int, expert_parallel_size: int) -> list[Group]:
+    """The groups with the replicas that there are of each."""
+    return [
+        replace(g, replicas=world // (expert_parallel_size if g.expert else 1)) for g in groups
+    ]
+
+
+@dataclass(frozen=True)
+class States:
+    """Bytes on the device of a rank, beside activations.
+
+    Attributes:
+        weights, optimizer: held all the time, masters and moments the latter.
+        gradients: held between the backward pass and the update.
+        full_gradients: whether they grow to that during the backward pass; else only pieces exist.
+        buckets: what reductions and gathers take during the passes; ``flush`` more bytes from the
+            moment on at which ``bucket`` elements of gradients are there.
+        between: buckets that are held at any time.
+        update: what the optimizer's step takes on top of weights, optimizer, gradients.
+        host: bytes in the host's memory.
+    """
+
+    weights: int
+    optimizer: int
+    gradients: int
+    full_gradients: bool
+    buckets: int
+    bucket: int
+    flush: int
+    between: int
+    update: int
+    host: int
+
+
+def states(
+    groups: list[Group],
+    *,
+    stage: int,
+    bf16: bool,
+    offload: str,
+    accelerator: bool,
+    accumulates: bool,
+    moment_bytes: int = 8,
+    minimum_bucket: int = MINIMUM_BUCKET,
+) -> States:
+    """Memory of one rank.
+
+    Args:
+        offload: ``none``, ``cpu`` or ``nvme``. accelerator: whether host memory is another one.
+        accumulates: several micro-batches make an update.
+        moment_bytes: of both moments of an element.
+    """
+    elements = sum(g.elements for g in groups)
+    sizes = [size for g in groups for size in g.sizes]
+    if stage == 0:
+        temporaries = max(g.elements for g in groups) if accelerator else 2 * max(sizes)
+        flattened = min(elements, 500_000_000 + max(sizes))
+        return States(
+            weights=4 * elements,
+            optimizer=moment_bytes * elements,
+            gradients=4 * elements,
+            full_gradients=True,
+            buckets=0,
+            bucket=0,
+            flush=0,
+            between=0,
+            update=4 * max(temporaries, flattened),
+            host=0,
+        )
+    width = 2 if bf16 else 4
+    bucket = max(minimum_bucket, *sizes)
+    part = sum(g.part for g in groups)
+    optimizer = (moment_bytes + 4) * part  # ZeRO-3 clones fp32 masters, too
+    host, away = 0, offload != "none" and accelerator
+    if offload == "nvme":
+        optimizer, host = 0, 0
+    elif offload == "cpu":
+        optimizer += (4 + width * (stage < 3)) * part  # a gradient of each master, a copy of it
+    if away:
+        optimizer, host = 0, optimizer
+    largest = max(min(g.part, SUB_GROUP if stage == 3 else g.part) for g in groups)
+    # Of AdamW a denominator, of which torch makes two on a CPU; and the gradient in fp32.
+    temporaries = 0 if moment_bytes < 8 else 4 if accelerator else 8  # bf16 moments: in pieces
+    update = 0 if away else temporaries * largest
+    update += 0 if offload != "none" else 4 * largest
+    if stage < 3:
+        owned = width * part if offload == "none" else 0
+        return States(
+            weights=width * sum(g.part * g.replicas for g in groups),
+            optimizer=optimizer,
+            gradients=width * elements if stage == 1 and accumulates else owned,
+            full_gradients=stage == 1,
+            buckets=width * bucket * (2 if accelerator else 1),  # one is filled, one on its way
+            bucket=bucket,
+            # What is reduced is flattened once more; ZeRO-2 keeps its part in a piece of its own.
+            flush=width * min(bucket, elements) + (owned if stage == 2 else 0),
+            between=0,
+            update=update,
+            host=host,
+        )
+    kept = sum(size for g in groups if g.replicas > 1 for size in g.sizes if size < PERSISTENT)
+    sharded = sum(g.elements for g in groups if g.replicas > 1) - kept
+    flat = width * part
+    return States(
+        weights=width * (part + kept),
+        optimizer=optimizer,
+        gradients=0 if away else flat,
+        full_gradients=False,
+        # Gathered weights, and those that a gather has just brought and not yet sorted.
+        buckets=width * (min(sharded, LIVE) + min(sharded, PREFETCH)),
+        bucket=bucket,
+        flush=width * min(bucket, elements),
+        between=width * bucket,
+        update=update,
+        host=host + (flat if away else 0),
+    )

@@ -1,0 +1,81 @@
+"""Bytes that a rank hands to collectives in one update, counted as they pass the dispatcher."""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from timm.loss import SoftTargetCrossEntropy
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from swin_moe import distributed
+from swin_moe import engine as engine_module
+from swin_moe.config import validate
+from swin_moe.engine import Engine
+from swin_moe.models import build, split_output
+
+CONTROL = 256  # bytes; smaller messages are flags, norms and lengths of queues
+# Which argument has the bytes that count: the whole of what is gathered, or of what is sent.
+KINDS = {
+    "allreduce_": ("all_reduce", 0),
+    "_allgather_base_": ("all_gather", 0),
+    "allgather_": ("all_gather", 0),
+    "allgather_into_tensor_coalesced_": ("all_gather", 0),
+    "_reduce_scatter_base_": ("reduce_scatter", 1),
+    "reduce_scatter_": ("reduce_scatter", 1),
+    "reduce_scatter_tensor_coalesced_": ("reduce_scatter", 1),
+    "alltoall_base_": ("all_to_all", 1),
+    "broadcast_": ("broadcast", 0),
+}
+
+
+class Counter(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.sent = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        namespace, _, name = func._schema.name.partition("::")
+        if namespace == "c10d" and name in KINDS:
+            kind, place = KINDS[name]
+            tensors = [t for t in tree_leaves(args[place]) if isinstance(t, torch.Tensor)]
+            size = sum(t.numel() * t.element_size() for t in tensors)
+            if size >= CONTROL:
+                self.sent[kind] = self.sent.get(kind, 0) + size
+        elif namespace == "c10d":
+            raise AssertionError(f"{func} is not counted")
+        return func(*args, **(kwargs or {}))
+
+
+def main(folder: Path) -> None:
+    raw = json.loads((folder / "config.json").read_text())
+    config = validate(raw)
+    engine_module._bucket = lambda model: 10_000_000
+    world = distributed.init(config.parallel.expert_parallel_size)
+    torch.manual_seed(world.rank)
+    images = torch.randn(config.data.batch_size, 3, *config.model.image_sides)
+    targets = torch.randn(config.data.batch_size, config.model.num_classes).softmax(1)
+    dtype = torch.bfloat16 if config.precision.dtype == "bf16" else torch.float32
+    steps = config.train.micro_steps
+    engine = Engine(
+        build(config.model, config.moe, world.expert), world, optimizer=config.optimizer,
+        zero=config.zero, dtype=dtype, micro_batch=config.data.batch_size, accumulation_steps=steps,
+    )  # fmt: skip
+    engine.train()
+    for _ in range(4):  # ZeRO-3 learns the order of the parameters in the first ones
+        with Counter() as counter:
+            for _ in range(steps):
+                logits, routed = split_output(engine.forward(images))
+                loss = SoftTargetCrossEntropy()(logits, targets)
+                engine.backward(loss if routed is None else loss + routed.aux_loss)
+                engine.step()
+    if world.is_main:
+        (folder / "sent.json").write_text(json.dumps(counter.sent))
+    distributed.barrier()
+    distributed.shutdown()
+    distributed.leave(0)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
