@@ -286,7 +286,8 @@ def all_reduce_(tensor: torch.Tensor, op: str = "sum", group: Group | None = Non
     alone = group.size == 1 if group else not dist.is_initialized() or dist.get_world_size() == 1
     if not alone:
         operation = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
-        dist.all_reduce(tensor, op=operation[op], group=group.handle if group else None)
+        with torch.profiler.record_function("reduce"):
+            dist.all_reduce(tensor, op=operation[op], group=group.handle if group else None)
     return tensor
 
 

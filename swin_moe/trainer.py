@@ -13,6 +13,7 @@ import torch
 from timm.loss import SoftTargetCrossEntropy
 from timm.scheduler import CosineLRScheduler
 from torch import Tensor
+from torch.profiler import record_function
 
 from .checkpoint import Writer
 from .config import FaultsConfig
@@ -26,6 +27,7 @@ from .guard import Guard, Preempted, SpikeDetector, StopSignal
 from .metrics import Meter, MetricLog, Record, progress_bar
 from .models import split_output
 from .moe import ChoiceCounter, RouterMeter, RouterWatch
+from .profiling import Profile
 from .watchdog import Watchdog
 
 logger = logging.getLogger("swin_moe")
@@ -104,6 +106,7 @@ class Trainer:
     stop_signal: StopSignal
     say: Callable[[str], None]
     position: Position = field(default_factory=Position)
+    profile: Profile | None = None
     last_evaluation: Evaluation | None = None
 
     def __post_init__(self) -> None:
@@ -158,7 +161,10 @@ class Trainer:
             self._restart_clock()
             last = False
             while not last:
-                stop = self._update(batches)
+                with record_function("update"):
+                    stop = self._update(batches)
+                if self.profile:
+                    self.profile.step()
                 last = position.update == plan.updates_per_epoch or plan.is_done(position)
                 every = plan.save_every_steps
                 saves = every > 0 and position.step % every == 0 and not last
@@ -214,14 +220,18 @@ class Trainer:
         bad = ""
         for micro in range(plan.accumulation_steps):
             waited = time.monotonic()
-            samples.append(next(batches))
+            with record_function("data"):
+                samples.append(next(batches))
             self._waited += time.monotonic() - waited
-            loss = self._forward(samples[-1], position.step * plan.accumulation_steps + micro)
+            with record_function("forward"):
+                loss = self._forward(samples[-1], position.step * plan.accumulation_steps + micro)
             if self.engine.at_boundary:
                 loss = loss * self._guard.agree()
-            self.engine.backward(loss)
+            with record_function("backward"):
+                self.engine.backward(loss)
             try:
-                self.engine.step()
+                with record_function("optimizer"):
+                    self.engine.step()
             except FloatingPointError:
                 bad = "gradient norm"
         verdict = self._guard.read()
@@ -350,6 +360,8 @@ class Trainer:
             record["train/aux_loss"] = aux
         for name, totals in zip(self._layer_names, routers, strict=True):
             record |= totals.record(name)
+        if self.profile:
+            record |= self.profile.take()
         if self.log:
             self.log.write(record)
         for warning in self._watch.check(routers):

@@ -302,6 +302,7 @@ class TrainConfig(Section):
     accumulation_steps: Positive | Literal["auto"] = 1
     eval_every_epochs: Positive = 1
     max_steps: NonNegative = 0  # stop after that many updates; 0 = run all epochs
+    profile: bool = False  # trace a few updates into profile/ and split their time
 
     @property
     def micro_steps(self) -> int:

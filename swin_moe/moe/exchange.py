@@ -23,6 +23,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.profiler import record_function
 
 from ..distributed import Group
 from .all_to_all import AllToAll, Pending
@@ -54,7 +55,8 @@ class Exchange:
         mine = torch.full((experts,), plan.stride) if plan.stride else plan.used.cpu()
         began = time.perf_counter()
         gathered = mine.new_empty(group.size * experts)
-        dist.all_gather_into_tensor(gathered, mine, group=group.handle)
+        with record_function("all-to-all"):
+            dist.all_gather_into_tensor(gathered, mine, group=group.handle)
         self.waited = time.perf_counter() - began
         lengths = gathered.view(group.size, experts)
         # Chunk c of a queue of n rows: [n·c/degree, n·(c+1)/degree).
@@ -206,7 +208,8 @@ class _Ferry:
     def _wait(self, c: int) -> Tensor:
         began = time.perf_counter()
         pending, tensor = self.pending.pop(c)
-        pending.wait()
+        with record_function("all-to-all"):
+            pending.wait()
         self.waited += time.perf_counter() - began
         return tensor
 

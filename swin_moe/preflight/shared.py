@@ -43,7 +43,7 @@ def check_folder(config: Config, world: World, facts: list[Facts]) -> list[str]:
     for what in dict.fromkeys(seen):
         if what:
             ranks = [rank for rank, other in enumerate(seen) if other == what]
-            lines.append(f"{named(facts, ranks)}: {folder} {what}")
+            lines.append(f"{named(facts, ranks)}: {what}")
     return lines
 
 
@@ -60,16 +60,16 @@ def _see(token: Path, rank: int) -> str:
     while not token.exists():
         if time.monotonic() >= deadline:
             return (
-                "is not the folder in which rank 0 writes: train.output must be on a file system "
-                "that all hosts share"
+                f"{token.parent} is not the folder in which rank 0 writes: train.output must be on "
+                "a file system that all hosts share"
             )
         time.sleep(0.1)
     try:
         if token.read_text() != token.name:
-            return "holds another file than rank 0 wrote"
+            return f"{token.parent} holds another file than rank 0 wrote"
         token.with_name(f"{token.name}-{rank}").write_text("")
     except OSError as error:
-        return f"cannot be used: {error.strerror or os.strerror(error.errno or 0)}"
+        return f"{token.parent} cannot be used: {error.strerror or os.strerror(error.errno or 0)}"
     return ""
 
 

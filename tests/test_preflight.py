@@ -1,0 +1,152 @@
+"""Processes that are alike begin; those that are not are told in one line that names the host."""
+
+import json
+import shutil
+import socket
+
+import pytest
+import torch
+
+from swin_moe import meeting, ops
+from swin_moe.config import load_config
+from swin_moe.preflight import links
+from swin_moe.preflight.agreement import compare, named
+from swin_moe.preflight.facts import Facts, collect
+from tests.parallel import MICRO, one_error, run_worker, swin_moe
+
+
+def found(tmp_path, case):
+    """What two processes found, which must be the same on both; and nothing is left behind."""
+    folder = tmp_path / case
+    folder.mkdir()
+    run_worker("preflight", folder, 2)
+    said = [json.loads((folder / f"found-{rank}.json").read_text()) for rank in (0, 1)]
+    assert said[0] == said[1]
+    assert not (folder / "runs").exists()
+    return said[0]
+
+
+def test_those_that_agree(tmp_path):
+    result = found(tmp_path, "alike")
+    assert result["problems"] == []
+    assert [timing["name"] for timing in result["links"]["timings"]] == ["all-reduce", "all-to-all"]
+    assert all(timing["bandwidth"] > 0 for timing in result["links"]["timings"])
+    # 50 images of 4×4 tokens at the second stage, top-1, capacity 1.25, 32 channels of fp32.
+    config = load_config(MICRO)
+    assert links._dispatched(config) > 0
+    assert abs(result["links"]["skew"][1]) < 0.5
+    assert not [line for line in result["warnings"] if "clock" in line]
+
+
+@pytest.mark.parametrize(
+    ("case", "expected"),
+    [
+        ("torch", "node-1: torch 2.14.1, but node-0 has {torch}: install requirements/lock.txt"),
+        ("config", "node-1: optimizer.base_lr=0.5, but node-0 has "),
+        ("expert_parallel", "node-1: parallel.expert_parallel_size=1, but node-0 has 2: start "),
+        ("folder", "elsewhere is not the folder in which rank 0 writes: train.output must be on"),
+        ("late", "1 of 2 processes have not come"),
+    ],
+)  # fmt: skip
+def test_those_that_do_not(tmp_path, case, expected):
+    folder = tmp_path / case
+    folder.mkdir()
+    run_worker("preflight", folder, 2)
+    error = json.loads((folder / "found-0.json").read_text())["error"]
+    assert expected.format(torch=torch.__version__) in error
+    assert "\n" not in error
+    assert ("rank 1" if case == "late" else "node-1") in error
+    if case != "late":
+        assert json.loads((folder / "found-1.json").read_text())["error"] == error
+
+
+def test_clocks_and_drivers_are_only_told(tmp_path):
+    warnings = found(tmp_path, "clock")["warnings"]
+    assert [line for line in warnings if line.startswith("node-1: its clock is 7.")]
+    warnings = found(tmp_path, "driver")["warnings"]
+    assert "node-1: driver 550.1, but node-0 has none" in warnings
+
+
+def test_facts_are_real(tmp_path):
+    facts = collect(load_config(MICRO, [f"train.output={tmp_path}/run"]))
+    assert facts.host == socket.gethostname()
+    assert facts.versions["torch"] == torch.__version__
+    assert facts.versions["compiled ops"] == (ops.library_digest() or "not built")
+    assert facts.disk == pytest.approx(shutil.disk_usage(tmp_path).free, rel=0.05)
+    assert facts.memory > 0
+    other = collect(load_config(MICRO, [f"train.output={tmp_path}/run", "train.seed=1"]))
+    assert other.versions["config"] != facts.versions["config"]
+    assert other.versions["source"] == facts.versions["source"]
+
+
+def facts_of(*hosts, gpu="", **more):
+    return [
+        Facts(host, 0, {"torch": "2.0", "timm": "1", "commit": "a", **more}, gpu and f"{gpu}{i}",
+              10**10, 10**10, 10**10, 10**10)
+        for i, host in enumerate(hosts)
+    ]  # fmt: skip
+
+
+def test_the_odd_one_out_is_named_not_the_first():
+    facts = facts_of("a", "b", "b", "c")
+    facts[0].versions["torch"] = "1.9"
+    problems, _ = compare(facts, [{}] * 4)
+    assert problems[0].startswith("a: torch 1.9, but b, c has 2.0")
+    assert named(facts, [1]) == "b (rank 1)"
+    assert named(facts, [1, 2]) == "b"
+
+
+def test_two_processes_on_one_gpu_are_refused():
+    facts = facts_of("a", "a", gpu="GPU-")
+    assert compare(facts, [{}] * 2)[0] == []
+    facts = [facts[0], facts[0]]
+    assert "2 processes share one GPU" in compare(facts, [{}] * 2)[0][0]
+
+
+def test_a_slow_link_and_a_slow_process_are_named():
+    facts = facts_of("a", "b", "c", "d")
+    fast = links.Links([], [0.0, 0.0, 9.0, 0.0], [0.01, 0.01, 0.01, 0.2], [1e12, 1e12, 1e11, 1e12])
+    lines = links.judge(fast, facts)
+    assert any("c: its clock is 9.0 s ahead of a's" in line for line in lines)
+    assert any("c computes 10.0 times slower" in line for line in lines)
+    assert any("the link from c to d is 20.0 times slower" in line for line in lines)
+    assert len(lines) == 3
+
+
+def test_an_unreachable_master_is_one_line(monkeypatch):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with pytest.raises(
+        ConnectionError, match=rf"cannot reach rank 0 at 127.0.0.1:{port} after 1 s"
+    ):
+        meeting.open_store("127.0.0.1", port, 1, 2, 1.0, serve=False)
+
+
+def test_a_port_that_is_taken_is_one_line(capfd):
+    with socket.socket() as other:
+        other.bind(("0.0.0.0", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        with pytest.raises(ConnectionError, match=rf"MASTER_PORT={port} is taken"):
+            meeting.open_store("127.0.0.1", port, 0, 2, 1.0, serve=True)
+        with pytest.raises(ConnectionError, match="is not rank 0 of this run"):
+            meeting.open_store("127.0.0.1", port, 1, 2, 1.0, serve=False)
+    assert capfd.readouterr().err == ""
+
+
+def test_spans():
+    assert meeting.spans([3]) == "rank 3"
+    assert meeting.spans([0, 1, 2, 5]) == "ranks 0-2, 5"
+
+
+def test_doctor_of_one_process(tmp_path):
+    done = swin_moe("doctor", str(MICRO), f"train.output={tmp_path}/run", "--json",
+                    str(tmp_path / "found.json"))  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "fit: the process may begin" in done.stdout
+    assert json.loads((tmp_path / "found.json").read_text())["problems"] == []
+    assert not (tmp_path / "run").exists()
+    done = swin_moe("doctor", str(MICRO), "model.windw_size=3")
+    assert done.returncode == 2
+    assert "did you mean 'model.window_size'?" in one_error(done)

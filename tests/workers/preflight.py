@@ -1,0 +1,76 @@
+"""Two processes that differ in one thing, which the folder's name says; each writes what came."""
+
+import dataclasses
+import json
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from swin_moe import distributed
+from swin_moe.config import load_config
+from swin_moe.preflight import agreement, links
+from swin_moe.preflight.start import check, refuse
+from tests.parallel import MICRO, SMALL
+
+
+def main() -> None:
+    folder = Path(sys.argv[1])
+    case = folder.name
+    rank = distributed.environment_rank()[0]
+    overrides = [*SMALL, f"train.output={folder}/runs/mine", "parallel.expert_parallel_size=2"]
+    collect = agreement.collect
+
+    def another(config):
+        facts = dataclasses.replace(collect(config), host=f"node-{rank}", local_rank=0)
+        if case == "torch" and rank:
+            facts.versions["torch"] = "2.14.1"
+        if case == "driver" and rank:
+            facts.versions["driver"] = "550.1"
+        return facts
+
+    agreement.collect = another
+    if rank and case == "config":
+        overrides.append("optimizer.base_lr=0.5")
+    if rank and case == "expert_parallel":
+        overrides.append("parallel.expert_parallel_size=1")
+    config = load_config(MICRO, overrides)
+    if rank and case == "folder":
+        elsewhere = folder / "elsewhere"
+        elsewhere.mkdir()
+        config.train.output = str(elsewhere / "mine")
+        agreement._flat = lambda section, prefix="": {}
+        facts = another
+
+        def same(config):  # one path, two file systems
+            config = config.model_copy(deep=True)
+            config.train.output = f"{folder}/runs/mine"
+            return facts(config)
+
+        agreement.collect = same
+    if rank and case == "clock":
+        now = time.time
+        links.time.time = lambda: now() + 7.0
+    meeting = distributed.connect(3.0 if case == "late" else 60.0)
+    if case == "late" and rank:
+        time.sleep(8)
+        distributed.leave(0)
+    found: dict = {}
+    try:
+        verdict = agreement.agree(config, meeting)
+        refuse(verdict)
+        world = distributed.init(config.parallel.expert_parallel_size, meeting=meeting)
+        checked = check(config, verdict, world, torch.float32)
+        found = dataclasses.asdict(checked)
+        refuse(agreement.Verdict(checked.facts, checked.problems, checked.warnings))
+    except (ValueError, TimeoutError) as error:
+        found |= {"error": str(error)}
+    (folder / f"found-{rank}.json").write_text(json.dumps(found))
+    distributed.barrier()
+    distributed.shutdown()
+    distributed.leave(0)
+
+
+if __name__ == "__main__":
+    main()
