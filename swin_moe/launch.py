@@ -19,10 +19,9 @@ import torch
 
 from .config import Config, dump_plain, load_config, load_plain
 from .distributed import check_world
-from .nodes import check_port
+from .nodes import PORT, check_port
 
 FOLDER = Path(__file__).resolve().parent.parent / "launch"
-PORT = 29500
 POD_TIMEOUT = 900  # seconds for all pods to be scheduled and to have their image
 
 # What each engine takes beside CONFIG and its overrides.
@@ -65,7 +64,11 @@ class Request:
     @property
     def words(self) -> list[str]:
         """CONFIG and all that follows it."""
-        return [self.config, *self.overrides, *(["--fresh"] if self.fresh else [])]
+        return [
+            self.config,
+            *self.overrides,
+            *(["--fresh"] if self.fresh and not self.doctor else []),
+        ]
 
     def given(self) -> dict[str, Any]:
         """The options of engines that were given."""

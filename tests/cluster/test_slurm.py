@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from swin_moe.config import load_config
 from tests.cluster.tools import (
     LAUNCH,
     ROOT,
@@ -107,10 +108,6 @@ class Slurm:
     def state(self, job):
         return self.say("squeue", "-h", "-t", "all", "-j", job, "-o", "%T").strip()
 
-    def log(self, job):
-        path = self.folder / f"slurm-{job}.log"
-        return path.read_text() if path.exists() else ""
-
     def close(self):
         self.say("scancel", "--signal=KILL", "--full", "--me")
         self.say("scancel", "--me")
@@ -152,16 +149,42 @@ def test_two_nodes_are_preempted_and_go_on_from_the_checkpoint(slurm, tmp_path):
     config, run = write_config(tmp_path), run_of(tmp_path)
     script = LAUNCH / "slurm.sbatch"
     low = slurm.submit(
-        "--nodes=2", script, "--processes", "1", config, f"train.output={run}", "train.max_steps=0"
+        "--nodes=2",
+        f"--output={tmp_path}/slurm-%j.log",
+        script,
+        "--processes",
+        "1",
+        config,
+        f"train.output={run}",
+        "train.max_steps=0",
     )
+    log = tmp_path / f"slurm-{low}.log"
     until(lambda: last_step(run) > 10 or slurm.state(low) not in ("PENDING", "RUNNING"), "steps")
-    assert slurm.state(low) == "RUNNING", slurm.log(low)
+    assert slurm.state(low) == "RUNNING", log.read_text()
     high = slurm.submit("--partition=high", "--nodes=2", "--wrap", "true")
     until(lambda: slurm.state(high) == "COMPLETED", "the job of the higher partition")
     stopped_at = last_step(run)
     until(lambda: slurm.state(low) == "PENDING", "the job has queued again")
     slurm.say("scontrol", "update", f"jobid={low}", "StartTime=now")  # Slurm would wait for 2 min
-    assert "told to stop by a signal" in slurm.log(low)
+    assert "told to stop by a signal" in log.read_text()
     until(lambda: last_step(run) > stopped_at + 5, "the requeued job goes on")
-    assert f"resumed from step-{stopped_at:08d}" in slurm.log(low)
+    assert f"resumed from step-{stopped_at:08d}" in log.read_text()
     assert starts(run) == 2
+    slurm.say("scancel", "--signal=KILL", low)
+    slurm.say("scancel", low)
+    until(lambda: slurm.state(low) == "CANCELLED", "the nodes are free again")
+
+
+def test_an_array_has_a_run_for_each_line(slurm, tmp_path):
+    config = write_config(tmp_path)
+    experiments = tmp_path / "rates.txt"
+    experiments.write_text("# rates\noptimizer.base_lr=1e-3\n\noptimizer.base_lr=2e-3\n")
+    job = slurm.submit(
+        "--array=1-2", f"--output={tmp_path}/%a.log", LAUNCH / "slurm.sbatch", "--processes", "1",
+        "--experiments", experiments, config, "train.max_steps=2",
+        "parallel.expert_parallel_size=1",
+    )  # fmt: skip
+    until(lambda: set(slurm.state(job).split()) == {"COMPLETED"}, "both tasks")
+    runs = [slurm.folder / "runs/tiny" / task for task in "12"]
+    assert [last_step(run) for run in runs] == [2, 2]
+    assert [load_config(run / "config.yaml").optimizer.base_lr for run in runs] == [1e-3, 2e-3]
