@@ -70,9 +70,7 @@ CELLS = {
     "V2, ZeRO 3 on 2": _cell(3, processes=2),
     "V2, ZeRO 3, bf16": _cell(3, "bf16"),
     "V1, ZeRO 1": _cell(1, model=_V1),
-    "V1, ZeRO 0, recomputed, 16 images": _cell(
-        0, images=16, model={**_V1, "use_checkpoint": True}
-    ),
+    "V1, ZeRO 0, recomputed, 16 images": _cell(0, images=16, model={**_V1, "use_checkpoint": True}),
     "MoE, ZeRO 1": _cell(1, moe=_MOE),
     "MoE, ZeRO 2, bf16, recomputed": _cell(
         2, "bf16", moe=_MOE, model={**_V2, "use_checkpoint": True}
@@ -257,7 +255,13 @@ def compare(names: list[str]) -> list[dict[str, Any]]:
         predicted = predict(*CELLS[name])
         off = {kind: predicted[kind] / measured[kind] - 1 for kind in measured}
         cells.append(
-            {"name": name, "unit": "bytes", "measured": measured, "predicted": predicted, "off": off}
+            {
+                "name": name,
+                "unit": "bytes",
+                "measured": measured,
+                "predicted": predicted,
+                "off": off,
+            }
         )
         told = ", ".join(
             f"{k} {measured[k] / 2**20:.1f} / {predicted[k] / 2**20:.1f} ({100 * off[k]:+.1f} %)"

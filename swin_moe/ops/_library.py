@@ -119,7 +119,7 @@ def use_references() -> None:
 
 @contextmanager
 def assume_fused(fused: bool) -> Iterator[None]:
-    """Choose kernels, or references, whatever was built: for tensors without data, of another device."""
+    """Choose kernels, or references, whatever was built: for tensors without data."""
     global _assumed
     before, _assumed = _assumed, fused
     try:

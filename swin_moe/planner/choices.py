@@ -31,15 +31,17 @@ class Choice:
     expert_parallel_size: int
     images: int  # of a micro-batch on each rank
     accumulation: int
-    checkpoint: bool | str
+    checkpoint: bool | str | list[int]
     offload: str
+    offload_weights: str = "none"
 
     def overrides(self) -> list[str]:
         """What to add to the command line."""
-        kept = str(self.checkpoint).lower()
+        kept = str(self.checkpoint).lower().replace(" ", "")
         keys = [
             f"zero.stage={self.stage}",
             f"zero.offload={self.offload}",
+            f"zero.offload_weights={self.offload_weights}",
             f"parallel.expert_parallel_size={self.expert_parallel_size}",
             f"data.batch_size={self.images}",
             f"train.accumulation_steps={self.accumulation}",
@@ -77,7 +79,7 @@ class Planner:
         wanted = config.precision.dtype
         self.bf16 = wanted == "bf16" or (wanted == "auto" and device_has_bf16)
         self.moment_bytes = 4 if config.optimizer.moments == "bf16" else 8
-        self._traces: dict[tuple[bool, bool, int], Trace] = {}
+        self._traces: dict[tuple[str, bool, int], Trace] = {}
         self._groups: dict[int, list[Group]] = {}
 
     # ----------------------------------------------------------------------------------------
@@ -98,6 +100,7 @@ class Planner:
             1 if steps == "auto" else steps,
             config.model.use_checkpoint,
             config.zero.offload,
+            config.zero.offload_weights,
         )
 
     def alternatives(self) -> Iterator[Choice]:
@@ -113,9 +116,7 @@ class Planner:
                         continue
                     for images in sizes:
                         for offload in ("none", "cpu"):
-                            yield Choice(
-                                stage, group, images, whole // images, checkpoint, offload
-                            )
+                            yield Choice(stage, group, images, whole // images, checkpoint, offload)
 
     def _expert_groups(self, asked: Choice) -> list[int]:
         if not self.config.moe.enabled:
@@ -146,6 +147,7 @@ class Planner:
             accelerator=accelerator,
             accumulates=choice.accumulation > 1,
             moment_bytes=self.moment_bytes,
+            weights_away=choice.offload_weights != "none",
         )
         expert_elements = sum(g.elements for g in groups if g.expert)
         scale = expert_elements / traced.expert_elements if traced.expert_elements else 1.0
@@ -200,16 +202,19 @@ class Planner:
         return self._groups[expert_parallel_size]
 
     def traced(self, choice: Choice) -> Trace:
-        """Of any expert parallelism one trace serves: what differs is how many experts there are."""
+        """One for all expert groups: what differs among them is the number of experts."""
         autocast = self.bf16 and choice.stage == 0
-        group = choice.expert_parallel_size
+        group, recompute = choice.expert_parallel_size, str(choice.checkpoint)
         if group > 1:
-            known = [g for c, a, g in self._traces if (c, a) == (bool(choice.checkpoint), autocast)]
+            known = [g for c, a, g in self._traces if (c, a) == (recompute, autocast)]
             group = max([g for g in known if g > 1], default=group)
-        key = (bool(choice.checkpoint), autocast, group)
+        key = (recompute, autocast, group)
         if key not in self._traces:
+            model = self._model(choice)
+            if choice.checkpoint == "offload":  # to where: the device's account is the same
+                model = model.model_copy(update={"use_checkpoint": True})
             self._traces[key] = trace(
-                self._model(choice).model_copy(update={"use_checkpoint": bool(choice.checkpoint)}),
+                model,
                 self.config.moe,
                 dtype=torch.bfloat16 if self.bf16 else torch.float32,
                 autocast=autocast,

@@ -59,11 +59,10 @@ def draw(
     figure = Figure(figsize=(15 if curves else 10.5, max(height, 4.2)), layout="constrained")
     FigureCanvasAgg(figure)
     figure.suptitle(title, fontsize=12)
-    axes = figure.subplots(1, 2 if curves else 1, width_ratios=[1.7, 1] if curves else None)
-    left = axes[0] if curves else axes
-    _bars(left, rows, cluster)
+    grid = figure.add_gridspec(1, 2 if curves else 1, width_ratios=[1.7, 1] if curves else [1])
+    _bars(figure.add_subplot(grid[0]), rows, cluster)
     if curves:
-        _scaling(axes[1], curves)
+        _scaling(figure.add_subplot(grid[1]), curves)
     figure.savefig(path, dpi=110)
 
 

@@ -51,9 +51,10 @@ def flops(
     patch = model.in_chans * model.patch_size**2
     total = _product(images * height * width * dim * patch, input_has_gradient=False)
     computed = iter(rows) if rows is not None else None
-    blocks = Flops()
+    blocks, again = Flops(), 0
     for stage, depth in enumerate(model.depths):
         for block in range(depth):
+            before = blocks.forward
             blocks += _attention(model, stage, block, images, height, width)
             if stage < len(moe.blocks) and block in moe.blocks[stage]:
                 taken = None if computed is None else next(computed)
@@ -61,13 +62,15 @@ def flops(
             else:
                 hidden = int(dim * model.mlp_ratio)
                 blocks += _product(2 * images * height * width * dim * hidden)
+            if block < model.recomputed_blocks(stage):
+                again += blocks.forward - before
         if stage < len(model.depths) - 1:
             height, width = -(-height // 2), -(-width // 2)
             total += _product(images * height * width * 4 * dim * 2 * dim)
             dim *= 2
     total += _product(images * dim * model.num_classes)
     total += blocks
-    return Flops(total.forward, total.backward, blocks.forward if model.use_checkpoint else 0)
+    return Flops(total.forward, total.backward, again)
 
 
 def _attention(

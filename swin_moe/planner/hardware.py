@@ -107,5 +107,7 @@ class Cluster:
         if inside == ranks:
             return share * sent / link
         if kind == "all_to_all":
-            return max((inside - 1) / ranks * sent / link, (ranks - inside) / ranks * sent / network)
+            return max(
+                (inside - 1) / ranks * sent / link, (ranks - inside) / ranks * sent / network
+            )
         return max(share * sent / link, share * sent / (network * inside))

@@ -1,4 +1,4 @@
-"""Weak and strong scaling by the planner's roofline, and published runs beside what it says of them."""
+"""Weak and strong scaling by the roofline, and published runs beside what it says of them."""
 
 from __future__ import annotations
 

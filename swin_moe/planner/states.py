@@ -1,4 +1,4 @@
-"""What DeepSpeed 0.19 holds of a rank's parameters, by formula: weights, gradients, optimizer, buckets.
+"""What DeepSpeed 0.19 holds of a rank's parameters, by formula.
 
 Read from its ``zero/stage_1_and_2.py`` and ``zero/stage3.py``, and held against the allocator's own
 account by ``benchmarks/planner.py``. ``P`` is what a rank's model has, cut over ``N`` replicas.
@@ -47,9 +47,7 @@ def groups_of(model: nn.Module, decay: float, layer_decay: float) -> list[Group]
 
 def spread(groups: list[Group], world: int, expert_parallel_size: int) -> list[Group]:
     """The groups with the replicas that there are of each."""
-    return [
-        replace(g, replicas=world // (expert_parallel_size if g.expert else 1)) for g in groups
-    ]
+    return [replace(g, replicas=world // (expert_parallel_size if g.expert else 1)) for g in groups]
 
 
 @dataclass(frozen=True)
@@ -88,6 +86,7 @@ def states(
     accelerator: bool,
     accumulates: bool,
     moment_bytes: int = 8,
+    weights_away: bool = False,
     minimum_bucket: int = MINIMUM_BUCKET,
 ) -> States:
     """Memory of one rank.
@@ -95,6 +94,7 @@ def states(
     Args:
         offload: ``none``, ``cpu`` or ``nvme``. accelerator: whether host memory is another one.
         accumulates: several micro-batches make an update.
+        weights_away: ZeRO-3 keeps its parts of the weights in host memory or files, too.
         moment_bytes: of both moments of an element.
     """
     elements = sum(g.elements for g in groups)
@@ -149,7 +149,7 @@ def states(
     sharded = sum(g.elements for g in groups if g.replicas > 1) - kept
     flat = width * part
     return States(
-        weights=width * (part + kept),
+        weights=width * (kept if weights_away and accelerator else part + kept),
         optimizer=optimizer,
         gradients=0 if away else flat,
         full_gradients=False,
@@ -159,5 +159,5 @@ def states(
         flush=width * min(bucket, elements),
         between=width * bucket,
         update=update,
-        host=host + (flat if away else 0),
+        host=host + (flat if away else 0) + (width * part if weights_away and away else 0),
     )

@@ -1,7 +1,7 @@
 """What a training step holds in memory and moves, from the real model run on tensors without data.
 
 The model is built on the meta device and runs forward and backward on fake tensors, which know
-shapes alone. A dispatch mode sees every op: what it allocates, when that is freed, what it reads and
+shapes alone. A dispatch mode sees every op: what it allocates, when that is freed, what it reads,
 writes and multiplies. Two batch sizes give two traces with the same events; every size is affine in
 the batch, so that together they tell any batch.
 """
@@ -87,9 +87,7 @@ def trace(
     runs = []
     for images in BATCHES:
         with ops.assume_fused(fused):
-            run = _run(
-                model, moe, images, dtype, autocast, expert_parallel_size, padded, fused
-            )
+            run = _run(model, moe, images, dtype, autocast, expert_parallel_size, padded, fused)
             runs.append(run)
     one, two = runs
     if one.steps != two.steps or len(one.moved) != len(two.moved):

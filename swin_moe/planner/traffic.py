@@ -1,4 +1,4 @@
-"""Bytes that a rank hands to collectives in an update, by kind and group, as DeepSpeed 0.19 does it.
+"""Bytes that a rank hands to collectives in an update, as DeepSpeed 0.19 does it.
 
 Counted are the bytes of what is reduced, scattered (the whole) or sent, and of what a gather
 returns. Messages of a few numbers are left out: the guard's, norms, overflow flags and logging.
@@ -103,12 +103,13 @@ def exchanged(
     if expert_parallel_size == 1 or not moe.enabled:
         return []
     height, width = model.token_grid
-    sent = 0
+    sent = 0  # elements
     shards = max(expert_parallel_size // moe.num_experts, 1)
     for stage, blocks in enumerate(moe.blocks):
         tokens = -(-height // 2**stage) * -(-width // 2**stage)
         rows = expert_rows(moe, images, tokens, padded) * shards
-        sent += len(blocks) * rows * (model.embed_dim << stage)
-    passes = 6 if model.use_checkpoint else 4  # there and back, forward, again, backward
-    size = 2 if bf16 else 4
-    return [Message("all_to_all", "expert", "rows of tokens", passes * accumulation * size * sent)]
+        again = sum(block < model.recomputed_blocks(stage) for block in blocks)
+        # There and back: forward, backward, and where a block is recomputed.
+        sent += (4 * len(blocks) + 2 * again) * rows * (model.embed_dim << stage)
+    size = accumulation * (2 if bf16 else 4)
+    return [Message("all_to_all", "expert", "rows of tokens", size * sent)]
