@@ -5,6 +5,7 @@
 #                       CONFIG [key=value ...]
 #
 # Needs pdsh here, ssh without a password to every host, and this folder at the same path on all.
+# launch/deepspeed.env has the environment of the processes there.
 set -euo pipefail
 source "$(dirname -- "${BASH_SOURCE[0]}")/common.sh"
 
@@ -19,6 +20,9 @@ for argument in "${rest[@]}"; do
 done
 [[ $dry_run == 1 ]] || command -v pdsh >/dev/null || die "pdsh is missing (apt install pdsh), or use launch/mpi.sh"
 
+# What the processes on all hosts get, unless you have such a file of DeepSpeed's of your own.
+[[ -e .deepspeed_env || -e ~/.deepspeed_env ]] ||
+  export DS_ENV_FILE=${DS_ENV_FILE:-$root/launch/deepspeed.env}
 launch "$python" -m deepspeed.launcher.runner --hostfile "$hostfile" \
   --master_addr "$master_host" --master_port "$master_port" \
   --module --no_local_rank swin_moe "$action" "${rest[@]}"
