@@ -66,7 +66,8 @@ def build_parser() -> argparse.ArgumentParser:
     data = _add_data(commands)
     launch = _add_launch(commands)
     plan = _add_plan(commands)
-    for command in (plan, train, doctor, evaluate, inspect, models, convert, *checkpoints, *data, launch):
+    alone = (train, doctor, evaluate, inspect, models, convert, launch, plan)
+    for command in (*alone, *checkpoints, *data):
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
 
