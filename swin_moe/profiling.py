@@ -21,18 +21,31 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.table import Table
 from torch.profiler import ProfilerActivity, profile, schedule
 
 from .distributed import World, gather_objects
 from .host import silenced
+from .planner.hardware import GPUS
 
 KINDS = ("compute", "all_to_all", "reduce", "data", "host")
 SKIPPED, WARM_UP, UPDATES = 10, 1, 5
 
 Interval = tuple[float, float]
 Event = dict[str, Any]
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """What the maker says of a GPU's matrix products, in FLOP/s; 0 where that is not known."""
+    if device.type != "cuda":
+        return 0.0
+    name = torch.cuda.get_device_name(device).lower().replace(" ", "")
+    for key, known in GPUS.items():  # a100-80: both parts are in NVIDIA's name
+        if all(part in name for part in key.split("-")):
+            return known.bf16 if dtype == torch.bfloat16 else known.fp32
+    return 0.0
 
 
 class Profile:

@@ -35,7 +35,7 @@ from .models.pretrained import (
 from .moe import MoELayer, choose_overlap
 from .optim import build_schedule
 from .placement import Layout, expert_share
-from .profiling import Profile
+from .profiling import Profile, peak_flops
 from .run_directory import Run, prepare_folder, step_back
 from .summary import draw_summary
 from .trainer import Plan, Position, RollBack, Trainer, TrainingError
@@ -376,7 +376,8 @@ def _profile(run: Run, config: Config) -> Profile:
     """Model FLOPs are six a multiply-accumulate: two, and twice as many in the backward pass."""
     images = config.data.batch_size * config.train.micro_steps
     flops = 6.0 * count(config.model, config.moe).macs * images
-    return Profile(run.folder / "profile", run.world, run.console, flops)
+    peak = peak_flops(run.world.device, resolve_precision(config.precision, run.world.device))
+    return Profile(run.folder / "profile", run.world, run.console, flops, peak)
 
 
 def _plan(config: Config, loader: Loader) -> Plan:
