@@ -96,6 +96,21 @@ read_hostfile() {
   [[ ${#hosts[@]} -gt 0 ]] || die "$1: no line 'HOST slots=GPUS' in this file"
 }
 
+# reach HOST ...: all of them let us in over ssh without a password, or an error names the others.
+reach() {
+  [[ $dry_run == 0 ]] || return 0
+  local host index tries=() lost=()
+  for host in "$@"; do
+    timeout 20 ssh -o BatchMode=yes -o ConnectTimeout=10 "$host" true </dev/null &>/dev/null &
+    tries+=($!)
+  done
+  for index in "${!tries[@]}"; do
+    wait "${tries[index]}" || lost+=("${@:index+1:1}")
+  done
+  [[ ${#lost[@]} == 0 ]] ||
+    die "no ssh without a password to ${lost[*]} ('ssh -o BatchMode=yes ${lost[0]} true' says why)"
+}
+
 # split_master HOST[:PORT] DEFAULT_PORT: sets $master_host and $master_port.
 split_master() {
   [[ $1 =~ ^([A-Za-z0-9][A-Za-z0-9._-]*)(:([0-9]{1,5}))?$ ]] ||

@@ -20,6 +20,8 @@ for argument in "${rest[@]}"; do
 done
 [[ $dry_run == 1 ]] || command -v pdsh >/dev/null || die "pdsh is missing (apt install pdsh), or use launch/mpi.sh"
 
+reach "${hosts[@]}"
+
 # What the processes on all hosts get, unless you have such a file of DeepSpeed's of your own.
 [[ -e .deepspeed_env || -e ~/.deepspeed_env ]] ||
   export DS_ENV_FILE=${DS_ENV_FILE:-$root/launch/deepspeed.env}

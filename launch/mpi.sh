@@ -15,6 +15,12 @@ read_hostfile "$hostfile"
 split_master "${master:-${hosts[0]}}" 29500
 [[ $dry_run == 1 ]] || command -v mpirun >/dev/null || die "mpirun is missing (apt install openmpi-bin)"
 
+others=()
+for host in "${hosts[@]}"; do
+  [[ $host == localhost || $host == "$(hostname)" ]] || others+=("$host")
+done
+[[ ${#others[@]} == 0 ]] || reach "${others[@]}"
+
 export MASTER_ADDR=$master_host MASTER_PORT=$master_port OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 exports=()
 for name in MASTER_ADDR MASTER_PORT OMP_NUM_THREADS PYTHONPATH \

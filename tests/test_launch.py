@@ -8,10 +8,12 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from torch.distributed.elastic.rendezvous import RendezvousConnectionError
 
-from swin_moe import launch
+from swin_moe import launch, nodes
 from swin_moe.config import load_plain
 
 ROOT = Path(__file__).parent.parent
@@ -229,6 +231,41 @@ def test_slurm_takes_the_first_host_and_a_port_of_the_job(tmp_path):
     command = shlex.split(done.stdout)
     assert command[command.index("--rdzv-endpoint") + 1] == "node-7:20003"
     assert command[command.index("--nnodes") + 1] == "2"
+
+
+def waiting(participants, spare, timeout=0.0, stop=False):
+    """What a node does that finds these at the master."""
+    state = SimpleNamespace(
+        participants=[SimpleNamespace(addr=name) for name in participants],
+        redundancy_list=["me"] if spare else [], complete=spare,
+    )  # fmt: skip
+    holder = SimpleNamespace(sync=lambda: True, state=state)
+    handler = SimpleNamespace(_state_holder=holder, _this_node="me")
+    here = nodes.Nodes("node-0:29500", timeout, "2", lambda: stop)
+    with here.watched(handler):
+        holder.sync()
+    return here
+
+
+def test_a_node_too_many_does_not_wait_for_ever():
+    with pytest.raises(nodes.Unmet, match=r"node-0:29500 has its 2 nodes \(a, b\), and none left"):
+        waiting(["b", "a"], spare=True)
+    waiting(["b", "a"], spare=True, timeout=60.0)  # one of them may have been lost
+
+
+def test_a_wait_tells_who_came_and_ends_by_a_signal():
+    here = waiting(["a"], spare=False)
+    assert "1 of 2 nodes came to node-0:29500 within 0 s (a)" in str(here.timed_out())
+    with pytest.raises(nodes.Stopped):
+        waiting(["a"], spare=False, stop=True)
+
+
+def test_processes_outlive_the_launcher_of_the_master():
+    class Handler:
+        def num_nodes_waiting(self):
+            raise RendezvousConnectionError("gone")
+
+    assert nodes.Nodes("node-0:29500", 1.0, "2", lambda: False).newcomers(Handler()) == 0
 
 
 def torchrun(tmp_path, code):

@@ -91,6 +91,16 @@ def test_deepspeed_trains_on_two_hosts_over_ssh(shells, tmp_path):
     assert "2 processes = 1 data" in job.text
 
 
+@pytest.mark.parametrize("script", ["deepspeed.sh", "mpi.sh"])
+def test_a_host_that_lets_nobody_in_is_one_line(shells, tmp_path, script):
+    need("pdsh", "mpirun")
+    job = start(script, (HOSTS[0], "127.0.0.33"), write_config(tmp_path),
+                PATH=f"{shells}:{search_path()}")  # fmt: skip
+    assert job.wait() == 2
+    assert job.text.startswith(f"{script}: error: no ssh without a password to 127.0.0.33 (")
+    assert job.text.count("\n") == 1
+
+
 def test_mpirun_trains_on_two_ranks(tmp_path):
     need("mpirun")
     allow = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
