@@ -100,11 +100,12 @@ def resolve_precision(precision: PrecisionConfig, device: torch.device) -> torch
 # Elements that ZeRO-3 updates at a time; it copies their gradients, and reads them from files, at
 # once. DeepSpeed's default is 1e9, of which every rank then has a few copies.
 _SUB_GROUP = 50_000_000
+_SMALL_BUCKET = 50_000_000  # DeepSpeed's default takes 2 GB in bf16
 
 
 def _bucket(model: nn.Module) -> int:
-    """Elements gathered before they are reduced; DeepSpeed's default takes 2 GB in bf16."""
-    return max(50_000_000, largest_parameter(model))
+    """Elements gathered before they are reduced; ZeRO-3 takes larger parameters as they are."""
+    return max(_SMALL_BUCKET, largest_parameter(model))
 
 
 def largest_parameter(model: nn.Module) -> int:
@@ -257,7 +258,7 @@ class Engine:
             "stage": zero.stage,
             "reduce_scatter": True,
             "contiguous_gradients": True,
-            "reduce_bucket_size": _bucket(self.model),
+            "reduce_bucket_size": _bucket(self.model) if zero.stage < 3 else _SMALL_BUCKET,
             "sub_group_size": _SUB_GROUP,
             "overlap_comm": self.world.device.type == "cuda",
         }

@@ -1,0 +1,164 @@
+"""A billion parameters on two CPU cores: peak memory, seconds per step and loss of a training.
+
+Trains configs/scale/swin_moe_1b_laptop.yaml by the command line in several ways, one after the
+other, and samples the memory of all processes of each: proportional set size, which counts what
+processes share once. A training is stopped if the host's free memory falls below 1 GB.
+
+    python -m benchmarks.billion [--ways fp32 bf16-moments nvme] [--steps 30] [--processes 1]
+        [--json PATH] [--quick] [--output FOLDER] [key=value ...]
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks import harness
+from swin_moe.config import load_config
+
+ROOT = Path(__file__).parent.parent
+CONFIG = ROOT / "configs/scale/swin_moe_1b_laptop.yaml"
+GB = 1e9
+FLOOR = 1 * GB  # of free memory
+WAYS = {
+    "fp32": [],
+    "bf16-moments": ["optimizer.moments=bf16"],
+    "bf16-all": ["precision.dtype=bf16", "optimizer.moments=bf16"],
+    "nvme": ["zero.offload=nvme", "zero.nvme_path={folder}/nvme"],
+    "nvme-bf16-moments": [
+        "zero.offload=nvme", "zero.nvme_path={folder}/nvme", "optimizer.moments=bf16",
+    ],
+}  # fmt: skip
+
+
+def shared_memory(root: psutil.Process) -> int:
+    """Bytes of a process and all that it has started, what they share counted once."""
+    total = 0
+    for process in (root, *root.children(recursive=True)):
+        try:
+            total += process.memory_full_info().pss
+        except (psutil.NoSuchProcess, psutil.AccessDenied):
+            continue
+    return total
+
+
+def end(root: psutil.Process) -> None:
+    for process in (*root.children(recursive=True), root):
+        try:
+            process.kill()
+        except psutil.NoSuchProcess:
+            continue
+
+
+def watched(command: list[str], processes: int, log: Path) -> tuple[list[tuple[float, float]], str]:
+    """Run a command; (seconds, bytes) over its life, and why it failed."""
+    threads = max((os.cpu_count() or 1) // processes, 1)
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    samples, problem, begun = [], "", time.monotonic()
+    with log.open("w") as file:
+        started = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=file, stderr=file)
+        root = psutil.Process(started.pid)
+        while started.poll() is None:
+            samples.append((round(time.monotonic() - begun, 1), shared_memory(root)))
+            if psutil.virtual_memory().available < FLOOR:
+                problem = "stopped: less than 1 GB of memory was free"
+                end(root)
+            time.sleep(1)  # to look takes a while of the host's time itself
+    if started.returncode and not problem:
+        problem = (log.read_text().strip().splitlines() or ["failed"])[-1]
+    return samples, problem
+
+
+def train(way: str, folder: Path, processes: int, overrides: list[str]) -> dict[str, Any]:
+    """One training; a row of the table."""
+    output = folder / way
+    keys = [key.format(folder=folder) for key in WAYS[way]]
+    command = [sys.executable]
+    if processes > 1:
+        command += ["-m", "swin_moe.torchrun", "--standalone", f"--nproc-per-node={processes}"]
+    command += ["-m", "swin_moe", "train", str(CONFIG)]
+    command += ["--fresh", f"train.output={output}", "log.every_steps=1", *keys, *overrides]
+    samples, problem = watched(command, processes, folder / f"{way}.log")
+    records = []
+    if (output / "metrics.jsonl").exists():
+        lines = (output / "metrics.jsonl").read_text().splitlines()
+        records = [json.loads(line) for line in lines]
+    steps = [record for record in records if "train/loss" in record]
+    shutil.rmtree(output / "checkpoints", ignore_errors=True)
+    return {
+        "way": way,
+        "overrides": [*WAYS[way], *overrides],
+        "processes": processes,
+        "peak_gb": round(max((size for _, size in samples), default=0) / GB, 2),
+        "seconds_per_step": seconds_per_step(output, steps, processes),
+        "minutes": round(samples[-1][0] / 60, 1) if samples else 0,
+        "loss": [round(record["train/loss"], 4) for record in steps],
+        "top1": next((r["val/top1"] for r in reversed(records) if "val/top1" in r), None),
+        "split": split(steps),
+        "memory": [[second, round(size / GB, 2)] for second, size in samples[::4]],
+        "problem": problem,
+    }
+
+
+def seconds_per_step(output: Path, steps: list[dict[str, Any]], processes: int) -> float | None:
+    """Median of the steps after the first two."""
+    if len(steps) < 4:
+        return None
+    config = load_config(output / "config.yaml")
+    batch = config.data.batch_size * config.train.micro_steps * processes
+    return round(statistics.median(batch / s["train/images_per_second"] for s in steps[2:]), 2)
+
+
+def split(steps: list[dict[str, Any]]) -> dict[str, float]:
+    """Median milliseconds of each part of a step that was recorded."""
+    last = steps[-1] if steps else {}
+    names = [name for name in last if name.endswith("_ms") and "moe" not in name]
+    return {n: round(statistics.median(s[n] for s in steps[2:] or steps), 1) for n in names}
+
+
+def print_rows(rows: list[dict[str, Any]]) -> None:
+    table = Table("way", "peak GB", "s/step", "loss of the first and last 3 steps", "minutes")
+    for row in rows:
+        loss = row["loss"]
+        curve = (
+            f"{statistics.mean(loss[:3]):.3f} → {statistics.mean(loss[-3:]):.3f}" if loss else ""
+        )
+        cells = [row["peak_gb"], row["seconds_per_step"], row["problem"] or curve, row["minutes"]]
+        table.add_row(row["way"], *map(str, cells))
+    Console().print(table)
+
+
+def main() -> None:
+    parser = harness.arguments(__doc__ or "")
+    parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=list(WAYS))
+    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--output", type=Path, help="keep the runs here")
+    options, overrides = parser.parse_known_args()
+    steps = 4 if options.quick else options.steps
+    rows = []
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = options.output or Path(temporary)
+        folder.mkdir(parents=True, exist_ok=True)
+        for way in options.ways:
+            rows.append(
+                train(way, folder, options.processes, [f"train.max_steps={steps}", *overrides])
+            )
+            print_rows(rows)
+    harness.write_json(options.json, rows, config=CONFIG.name)
+
+
+if __name__ == "__main__":
+    main()
