@@ -30,6 +30,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from benchmarks import harness
 from swin_moe import distributed
 from swin_moe.config import load_config
+from swin_moe.host import silenced
 from swin_moe.profiling import KINDS, read, split
 
 RECIPE = Path(__file__).parent.parent / "configs/fashion_mnist/swin_moe_micro.yaml"
@@ -108,7 +109,7 @@ def traced(update: Any) -> dict[str, float]:
     """How an update's time splits, of five under the profiler."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "trace.json.gz"
-        with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        with silenced(), profile(activities=[ProfilerActivity.CPU]) as profiler:
             for _ in range(5):
                 update()
         profiler.export_chrome_trace(str(path))
