@@ -27,6 +27,8 @@ for name in MASTER_ADDR MASTER_PORT OMP_NUM_THREADS PYTHONPATH \
   MALLOC_MMAP_MAX_ MALLOC_TRIM_THRESHOLD_ MALLOC_TOP_PAD_ CUDA_VISIBLE_DEVICES; do
   [[ -z ${!name+set} ]] || exports+=(-x "$name")
 done
+# mpirun gives rank 0 a terminal even where it has none itself, as in a log.
+[[ -t 1 ]] || exports+=(-x TERM=dumb)
 # Without -q it would add a page of its own to what a process has told.
 launch mpirun -q --hostfile "$hostfile" -n "$slots" --bind-to none "${exports[@]}" \
   "$python" -m swin_moe "$action" "${rest[@]}"

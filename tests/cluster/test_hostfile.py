@@ -87,7 +87,7 @@ def test_deepspeed_trains_on_two_hosts_over_ssh(shells, tmp_path):
         assert job.wait() == 0, job.text
     finally:
         job.stop()
-    assert last_step(run_of(tmp_path)) == 30
+    assert last_step(run_of(tmp_path)) == 10
     assert "2 processes = 1 data" in job.text
 
 
@@ -116,5 +116,5 @@ def test_mpirun_trains_on_two_ranks(tmp_path):
         assert job.wait() == 0, job.text
     finally:
         job.stop()
-    assert last_step(run_of(tmp_path)) == 30
+    assert last_step(run_of(tmp_path)) == 10
     assert "2 processes = 1 data × 2 expert parallel" in job.text

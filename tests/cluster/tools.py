@@ -28,7 +28,7 @@ data: {path: DATA, batch_size: 4, eval_batch_size: 4, num_workers: 0, mean: [0.5
 augment: {auto_augment: "", color_jitter: 0.0, random_erase: 0.0, mixup: 0.0, cutmix: 0.0}
 schedule: {epochs: 1000000, warmup_epochs: 0}
 checkpoint: {every_steps: 10, every_epochs: 1000000}
-train: {eval_every_epochs: 1000000, max_steps: 30}
+train: {eval_every_epochs: 1000000, max_steps: 10}
 precision: {dtype: fp32}
 parallel: {expert_parallel_size: 2}
 zero: {stage: 1}
