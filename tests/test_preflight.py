@@ -7,12 +7,14 @@ import socket
 import pytest
 import torch
 
-from swin_moe import meeting, ops
+from swin_moe import distributed, meeting, ops
 from swin_moe.config import load_config
 from swin_moe.preflight import links
 from swin_moe.preflight.agreement import compare, named
 from swin_moe.preflight.facts import Facts, collect
+from swin_moe.preflight.shared import check_folder
 from tests.parallel import MICRO, one_error, run_worker, swin_moe
+from tests.saving import ALONE
 
 
 def found(tmp_path, case):
@@ -44,7 +46,7 @@ def test_those_that_agree(tmp_path):
         ("torch", "node-1: torch 2.14.1, but node-0 has {torch}: install requirements/lock.txt"),
         ("config", "node-1: optimizer.base_lr=0.5, but node-0 has "),
         ("expert_parallel", "node-1: parallel.expert_parallel_size=1, but node-0 has 2: start "),
-        ("folder", "elsewhere is not the folder in which rank 0 writes: train.output must be on"),
+        ("folder", "elsewhere is not the folder in which rank 0 writes: train.output must"),
         ("late", "1 of 2 processes have not come"),
     ],
 )  # fmt: skip
@@ -133,6 +135,28 @@ def test_a_port_that_is_taken_is_one_line(capfd):
         with pytest.raises(ConnectionError, match="is not rank 0 of this run"):
             meeting.open_store("127.0.0.1", port, 1, 2, 1.0, serve=False)
     assert capfd.readouterr().err == ""
+
+
+def test_ranks_without_a_master_are_one_line(monkeypatch):
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    with pytest.raises(ValueError, match="rank 1 of 2: MASTER_ADDR does not say where rank 0 is"):
+        distributed.connect()
+    monkeypatch.setenv("MASTER_ADDR", "node-0")
+    monkeypatch.setenv("MASTER_PORT", "http")
+    with pytest.raises(ValueError, match="MASTER_PORT=http is not a number"):
+        distributed.connect()
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    config = load_config(MICRO, [f"train.output={tmp_path}/file/run"])
+    lines = check_folder(config, ALONE, facts_of("a"))
+    assert lines == [f"a: {tmp_path}/file cannot be written: File exists"]
+    config = load_config(MICRO, [f"train.output={tmp_path}/new/er/run"])
+    assert check_folder(config, ALONE, facts_of("a")) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_spans():

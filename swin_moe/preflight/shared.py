@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import contextlib
 import secrets
 import time
 from pathlib import Path
@@ -36,7 +36,8 @@ def check_folder(config: Config, world: World, facts: list[Facts]) -> list[str]:
         for path in folder.glob(f"{name}*") if name else ():
             path.unlink(missing_ok=True)
         for path in made or ():
-            path.rmdir()
+            with contextlib.suppress(OSError):  # somebody has come to use it
+                path.rmdir()
     if problem:
         return [problem]
     lines = []
@@ -57,19 +58,19 @@ def _make(folder: Path) -> list[Path]:
 def _see(token: Path, rank: int) -> str:
     """What is wrong with the folder as this rank sees it; empty if nothing is."""
     deadline = time.monotonic() + _PATIENCE
-    while not token.exists():
-        if time.monotonic() >= deadline:
-            return (
-                f"{token.parent} is not the folder in which rank 0 writes: train.output must be on "
-                "a file system that all hosts share"
-            )
-        time.sleep(0.1)
     try:
+        while not token.exists():
+            if time.monotonic() >= deadline:
+                return (
+                    f"{token.parent} is not the folder in which rank 0 writes: train.output must "
+                    "be on a file system that all hosts share"
+                )
+            time.sleep(0.1)
         if token.read_text() != token.name:
             return f"{token.parent} holds another file than rank 0 wrote"
         token.with_name(f"{token.name}-{rank}").write_text("")
     except OSError as error:
-        return f"{token.parent} cannot be used: {error.strerror or os.strerror(error.errno or 0)}"
+        return f"{token.parent} cannot be used: {error.strerror}"
     return ""
 
 
