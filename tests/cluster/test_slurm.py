@@ -1,5 +1,6 @@
 """A real Slurm: munge, a controller and two node daemons on loopback, all in a temporary folder."""
 
+import contextlib
 import os
 import shutil
 import socket
@@ -7,6 +8,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+import psutil
 import pytest
 
 from swin_moe.config import load_config
@@ -109,8 +111,10 @@ class Slurm:
         return self.say("squeue", "-h", "-t", "all", "-j", job, "-o", "%T").strip()
 
     def close(self):
-        self.say("scancel", "--signal=KILL", "--full", "--me")
+        """End all jobs, then the daemons, and what they may have left."""
         self.say("scancel", "--me")
+        with contextlib.suppress(AssertionError):
+            until(lambda: not self.say("squeue", "-h").strip(), "no jobs", 60)
         for daemon in reversed(self.daemons):
             daemon.terminate()
         for daemon in self.daemons:
@@ -118,6 +122,13 @@ class Slurm:
                 daemon.wait(20)
             except subprocess.TimeoutExpired:
                 daemon.kill()
+        for process in psutil.process_iter(["name"]):
+            with contextlib.suppress(psutil.Error):
+                if process.info["name"] == "slurmstepd" and self.owns(process):
+                    process.kill()
+
+    def owns(self, process):
+        return process.environ().get("SLURM_CONF") == self.env["SLURM_CONF"]
 
 
 def free_ports(count):
