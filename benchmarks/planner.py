@@ -12,6 +12,8 @@ import os
 import sys
 import tempfile
 import time
+import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +34,8 @@ from swin_moe.planner.states import spread, states
 BUCKET = 1_000_000  # elements
 STEPS = 3
 BOUND = 0.10
-_V2 = {"img_size": 128, "num_classes": 10, "embed_dim": 128, "depths": [2, 4], "num_heads": [4, 8]}
-_V1 = {**_V2, "family": "swin", "img_size": 112, "window_size": 7}
+_V2 = {"img_size": 64, "num_classes": 10, "embed_dim": 128, "depths": [2, 4], "num_heads": [4, 8]}
+_V1 = {**_V2, "family": "swin", "img_size": 56, "window_size": 7}
 _MOE = {"blocks": [[], [1, 3]], "num_experts": 8}
 
 
@@ -88,40 +90,47 @@ QUICK = ["V2, ZeRO 1, bf16", "V1, ZeRO 0, recomputed, 16 images", "MoE, EP 2, Ze
 
 def measure(raw: dict[str, Any], processes: int) -> dict[str, float]:
     """Bytes by kind of rank 0, in processes of their own."""
+    return _forked(lambda rank, folder: _trained(raw, rank, processes, folder), processes)
+
+
+def _forked(work: Callable[[int, str], Any], processes: int = 1) -> Any:
+    """What ``work(rank, folder)`` returns in rank 0 of as many forked processes.
+
+    What takes seconds to import is there already; and autograd's threads, which no fork survives,
+    are never made here.
+    """
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "measured.json"
-        children = [_start(raw, rank, processes, path, folder) for rank in range(processes)]
+        children = [_fork(work, rank, folder) for rank in range(processes)]
         failed = [os.waitpid(child, 0)[1] for child in children]
         if any(failed):
             raise RuntimeError(f"a process of the cell failed: {failed}")
-        measured: dict[str, float] = json.loads(path.read_text())
-    return measured
+        return json.loads((Path(folder) / "result-0.json").read_text())
 
 
-def _start(raw: dict[str, Any], rank: int, size: int, path: Path, folder: str) -> int:
-    """A forked process: what takes seconds to import is there already."""
+def _fork(work: Callable[[int, str], Any], rank: int, folder: str) -> int:
     child = os.fork()
     if child:
         return child
     code = 1
     try:
-        if size > 1:
-            store = dist.FileStore(f"{folder}/store", size)
-            dist.init_process_group("gloo", store=store, rank=rank, world_size=size)
-        env = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
-        os.environ.update({key: str(value) for key, value in env.items()})
-        measured = _train(validate(raw))
-        if rank == 0:
-            path.write_text(json.dumps(measured))
+        result = work(rank, folder)
+        (Path(folder) / f"result-{rank}.json").write_text(json.dumps(result))
         distributed.barrier()
         code = 0
     except BaseException:
-        import traceback
-
         traceback.print_exc()
     finally:
         sys.stderr.flush()
         os._exit(code)
+
+
+def _trained(raw: dict[str, Any], rank: int, size: int, folder: str) -> dict[str, float]:
+    if size > 1:
+        store = dist.FileStore(f"{folder}/store", size)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=size)
+    env = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
+    os.environ.update({key: str(value) for key, value in env.items()})
+    return _train(validate(raw))
 
 
 def _train(config: Config) -> dict[str, float]:
@@ -250,9 +259,10 @@ def predict(raw: dict[str, Any], processes: int) -> dict[str, float]:
 def compare(names: list[str]) -> list[dict[str, Any]]:
     """Each cell's kinds, measured and predicted, and the greatest deviation."""
     cells = []
-    found = {name: measure(*CELLS[name]) for name in names}  # before autograd's threads are made
-    for name, measured in found.items():
-        predicted = predict(*CELLS[name])
+    for name in names:
+        raw, processes = CELLS[name]
+        measured = measure(raw, processes)
+        predicted = _forked(lambda rank, folder: predict(*CELLS[name]))  # noqa: B023
         off = {kind: predicted[kind] / measured[kind] - 1 for kind in measured}
         cells.append(
             {

@@ -198,7 +198,7 @@ class _Report:
         forward = self.flops.forward / images / 1e9
         ops_used = "compiled" if self.planner.fused else "reference"
         console.print(
-            f"products    {forward:,.1f} GFLOP forward, {per_image:,.1f} training an image; "
+            f"products    {forward:,.2f} GFLOP forward, {per_image:,.2f} training an image; "
             f"{'bf16' if self.planner.bf16 else 'fp32'}, {ops_used} ops"
         )
         console.print(_memory_table(asked, cluster))

@@ -1,4 +1,4 @@
-"""What a GPU and its links can do, by the makers' own figures, and how long collectives take on them."""
+"""What a GPU and its links can do, by the makers' figures, and how long collectives take."""
 
 from __future__ import annotations
 

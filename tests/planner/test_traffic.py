@@ -1,8 +1,7 @@
 """Predicted bytes of each collective equal those that two processes hand to gloo."""
 
 import json
-
-import pytest
+from typing import Any
 
 from swin_moe.config import validate
 from swin_moe.planner.choices import Planner
@@ -15,14 +14,14 @@ MODEL = {"name": "swinv2", "img_size": 32, "num_classes": 10, "embed_dim": 64, "
 MOE = {"blocks": [[], [1]], "num_experts": 4, "capacity_factor": 4.0}
 
 
-@pytest.mark.parametrize(
-    ("stage", "dtype", "group", "steps"),
-    [(0, "fp32", 1, 1), (1, "bf16", 1, 2), (2, "fp32", 2, 2), (3, "fp32", 1, 2), (3, "bf16", 1, 1)],
-)
-def test_bytes_are_those_handed_to_gloo(stage, dtype, group, steps, tmp_path):
-    model = {**MODEL, "embed_dim": 128, "num_heads": [4, 8]} if stage == 3 else MODEL
-    raw = {
-        "model": model,
+# Stage, precision, expert-parallel size, micro-steps. ZeRO-3 changes torch for good: it comes last.
+CASES = [(0, "fp32", 1, 1), (1, "bf16", 1, 2), (2, "fp32", 2, 2), (1, "fp32", 2, 1),
+         (3, "fp32", 1, 2), (3, "bf16", 1, 1)]  # fmt: skip
+
+
+def _config(stage: int, dtype: str, group: int, steps: int) -> dict[str, Any]:
+    return {
+        "model": {**MODEL, "embed_dim": 128, "num_heads": [4, 8]} if stage == 3 else MODEL,
         "moe": MOE,
         "data": {"batch_size": 4},
         "augment": {"mixup": 0.0, "cutmix": 0.0},
@@ -31,11 +30,16 @@ def test_bytes_are_those_handed_to_gloo(stage, dtype, group, steps, tmp_path):
         "parallel": {"expert_parallel_size": group},
         "train": {"accumulation_steps": steps},
     }
-    (tmp_path / "config.json").write_text(json.dumps(raw))
+
+
+def test_bytes_are_those_handed_to_gloo(tmp_path):
+    configs = [_config(*case) for case in CASES]
+    (tmp_path / "configs.json").write_text(json.dumps(configs))
     run_worker("traffic", tmp_path, 2)
-    sent = json.loads((tmp_path / "sent.json").read_text())
-    planner = Planner(validate(raw), Cluster("cpu", 1, 2), fused=True)
-    expected: dict[str, int] = {}
-    for message in planner.messages(planner.asked()):
-        expected[message.kind] = expected.get(message.kind, 0) + message.sent
-    assert sent == expected
+    counted = json.loads((tmp_path / "sent.json").read_text())
+    for case, raw, sent in zip(CASES, configs, counted, strict=True):
+        planner = Planner(validate(raw), Cluster("cpu", 1, 2), fused=True)
+        expected: dict[str, int] = {}
+        for message in planner.messages(planner.asked()):
+            expected[message.kind] = expected.get(message.kind, 0) + message.sent
+        assert sent == expected, case

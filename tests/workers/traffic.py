@@ -1,5 +1,6 @@
 """Bytes that a rank hands to collectives in one update, counted as they pass the dispatcher."""
 
+import gc
 import json
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from swin_moe import distributed
 from swin_moe import engine as engine_module
-from swin_moe.config import validate
+from swin_moe.config import Config, validate
 from swin_moe.engine import Engine
 from swin_moe.models import build, split_output
 
@@ -49,9 +50,20 @@ class Counter(TorchDispatchMode):
 
 
 def main(folder: Path) -> None:
-    raw = json.loads((folder / "config.json").read_text())
-    config = validate(raw)
     engine_module._bucket = lambda model: 10_000_000
+    sent = []
+    for raw in json.loads((folder / "configs.json").read_text()):
+        sent.append(count(validate(raw)))
+        gc.collect()
+    if distributed.environment_rank()[0] == 0:
+        (folder / "sent.json").write_text(json.dumps(sent))
+    distributed.barrier()
+    distributed.shutdown()
+    distributed.leave(0)
+
+
+def count(config: Config) -> dict[str, int]:
+    """By kind, of one update of a run that is under way."""
     world = distributed.init(config.parallel.expert_parallel_size)
     torch.manual_seed(world.rank)
     images = torch.randn(config.data.batch_size, 3, *config.model.image_sides)
@@ -70,11 +82,8 @@ def main(folder: Path) -> None:
                 loss = SoftTargetCrossEntropy()(logits, targets)
                 engine.backward(loss if routed is None else loss + routed.aux_loss)
                 engine.step()
-    if world.is_main:
-        (folder / "sent.json").write_text(json.dumps(counter.sent))
-    distributed.barrier()
-    distributed.shutdown()
-    distributed.leave(0)
+    engine.close()
+    return counter.sent
 
 
 if __name__ == "__main__":
