@@ -50,7 +50,7 @@ def stream_file(tensors: Iterable[tuple[str, Tensor]], path: Path) -> None:
                 "data_offsets": [position, end],
             }
             try:
-                file.write(memoryview(flat.view(torch.uint8).numpy()))
+                file.write(flat.view(torch.uint8).numpy().data)
             except OSError as error:
                 problem = error
             position = end
