@@ -52,7 +52,7 @@ def traffic(groups: list[Group], *, stage: int, bf16: bool, accumulation: int) -
             messages.append(
                 Message("all_reduce", name, f"gradients, {kind}", reduced, overlaps=stage > 0)
             )
-        if stage in (1, 2):
+        if stage in (1, 2) and own[0].replicas > 1:
             whole = width * sum(g.part * g.replicas for g in own)
             messages.append(Message("all_gather", name, f"updated weights, {kind}", whole))
         if stage == 3:

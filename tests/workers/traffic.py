@@ -16,7 +16,6 @@ from swin_moe.config import Config, validate
 from swin_moe.engine import Engine
 from swin_moe.models import build, split_output
 
-CONTROL = 256  # bytes; smaller messages are flags, norms and lengths of queues
 # Which argument has the bytes that count: the whole of what is gathered, or of what is sent.
 KINDS = {
     "allreduce_": ("all_reduce", 0),
@@ -41,8 +40,10 @@ class Counter(TorchDispatchMode):
         if namespace == "c10d" and name in KINDS:
             kind, place = KINDS[name]
             tensors = [t for t in tree_leaves(args[place]) if isinstance(t, torch.Tensor)]
-            size = sum(t.numel() * t.element_size() for t in tensors)
-            if size >= CONTROL:
+            # Flags, norms and lengths of queues are no data: whole numbers, or a single one.
+            data = [t for t in tensors if t.is_floating_point() and t.numel() > 1]
+            size = sum(t.numel() * t.element_size() for t in data)
+            if size:
                 self.sent[kind] = self.sent.get(kind, 0) + size
         elif namespace == "c10d":
             raise AssertionError(f"{func} is not counted")
@@ -63,7 +64,7 @@ def main(folder: Path) -> None:
 
 
 def count(config: Config) -> dict[str, int]:
-    """By kind, of one update of a run that is under way."""
+    """By kind, of one update of a run that is under way: the mean over ranks."""
     world = distributed.init(config.parallel.expert_parallel_size)
     torch.manual_seed(world.rank)
     images = torch.randn(config.data.batch_size, 3, *config.model.image_sides)
@@ -83,7 +84,9 @@ def count(config: Config) -> dict[str, int]:
                 engine.backward(loss if routed is None else loss + routed.aux_loss)
                 engine.step()
     engine.close()
-    return counter.sent
+    # What a rank sends home is what it got: the mean over ranks is what even loads would be.
+    ranks = distributed.gather_objects(counter.sent)
+    return {kind: sum(sent[kind] for sent in ranks) // len(ranks) for kind in ranks[0]}
 
 
 if __name__ == "__main__":
