@@ -166,8 +166,7 @@ def reserved_bytes(
     moments = 0 if elsewhere else (4 if optimizer.moments == "bf16" else 8) * parameters
     if zero.stage == 0:
         return moments
-    shared = dtype == torch.float32 and zero.stage == 3  # masters are the weights
-    masters = 0 if elsewhere or shared else 4 * parameters
+    masters = 0 if elsewhere else 4 * parameters  # ZeRO-3 copies those of fp32 weights, too
     # Experts are cut over their replicas alone; ranks that hold others replicate none.
     replicas = world.expert_data.size if world.expert.size > 1 else world.size
     return (masters + moments) // replicas + 2 * _bucket(model) * dtype.itemsize
