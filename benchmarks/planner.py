@@ -134,7 +134,7 @@ def _trained(raw: dict[str, Any], rank: int, size: int, folder: str) -> dict[str
 
 
 def _train(config: Config) -> dict[str, float]:
-    engine._bucket = lambda model: max(BUCKET, *(p.numel() for p in model.parameters()))
+    engine._SMALL_BUCKET = BUCKET
     _wait_for_releases()
     world = distributed.init(config.parallel.expert_parallel_size)
     images = torch.randn(config.data.batch_size, 3, *config.model.image_sides)
@@ -181,7 +181,7 @@ def _wait_for_releases() -> None:
             work = collective(*args, **kwargs)
             if hasattr(work, "wait"):
                 work.wait()
-            time.sleep(0.004)
+            time.sleep(0.01)
             return work
 
         return call

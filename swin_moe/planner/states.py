@@ -115,7 +115,7 @@ def states(
             host=0,
         )
     width = 2 if bf16 else 4
-    bucket = max(minimum_bucket, *sizes)
+    bucket = minimum_bucket if stage == 3 else max(minimum_bucket, *sizes)
     part = sum(g.part for g in groups)
     optimizer = (moment_bytes + 4) * part  # ZeRO-3 clones fp32 masters, too
     host, away = 0, offload != "none" and accelerator
