@@ -33,10 +33,12 @@ CONFIG = ROOT / "configs/scale/swin_moe_1b_laptop.yaml"
 GB = 1e9
 FLOOR = 1 * GB  # of free memory
 WAYS = {
-    "fp32": [],
+    "fp32": ["optimizer.moments=fp32"],
     "bf16-moments": ["optimizer.moments=bf16"],
     "bf16-all": ["precision.dtype=bf16", "optimizer.moments=bf16"],
-    "nvme": ["zero.offload=nvme", "zero.nvme_path={folder}/nvme"],
+    "nvme": [
+        "zero.offload=nvme", "zero.nvme_path={folder}/nvme", "optimizer.moments=fp32",
+    ],
     "nvme-bf16-moments": [
         "zero.offload=nvme", "zero.nvme_path={folder}/nvme", "optimizer.moments=bf16",
     ],
