@@ -182,8 +182,8 @@ def test_two_nodes_are_preempted_and_go_on_from_the_checkpoint(slurm, tmp_path):
     assert f"resumed from step-{stopped_at:08d}" in log.read_text()
     assert starts(run) == 2
     slurm.say("scancel", low)
-    gone = ("CANCELLED", "FAILED", "COMPLETED")
-    until(lambda: slurm.state(low) in gone, "the nodes are free again")
+    gone = ("CANCELLED", "FAILED", "COMPLETED", "")
+    until(lambda: slurm.state(low) in gone, "who is cancelled saves, and does not queue again", 120)
 
 
 def test_an_array_has_a_run_for_each_line(slurm, tmp_path):
