@@ -30,6 +30,7 @@ from swin_moe.planner.choices import Planner
 from swin_moe.planner.hardware import Cluster
 from swin_moe.planner.memory import memory
 from swin_moe.planner.states import spread, states
+from swin_moe.precision import resolve_precision
 
 BUCKET = 1_000_000  # elements
 STEPS = 3
@@ -135,7 +136,7 @@ def _trained(raw: dict[str, Any], rank: int, size: int, folder: str) -> dict[str
 
 
 def _train(config: Config) -> dict[str, float]:
-    engine._SMALL_BUCKET = BUCKET
+    engine.BUCKET = BUCKET
     _wait_for_releases()
     world = distributed.init(config.parallel.expert_parallel_size)
     images = torch.randn(config.data.batch_size, 3, *config.model.image_sides)
@@ -150,7 +151,7 @@ def _train(config: Config) -> dict[str, float]:
             world,
             optimizer=config.optimizer,
             zero=config.zero,
-            dtype=engine.resolve_precision(config.precision, world.device),
+            dtype=resolve_precision(config.precision, world.device),
             micro_batch=config.data.batch_size,
             accumulation_steps=steps,
         )

@@ -21,10 +21,11 @@ from torch import Tensor, nn
 
 from .adamw import MOMENTS, PAIRS, PairedAdamW, moment_views, start_moments
 from .checkpoint import Fragment, persistent_buffers, whole_fragments
-from .config import OptimizerConfig, PrecisionConfig, ZeroConfig
+from .config import OptimizerConfig, ZeroConfig
 from .distributed import World, all_reduce_, barrier
 from .models import MoEOutput, SwinTransformer, expert_parameter_names
 from .optim import build_optimizer, parameter_groups
+from .placement import BUCKET, SUB_GROUP
 
 log = logging.getLogger("swin_moe")
 
@@ -74,38 +75,9 @@ def check_deepspeed() -> None:
             )
 
 
-def cpu_computes_in_bf16() -> bool:
-    """Whether this processor has bf16 instructions: AVX512-BF16 or AMX."""
-    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
-
-
-def resolve_precision(precision: PrecisionConfig, device: torch.device) -> torch.dtype:
-    """The dtype to compute in; ``auto`` is bf16 where the device has instructions for it.
-
-    Raises:
-        ValueError: bf16 is asked for on a GPU without it.
-    """
-    if precision.dtype == "fp32":
-        return torch.float32
-    if device.type == "cuda":
-        supported = torch.cuda.is_bf16_supported(including_emulation=False)
-        if precision.dtype == "bf16" and not supported:
-            raise ValueError("precision.dtype=bf16: this GPU has no bf16; use precision.dtype=fp32")
-    else:
-        supported = cpu_computes_in_bf16()
-    wanted = precision.dtype == "bf16" or supported
-    return torch.bfloat16 if wanted else torch.float32
-
-
-# Elements that ZeRO-3 updates at a time; it copies their gradients, and reads them from files, at
-# once. DeepSpeed's default is 1e9, of which every rank then has a few copies.
-_SUB_GROUP = 50_000_000
-_SMALL_BUCKET = 50_000_000  # DeepSpeed's default takes 2 GB in bf16
-
-
 def _bucket(model: nn.Module) -> int:
     """Elements gathered before they are reduced; ZeRO-3 takes larger parameters as they are."""
-    return max(_SMALL_BUCKET, largest_parameter(model))
+    return max(BUCKET, largest_parameter(model))
 
 
 def largest_parameter(model: nn.Module) -> int:
@@ -257,8 +229,8 @@ class Engine:
             "stage": zero.stage,
             "reduce_scatter": True,
             "contiguous_gradients": True,
-            "reduce_bucket_size": _bucket(self.model) if zero.stage < 3 else _SMALL_BUCKET,
-            "sub_group_size": _SUB_GROUP,
+            "reduce_bucket_size": _bucket(self.model) if zero.stage < 3 else BUCKET,
+            "sub_group_size": SUB_GROUP,
             "overlap_comm": self.world.device.type == "cuda",
         }
         if zero.offload != "none":

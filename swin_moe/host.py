@@ -10,6 +10,10 @@ from pathlib import Path
 
 import psutil
 
+# Of a device's or a process's memory, for what no trial and no formula shows: fragments, workspaces
+# of libraries, the context.
+MARGIN = 0.08
+
 _CGROUP = Path("/sys/fs/cgroup")
 
 

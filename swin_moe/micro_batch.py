@@ -16,17 +16,39 @@ from multiprocessing.connection import Connection
 import psutil
 import torch
 
-from . import ops
-from .config import Config
+from . import checkpoint, ops
+from .config import Config, load_config
 from .distributed import Group, World, all_reduce_, local_world_size
-from .engine import reserved_bytes, resolve_precision
-from .host import free_memory, silenced
+from .engine import reserved_bytes
+from .host import MARGIN, free_memory, silenced
 from .models import SwinTransformer, build, split_output
 from .opened import in_precision
+from .precision import resolve_precision
+from .run_directory import Run
 
-_MARGIN = 0.08  # of the memory, for what no trial shows: fragments, the libraries' workspaces
 # What a lack of memory sounds like; the last one is oneDNN's.
 _OUT_OF_MEMORY = ("can't allocate memory", "Cannot allocate memory", "could not create a primitive")
+
+
+def resolve_micro_batch(run: Run, config: Config, fresh: bool) -> None:
+    """Resolve ``train.accumulation_steps=auto``; a resume on as many processes keeps the choice."""
+    if config.train.accumulation_steps != "auto":
+        return
+    for path in [] if fresh else checkpoint.list_checkpoints(run.checkpoints)[:1]:
+        try:
+            saved = load_config(path / "config.yaml")
+            processes = checkpoint.Reader(path).state["processes"]
+        except (ValueError, OSError, KeyError):
+            break  # what is wrong with it is told when it is to be resumed from
+        micro, steps = saved.data.batch_size, saved.train.micro_steps
+        if processes == run.world.size and micro * steps == config.data.batch_size:
+            config.data.batch_size, config.train.accumulation_steps = micro, steps
+            return
+    choose_micro_batch(config, run.world)
+    run.say(
+        f"micro-batches of {config.data.batch_size} images a process fit into memory: "
+        f"{config.train.micro_steps} of them an update"
+    )
 
 
 def choose_micro_batch(config: Config, world: World, available: int | None = None) -> None:
@@ -145,7 +167,7 @@ def _try(config: Config, world: World, size: int, total: int) -> None:
     model = _model_of_one(config, world)
     dtype = resolve_precision(config.precision, world.device)
     held = reserved_bytes(config.zero, config.optimizer, model, dtype, world)
-    blocks = [torch.empty(held + int(_MARGIN * total), dtype=torch.uint8, device=world.device)]
+    blocks = [torch.empty(held + int(MARGIN * total), dtype=torch.uint8, device=world.device)]
     forward = in_precision(model.train(), dtype, cast_weights=config.zero.stage > 0)
     images = torch.randn(size, config.model.in_chans, *config.model.image_sides)
     logits, routed = split_output(forward(images.to(world.device)))

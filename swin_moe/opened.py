@@ -14,10 +14,10 @@ from . import checkpoint, report
 from .config import Config, ConfigError, load_config
 from .data import Loader, loader_of
 from .distributed import World
-from .engine import resolve_precision
 from .evaluation import Evaluation, evaluate
 from .models import SwinTransformer, build
 from .models.pretrained import adopt_pretrained_window, load_pretrained, read_pretrained
+from .precision import resolve_precision
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Which rank of an expert group holds which experts, or which part of one."""
+"""Which rank of an expert group holds which experts, or which part of one; ZeRO's pieces."""
 
 from __future__ import annotations
 
@@ -6,6 +6,11 @@ from collections.abc import Set
 from dataclasses import dataclass
 
 from torch import Tensor
+
+BUCKET = 50_000_000  # elements that are reduced at once; DeepSpeed's 500 million take 2 GB in bf16
+# Elements that ZeRO-3 updates at a time; it copies their gradients, and reads them from files, at
+# once. DeepSpeed's default is 1e9, of which every rank then has a few copies.
+SUB_GROUP = 50_000_000
 
 
 @dataclass(frozen=True)

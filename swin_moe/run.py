@@ -19,10 +19,10 @@ from .config import Config, ZeroConfig, dump_config, load_config
 from .data import Loader, build_mixing, loader_of
 from .data.show import contact_sheet
 from .distributed import World
-from .engine import Engine, cutter, largest_parameter, resolve_precision
+from .engine import Engine, cutter, largest_parameter
 from .guard import Preempted, StopSignal
 from .metrics import MetricLog
-from .micro_batch import choose_micro_batch
+from .micro_batch import resolve_micro_batch
 from .models import SwinTransformer, build, expert_parameter_names
 from .models.cost import count
 from .models.parts import build_in_parts
@@ -35,6 +35,7 @@ from .models.pretrained import (
 from .moe import MoELayer, choose_overlap
 from .optim import build_schedule
 from .placement import Layout, expert_share
+from .precision import resolve_precision
 from .profiling import Profile, peak_flops
 from .run_directory import Run, prepare_folder, step_back
 from .summary import draw_summary
@@ -88,7 +89,7 @@ def train(
         if verdict is not None:
             dtype = resolve_precision(config.precision, world.device)
             preflight.at_start(config, verdict, world, dtype, run.say)
-        _choose_micro_batch(run, config, fresh)
+        resolve_micro_batch(run, config, fresh)
         # All input is checked before anything is written.
         loaders = [
             loader_of(config, training, world.rank, world.size) for training in (True, False)
@@ -206,27 +207,6 @@ def _roll_back(job: _Job, place: Position, from_start: bool) -> Trainer:
     """
     reader = step_back(job.run, passed_over=from_start)
     return _assemble(job, reader, place=place)
-
-
-def _choose_micro_batch(run: Run, config: Config, fresh: bool) -> None:
-    """Resolve ``train.accumulation_steps=auto``; a resume on as many processes keeps the choice."""
-    if config.train.accumulation_steps != "auto":
-        return
-    for path in [] if fresh else checkpoint.list_checkpoints(run.checkpoints)[:1]:
-        try:
-            saved = load_config(path / "config.yaml")
-            processes = checkpoint.Reader(path).state["processes"]
-        except (ValueError, OSError, KeyError):
-            break  # what is wrong with it is told when it is to be resumed from
-        micro, steps = saved.data.batch_size, saved.train.micro_steps
-        if processes == run.world.size and micro * steps == config.data.batch_size:
-            config.data.batch_size, config.train.accumulation_steps = micro, steps
-            return
-    choose_micro_batch(config, run.world)
-    run.say(
-        f"micro-batches of {config.data.batch_size} images a process fit into memory: "
-        f"{config.train.micro_steps} of them an update"
-    )
 
 
 def _show_data(job: _Job, reader: checkpoint.Reader | None) -> None:

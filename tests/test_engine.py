@@ -3,35 +3,31 @@
 import pytest
 import torch
 
+from swin_moe import precision
 from swin_moe.config import PrecisionConfig
 from tests.parallel import run_worker
 
 
-@pytest.fixture(scope="module")
-def engine():
-    from swin_moe import engine
-
-    return engine
-
-
-def test_precision_follows_the_device(engine, monkeypatch):
+def test_precision_follows_the_device(monkeypatch):
     cpu = torch.device("cpu")
-    assert engine.resolve_precision(PrecisionConfig(dtype="fp32"), cpu) == torch.float32
-    assert engine.resolve_precision(PrecisionConfig(dtype="bf16"), cpu) == torch.bfloat16
+    assert precision.resolve_precision(PrecisionConfig(dtype="fp32"), cpu) == torch.float32
+    assert precision.resolve_precision(PrecisionConfig(dtype="bf16"), cpu) == torch.bfloat16
     for supported, dtype in ((True, torch.bfloat16), (False, torch.float32)):
-        monkeypatch.setattr(engine, "cpu_computes_in_bf16", lambda answer=supported: answer)
-        assert engine.resolve_precision(PrecisionConfig(dtype="auto"), cpu) == dtype
+        monkeypatch.setattr(precision, "cpu_computes_in_bf16", lambda answer=supported: answer)
+        assert precision.resolve_precision(PrecisionConfig(dtype="auto"), cpu) == dtype
 
 
-def test_a_gpu_without_bf16_says_so(engine, monkeypatch):
+def test_a_gpu_without_bf16_says_so(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: False)
     cuda = torch.device("cuda")
-    assert engine.resolve_precision(PrecisionConfig(dtype="auto"), cuda) == torch.float32
+    assert precision.resolve_precision(PrecisionConfig(dtype="auto"), cuda) == torch.float32
     with pytest.raises(ValueError, match=r"precision\.dtype=fp32"):
-        engine.resolve_precision(PrecisionConfig(dtype="bf16"), cuda)
+        precision.resolve_precision(PrecisionConfig(dtype="bf16"), cuda)
 
 
-def test_another_deepspeed_is_refused_in_one_line(engine, monkeypatch):
+def test_another_deepspeed_is_refused_in_one_line(monkeypatch):
+    from swin_moe import engine
+
     engine.check_deepspeed()
     monkeypatch.delattr(engine.deepspeed_groups, "_EXPERT_PARALLEL_GROUP")
     with pytest.raises(ValueError, match=r"DeepSpeed 0\.\S+ is not supported .*lock\.txt"):

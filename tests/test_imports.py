@@ -11,7 +11,7 @@ LAYERS = [
     {"variants", "placement", "nodes", "adamw", "host"},
     {"meeting"},
     {"config", "distributed", "ops", "torchrun", "watchdog"},
-    {"moe", "data", "checkpoint", "guard"},
+    {"moe", "data", "checkpoint", "guard", "precision"},
     {"models", "metrics"},
     {"optim", "evaluation", "run_directory", "launch", "convert", "catalog", "summary"},
     {"engine", "planner"},

@@ -9,9 +9,10 @@ import numpy as np
 import torch
 
 from ..config import Config, ModelConfig
+from ..host import MARGIN
 from .flops import Flops, flops
 from .hardware import Cluster
-from .memory import MARGIN, Memory, memory
+from .memory import Memory, memory
 from .states import Group, groups_of, spread, states
 from .trace import Trace, meta_model, trace
 from .traffic import Message, exchanged, traffic

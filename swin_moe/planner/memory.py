@@ -9,8 +9,6 @@ import numpy as np
 from .states import States
 from .trace import Trace
 
-MARGIN = 0.08  # of the device: fragments, libraries' workspaces, the context; as micro_batch has it
-
 
 @dataclass(frozen=True)
 class Memory:

@@ -11,12 +11,11 @@ from dataclasses import dataclass, replace
 from torch import nn
 
 from ..optim import parameter_groups
+from ..placement import BUCKET, SUB_GROUP
 
-MINIMUM_BUCKET = 50_000_000  # elements, see engine._bucket
 PERSISTENT = 100_000  # ZeRO-3 keeps parameters of fewer elements whole
 LIVE = 1_000_000_000  # elements of gathered parameters that ZeRO-3 keeps before it frees one
 PREFETCH = 50_000_000  # elements that it gathers ahead
-SUB_GROUP = 50_000_000  # elements that ZeRO-3 updates at once, see engine._SUB_GROUP
 
 
 @dataclass(frozen=True)
@@ -66,15 +65,15 @@ class States:
     """
 
     weights: int
-    optimizer: int
     gradients: int
     full_gradients: bool
-    buckets: int
-    bucket: int
-    flush: int
-    between: int
-    update: int
-    host: int
+    optimizer: int = 0
+    buckets: int = 0
+    bucket: int = 0
+    flush: int = 0
+    between: int = 0
+    update: int = 0
+    host: int = 0
 
 
 def states(
@@ -87,7 +86,7 @@ def states(
     accumulates: bool,
     moment_bytes: int = 8,
     weights_away: bool = False,
-    minimum_bucket: int = MINIMUM_BUCKET,
+    minimum_bucket: int = BUCKET,
 ) -> States:
     """Memory of one rank.
 
@@ -97,30 +96,14 @@ def states(
         weights_away: ZeRO-3 keeps its parts of the weights in host memory or files, too.
         moment_bytes: of both moments of an element.
     """
-    elements = sum(g.elements for g in groups)
-    sizes = [size for g in groups for size in g.sizes]
     if stage == 0:
-        temporaries = max(g.elements for g in groups) if accelerator else 2 * max(sizes)
-        flattened = min(elements, 500_000_000 + max(sizes))
-        return States(
-            weights=4 * elements,
-            optimizer=moment_bytes * elements,
-            gradients=4 * elements,
-            full_gradients=True,
-            buckets=0,
-            bucket=0,
-            flush=0,
-            between=0,
-            update=4 * max(temporaries, flattened),
-            host=0,
-        )
+        return _replicated(groups, accelerator, moment_bytes)
     width = 2 if bf16 else 4
-    bucket = minimum_bucket if stage == 3 else max(minimum_bucket, *sizes)
     part = sum(g.part for g in groups)
     optimizer = (moment_bytes + 4) * part  # ZeRO-3 clones fp32 masters, too
     host, away = 0, offload != "none" and accelerator
     if offload == "nvme":
-        optimizer, host = 0, 0
+        optimizer = 0
     elif offload == "cpu":
         optimizer += (4 + width * (stage < 3)) * part  # a gradient of each master, a copy of it
     if away:
@@ -130,34 +113,70 @@ def states(
     temporaries = 0 if moment_bytes < 8 else 4 if accelerator else 8  # bf16 moments: in pieces
     update = 0 if away else temporaries * largest
     update += 0 if offload != "none" else 4 * largest
-    if stage < 3:
-        owned = width * part if offload == "none" else 0
-        return States(
-            weights=width * sum(g.part * g.replicas for g in groups),
-            optimizer=optimizer,
-            gradients=width * elements if stage == 1 and accumulates else owned,
-            full_gradients=stage == 1,
-            buckets=width * bucket * (2 if accelerator else 1),  # one is filled, one on its way
-            bucket=bucket,
-            # What is reduced is flattened once more; ZeRO-2 keeps its part in a piece of its own.
-            flush=width * min(bucket, elements) + (owned if stage == 2 else 0),
-            between=0,
-            update=update,
-            host=host,
-        )
+    if stage == 3:
+        held = _cut(groups, width, minimum_bucket, away, weights_away and accelerator)
+    else:
+        held = _sliced(groups, width, stage, minimum_bucket, offload, accelerator, accumulates)
+    return replace(held, optimizer=optimizer, update=update, host=held.host + host)
+
+
+def _replicated(groups: list[Group], accelerator: bool, moment_bytes: int) -> States:
+    """ZeRO 0: all of it on every rank, in fp32."""
+    elements = sum(g.elements for g in groups)
+    largest = max(size for g in groups for size in g.sizes)
+    temporaries = max(g.elements for g in groups) if accelerator else 2 * largest
+    flattened = min(elements, 500_000_000 + largest)
+    return States(
+        weights=4 * elements,
+        optimizer=moment_bytes * elements,
+        gradients=4 * elements,
+        full_gradients=True,
+        update=4 * max(temporaries, flattened),
+    )
+
+
+def _sliced(
+    groups: list[Group],
+    width: int,
+    stage: int,
+    minimum_bucket: int,
+    offload: str,
+    accelerator: bool,
+    accumulates: bool,
+) -> States:
+    """ZeRO 1 and 2, without the optimizer's own: the concatenation of a group is cut."""
+    elements = sum(g.elements for g in groups)
+    bucket = max(minimum_bucket, *(size for g in groups for size in g.sizes))
+    owned = width * sum(g.part for g in groups) if offload == "none" else 0
+    return States(
+        weights=width * sum(g.part * g.replicas for g in groups),
+        gradients=width * elements if stage == 1 and accumulates else owned,
+        full_gradients=stage == 1,
+        buckets=width * bucket * (2 if accelerator else 1),  # one is filled, one on its way
+        bucket=bucket,
+        # What is reduced is flattened once more; ZeRO-2 keeps its part in a piece of its own.
+        flush=width * min(bucket, elements) + (owned if stage == 2 else 0),
+    )
+
+
+def _cut(groups: list[Group], width: int, bucket: int, away: bool, weights_away: bool) -> States:
+    """ZeRO-3, without the optimizer's own: every parameter is cut.
+
+    Args:
+        away, weights_away: whether the optimizer and the weights are in another memory.
+    """
+    elements = sum(g.elements for g in groups)
+    part = width * sum(g.part for g in groups)
     kept = sum(size for g in groups if g.replicas > 1 for size in g.sizes if size < PERSISTENT)
     sharded = sum(g.elements for g in groups if g.replicas > 1) - kept
-    flat = width * part
     return States(
-        weights=width * (kept if weights_away and accelerator else part + kept),
-        optimizer=optimizer,
-        gradients=0 if away else flat,
+        weights=width * kept + (0 if weights_away else part),
+        gradients=0 if away else part,
         full_gradients=False,
         # Gathered weights, and those that a gather has just brought and not yet sorted.
         buckets=width * (min(sharded, LIVE) + min(sharded, PREFETCH)),
         bucket=bucket,
         flush=width * min(bucket, elements),
         between=width * bucket,
-        update=update,
-        host=host + (flat if away else 0) + (width * part if weights_away and away else 0),
+        host=(part if away else 0) + (part if weights_away and away else 0),
     )

@@ -151,6 +151,40 @@ def make_engine(
     )
 
 
+def resume_engine(world, cell: Cell, checkpoint: Path, first: int, **options):
+    """The engine of a cell with all that a checkpoint of update ``first`` has."""
+    from swin_moe.checkpoint import Reader, load_weights
+
+    reader = Reader(checkpoint)
+
+    def prepare(model) -> None:
+        load_weights(model, reader, layout_of(model, world))
+
+    engine = make_engine(world, cell, prepare, **options)
+    layout = layout_of(engine.model, world)
+
+    def read(name: str, kind: str, start: int, stop: int) -> torch.Tensor:
+        return reader.values(name, kind, layout.share_of(name), start, stop)
+
+    engine.load(read, first)
+    return engine
+
+
+def train_between(engine, world, cell: Cell, folder: Path, first: int, last: int) -> list[float]:
+    """Updates [first, last), and a checkpoint; loss and gradient norm of each, in turns."""
+    engine.train()
+    figures = []
+    for step in range(first, last):
+        figures += [train_step(engine, world, cell, step), engine.grad_norm()]
+    write_checkpoint(folder, engine, world, last)
+    return figures
+
+
+def write_figures(folder: Path, figures: list[float]) -> None:
+    text = json.dumps({"loss": figures[::2], "norm": figures[1::2]})
+    (folder / "figures.json").write_text(text)
+
+
 def train_step(engine, world, cell: Cell, step: int) -> float:
     """One update; returns the mean loss of all micro-batches of all ranks."""
     model = engine.model
@@ -171,16 +205,11 @@ def train_step(engine, world, cell: Cell, step: int) -> float:
 
 def train(world, cell: Cell, folder: Path) -> None:
     engine = make_engine(world, cell)
-    engine.train()
     if cell == cell.reference:
         write_checkpoint(folder, engine, world, 0)
-    losses, norms = [], []
-    for step in range(STEPS):
-        losses.append(train_step(engine, world, cell, step))
-        norms.append(engine.grad_norm())
-    write_checkpoint(folder, engine, world)
+    figures = train_between(engine, world, cell, folder, 0, STEPS)
     if world.is_main:
-        (folder / "figures.json").write_text(json.dumps({"loss": losses, "norm": norms}))
+        write_figures(folder, figures)
     engine.close()
 
 

@@ -6,33 +6,18 @@ from pathlib import Path
 import torch
 
 from swin_moe import distributed
-from tests.workers.equivalence import Cell, layout_of, make_engine, train_step, write_checkpoint
+from tests.workers.equivalence import Cell, make_engine, resume_engine, train_between
 
 HALF, STEPS = 2, 4
 
 
 def train(world, cell: Cell, folder: Path, moments: str, first: int, last: int) -> list[float]:
     """Updates [first, last), from the checkpoint of ``first`` on if that is not the beginning."""
-    from swin_moe.checkpoint import Reader, load_weights
-
-    def prepare(model) -> None:
-        if first:
-            load_weights(model, reader, layout_of(model, world))
-
     if first:
-        reader = Reader(folder / f"step-{first:08d}")
-    engine = make_engine(world, cell, prepare, moments=moments)
-    if first:
-        layout = layout_of(engine.model, world)
-        engine.load(
-            lambda name, *part: reader.values(name, part[0], layout.share_of(name), *part[1:]),
-            first,
-        )
-    engine.train()
-    figures = []
-    for step in range(first, last):
-        figures += [train_step(engine, world, cell, step), engine.grad_norm()]
-    write_checkpoint(folder, engine, world, last)
+        engine = resume_engine(world, cell, folder / f"step-{first:08d}", first, moments=moments)
+    else:
+        engine = make_engine(world, cell, moments=moments)
+    figures = train_between(engine, world, cell, folder, first, last)
     engine.close()
     return figures
 

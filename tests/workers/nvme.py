@@ -7,10 +7,9 @@ from swin_moe import distributed
 from tests.workers.equivalence import (
     MODEL,
     Cell,
-    layout_of,
     make_engine,
-    train_step,
-    write_checkpoint,
+    resume_engine,
+    train_between,
 )
 
 # Smaller sub-groups stay in memory.
@@ -23,27 +22,12 @@ def train(
     world, cell: Cell, folder: Path, first: int, last: int, weights: str = "none", **options: str
 ) -> list[float]:
     """Updates [first, last), from the checkpoint of ``first`` on if that is not the beginning."""
-    from swin_moe.checkpoint import Reader, load_weights
-
-    def prepare(model) -> None:
-        if first:
-            load_weights(model, reader, layout_of(model, world))
-
+    options |= {"shape": WIDE, "nvme_path": str(folder.parent / "nvme"), "weights": weights}
     if first:
-        reader = Reader(folder / f"step-{first:08d}")
-    place = str(folder.parent / "nvme")
-    engine = make_engine(world, cell, prepare, WIDE, place, weights=weights, **options)
-    if first:
-        layout = layout_of(engine.model, world)
-        engine.load(
-            lambda name, *part: reader.values(name, part[0], layout.share_of(name), *part[1:]),
-            first,
-        )
-    engine.train()
-    figures = []
-    for step in range(first, last):
-        figures += [train_step(engine, world, cell, step), engine.grad_norm()]
-    write_checkpoint(folder, engine, world, last)
+        engine = resume_engine(world, cell, folder / f"step-{first:08d}", first, **options)
+    else:
+        engine = make_engine(world, cell, **options)
+    figures = train_between(engine, world, cell, folder, first, last)
     if cell.offload == "nvme":
         assert list((folder.parent / "nvme").rglob("*.swp")), "nothing is in files"
         flats = engine._engine.optimizer.fp32_partitioned_groups_flat

@@ -5,20 +5,18 @@ saves; every launch then goes on from there in its own way, and saves what it ha
 process also trains through, and two in bf16, with ZeRO-2 and ZeRO-1.
 """
 
-import json
 import sys
 from pathlib import Path
-
-import torch
 
 from swin_moe import distributed
 from tests.workers.equivalence import (
     STEPS,
     Cell,
-    layout_of,
     make_engine,
-    train_step,
+    resume_engine,
+    train_between,
     write_checkpoint,
+    write_figures,
 )
 
 PARTS = 4  # micro-batches of an update
@@ -39,31 +37,15 @@ ENDS = {
 
 def go_on(world, cell: Cell, folder: Path, first: int, last: int) -> None:
     """Train updates [first, last), from ``HALF`` on after those of the beginning."""
-    from swin_moe.checkpoint import Reader, load_weights
-
     if first:
         source = folder.parent / BEGINNING._replace(dtype=cell.dtype).name
-        reader = Reader(source / f"step-{HALF:08d}")
-        engine = make_engine(
-            world, cell, lambda model: load_weights(model, reader, layout_of(model, world))
-        )
-        layout = layout_of(engine.model, world)
-
-        def read(name: str, kind: str, start: int, stop: int) -> torch.Tensor:
-            return reader.values(name, kind, layout.share_of(name), start, stop)
-
-        engine.load(read, first)
+        engine = resume_engine(world, cell, source / f"step-{HALF:08d}", first)
         write_checkpoint(folder, engine, world, first)
     else:
         engine = make_engine(world, cell)
-    engine.train()
-    figures: dict[str, list[float]] = {"loss": [], "norm": []}
-    for step in range(first, last):
-        figures["loss"].append(train_step(engine, world, cell, step))
-        figures["norm"].append(engine.grad_norm())
-    write_checkpoint(folder, engine, world, last)
+    figures = train_between(engine, world, cell, folder, first, last)
     if world.is_main:
-        (folder / "figures.json").write_text(json.dumps(figures))
+        write_figures(folder, figures)
     engine.close()
 
 
