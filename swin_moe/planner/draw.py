@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
+from typing import TYPE_CHECKING
 
 from .choices import Layout
 from .hardware import GIB, Cluster
 from .scaling import Point
+
+if TYPE_CHECKING:  # a training imports the planner too, and does not draw: 2 s less to its start
+    from matplotlib.axes import Axes
 
 # A kind's name, and colours that also differ in brightness.
 KINDS = {
@@ -54,6 +54,9 @@ def draw(
         layouts: the ranked ones, best first; the config's own is drawn above them.
         curves: scaling curves by name, none = no second panel.
     """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     rows = [asked, *layouts[:14]]
     height = 1.6 + 0.34 * len(rows)
     figure = Figure(figsize=(15 if curves else 10.5, max(height, 4.2)), layout="constrained")

@@ -14,6 +14,7 @@ import pytest
 from swin_moe.config import load_config
 from tests.cluster.tools import (
     LAUNCH,
+    PATIENCE,
     ROOT,
     environment,
     last_step,
@@ -110,6 +111,13 @@ class Slurm:
     def state(self, job):
         return self.say("squeue", "-h", "-t", "all", "-j", job, "-o", "%T").strip()
 
+    def tell(self, job, log):
+        """Why a job may not have got on: the last words of its log and of the daemons."""
+        paths = [log, *sorted(self.folder.glob("slurm*.log"))]
+        told = [f"--- {path.name}\n{tail(path)}" for path in paths if path.exists()]
+        asked = (("scontrol", "show", "job", job), ("sinfo",), ("sinfo", "-R"))
+        return "\n".join([*told, *(self.say(*command) for command in asked)])
+
     def close(self):
         """End all jobs, then the daemons, and what they may have left."""
         self.say("scancel", "--me")
@@ -129,6 +137,10 @@ class Slurm:
 
     def owns(self, process):
         return process.environ().get("SLURM_CONF") == self.env["SLURM_CONF"]
+
+
+def tail(path, lines=60):
+    return "\n".join(path.read_text(errors="replace").splitlines()[-lines:])
 
 
 def free_ports(count):
@@ -170,20 +182,25 @@ def test_two_nodes_are_preempted_and_go_on_from_the_checkpoint(slurm, tmp_path):
         "train.max_steps=0",
     )
     log = tmp_path / f"slurm-{low}.log"
-    until(lambda: last_step(run) > 10 or slurm.state(low) not in ("PENDING", "RUNNING"), "steps")
+
+    def wait(done, what, patience=PATIENCE):
+        until(done, what, patience, lambda: slurm.tell(low, log))
+
+    wait(lambda: last_step(run) > 10 or slurm.state(low) not in ("PENDING", "RUNNING"), "steps")
     assert slurm.state(low) == "RUNNING", log.read_text()
     high = slurm.submit("--partition=high", "--nodes=2", "--wrap", "true")
-    until(lambda: slurm.state(high) == "COMPLETED", "the job of the higher partition")
+    wait(lambda: slurm.state(high) == "COMPLETED", "the job of the higher partition")
     stopped_at = last_step(run)
-    until(lambda: slurm.state(low) == "PENDING", "the job has queued again")
-    slurm.say("scontrol", "update", f"jobid={low}", "StartTime=now")  # Slurm would wait for 2 min
+    wait(lambda: slurm.state(low) == "PENDING", "the job has queued again")
+    # Slurm would wait for 2 min; within the second of the requeue it refuses its own credential.
+    slurm.say("scontrol", "update", f"jobid={low}", "StartTime=now+5")
     assert "told to stop by a signal" in log.read_text()
-    until(lambda: last_step(run) > stopped_at + 5, "the requeued job goes on")
+    wait(lambda: last_step(run) > stopped_at + 5, "the requeued job goes on")
     assert f"resumed from step-{stopped_at:08d}" in log.read_text()
     assert starts(run) == 2
     slurm.say("scancel", low)
     gone = ("CANCELLED", "FAILED", "COMPLETED", "")
-    until(lambda: slurm.state(low) in gone, "who is cancelled saves, and does not queue again", 120)
+    wait(lambda: slurm.state(low) in gone, "who is cancelled saves, and does not queue again", 120)
 
 
 def test_an_array_has_a_run_for_each_line(slurm, tmp_path):

@@ -91,10 +91,16 @@ def starts(run: Path) -> int:
     return len(path.read_text().splitlines()) if path.exists() else 0
 
 
-def until(done: Callable[[], object], what: str, patience: float = PATIENCE) -> None:
+def until(
+    done: Callable[[], object],
+    what: str,
+    patience: float = PATIENCE,
+    tell: Callable[[], str] = str,
+) -> None:
+    """Wait for ``done()``; at the end of patience fail with ``what`` and ``tell()``."""
     deadline = time.monotonic() + patience
     while not done():
-        assert time.monotonic() < deadline, f"not within {patience:.0f} s: {what}"
+        assert time.monotonic() < deadline, f"not within {patience:.0f} s: {what}\n{tell()}"
         time.sleep(0.2)
 
 
