@@ -36,6 +36,13 @@ class Choice:
     offload: str
     offload_weights: str = "none"
 
+    @property
+    def recomputed(self) -> str:
+        """For people: which blocks."""
+        if isinstance(self.checkpoint, list):
+            return f"{sum(self.checkpoint)} blocks"
+        return "all" if self.checkpoint else ""
+
     def overrides(self) -> list[str]:
         """What to add to the command line."""
         kept = str(self.checkpoint).lower().replace(" ", "")
@@ -287,7 +294,8 @@ def fits(layout: Layout, cluster: Cluster) -> bool:
 def rank_layouts(planner: Planner, cluster: Cluster) -> list[Layout]:
     """The best of each ZeRO stage, expert group, checkpointing and offload, the fastest first.
 
-    Where none of them fits, its smallest micro-batch stands for it; those come last.
+    Where none of them fits, its smallest micro-batch stands for it; those come last. One more
+    recomputes some of the blocks, if that is faster than any other.
     """
     best: dict[tuple[object, ...], Layout] = {}
     for choice in planner.alternatives():
@@ -299,7 +307,44 @@ def rank_layouts(planner: Planner, cluster: Cluster) -> list[Layout]:
         order = _order(layout, cluster)
         if known is None or order < _order(known, cluster):
             best[key] = layout
-    return sorted(best.values(), key=lambda layout: _order(layout, cluster))
+    ranked = sorted(best.values(), key=lambda layout: _order(layout, cluster))
+    spared = _recompute_less(planner, ranked, cluster)
+    if spared is not None:
+        ranked = sorted([spared, *ranked], key=lambda layout: _order(layout, cluster))
+    return ranked
+
+
+def _recompute_less(planner: Planner, ranked: list[Layout], cluster: Cluster) -> Layout | None:
+    """The fastest layout that recomputes all blocks, with as few of them as still fit.
+
+    Blocks of early stages come first: all cost about as much to repeat, and each stage's keep half
+    of what those of the stage before keep.
+
+    Returns:
+        None where that would not beat the layouts there are.
+    """
+    whole = next((one for one in ranked if one.choice.checkpoint and fits(one, cluster)), None)
+    if whole is None:
+        return None
+    without = planner.lay_out(replace(whole.choice, checkpoint=False))
+    if fits(without, cluster) or without.seconds >= ranked[0].seconds:
+        return None
+    depths = planner.config.model.depths
+    best, low, high = None, 0, sum(depths)  # low blocks are too few, high are enough
+    while high - low > 1:
+        middle = (low + high) // 2
+        layout = planner.lay_out(replace(whole.choice, checkpoint=_first(middle, depths)))
+        if fits(layout, cluster):
+            best, high = layout, middle
+        else:
+            low = middle
+    return best
+
+
+def _first(blocks: int, depths: list[int]) -> list[int]:
+    """So many blocks, from the first stage on, as counts of each stage."""
+    before = np.cumsum([0, *depths[:-1]])
+    return [int(count) for count in np.clip(blocks - before, 0, depths)]
 
 
 def _order(layout: Layout, cluster: Cluster) -> tuple[bool, float]:

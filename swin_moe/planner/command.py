@@ -246,7 +246,7 @@ class _Report:
                 str(choice.expert_parallel_size),
                 str(choice.images),
                 str(choice.accumulation),
-                "yes" if choice.checkpoint else "",
+                choice.recomputed,
                 "" if choice.offload == "none" else choice.offload,
                 f"{total / GIB:.1f}",
                 "yes" if over <= 0 else f"+{over:.1f}",

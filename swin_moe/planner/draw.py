@@ -34,7 +34,7 @@ def label(layout: Layout, asked: bool = False) -> str:
     if choice.accumulation > 1:
         words.append(f"× {choice.accumulation}")
     if choice.checkpoint:
-        words.append("ckpt")
+        words.append(f"ckpt {choice.recomputed}")
     if choice.offload != "none":
         words.append(choice.offload)
     return ", ".join(words) + (" (config)" if asked else "")

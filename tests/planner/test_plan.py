@@ -1,12 +1,14 @@
 """The command: what it prints, writes and refuses; and that the large recipes pass it."""
 
 import json
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
 
 from swin_moe.config import load_config
 from swin_moe.planner import Cluster, DoesNotFit, plan
+from swin_moe.planner.choices import Planner, fits
 from tests.parallel import MICRO, ROOT, SMALL, one_error, swin_moe
 
 
@@ -43,6 +45,24 @@ def test_plan_ranks_layouts_of_the_same_global_batch(tmp_path):
     assert "all_reduce" in text
 
 
+def test_no_more_is_recomputed_than_must_be(tmp_path):
+    """Where keeping all does not fit, one layout recomputes so many blocks as make it fit."""
+    batch = 2 * 29009  # a prime: no middling micro-batch is a way out
+    overrides = [*SMALL, "model.depths=[2, 4]", "model.img_size=64", f"data.batch_size={batch}"]
+    cluster = Cluster("rtx4090", 1, 1)
+    figures, text, _ = planned(tmp_path, MICRO, overrides, cluster)
+    best = load_config(MICRO, [*overrides, *figures["layouts"][0]["overrides"]])
+    counts = best.model.use_checkpoint
+    assert isinstance(counts, list)
+    assert f"{sum(counts)} blocks" in text
+    planner = Planner(best, cluster, fused=False)
+    assert fits(planner.lay_out(planner.asked()), cluster)
+    stage = 1 if counts[1] else 0
+    fewer = [count - (place == stage) for place, count in enumerate(counts)]
+    one_less = replace(planner.asked(), checkpoint=fewer)
+    assert not fits(planner.lay_out(one_less), cluster)
+
+
 def test_what_cannot_fit_says_by_how_much_and_what_would(tmp_path):
     large = ["data.batch_size=4096", "model.img_size=224", "model.embed_dim=64"]
     figures, _, error = planned(tmp_path, MICRO, [*SMALL, *large], Cluster("v100", 1, 2))
@@ -70,8 +90,6 @@ def test_large_recipes_pass(recipe, tmp_path):
     config = load_config(recipe)
     size = config.parallel.expert_parallel_size
     nodes = 1 if size == "auto" else max(1, size // 8)
-    from swin_moe.planner.choices import Planner
-
     planner = Planner(config, Cluster("h100", nodes * 4, 8), fused=True)
     layout = planner.lay_out(planner.asked())
     assert layout.memory.total < 3 * planner.cluster.memory
