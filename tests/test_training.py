@@ -132,6 +132,24 @@ def test_kill_and_resume_repeat_the_losses_exactly(undisturbed, tmp_path):
     assert figures(folder) == figures(undisturbed[0])
 
 
+def test_a_model_built_in_parts_resumes_exactly(tmp_path):
+    """ZeRO-3 reads each module's weights from the checkpoint as it builds the module."""
+    options = [*RECIPE, "zero.stage=3", "parallel.expert_parallel_size=1", "train.max_steps=4",
+               "checkpoint.every_steps=2"]  # fmt: skip
+    folder, again = tmp_path / "run", tmp_path / "again"
+    done = train(folder, *options, processes=2)
+    assert done.returncode == 0, done.stderr
+    shutil.copytree(folder, again, symlinks=True)
+    shutil.rmtree(list_checkpoints(again / "checkpoints")[0])
+    done = train(again, *options, processes=2)
+    assert done.returncode == 0, done.stderr
+    assert "resumed from step-00000002" in done.stdout
+    assert figures(again) == figures(folder)
+    mine, theirs = (read_manifest(run / "checkpoints/last").files for run in (again, folder))
+    for name, entry in theirs.items():
+        assert name == "config.yaml" or mine[name] == entry
+
+
 def test_finished_run_resumes_to_nothing_and_fresh_keeps_it(undisturbed, tmp_path):
     folder = tmp_path / "copy"
     shutil.copytree(undisturbed[0], folder, symlinks=True)
