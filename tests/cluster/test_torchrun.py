@@ -17,6 +17,7 @@ from tests.cluster.tools import (
     run_of,
     starts,
     until,
+    worlds,
     write_config,
 )
 
@@ -125,6 +126,28 @@ def test_a_short_cut_only_delays_and_a_long_one_restarts(hosts, tmp_path):
     assert "started again by the launcher after a failure (1 of 3)" in text
     assert "resumed from step-" in text
     stop_and_save(jobs)
+
+
+def test_a_run_grows_by_a_node_and_goes_on_without_one_that_dies(hosts, tmp_path):
+    changes = ["train.max_steps=0", "parallel.expert_parallel_size=1", "faults.hang_minutes=0.5"]
+    words = options(write_config(tmp_path), *changes, nodes="1:2")
+    run = run_of(tmp_path)
+    first = hosts.start(0, *words)
+
+    def goes_on(*sizes):
+        until(lambda: worlds(run) == [*sizes] or not first.alive(), f"worlds of {sizes}")
+        assert first.alive(), first.text
+        began = last_step(run)
+        until(lambda: last_step(run) > began + 12 or not first.alive(), "steps")
+        assert first.alive(), first.text
+
+    goes_on(1)
+    second = hosts.start(1, *words)
+    goes_on(1, 2)
+    second.stop()
+    goes_on(1, 2, 1)
+    first.process.send_signal(signal.SIGTERM)
+    assert first.wait() == 75, first.text
 
 
 def until_it_stands(run):

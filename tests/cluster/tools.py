@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
 import shutil
-import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 from PIL import Image
 
@@ -87,8 +88,14 @@ def last_step(run: Path) -> int:
 
 
 def starts(run: Path) -> int:
+    return len(worlds(run))
+
+
+def worlds(run: Path) -> list[int]:
+    """Processes of each start."""
     path = run / "starts.jsonl"
-    return len(path.read_text().splitlines()) if path.exists() else 0
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [len(json.loads(line)["hosts"]) for line in lines]
 
 
 def until(
@@ -131,7 +138,10 @@ class Job:
         return self.process.wait(PATIENCE)
 
     def stop(self) -> None:
-        """End the command and all that it started."""
+        """End the command at once, and all that it started, which have sessions of their own."""
         if self.alive():
-            os.killpg(self.process.pid, signal.SIGKILL)
+            root = psutil.Process(self.process.pid)
+            for process in (root, *root.children(recursive=True)):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
             self.process.wait()
