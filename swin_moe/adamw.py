@@ -71,7 +71,9 @@ def start_moments(
 
     In place where there are some: what swaps them knows them by identity.
     """
-    state["step"] = torch.tensor(float(updates))
+    # Torch's fused AdamW counts where it computes; ours reads the number on the host.
+    device = "cpu" if PAIRS in keys else parameter.device
+    state["step"] = torch.tensor(float(updates), device=device)
     for kind in keys:
         if kind in state:
             state[kind].zero_()

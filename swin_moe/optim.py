@@ -85,9 +85,12 @@ def build_optimizer(
 ) -> torch.optim.Optimizer:
     """AdamW at the peak rate base_lr × global batch / 512, times ``lr_scale`` of the group."""
     peak = optimizer.base_lr * global_batch / REFERENCE_BATCH
+    betas = (optimizer.betas[0], optimizer.betas[1])
     adamw: torch.optim.Optimizer
-    kind = PairedAdamW if optimizer.moments == "bf16" else torch.optim.AdamW
-    adamw = kind(groups, lr=peak, betas=(optimizer.betas[0], optimizer.betas[1]), eps=optimizer.eps)
+    if optimizer.moments == "bf16":
+        adamw = PairedAdamW(groups, lr=peak, betas=betas, eps=optimizer.eps)
+    else:  # fused: one pass over memory, and no temporaries as long as the weights
+        adamw = torch.optim.AdamW(groups, lr=peak, betas=betas, eps=optimizer.eps, fused=True)
     for group in adamw.param_groups:
         group["initial_lr"] = peak  # where a schedule starts from, which then scales it itself
         group["lr"] = peak * group.get("lr_scale", 1.0)

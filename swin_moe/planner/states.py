@@ -97,7 +97,7 @@ def states(
         moment_bytes: of both moments of an element.
     """
     if stage == 0:
-        return _replicated(groups, accelerator, moment_bytes)
+        return _replicated(groups, moment_bytes)
     width = 2 if bf16 else 4
     part = sum(g.part for g in groups)
     optimizer = (moment_bytes + 4) * part  # ZeRO-3 clones fp32 masters, too
@@ -109,10 +109,9 @@ def states(
     if away:
         optimizer, host = 0, optimizer
     largest = max(min(g.part, SUB_GROUP if stage == 3 else g.part) for g in groups)
-    # Of AdamW a denominator, of which torch makes two on a CPU; and the gradient in fp32.
-    temporaries = 0 if moment_bytes < 8 else 4 if accelerator else 8  # bf16 moments: in pieces
-    update = 0 if away else temporaries * largest
-    update += 0 if offload != "none" else 4 * largest
+    # The gradient of a group in fp32, which ZeRO 1 and 2 make of a flattened copy.
+    copies = 4 + (width if stage < 3 and bf16 else 0)
+    update = 0 if offload != "none" else copies * largest
     if stage == 3:
         held = _cut(groups, width, minimum_bucket, away, weights_away and accelerator)
     else:
@@ -120,18 +119,17 @@ def states(
     return replace(held, optimizer=optimizer, update=update, host=held.host + host)
 
 
-def _replicated(groups: list[Group], accelerator: bool, moment_bytes: int) -> States:
+def _replicated(groups: list[Group], moment_bytes: int) -> States:
     """ZeRO 0: all of it on every rank, in fp32."""
     elements = sum(g.elements for g in groups)
     largest = max(size for g in groups for size in g.sizes)
-    temporaries = max(g.elements for g in groups) if accelerator else 2 * largest
     flattened = min(elements, 500_000_000 + largest)
     return States(
         weights=4 * elements,
         optimizer=moment_bytes * elements,
         gradients=4 * elements,
         full_gradients=True,
-        update=4 * max(temporaries, flattened),
+        update=4 * flattened,
     )
 
 

@@ -207,8 +207,10 @@ def test_killed_and_gone_on_with(tmp_path, how, monkeypatch):
         "2",
     ]
     program = subprocess.Popen(
-        command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
-    )
+        command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
+        # A shell that put the tests into the background has told them to ignore it.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
     records = output / prepare.WORK
     while len(list(records.glob("*.tar.json"))) < 4:
         assert program.poll() is None, program.stderr.read()
