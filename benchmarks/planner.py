@@ -91,8 +91,16 @@ QUICK = ["V2, ZeRO 1, bf16", "V1, ZeRO 0, recomputed, 16 images", "MoE, ZeRO 2, 
 
 
 def measure(raw: dict[str, Any], processes: int) -> dict[str, float]:
-    """Bytes by kind of rank 0, in processes of their own."""
-    return _forked(lambda rank, folder: _trained(raw, rank, processes, folder), processes)
+    """Bytes by kind of rank 0, in processes of their own.
+
+    Of several processes the least of three trainings: gloo's threads let go of tensors where the
+    profiler does not look, which can only add to the account.
+    """
+    runs = [
+        _forked(lambda rank, folder: _trained(raw, rank, processes, folder), processes)
+        for _ in range(1 if processes == 1 else 3)
+    ]
+    return {kind: min(run[kind] for run in runs) for kind in runs[0]}
 
 
 def _forked(work: Callable[[int, str], Any], processes: int = 1) -> Any:
