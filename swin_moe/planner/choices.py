@@ -295,7 +295,7 @@ def rank_layouts(planner: Planner, cluster: Cluster) -> list[Layout]:
     """The best of each ZeRO stage, expert group, checkpointing and offload, the fastest first.
 
     Where none of them fits, its smallest micro-batch stands for it; those come last. One more
-    recomputes some of the blocks, if that is faster than any other.
+    recomputes only some of the blocks, where that may be the fastest.
     """
     best: dict[tuple[object, ...], Layout] = {}
     for choice in planner.alternatives():
@@ -321,7 +321,8 @@ def _recompute_less(planner: Planner, ranked: list[Layout], cluster: Cluster) ->
     of what those of the stage before keep.
 
     Returns:
-        None where that would not beat the layouts there are.
+        None where even without recomputing it would not beat the layouts there are, and where all
+        of the blocks are needed.
     """
     whole = next((one for one in ranked if one.choice.checkpoint and fits(one, cluster)), None)
     if whole is None:

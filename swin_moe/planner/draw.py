@@ -9,7 +9,7 @@ from .choices import Layout
 from .hardware import GIB, Cluster
 from .scaling import Point
 
-if TYPE_CHECKING:  # a training imports the planner too, and does not draw: 2 s less to its start
+if TYPE_CHECKING:  # a training imports the planner too, and does not draw
     from matplotlib.axes import Axes
 
 # A kind's name, and colours that also differ in brightness.

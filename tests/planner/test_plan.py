@@ -86,6 +86,14 @@ def test_scaling_keeps_its_promises(tmp_path, monkeypatch):
     assert all(0 < point["efficiency"] <= 1.001 for point in [*weak, *strong])
 
 
+@pytest.mark.parametrize("run", command.PUBLISHED, ids=lambda run: run.title)
+def test_published_runs_are_layouts_of_recipes(run):
+    config = load_config(ROOT / "configs" / run.config, list(run.overrides))
+    choice = Planner(config, run.cluster, fused=True).asked()
+    assert run.cluster.size == 32
+    assert run.cluster.size % choice.expert_parallel_size == 0
+
+
 @pytest.mark.parametrize("recipe", sorted((ROOT / "configs/scale").glob("*.yaml"), key=str))
 def test_large_recipes_pass(recipe, tmp_path):
     """Each is laid out; the roads to what fits are the planner's business."""
