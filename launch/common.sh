@@ -63,10 +63,17 @@ whole_number() {
     die "$1 '$2': expected a whole number from ${3:-0} on"
 }
 
-# GPUs of this machine, as the driver counts them.
+# GPUs of this machine, as the driver counts them, and at most those of CUDA_VISIBLE_DEVICES.
 count_gpus() {
+  local gpus visible=()
   command -v nvidia-smi >/dev/null || { echo 0; return; }
-  nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU' || true
+  gpus=$(nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU' || true)
+  if [[ -n ${CUDA_VISIBLE_DEVICES+set} ]]; then
+    IFS=, read -r -a visible <<<"$CUDA_VISIBLE_DEVICES"
+    [[ ${visible[0]:--1} != -1 ]] || visible=()
+    [[ ${#visible[@]} -ge $gpus ]] || gpus=${#visible[@]}
+  fi
+  echo "$gpus"
 }
 
 # Cores for each of $1 processes of this machine, unless OMP_NUM_THREADS says how many.

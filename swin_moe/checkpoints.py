@@ -11,8 +11,8 @@ from rich.progress import track
 from rich.table import Table
 
 from . import checkpoint
-from .checkpoint import CheckpointError, Reader
-from .convert import convert
+from .checkpoint import CheckpointError
+from .checkpoint.contents import Contents
 
 
 def list_table(path: Path) -> Table:
@@ -31,8 +31,8 @@ def list_table(path: Path) -> Table:
 
 
 def _row(folder: Path) -> list[str]:
-    reader = Reader(folder)
-    state = reader.state
+    contents = Contents(folder)
+    state = contents.state
     position = state.get("position", {})
     top1 = position.get("best_top1", -1)
     keys = ("processes", "expert_parallel_size", "zero_stage")
@@ -42,7 +42,7 @@ def _row(folder: Path) -> list[str]:
         f"{position['epoch']} + {position['update']}" if "epoch" in position else "",
         f"{top1:.2f} %" if top1 >= 0 else "",
         f"{_size(folder) / 1e6:.1f}",
-        str(len(reader.files)),
+        str(len(contents.files)),
         f"{processes} × EP {group} × ZeRO {stage}",
     ]
 
@@ -59,7 +59,7 @@ def verify(path: Path, console: Console) -> bool:
     ):
         try:
             checkpoint.verify(folder)
-            Reader(folder).check_complete()
+            Contents(folder).check_complete()
             text = f"{folder}: whole ({_size(folder) / 1e6:.1f} MB)"
         except CheckpointError as error:
             whole, text = False, f"{error}"
@@ -91,4 +91,6 @@ def export(path: Path, target: Path, console: Console, overwrite: bool) -> None:
     """Write the weights alone, with their config, as one safetensors file for inference."""
     if target.suffix != ".safetensors":
         raise ValueError(f"{target}: export writes .safetensors (`swin-moe convert` knows others)")
+    from .convert import convert  # imports torch
+
     convert(checkpoint.choose(path), target, console, overwrite=overwrite)

@@ -8,10 +8,13 @@ import sys
 import time
 import traceback
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from . import ranks
 from .arguments import parse
+from .errors import Preempted, TrainingError
 
 DONE, FAILED, WRONG_USE = 0, 1, 2
 PREEMPTED = 75  # the system's EX_TEMPFAIL: try again
@@ -26,16 +29,15 @@ def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit code."""
     arguments = parse(argv)
     _quiet()
-    from .distributed import environment_rank, refuse_restart, shutdown
-
     try:
-        rank, local_rank, size = environment_rank()
+        rank, local_rank, size = ranks.environment_rank()
     except (ValueError, KeyError) as error:
         return _fail(f"the launcher's rank variables cannot be read ({error})", True, WRONG_USE)
     where = f"[rank {rank}] " if local_rank else ""
     try:
         code = _run(arguments)
-        shutdown()
+        if distributed := sys.modules.get("swin_moe.distributed"):
+            distributed.shutdown()
         return code
     except KeyboardInterrupt:
         return _fail("interrupted; the same command goes on from where it was", local_rank == 0)
@@ -44,14 +46,11 @@ def main(argv: list[str] | None = None) -> int:
         if arguments.debug:
             traceback.print_exc()
         if isinstance(error, ValueError):
-            refuse_restart()
+            ranks.refuse_restart()
         return _fail(f"{where}{error}", local_rank == 0, WRONG_USE)
     except Exception as error:
-        from .guard import Preempted
-        from .trainer import TrainingError
-
         if isinstance(error, (Preempted, TrainingError)):
-            refuse_restart()
+            ranks.refuse_restart()
         if isinstance(error, Preempted):
             return _fail(str(error), local_rank == 0, PREEMPTED, alone=False)
         if arguments.debug:
@@ -74,9 +73,8 @@ def _fail(message: str, tell: bool, code: int = FAILED, alone: bool = True) -> i
     """
     logging.getLogger("swin_moe").debug("error: %s", message)
     if not tell:
-        from .guard import StopSignal
-
-        if StopSignal.came:  # while training was being built: the launcher ends us as the others
+        guard = sys.modules.get("swin_moe.guard")
+        if guard and guard.StopSignal.came:  # while training was being built: the launcher ends us
             return code
         # The first exit ends all processes of the node. Who still lives then failed alone.
         time.sleep(_PATIENCE)
@@ -88,73 +86,84 @@ def _fail(message: str, tell: bool, code: int = FAILED, alone: bool = True) -> i
 def _run(arguments: argparse.Namespace) -> int:
     from rich.console import Console
 
+    # Each imports what it needs, so that a command that needs no torch starts at once.
+    commands: dict[str, Callable[[argparse.Namespace, Any], int]] = {
+        "train": _train,
+        "doctor": _doctor,
+        "evaluate": _evaluate,
+        "inspect": _inspect,
+        "models": _models,
+        "convert": _convert,
+        "checkpoint": _checkpoint,
+        "prepare-data": _prepare_data,
+        "data": _data,
+        "plan": _plan,
+        "launch": _launch,
+    }
+    return commands[arguments.command](arguments, Console(soft_wrap=False))
+
+
+def _train(arguments: argparse.Namespace, console: Any) -> int:
+    from . import distributed, preflight
+
+    config = _config(arguments)
+    meeting = distributed.connect()
+    verdict = preflight.agree(config, meeting)
+    preflight.refuse(verdict)  # before groups are made: of other sizes they would hang
+    world = distributed.init(
+        config.parallel.expert_parallel_size,
+        hierarchical=config.parallel.hierarchical_all_to_all,
+        meeting=meeting,
+    )
+    from . import run  # imports DeepSpeed, which looks at the environment that init sets
+
+    run.train(config, world, console, arguments.fresh, verdict)
+    return DONE
+
+
+def _doctor(arguments: argparse.Namespace, console: Any) -> int:
+    from . import distributed
+    from .preflight.doctor import doctor
+
+    meeting = distributed.connect(arguments.timeout)
+    return DONE if doctor(_config(arguments), meeting, console, arguments.json) else WRONG_USE
+
+
+def _evaluate(arguments: argparse.Namespace, console: Any) -> int:
+    path = _existing_folder(arguments.path)
     from . import distributed
 
-    console = Console(soft_wrap=False)
-    if arguments.command == "models":
-        from .catalog import models_table
+    world = distributed.init()
+    from .opened import evaluate_checkpoint  # imports DeepSpeed, too
 
-        table = models_table(arguments.pattern)
-        if not console.is_terminal:
-            console.width = 120  # a pipe has none of its own
-        console.print(table)
-        return DONE
-    if arguments.command == "convert":
-        _convert(arguments, console)
-        return DONE
-    if arguments.command == "checkpoint":
-        return _checkpoint(arguments, console)
-    if arguments.command in ("prepare-data", "data"):
-        return _data(arguments, console)
-    if arguments.command == "launch":
-        return _launch(arguments)
-    if arguments.command == "plan":
-        _plan(arguments, console)
-        return DONE
-    if arguments.command == "train":
-        from . import preflight
+    evaluate_checkpoint(path, world, console, arguments.overrides)
+    return DONE
 
-        config = _config(arguments)
-        meeting = distributed.connect()
-        verdict = preflight.agree(config, meeting)
-        preflight.refuse(verdict)  # before groups are made: of other sizes they would hang
-        world = distributed.init(
-            config.parallel.expert_parallel_size,
-            hierarchical=config.parallel.hierarchical_all_to_all,
-            meeting=meeting,
-        )
-        from . import run  # imports DeepSpeed, which looks at the environment that init sets
 
-        run.train(config, world, console, arguments.fresh, verdict)
-    elif arguments.command == "doctor":
-        from .preflight.doctor import doctor
+def _existing_folder(text: str) -> Path:
+    if not Path(text).is_dir():
+        raise ValueError(f"{text}: no such run directory or checkpoint folder")
+    return Path(text)
 
-        config = _config(arguments)
-        meeting = distributed.connect(arguments.timeout)
-        return DONE if doctor(config, meeting, console, arguments.json) else WRONG_USE
-    else:
-        path = Path(arguments.path)
-        if not path.is_dir():
-            raise ValueError(f"{path}: no such run directory or checkpoint folder")
-        world = distributed.init()
-        if arguments.command == "inspect":
-            _inspect(arguments, path, world, console)
-        else:
-            from .opened import evaluate_checkpoint  # imports DeepSpeed, too
 
-            evaluate_checkpoint(path, world, console, arguments.overrides)
+def _models(arguments: argparse.Namespace, console: Any) -> int:
+    from .catalog import models_table
+
+    table = models_table(arguments.pattern)
+    if not console.is_terminal:
+        console.width = 120  # a pipe has none of its own
+    console.print(table)
     return DONE
 
 
 def _config(arguments: argparse.Namespace) -> Any:
     """The config of a run, its automatic sizes resolved."""
     from .config import load_config
-    from .distributed import auto_expert_parallel_size
 
     config = load_config(arguments.config, arguments.overrides)
     if config.parallel.expert_parallel_size == "auto":
         shardable = config.moe.enabled and config.zero.stage < 3
-        size = auto_expert_parallel_size(config.moe.num_experts)
+        size = ranks.auto_expert_parallel_size(config.moe.num_experts)
         config.parallel.expert_parallel_size = size if shardable else 1
     return config
 
@@ -176,24 +185,29 @@ def _checkpoint(arguments: argparse.Namespace, console: Any) -> int:
     return DONE
 
 
-def _data(arguments: argparse.Namespace, console: Any) -> int:
-    from .data import commands
+def _prepare_data(arguments: argparse.Namespace, console: Any) -> int:
+    from .data.commands import prepare_data
 
-    if arguments.command == "prepare-data":
-        commands.prepare_data(
-            Path(arguments.input),
-            Path(arguments.output),
-            console,
-            val_share=arguments.val,
-            shard_megabytes=arguments.shard_size,
-            resize=arguments.resize,
-            classes=arguments.classes,
-            seed=arguments.seed,
-            workers=arguments.workers,
-        )
-    elif arguments.action == "verify":
+    prepare_data(
+        Path(arguments.input),
+        Path(arguments.output),
+        console,
+        val_share=arguments.val,
+        shard_megabytes=arguments.shard_size,
+        resize=arguments.resize,
+        classes=arguments.classes,
+        seed=arguments.seed,
+        workers=arguments.workers,
+    )
+    return DONE
+
+
+def _data(arguments: argparse.Namespace, console: Any) -> int:
+    if arguments.action == "verify":
+        from .data.commands import verify_data
+
         path = Path(arguments.path)
-        well = commands.verify_data(path, console, arguments.output, arguments.workers)
+        well = verify_data(path, console, arguments.output, arguments.workers)
         return DONE if well else FAILED
     else:
         from .config import load_config
@@ -203,7 +217,7 @@ def _data(arguments: argparse.Namespace, console: Any) -> int:
     return DONE
 
 
-def _plan(arguments: argparse.Namespace, console: Any) -> None:
+def _plan(arguments: argparse.Namespace, console: Any) -> int:
     from .config import load_config
     from .planner import Cluster, plan
 
@@ -223,9 +237,10 @@ def _plan(arguments: argparse.Namespace, console: Any) -> None:
         output=arguments.output,
         json_path=arguments.json,
     )
+    return DONE
 
 
-def _launch(arguments: argparse.Namespace) -> int:
+def _launch(arguments: argparse.Namespace, console: Any) -> int:
     from .launch import Request, launch
 
     said = vars(arguments).items()
@@ -233,8 +248,12 @@ def _launch(arguments: argparse.Namespace) -> int:
     return launch(Request(**words), arguments.dry_run)
 
 
-def _inspect(arguments: argparse.Namespace, path: Path, world: Any, console: Any) -> None:
-    from .inspection import inspect_checkpoint
+def _inspect(arguments: argparse.Namespace, console: Any) -> int:
+    path = _existing_folder(arguments.path)
+    from . import distributed
+
+    world = distributed.init()
+    from .inspection import inspect_checkpoint  # imports DeepSpeed, too
 
     overrides = list(arguments.overrides)
     if arguments.data:
@@ -249,9 +268,10 @@ def _inspect(arguments: argparse.Namespace, path: Path, world: Any, console: Any
         output=arguments.output,
         layers=arguments.layer,
     )
+    return DONE
 
 
-def _convert(arguments: argparse.Namespace, console: Any) -> None:
+def _convert(arguments: argparse.Namespace, console: Any) -> int:
     from .config import parse_overrides
     from .convert import Upcycle, convert
 
@@ -268,6 +288,7 @@ def _convert(arguments: argparse.Namespace, console: Any) -> None:
         ranks=arguments.ranks,
         overwrite=arguments.overwrite,
     )
+    return DONE
 
 
 def _quiet() -> None:
@@ -283,9 +304,7 @@ def _quiet() -> None:
 def entry() -> None:
     """The program: run and leave."""
     code = main()
-    from .distributed import leave
-
-    leave(code)
+    ranks.leave(code)
 
 
 if __name__ == "__main__":

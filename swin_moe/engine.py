@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import importlib
 import logging
 import math
 import shutil
@@ -10,13 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import deepspeed
 import torch
-from deepspeed.moe.layer import MoE
-from deepspeed.ops.op_builder import AsyncIOBuilder
-from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
-from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
-from deepspeed.utils import groups as deepspeed_groups
 from torch import Tensor, nn
 
 from .adamw import MOMENTS, PAIRS, PairedAdamW, moment_views, start_moments
@@ -27,8 +23,16 @@ from .models import MoEOutput, SwinTransformer, expert_parameter_names
 from .optim import build_optimizer, parameter_groups
 from .placement import BUCKET, SUB_GROUP
 
-log = logging.getLogger("swin_moe")
+# isort: split
+# After `distributed`, which tells it the accelerator.
+import deepspeed
+from deepspeed.moe.layer import MoE
+from deepspeed.ops.op_builder import AsyncIOBuilder
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+from deepspeed.utils import groups as deepspeed_groups
 
+log = logging.getLogger("swin_moe")
 
 # What we use of DeepSpeed beyond its documented interface.
 _INTERNALS = (
@@ -41,6 +45,27 @@ _INTERNALS = (
     (deepspeed_groups, "_EXPERT_PARALLEL_GROUP"),
     (deepspeed_groups, "_EXPERT_DATA_PARALLEL_GROUP"),
 )
+
+
+def _import_muon() -> None:
+    """Import DeepSpeed's Muon before ZeRO does, and compile its functions on first use only.
+
+    ZeRO asks whether the optimizer is a Muon. That file decorates three functions with
+    ``torch.compile``, which imports the compiler: three seconds of a start.
+    """
+    compile_now = torch.compile
+
+    def compile_later(function: Callable[..., Any]) -> Callable[..., Any]:
+        compiled = functools.cache(lambda: compile_now(function))
+        return functools.wraps(function)(lambda *args, **kwargs: compiled()(*args, **kwargs))
+
+    torch.compile = compile_later  # type: ignore[assignment]
+    try:
+        importlib.import_module("deepspeed.runtime.zero.muon.original_muon")
+    except ImportError:
+        pass  # it has moved: DeepSpeed then imports the compiler itself
+    finally:
+        torch.compile = compile_now
 
 
 def _prepare_nvme(zero: ZeroConfig, world: World) -> None:
@@ -63,6 +88,9 @@ def _prepare_nvme(zero: ZeroConfig, world: World) -> None:
         log.info("building DeepSpeed's async_io, if it is not there yet: a few minutes")
         builder.load(verbose=False)
     barrier()
+
+
+_import_muon()
 
 
 def check_deepspeed() -> None:

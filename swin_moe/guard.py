@@ -19,10 +19,6 @@ from torch import Tensor
 from .distributed import World, all_reduce_
 
 
-class Preempted(Exception):
-    """A signal asked for an end, and the checkpoint is written; the same on every rank."""
-
-
 class Verdict(NamedTuple):
     """What an update was like; the same on every rank.
 

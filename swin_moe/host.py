@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,6 +27,21 @@ def free_memory() -> int:
         )
         free = min(free, limit - taken)
     return free
+
+
+def count_gpus() -> int:
+    """GPUs that processes started here would see, as the driver counts them; needs no torch."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None and visible.partition(",")[0] in ("", "-1", "NoDevFiles"):
+        return 0
+    try:
+        listed = subprocess.run(
+            ["nvidia-smi", "--list-gpus"], capture_output=True, text=True, timeout=60, check=False
+        ).stdout
+    except (OSError, subprocess.SubprocessError):
+        return 0
+    gpus = sum(line.startswith("GPU") for line in listed.splitlines())
+    return gpus if visible is None else min(gpus, len(visible.split(",")))
 
 
 @contextlib.contextmanager

@@ -15,11 +15,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from .config import Config, dump_plain, load_config, load_plain
-from .distributed import check_world
+from .host import count_gpus
 from .nodes import PORT, check_port
+from .ranks import check_world
 
 FOLDER = Path(__file__).resolve().parent.parent / "launch"
 POD_TIMEOUT = 900  # seconds for all pods to be scheduled and to have their image
@@ -181,7 +180,7 @@ def _worlds(request: Request) -> list[int]:
         _check_master(request.master)
     if request.gpus_per_node is None and request.engine in ("slurm", "kubernetes"):
         raise ValueError("--gpus-per-node M is missing (with --cpu: processes of a node)")
-    gpus = torch.cuda.device_count()
+    gpus = count_gpus()
     if request.engine in ("local", "torchrun") and gpus and (request.gpus_per_node or 0) > gpus:
         raise ValueError(
             f"--gpus-per-node {request.gpus_per_node}: this machine has {gpus} "

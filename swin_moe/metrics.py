@@ -7,14 +7,16 @@ import json
 import logging
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 log = logging.getLogger("swin_moe")
 
@@ -63,8 +65,10 @@ class MetricLog:
         self._step = resume_step or 0
         self._loads: list[list[float]] = []  # of the layers, as last written
         self._failed = False
-        self._writer = None
+        self._writer: SummaryWriter | None = None
         if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter  # imports tensorboard
+
             self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=purge)
 
     def write(self, record: Record) -> None:

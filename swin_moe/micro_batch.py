@@ -18,12 +18,13 @@ import torch
 
 from . import checkpoint, ops
 from .config import Config, load_config
-from .distributed import Group, World, all_reduce_, local_world_size
+from .distributed import Group, World, all_reduce_
 from .engine import reserved_bytes
 from .host import MARGIN, free_memory, silenced
 from .models import SwinTransformer, build, split_output
 from .opened import in_precision
 from .precision import resolve_precision
+from .ranks import local_world_size
 from .run_directory import Run
 
 # What a lack of memory sounds like; the last one is oneDNN's.

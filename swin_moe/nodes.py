@@ -16,12 +16,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import psutil
-from torch.distributed import DistError
-from torch.distributed.elastic.rendezvous import RendezvousConnectionError
-from torch.distributed.elastic.rendezvous.utils import (
-    _matches_machine_hostname,
-    parse_rendezvous_endpoint,
-)
 
 PORT = 29500
 TIMEOUT = 300  # seconds for all nodes to come
@@ -97,6 +91,9 @@ class Nodes:
         Processes that are well do not end because the master's launcher has: at the end of a job
         it may have been the first. Should they fail, there is no meeting again, and that is told.
         """
+        from torch.distributed import DistError
+        from torch.distributed.elastic.rendezvous import RendezvousConnectionError
+
         try:
             return int(type(handler).num_nodes_waiting(handler))
         except (RendezvousConnectionError, DistError):
@@ -139,6 +136,11 @@ def find_nodes(arguments: Any, stop_asked: Callable[[], bool]) -> Nodes | None:
     """
     if arguments.standalone or arguments.rdzv_backend != "c10d" or not arguments.rdzv_endpoint:
         return None
+    from torch.distributed.elastic.rendezvous.utils import (
+        _matches_machine_hostname,
+        parse_rendezvous_endpoint,
+    )
+
     host, port = parse_rendezvous_endpoint(arguments.rdzv_endpoint, PORT)
     settings = dict(pair.split("=", 1) for pair in arguments.rdzv_conf.split(",") if pair)
     timeout = float(settings.get("join_timeout", TIMEOUT))

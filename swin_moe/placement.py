@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Set
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 BUCKET = 50_000_000  # elements that are reduced at once; DeepSpeed's 500 million take 2 GB in bf16
 # Elements that ZeRO-3 updates at a time; it copies their gradients, and reads them from files, at

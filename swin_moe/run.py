@@ -13,14 +13,15 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from . import checkpoint, distributed, ops, preflight, report
+from . import checkpoint, distributed, ops, preflight, ranks, report
 from .checkpoint import Saved, Writer
 from .config import Config, ZeroConfig, dump_config, load_config
 from .data import Loader, build_mixing, loader_of
 from .data.show import contact_sheet
 from .distributed import World
 from .engine import Engine, cutter, largest_parameter
-from .guard import Preempted, StopSignal
+from .errors import Preempted, TrainingError
+from .guard import StopSignal
 from .metrics import MetricLog
 from .micro_batch import resolve_micro_batch
 from .models import SwinTransformer, build, expert_parameter_names
@@ -39,7 +40,7 @@ from .precision import resolve_precision
 from .profiling import Profile, peak_flops
 from .run_directory import Run, prepare_folder, step_back
 from .summary import draw_summary
-from .trainer import Plan, Position, RollBack, Trainer, TrainingError
+from .trainer import Plan, Position, RollBack, Trainer
 from .watchdog import Watchdog
 
 log = logging.getLogger("swin_moe")
@@ -81,7 +82,7 @@ def train(
         Preempted: a signal asked for an end; the checkpoint is written.
     """
     started = time.monotonic()
-    fresh = fresh and not distributed.started_again()  # once is what was meant
+    fresh = fresh and not ranks.started_again()  # once is what was meant
     with StopSignal() as stop_signal:
         _check(config, world)
         torch.set_flush_denormal(config.precision.flush_denormals)
@@ -111,12 +112,13 @@ def train(
             profile=_profile(run, config) if config.train.profile else None,
         )
         _log_place(world)
-        _show_data(job, reader)
-        restart, allowed = distributed.restarts()
+        restart, allowed = ranks.restarts()
         if restart:
             run.say(f"started again by the launcher after a failure ({restart} of {allowed})")
         try:
-            trainer = _fit(job, _assemble(job, reader, source))
+            trainer = _assemble(job, reader, source)
+            _show_data(job, reader)
+            trainer = _fit(job, trainer)
         finally:
             job.watchdog.stop()
             if job.profile:
@@ -227,7 +229,7 @@ def _log_place(world: World) -> None:
         "rank %d of %d on %s (%s), expert rank %d of %d, torch %s",
         world.rank,
         world.size,
-        distributed.hostname(),
+        ranks.hostname(),
         world.device,
         world.expert.rank,
         world.expert.size,

@@ -21,8 +21,9 @@ from rich.console import Console
 
 from . import __version__, checkpoint
 from .config import Config, ConfigError, dump_config, load_config
-from .distributed import World, broadcast_object, gather_objects, hostname, restarts, started_again
+from .distributed import World, broadcast_object, gather_objects
 from .models.pretrained import built_windows
+from .ranks import hostname, restarts, started_again
 
 log = logging.getLogger("swin_moe")
 

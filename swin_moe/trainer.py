@@ -22,8 +22,9 @@ from .data.mixing import Mixing
 from .data.watch import LoaderWatch
 from .distributed import World, all_reduce_
 from .engine import Engine
+from .errors import Preempted, TrainingError
 from .evaluation import Evaluation, evaluate
-from .guard import Guard, Preempted, SpikeDetector, StopSignal
+from .guard import Guard, SpikeDetector, StopSignal
 from .metrics import Meter, MetricLog, Record, progress_bar
 from .models import split_output
 from .moe import ChoiceCounter, RouterMeter, RouterWatch
@@ -33,10 +34,6 @@ from .watchdog import Watchdog
 logger = logging.getLogger("swin_moe")
 
 ALLOWED_BAD = 10  # images of an epoch, however few it has
-
-
-class TrainingError(RuntimeError):
-    """Training cannot go on; the message is one line for the user."""
 
 
 class RollBack(Exception):

@@ -4,9 +4,15 @@ from pathlib import Path
 
 import torch
 
+from tests import parallel, server
 from tests.golden import MEASURED
 
 torch.set_num_threads(1)
+
+
+def pytest_configure(config):
+    if not hasattr(config, "workerinput"):  # the process that pytest-xdist's workers belong to
+        server.begin(parallel.environment())
 
 
 def pytest_addoption(parser):

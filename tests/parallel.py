@@ -1,11 +1,21 @@
-"""Run commands and functions in fresh processes, as a launcher would."""
+"""Run the program and workers in processes of their own, as a launcher would.
+
+They are forked from a server that has imported everything, once a session (``tests/server.py``).
+``fresh=True`` starts a real interpreter instead.
+"""
 
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
+
+import psutil
+
+from tests import server
 
 ROOT = Path(__file__).parent.parent
 MICRO = ROOT / "configs/fashion_mnist/swin_moe_micro.yaml"
@@ -21,6 +31,7 @@ def environment(**extra: str) -> dict[str, str]:
     env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     env |= {
         "OMP_NUM_THREADS": "1",
+        "OPENBLAS_NUM_THREADS": "1",
         "PYTHONPATH": str(ROOT),
         "CUDA_VISIBLE_DEVICES": "",
         "COLUMNS": "200",
@@ -28,39 +39,129 @@ def environment(**extra: str) -> dict[str, str]:
     return env | extra
 
 
-def command(arguments: list[str], processes: int = 1) -> list[str]:
-    if processes == 1:
-        return [sys.executable, "-m", "swin_moe", *arguments]
-    torchrun = [sys.executable, "-m", "swin_moe.torchrun", "--standalone"]
-    return [*torchrun, "--nproc-per-node", str(processes), "-m", "swin_moe", *arguments]
+class Running:
+    """A program that was started, and what it prints."""
+
+    def __init__(self, words: list[str], env: dict[str, str], fresh: bool, folder: Path) -> None:
+        self.words = words
+        # Files, for a pipe that nobody reads would stop the program.
+        self.output, self.errors = (tempfile.TemporaryFile("w+") for _ in range(2))  # noqa: SIM115
+        streams = {"stdin": subprocess.DEVNULL, "stdout": self.output, "stderr": self.errors}
+        if fresh:
+            command = [sys.executable, "-m", *words]
+            self.process = subprocess.Popen(
+                command, env=env, cwd=folder, start_new_session=True, **streams
+            )
+        else:
+            self.process = server.child(words, env, folder, self.output, self.errors)
+        self.pid = self.process.pid
+
+    def poll(self) -> int | None:
+        return self.process.poll()
+
+    @property
+    def returncode(self) -> int | None:
+        return self.process.poll()
+
+    def send_signal(self, number: int) -> None:
+        self.process.send_signal(number)
+
+    def terminate(self) -> None:
+        self.send_signal(signal.SIGTERM)
+
+    def kill_all(self) -> None:
+        """SIGKILL to it and to all processes that it started, in whatever session."""
+        try:
+            family = psutil.Process(self.pid).children(recursive=True)
+        except psutil.NoSuchProcess:
+            return
+        for member in [psutil.Process(self.pid), *family]:
+            member.kill()
+        self.process.wait(60)
+
+    def wait(self, timeout: float = 240) -> int:
+        """Wait for the end; after ``timeout`` seconds kill all of it and raise."""
+        try:
+            return self.process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            self.kill_all()
+            raise AssertionError(
+                f"{' '.join(self.words)} took over {timeout:g} s\n{self.printed()}"
+                f"{self.complaints()}"
+            ) from None
+
+    def printed(self) -> str:
+        self.output.seek(0)
+        return self.output.read()
+
+    def complaints(self) -> str:
+        self.errors.seek(0)
+        return self.errors.read()
+
+    def finish(self, timeout: float = 240) -> subprocess.CompletedProcess[str]:
+        code = self.wait(timeout)
+        return subprocess.CompletedProcess(self.words, code, self.printed(), self.complaints())
+
+    def communicate(self, timeout: float = 240) -> tuple[str, str]:
+        done = self.finish(timeout)
+        return done.stdout, done.stderr
+
+
+def start(
+    *words: str,
+    processes: int = 1,
+    options: tuple[str, ...] = (),
+    fresh: bool = False,
+    folder: Path = ROOT,
+    **extra: str,
+) -> Running:
+    """Start ``python -m words``, on several processes by our torchrun.
+
+    Args:
+        options: torchrun's. extra: for the environment.
+    """
+    if processes > 1 or options:
+        torchrun = ["swin_moe.torchrun", "--standalone", "--nproc-per-node", str(processes)]
+        words = (*torchrun, *options, "-m", *words)
+    return Running([*words], environment(**extra), fresh, folder)
 
 
 def swin_moe(
-    *arguments: str, processes: int = 1, timeout: float = 240
+    *arguments: str, processes: int = 1, timeout: float = 240, **options
 ) -> subprocess.CompletedProcess[str]:
-    """Run the command line in fresh processes and return what it printed."""
-    return subprocess.run(
-        command(list(arguments), processes),
-        cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=timeout, check=False,
-    )  # fmt: skip
+    """Run the command line and return what it printed."""
+    return start("swin_moe", *arguments, processes=processes, **options).finish(timeout)
 
 
-def train(folder: Path, *overrides: str, processes: int = 1) -> subprocess.CompletedProcess[str]:
+def training(folder: Path, *overrides: str, processes: int = 1) -> list[str]:
+    """The words that train the small model into ``folder``."""
+    return [
+        "train", str(MICRO), *SMALL, f"train.output={folder}",
+        f"parallel.expert_parallel_size={processes}", *overrides,
+    ]  # fmt: skip
+
+
+def train(
+    folder: Path, *overrides: str, processes: int = 1, **options
+) -> subprocess.CompletedProcess[str]:
     """Train the small model into ``folder``."""
     return swin_moe(
-        "train", str(MICRO), *SMALL, f"train.output={folder}",
-        f"parallel.expert_parallel_size={processes}", *overrides, processes=processes,
-    )  # fmt: skip
+        *training(folder, *overrides, processes=processes), processes=processes, **options
+    )
+
+
+def ranks(launcher: int) -> list[psutil.Process]:
+    """The processes that train under a launcher, by rank."""
+    family = psutil.Process(launcher).children(recursive=True)
+    named = {process: process.name() for process in family}
+    return sorted((p for p, name in named.items() if name.startswith("swin-moe r")), key=named.get)
 
 
 def run_worker(script: str, folder: Path, processes: int, timeout: float = 300) -> None:
-    """Run ``python -m tests.workers.<script> folder`` on several processes; fail if one fails."""
-    arguments = [sys.executable, "-m", "swin_moe.torchrun", "--standalone"]
-    arguments += ["--nproc-per-node", str(processes), "-m", f"tests.workers.{script}", str(folder)]
-    done = subprocess.run(
-        arguments, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=timeout,
-        check=False,
-    )  # fmt: skip
+    """Run ``tests/workers/<script>.py`` on several processes; fail if one fails."""
+    done = start(
+        "tests.workers", script, str(folder), processes=processes, options=("--max-restarts", "0")
+    ).finish(timeout)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
 
 

@@ -2,7 +2,6 @@
 
 import json
 import re
-import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,7 +12,7 @@ from PIL import Image
 from swin_moe.checkpoint import list_checkpoints
 from swin_moe.config import ConfigError, dump_config, load_config
 from swin_moe.metrics import read_metrics
-from tests.parallel import MICRO, ROOT, SMALL, command, environment, one_error, swin_moe, train
+from tests.parallel import MICRO, SMALL, one_error, start, swin_moe, train
 
 
 @pytest.mark.parametrize(
@@ -69,12 +68,11 @@ def test_one_process_trains_at_each_stage(tmp_path, stage):
 
 
 def test_module_and_plain_torchrun_are_the_same_program(tmp_path):
-    done = subprocess.run(
-        [*command([], 2)[:1], "-m", "torch.distributed.run", "--standalone",
-         "--nproc-per-node", "2", "-m", "swin_moe", "train", str(MICRO), *SMALL,
-         "train.max_steps=1", f"train.output={tmp_path / 'run'}"],
-        cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=200, check=False,
-    )  # fmt: skip
+    done = start(
+        "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "swin_moe",
+        "train", str(MICRO), *SMALL, "train.max_steps=1", f"train.output={tmp_path / 'run'}",
+        fresh=True,
+    ).finish()  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "run/checkpoints/last/state.json").read_text())["step"] == 1
     assert Path(tmp_path / "run/logs/rank-1.log").exists()

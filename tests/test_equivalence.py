@@ -14,8 +14,8 @@ from deepspeed.ops.op_builder import AsyncIOBuilder
 
 from swin_moe.checkpoint import Reader, verify
 from swin_moe.config import ZeroConfig, load_config
-from swin_moe.distributed import check_world
 from swin_moe.placement import ExpertShare
+from swin_moe.ranks import check_world
 from tests.parallel import MICRO, run_worker
 from tests.workers.equivalence import STEPS, legal_cells
 

@@ -8,7 +8,8 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "swin_moe"
 # A module imports only from lines above its own (and from its own package).
 LAYERS = [
-    {"variants", "placement", "nodes", "adamw", "host"},
+    {"deferred"},
+    {"variants", "placement", "adamw", "host", "ranks", "errors", "nodes"},
     {"meeting"},
     {"config", "distributed", "ops", "torchrun", "watchdog"},
     {"moe", "data", "checkpoint", "guard", "precision"},
@@ -33,7 +34,7 @@ ONLY_IN = {
     "deepspeed": {"engine.py"},
     "tutel": {"moe/backends/tutel.py"},
     "SummaryWriter": {"metrics.py"},
-    "environ": {"distributed.py", "torchrun.py"},
+    "environ": {"distributed.py", "host.py", "ranks.py", "torchrun.py"},
     "getenv": set(),
     "argparse": {"arguments.py", "cli.py", "data/bundle.py"},
     "yaml": {"config/loading.py"},

@@ -3,7 +3,7 @@
 import pytest
 from rich.console import Console
 
-from swin_moe import distributed, run_directory
+from swin_moe import ranks, run_directory
 from swin_moe.run_directory import MARKER, Run, _adopt
 from tests.saving import ALONE
 
@@ -52,8 +52,8 @@ def test_a_restart_waits_for_what_the_dead_left_behind(tmp_path, monkeypatch):
 def test_restarts_are_known(monkeypatch, name):
     monkeypatch.delenv("TORCHELASTIC_RESTART_COUNT", raising=False)
     monkeypatch.delenv("SLURM_RESTART_COUNT", raising=False)
-    assert not distributed.started_again()
+    assert not ranks.started_again()
     monkeypatch.setenv(name, "0")
-    assert not distributed.started_again()
+    assert not ranks.started_again()
     monkeypatch.setenv(name, "2")
-    assert distributed.started_again()
+    assert ranks.started_again()

@@ -4,17 +4,15 @@ import fcntl
 import json
 import re
 import shutil
-import subprocess
 import time
 
-import psutil
 import pytest
 import torch
 
 from swin_moe.checkpoint import list_checkpoints
 from swin_moe.checkpoint.folder import read_manifest
 from swin_moe.metrics import read_metrics
-from tests.parallel import MICRO, ROOT, SMALL, command, environment, one_error, swin_moe, train
+from tests.parallel import one_error, start, swin_moe, train, training
 
 RECIPE = ["precision.dtype=fp32", "zero.stage=2", "log.every_steps=1", "train.max_steps=60",
           "checkpoint.every_steps=20", "checkpoint.keep_last=3"]  # fmt: skip
@@ -106,21 +104,12 @@ def test_evaluate_repeats_the_final_accuracy_on_one_process(undisturbed):
 def test_kill_and_resume_repeat_the_losses_exactly(undisturbed, tmp_path):
     """Killed with SIGKILL, and the newest checkpoint cut off: the one before it carries on."""
     folder = tmp_path / "killed"
-    arguments = ["train", str(MICRO), *SMALL, *RECIPE, f"train.output={folder}",
-                 "parallel.expert_parallel_size=2"]  # fmt: skip
-    process = subprocess.Popen(
-        command(arguments, 2), cwd=ROOT, env=environment(),
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
+    process = start("swin_moe", *training(folder, *RECIPE, processes=2), processes=2)
     deadline = time.monotonic() + 120
     while len(list_checkpoints(folder / "checkpoints")) < 2 and time.monotonic() < deadline:
         assert process.poll() is None, "ended before it could be killed"
         time.sleep(0.02)
-    family = psutil.Process(process.pid).children(recursive=True)  # torchrun gives them sessions
-    for member in [process, *family]:
-        member.kill()
-    process.wait()
-    psutil.wait_procs(family)
+    process.kill_all()
     newest = list_checkpoints(folder / "checkpoints")[0]
     with (newest / "rank-00000.safetensors").open("r+b") as file:
         file.truncate(1000)

@@ -15,6 +15,9 @@ wrote. The folder is written beside under another name, the manifest last, and t
 folder with the right name and a manifest that fits is complete.
 """
 
+from typing import TYPE_CHECKING
+
+from ..deferred import exports
 from .folder import (
     CheckpointError,
     FormatError,
@@ -29,9 +32,11 @@ from .folder import (
     verify,
 )
 from .fragments import Fragment, whole_fragments
-from .reader import Reader, load_buffers, load_weight, load_weights, persistent_buffers
-from .reshard import reshard
-from .writer import Saved, Writer
+
+if TYPE_CHECKING:
+    from .reader import Reader, load_buffers, load_weight, load_weights, persistent_buffers
+    from .reshard import reshard
+    from .writer import Saved, Writer
 
 __all__ = [
     "CheckpointError",
@@ -56,3 +61,18 @@ __all__ = [
     "verify",
     "whole_fragments",
 ]
+
+# What looks at folders alone must not wait for torch.
+__getattr__ = exports(
+    __name__,
+    {
+        "Reader": "reader",
+        "load_buffers": "reader",
+        "load_weight": "reader",
+        "load_weights": "reader",
+        "persistent_buffers": "reader",
+        "reshard": "reshard",
+        "Saved": "writer",
+        "Writer": "writer",
+    },
+)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from ..placement import Layout
 from .folder import CheckpointError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 KINDS = ("weight", "exp_avg", "exp_avg_sq")
 

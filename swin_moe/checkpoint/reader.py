@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -13,36 +12,19 @@ from torch import Tensor
 
 from ..distributed import set_rng_state
 from ..placement import ExpertShare, Layout, shard_axis
-from .folder import CheckpointError, rank_file, read_manifest
-from .fragments import Entry, from_json, key
+from .contents import Contents
+from .folder import CheckpointError, rank_file
+from .fragments import Entry, key
 
 RNG = "rng."  # keys of generator states
 
 
-class Reader:
-    """Tensors of one checkpoint by logical name.
-
-    Args:
-        path: a checkpoint folder that :func:`verify` accepts.
-
-    Attributes:
-        state: content of ``state.json``.
-    """
+class Reader(Contents):
+    """Tensors of one checkpoint by logical name."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path.resolve()
-        manifest = read_manifest(path)
-        self.files = set(manifest.files)
+        super().__init__(path)
         self._handles: dict[int, Any] = {}
-        try:
-            self.state: dict[str, Any] = json.loads((path / "state.json").read_text("utf-8"))
-            self.entries: dict[str, Entry] = from_json(manifest.tensors)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(f"{path}: damaged ({error})") from None
-
-    def names(self) -> list[str]:
-        """Names of the weights, those of persistent buffers included."""
-        return sorted(self.entries)
 
     def tensor(self, name: str, kind: str = "weight", share: ExpertShare | None = None) -> Tensor:
         """One tensor: a share of stacked experts, or all of it.
@@ -146,11 +128,6 @@ class Reader:
             return {}
         file = self._file(rank)
         return {k: file.get_tensor(k) for k in file.keys() if k.startswith(RNG)}  # noqa: SIM118
-
-    def check_complete(self) -> None:
-        """Raise :class:`CheckpointError` unless every element of every tensor has a place."""
-        for name, entry in self.entries.items():
-            entry.check_complete(name)
 
 
 def persistent_buffers(model: torch.nn.Module) -> dict[str, Tensor]:

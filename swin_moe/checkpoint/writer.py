@@ -26,9 +26,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..distributed import World, all_reduce_, broadcast_object, local_world_size, rng_state
+from ..distributed import World, all_reduce_, broadcast_object, rng_state
 from ..host import free_memory
 from ..placement import Layout
+from ..ranks import local_world_size
 from .folder import CheckpointError, discard, file_digest, prune, rank_file, sync, write_manifest
 from .fragments import Entry, Fragment, describe, from_json, key, merge, to_json
 from .reader import RNG

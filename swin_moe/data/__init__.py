@@ -4,8 +4,25 @@
 alone. :func:`build_mixing` erases and mixes a batch on its device.
 """
 
-from .dataset import Batch
-from .loader import Loader, build_loader, loader_of
-from .mixing import build_mixing
+from typing import TYPE_CHECKING
+
+from ..deferred import exports
+
+if TYPE_CHECKING:
+    from .dataset import Batch
+    from .loader import Loader, build_loader, loader_of
+    from .mixing import build_mixing
 
 __all__ = ["Batch", "Loader", "build_loader", "build_mixing", "loader_of"]
+
+# What prepares and verifies data must not wait for torch.
+__getattr__ = exports(
+    __name__,
+    {
+        "Batch": "dataset",
+        "Loader": "loader",
+        "build_loader": "loader",
+        "loader_of": "loader",
+        "build_mixing": "mixing",
+    },
+)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-import torch
 from rich.console import Console
 
 from .prepare import Settings, finish, prepare
@@ -35,11 +34,12 @@ def prepare_data(
     Raises:
         ValueError: one line, naming the option, the file or the folder.
     """
-    torch.set_num_threads(1)  # a pool of threads would not survive the forks
     if not 0 <= val_share < 1:
         raise ValueError(f"--val={val_share}: give a share in [0, 1)")
     if shard_megabytes < 1:
         raise ValueError(f"--shard-size={shard_megabytes}: give megabytes")
+    if resize:
+        from . import transforms  # noqa: F401 - imports torch, which the processes then share
     with console.status(f"looking at {path}"):
         sources = open_splits(path)
     if "val" in sources and val_share:

@@ -7,10 +7,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes
 
 from .files import FileSource
 from .names import Names
+
+# As in torchvision.datasets.folder, which imports all of torchvision.
+IMG_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 
 
 def class_folders(root: Path) -> list[str]:
@@ -20,12 +22,11 @@ def class_folders(root: Path) -> list[str]:
         ValueError: the folder cannot be read.
     """
     try:
-        # Dot-folders are of programs, such as our index.
-        return [name for name in find_classes(root)[0] if not name.startswith(".")]
-    except FileNotFoundError:
-        return []
+        folders = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
     except OSError as error:
         raise ValueError(f"{root}: the folder cannot be read ({error.strerror})") from None
+    # Dot-folders are of programs, such as our index.
+    return [name for name in folders if not name.startswith(".")]
 
 
 def open_folder(root: Path) -> FileSource:

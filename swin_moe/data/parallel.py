@@ -6,11 +6,10 @@ import ctypes
 import gc
 import multiprocessing
 import signal
+import sys
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from typing import TypeVar
-
-import torch
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -41,5 +40,6 @@ def in_processes(
 
 def _leave_with_the_parent() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
-    torch.set_num_threads(1)  # a pool of threads does not survive a fork
+    if torch := sys.modules.get("torch"):
+        torch.set_num_threads(1)  # a pool of threads does not survive a fork
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

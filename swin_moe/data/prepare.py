@@ -30,7 +30,6 @@ from .progress import sample_progress
 from .rng import permutation
 from .scan import scan_shard
 from .source import Source
-from .transforms import resize
 
 QUALITY = 95  # of a resized JPEG
 PROBED = 200  # images whose size is looked at, to find how many fill a shard
@@ -296,6 +295,8 @@ def _encoded(data: bytes, shorter_side: int) -> tuple[bytes, str]:
         if min(height, width) > shorter_side:
             scale = shorter_side / min(height, width)
             sides = round(height * scale), round(width * scale)
+            from .transforms import resize  # imports torch
+
             pixels = resize(image.pixels(), sides, "bicubic")
             data = simplejpeg.encode_jpeg(pixels, QUALITY, colorsubsampling="420")
             extension = "jpg"

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import numpy as np
-import torch
 from numpy.random.mtrand import get_bit_generator, set_bit_generator
 
 
@@ -18,6 +17,8 @@ def seeded(*entropy: int) -> Iterator[None]:
     timm and torchvision draw from all three global generators, so all three must be set. The CUDA
     generators stay untouched: ``torch.manual_seed`` would reset them too.
     """
+    import torch  # not for `permutation`
+
     sequence = np.random.SeedSequence(entropy)
     first, second = sequence.generate_state(2).tolist()
     python, torch_state = random.getstate(), torch.default_generator.get_state()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import itertools
+import re
 import tarfile
 import zlib
 from array import array
@@ -14,7 +15,6 @@ from pathlib import Path
 from typing import IO
 
 import numpy as np
-from webdataset.tariterators import base_plus_ext
 
 from .index import MAX_CLASSES, RECORD
 
@@ -23,6 +23,16 @@ LOOKED_AT = 20  # members of a tar, to tell what it is
 MAX_UNPACKED = 1 << 30  # bytes of one .gz shard
 
 _REMEDY = "mend the shard, or write the set anew with `swin-moe prepare-data`"
+
+
+def base_plus_ext(path: str) -> tuple[str | None, str | None]:
+    """A member's key and extensions, cut at the first dot of its name, as webdataset cuts it.
+
+    webdataset's own function would import torch. Returns (None, None) for a name without a dot,
+    or with one in front.
+    """
+    match = re.match(r"((?:.*/|)[^.]+)[.]([^/]*)$", path)
+    return (match[1], match[2]) if match else (None, None)
 
 
 @dataclass

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from timm.data import create_transform
+from timm.data.transforms_factory import create_transform
 
 from ..config import AugmentConfig
 from .decode import EncodedImage, to_image

@@ -7,7 +7,6 @@ import re
 from dataclasses import dataclass, field
 
 import torch
-from timm.data import ImageNetInfo
 from torch import Tensor
 
 from ..config import ModelConfig, MoEConfig
@@ -130,6 +129,8 @@ def rows_22k_to_1k() -> Tensor:
     It is the class's place in the sorted list of all synsets. One class, teddy bear, is not among
     them; the official ``map22kto1k`` gives it row 5564.
     """
+    from timm.data import ImageNetInfo  # imports all of timm
+
     synsets = ImageNetInfo("imagenet21k-goog").label_names()
     place = {synset: row for row, synset in enumerate(synsets)}
     classes = ImageNetInfo("imagenet1k").label_names()

@@ -187,11 +187,15 @@ def has_kernel(op: str, tensor: Tensor) -> bool:
     return tensor.dtype in KERNEL_DTYPES.get(kind, ()) and _serves(op, kind)
 
 
-@torch.compiler.assume_constant_result  # a graph cannot ask the dispatcher
 def _serves(op: str, device_type: str) -> bool:
     if _assumed is not None:
         return _assumed
     return _decide(op, device_type, _fused_wanted, _unverified_allowed)
+
+
+# A graph cannot ask the dispatcher. This is torch.compiler.assume_constant_result, which would
+# import torch._dynamo: two seconds of each process.
+_serves._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @lru_cache  # asked at every call of an op; the dispatcher takes 16 µs to answer

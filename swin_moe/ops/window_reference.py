@@ -14,7 +14,6 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.utils.checkpoint import checkpoint
 
 from swin_moe.ops.dropout import keep_mask
@@ -68,11 +67,14 @@ class Windows(NamedTuple):
         return x[:, :height, :width].clone(memory_format=torch.contiguous_format)
 
     def padded(self, height: int, width: int) -> bool:
-        """Whether there may be padding; of a size that is dynamic in a graph nothing is known."""
-        return not (
-            statically_known_true(height % self.size[0] == 0)
-            and statically_known_true(width % self.size[1] == 0)
-        )
+        """Whether there may be padding. Nothing is known of a size that is dynamic in a graph."""
+        over = height % self.size[0], width % self.size[1]
+        if type(height) is type(width) is int and not torch.compiler.is_compiling():
+            return any(over)
+        # Only a graph needs it, and it imports sympy.
+        from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+        return not all(statically_known_true(rest == 0) for rest in over)
 
     def mask(self, height: int, width: int, like: Tensor) -> Tensor | None:
         """[nW, N, N]: 0 within a region, −100 across regions, −inf towards padded keys."""

@@ -12,8 +12,8 @@ from rich.console import Console
 from rich.table import Table
 
 from ..config import Config, load_config
-from ..distributed import check_world
 from ..models.cost import count
+from ..ranks import check_world
 from .choices import Layout, Planner, fits, rank_layouts
 from .draw import draw, label
 from .hardware import GB, GIB, Cluster

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from .. import __version__, distributed, ops
+from .. import __version__, distributed, ops, ranks
 from ..config import Config, dump_config
 from ..host import free_memory
 from ..run_directory import git_commit
@@ -47,7 +47,7 @@ class Facts:
 
 def collect(config: Config) -> Facts:
     """The facts of this process, which has no process group yet."""
-    _, local_rank, _ = distributed.environment_rank()
+    _, local_rank, _ = ranks.environment_rank()
     versions = {
         "config": _digest(dump_config(config).encode()),
         "swin_moe": __version__,
@@ -74,9 +74,7 @@ def collect(config: Config) -> Facts:
         versions["NCCL"] = ".".join(str(part) for part in torch.cuda.nccl.version())
         versions["driver"] = _driver()
     disk = shutil.disk_usage(_existing(Path(config.train.output))).free
-    return Facts(
-        distributed.hostname(), local_rank, versions, gpu, free_memory(), disk, free, total
-    )
+    return Facts(ranks.hostname(), local_rank, versions, gpu, free_memory(), disk, free, total)
 
 
 def _digest(content: bytes) -> str:

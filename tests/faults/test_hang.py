@@ -3,11 +3,10 @@
 import os
 import signal
 
-import psutil
-
 from tests.faults import test_signals
 from tests.faults.test_nonfinite import run
 from tests.faults.test_signals import start, wait_for_step
+from tests.parallel import ranks
 
 
 def test_a_stopped_rank_is_found_and_the_run_goes_on(tmp_path, monkeypatch):
@@ -18,9 +17,7 @@ def test_a_stopped_rank_is_found_and_the_run_goes_on(tmp_path, monkeypatch):
     folder = tmp_path / "run"
     process = start(folder, 2, "--max-restarts", "3")
     wait_for_step(process, folder, 8)
-    workers = psutil.Process(process.pid).children()
-    rank_one = next(worker for worker in workers if worker.environ()["RANK"] == "1")
-    os.kill(rank_one.pid, signal.SIGSTOP)  # it cannot even tell
+    os.kill(ranks(process.pid)[1].pid, signal.SIGSTOP)  # it cannot even tell
     printed, errors = process.communicate(timeout=240)
     assert process.returncode == 0, errors
     assert "swin-moe: error: rank 0: nothing went on for 30 s at " in errors

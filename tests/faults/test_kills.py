@@ -6,7 +6,6 @@
 import json
 import random
 import time
-from concurrent.futures import ThreadPoolExecutor
 
 import psutil
 import pytest
@@ -15,7 +14,7 @@ import torch
 from swin_moe.checkpoint import CheckpointError, Reader, list_checkpoints, verify
 from tests.faults import test_signals
 from tests.faults.test_signals import start, steps_done
-from tests.parallel import train
+from tests.parallel import ranks, train
 
 # A save is nearly always under way.
 EVERY = 2
@@ -33,7 +32,7 @@ def kill_at_random(process, folder, kills, generator):
             assert process.poll() is None, f"ended by itself after {len(lost)} kills"
             time.sleep(0.01)
         time.sleep(generator.uniform(0.0, 0.4))
-        workers = psutil.Process(process.pid).children()
+        workers = ranks(process.pid)
         if len(workers) < 2:
             continue
         kept = committed(folder)
@@ -70,14 +69,11 @@ def check(tmp_path, monkeypatch, kills, steps):
     monkeypatch.setattr(test_signals, "RECIPE", recipe)
     folder = tmp_path / "killed"
     process = start(folder, 2, "--max-restarts", str(kills))
-    with ThreadPoolExecutor() as pool:  # what nobody reads would block the run in the end
-        words = [pool.submit(pipe.read) for pipe in (process.stdout, process.stderr)]
-        try:
-            lost = kill_at_random(process, folder, kills, random.Random(0))
-            process.wait(timeout=600)
-        finally:
-            process.terminate()
-        printed, errors = (word.result(timeout=60) for word in words)
+    try:
+        lost = kill_at_random(process, folder, kills, random.Random(0))
+        printed, errors = process.communicate(timeout=600)
+    finally:
+        process.terminate()
     assert process.returncode == 0, errors
     assert f"started again by the launcher after a failure ({kills} of {kills})" in printed
     print(f"{kills} kills, steps lost: {lost}")

@@ -2,13 +2,12 @@
 
 import json
 import re
-import subprocess
 
 import pytest
 
 from swin_moe.checkpoint import Reader, list_checkpoints
 from swin_moe.metrics import read_metrics
-from tests.parallel import MICRO, ROOT, SMALL, command, environment, one_error
+from tests.parallel import MICRO, SMALL, one_error, start
 
 RECIPE = ["precision.dtype=fp32", "zero.stage=1", "log.every_steps=1", "train.max_steps=12",
           "checkpoint.every_steps=4", "checkpoint.keep_last=5",
@@ -20,11 +19,7 @@ def run(folder, poison, *overrides, how="nan"):
     arguments = ["train", str(MICRO), *SMALL, *RECIPE, f"train.output={folder / 'run'}", *overrides]
     spec = {"poison": poison, "how": how, "arguments": arguments}
     (folder / "poison.json").write_text(json.dumps(spec))
-    launcher = command([], 2)[:-2]  # without the program
-    return subprocess.run(
-        [*launcher, "-m", "tests.workers.poisoned", str(folder)],
-        cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=240, check=False,
-    )  # fmt: skip
+    return start("tests.workers", "poisoned", str(folder), processes=2).finish()
 
 
 def last_state(folder):

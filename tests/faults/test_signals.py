@@ -2,14 +2,14 @@
 
 import json
 import signal
-import subprocess
 import time
 
 import pytest
 
 from swin_moe.checkpoint import latest
 from swin_moe.metrics import read_metrics
-from tests.parallel import MICRO, ROOT, SMALL, command, environment, train
+from tests import parallel
+from tests.parallel import train
 from tests.test_training import figures
 
 RECIPE = ["precision.dtype=fp32", "zero.stage=2", "log.every_steps=1", "train.max_steps=60",
@@ -25,15 +25,8 @@ def undisturbed(tmp_path_factory):
 
 
 def start(folder, processes, *options):
-    arguments = ["train", str(MICRO), *SMALL, *RECIPE, f"train.output={folder}",
-                 f"parallel.expert_parallel_size={processes}"]  # fmt: skip
-    words = command(arguments, processes)
-    if processes > 1:
-        words[3:3] = options  # torchrun's
-    return subprocess.Popen(
-        words, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        text=True,
-    )  # fmt: skip
+    words = parallel.training(folder, *RECIPE, processes=processes)
+    return parallel.start("swin_moe", *words, processes=processes, options=options)
 
 
 def steps_done(folder):

@@ -1,6 +1,5 @@
 """Train a step and save it as DeepSpeed does by itself, and as we do."""
 
-import sys
 from pathlib import Path
 
 import deepspeed
@@ -58,17 +57,10 @@ def save_experts(world, folder: Path) -> None:
     engine.destroy()
 
 
-def main() -> None:
-    folder = Path(sys.argv[1])
+def work(folder: Path) -> None:
     world = distributed.init(expert_parallel_size=2)
     save_experts(world, folder / "experts")
     world = distributed.init()
     for stage in range(4):
         for dtype in (torch.float32, torch.bfloat16):
             save_dense(world, folder / f"{stage}-{str(dtype)[6:]}", stage, dtype)
-    distributed.shutdown()
-    distributed.leave(0)
-
-
-if __name__ == "__main__":
-    main()

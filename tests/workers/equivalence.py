@@ -8,14 +8,13 @@ processes hold one expert together.
 
 import itertools
 import json
-import sys
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 
-from swin_moe import distributed
+from swin_moe import distributed, ranks
 from swin_moe.config import ModelConfig, MoEConfig, OptimizerConfig, ZeroConfig
 from swin_moe.placement import Layout, expert_share
 
@@ -213,9 +212,8 @@ def train(world, cell: Cell, folder: Path) -> None:
     engine.close()
 
 
-def main() -> None:
-    size = distributed.environment_rank()[2]
-    folder = Path(sys.argv[1])
+def work(folder: Path) -> None:
+    size = ranks.environment_rank()[2]
     cells = legal_cells(size) + (references() if size == 1 else [])
     # ZeRO-3 last, for it puts a linear function of its own in place of PyTorch's, for good.
     cells.sort(key=lambda cell: (cell.stage == 3, cell.expert_parallel))
@@ -223,9 +221,3 @@ def main() -> None:
         world = distributed.init(expert_parallel_size=n)
         for cell in some:
             train(world, cell, folder / cell.name)
-    distributed.shutdown()
-    distributed.leave(0)
-
-
-if __name__ == "__main__":
-    main()

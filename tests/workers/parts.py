@@ -1,6 +1,5 @@
 """ZeRO-3 of a model that was cut module by module trains what one does that was whole first."""
 
-import sys
 from pathlib import Path
 
 import torch
@@ -31,7 +30,7 @@ def engine_in_parts(world, cell: Cell):
     )  # fmt: skip
 
 
-def main() -> None:
+def work(folder: Path) -> None:
     world = distributed.init()
     for dtype in DTYPES:
         cell = Cell(world.size, 1, 3, dtype, gentle=True)
@@ -50,10 +49,4 @@ def main() -> None:
         assert weights.keys() == others.keys()
         assert all(weights[name].equal(others[name]) for name in weights)
     if world.is_main:
-        (Path(sys.argv[1]) / "passed").touch()
-    distributed.shutdown()
-    distributed.leave(0)
-
-
-if __name__ == "__main__":
-    main()
+        (folder / "passed").touch()

@@ -4,13 +4,12 @@
 """
 
 import json
-import sys
 import time
 from pathlib import Path
 
 import torch
 
-from swin_moe import cli, distributed
+from swin_moe import cli, ranks
 from swin_moe.data import Loader
 
 
@@ -25,9 +24,9 @@ def spoiling(images: torch.Tensor) -> None:
 HOW = {"nan": spoiling, "sleep": sleeping}
 
 
-def main() -> None:
-    spec = json.loads((Path(sys.argv[1]) / "poison.json").read_text())
-    rank = distributed.environment_rank()[0]
+def work(folder: Path) -> None:
+    spec = json.loads((folder / "poison.json").read_text())
+    rank = ranks.environment_rank()[0]
     mine = {update for of, update in spec["poison"] if of == rank}
     epoch_of, on_device_of = Loader.epoch, Loader.on_device
     update = 0
@@ -46,8 +45,4 @@ def main() -> None:
         return images, labels
 
     Loader.epoch, Loader.on_device = epoch, on_device
-    distributed.leave(cli.main(spec["arguments"]))
-
-
-if __name__ == "__main__":
-    main()
+    ranks.leave(cli.main(spec["arguments"]))

@@ -2,23 +2,21 @@
 
 import dataclasses
 import json
-import sys
 import time
 from pathlib import Path
 
 import torch
 
-from swin_moe import distributed
+from swin_moe import distributed, ranks
 from swin_moe.config import load_config
 from swin_moe.preflight import agreement, links
 from swin_moe.preflight.start import check, refuse
 from tests.parallel import MICRO, SMALL
 
 
-def main() -> None:
-    folder = Path(sys.argv[1])
+def work(folder: Path) -> None:
     case = folder.name
-    rank = distributed.environment_rank()[0]
+    rank = ranks.environment_rank()[0]
     overrides = [*SMALL, f"train.output={folder}/runs/mine", "parallel.expert_parallel_size=2"]
     collect = agreement.collect
 
@@ -55,7 +53,7 @@ def main() -> None:
     meeting = distributed.connect(3.0 if case == "late" else 60.0)
     if case == "late" and rank:
         time.sleep(8)
-        distributed.leave(0)
+        ranks.leave(0)
     found: dict = {}
     try:
         verdict = agreement.agree(config, meeting)
@@ -67,10 +65,3 @@ def main() -> None:
     except (ValueError, TimeoutError) as error:
         found |= {"error": str(error)}
     (folder / f"found-{rank}.json").write_text(json.dumps(found))
-    distributed.barrier()
-    distributed.shutdown()
-    distributed.leave(0)
-
-
-if __name__ == "__main__":
-    main()

@@ -5,10 +5,9 @@ saves; every launch then goes on from there in its own way, and saves what it ha
 process also trains through, and two in bf16, with ZeRO-2 and ZeRO-1.
 """
 
-import sys
 from pathlib import Path
 
-from swin_moe import distributed
+from swin_moe import distributed, ranks
 from tests.workers.equivalence import (
     STEPS,
     Cell,
@@ -49,9 +48,8 @@ def go_on(world, cell: Cell, folder: Path, first: int, last: int) -> None:
     engine.close()
 
 
-def main() -> None:
-    size = distributed.environment_rank()[2]
-    folder = Path(sys.argv[1])
+def work(folder: Path) -> None:
+    size = ranks.environment_rank()[2]
     if size == 1:
         go_on(distributed.init(), Cell(1, accumulation=PARTS), folder / "through-fp32", 0, STEPS)
     if size == 2:
@@ -64,9 +62,3 @@ def main() -> None:
     for cell in ENDS[size]:
         world = distributed.init(expert_parallel_size=cell.expert_parallel)
         go_on(world, cell, folder / f"to-{cell.name}", HALF, STEPS)
-    distributed.shutdown()
-    distributed.leave(0)
-
-
-if __name__ == "__main__":
-    main()

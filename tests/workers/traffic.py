@@ -2,7 +2,6 @@
 
 import gc
 import json
-import sys
 from pathlib import Path
 
 import torch
@@ -10,7 +9,7 @@ from timm.loss import SoftTargetCrossEntropy
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from swin_moe import distributed
+from swin_moe import distributed, ranks
 from swin_moe import engine as engine_module
 from swin_moe.config import Config, validate
 from swin_moe.engine import Engine
@@ -50,17 +49,17 @@ class Counter(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def main(folder: Path) -> None:
+def work(folder: Path) -> None:
     engine_module._bucket = lambda model: 10_000_000
     sent = []
     for raw in json.loads((folder / "configs.json").read_text()):
         sent.append(count(validate(raw)))
         gc.collect()
-    if distributed.environment_rank()[0] == 0:
+    if ranks.environment_rank()[0] == 0:
         (folder / "sent.json").write_text(json.dumps(sent))
     distributed.barrier()
     distributed.shutdown()
-    distributed.leave(0)
+    ranks.leave(0)
 
 
 def count(config: Config) -> dict[str, int]:
@@ -87,7 +86,3 @@ def count(config: Config) -> dict[str, int]:
     # What a rank sends home is what it got: the mean over ranks is what even loads would be.
     ranks = distributed.gather_objects(counter.sent)
     return {kind: sum(sent[kind] for sent in ranks) // len(ranks) for kind in ranks[0]}
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

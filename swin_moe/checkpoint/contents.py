@@ -1,0 +1,43 @@
+"""What one checkpoint says of itself, without its tensors and without torch."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from .folder import CheckpointError, read_manifest
+from .fragments import Entry, from_json
+
+
+class Contents:
+    """Names, shapes and places of a checkpoint's tensors, and its state.
+
+    Args:
+        path: a checkpoint folder that :func:`verify` accepts.
+
+    Attributes:
+        state: content of ``state.json``.
+
+    Raises:
+        CheckpointError: manifest or state cannot be read.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path.resolve()
+        manifest = read_manifest(path)
+        self.files = set(manifest.files)
+        try:
+            self.state: dict[str, Any] = json.loads((path / "state.json").read_text("utf-8"))
+            self.entries: dict[str, Entry] = from_json(manifest.tensors)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{path}: damaged ({error})") from None
+
+    def names(self) -> list[str]:
+        """Names of the weights, those of persistent buffers included."""
+        return sorted(self.entries)
+
+    def check_complete(self) -> None:
+        """Raise :class:`CheckpointError` unless every element of every tensor has a place."""
+        for name, entry in self.entries.items():
+            entry.check_complete(name)

@@ -1,0 +1,154 @@
+"""Packages whose ``__init__`` waits until it is needed.
+
+We need a few files of timm and one folder of torchvision, and torch asks ``torch._dynamo`` to leave
+its optimizers alone. Each of these packages first imports thousands of files: seconds of a start.
+A deferred package gives away the parts named here by themselves. It runs its ``__init__`` at the
+first access to anything else, so that ``timm.create_model``, ``from torchvision.ops import nms``
+and ``torch.compile`` work as they always do.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder
+from types import ModuleType
+from typing import Any
+
+# Package, and the submodules that it gives away without its `__init__`. None may have the name of
+# something else that the `__init__` defines.
+PARTS: dict[str, tuple[str, ...]] = {
+    "torchvision": ("transforms", "utils"),
+    "timm": ("data", "layers", "loss", "scheduler"),
+    "timm.data": (
+        "auto_augment",
+        "constants",
+        "mixup",
+        "naflex_transforms",
+        "random_erasing",
+        "transforms",
+        "transforms_factory",
+    ),
+    "timm.layers": ("drop",),
+    "torch._dynamo": (),
+}
+_lock = threading.RLock()
+_undisabled: list[Any] = []  # functions that dynamo is to leave alone, once there is one
+
+
+class _Deferred(ModuleType):
+    """A package before its ``__init__`` has run."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name in PARTS[self.__name__]:
+            return import_module(f"{self.__name__}.{name}")
+        if name == "__file__":  # the import system asks for it
+            raise AttributeError(name)
+        _run_init(self)
+        return getattr(self, name)
+
+
+class _Later(Loader):
+    """Makes a deferred package of one that another loader would load."""
+
+    def __init__(self, loader: Any) -> None:
+        self.loader = loader
+
+    def create_module(self, spec: ModuleSpec) -> None:
+        return None  # a plain one
+
+    def exec_module(self, module: ModuleType) -> None:
+        module.__class__ = _Deferred
+        if module.__name__ == "torch._dynamo":
+            module.__dict__.update(_EAGER)
+
+
+def _disable(function: Callable[..., Any], *_args: Any, **_kwargs: Any) -> Callable[..., Any]:
+    """``torch._dynamo.disable`` while nothing is compiled: there is nothing to disable.
+
+    torch keeps the result at the function (``torch/_compile.py``), until dynamo is imported.
+    """
+    _undisabled.append(function)
+    return function
+
+
+def _graph_break(message: str = "") -> None:
+    """``torch._dynamo.graph_break`` where there is no graph."""
+
+
+# What torch's optimizers and meta tensors ask of dynamo in eager mode.
+_EAGER = {"disable": _disable, "graph_break": _graph_break}
+
+
+def _run_init(package: ModuleType) -> None:
+    with _lock:
+        if type(package) is not _Deferred:
+            return
+        package.__class__ = ModuleType  # type: ignore[assignment]
+        spec = package.__spec__
+        assert spec is not None
+        assert isinstance(spec.loader, _Later)
+        loader = package.__loader__ = spec.loader = spec.loader.loader
+        if package.__name__ == "torch._dynamo":
+            for name in _EAGER:
+                del package.__dict__[name]
+            for function in _undisabled:
+                function.__dict__.pop("__dynamo_disable", None)
+        loader.exec_module(package)
+
+
+class _Loaded(Loader):
+    """A module that its package's ``__init__`` has imported meanwhile."""
+
+    def __init__(self, module: ModuleType) -> None:
+        self.module, self.spec = module, module.__spec__
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        return self.module
+
+    def exec_module(self, module: ModuleType) -> None:
+        module.__spec__ = self.spec
+
+
+class _Finder(MetaPathFinder):
+    """Defers packages, and runs their ``__init__`` before other submodules than their parts."""
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if name in PARTS:
+            spec = PathFinder.find_spec(name, path)
+            if spec is not None and spec.loader is not None:
+                spec.loader = _Later(spec.loader)
+            return spec
+        parent, _, child = name.rpartition(".")
+        package = sys.modules.get(parent)
+        if type(package) is not _Deferred or child in PARTS[parent]:
+            return None
+        _run_init(package)
+        module = sys.modules.get(name)
+        return ModuleSpec(name, _Loaded(module)) if module is not None else None
+
+
+def exports(package: str, homes: dict[str, str]) -> Callable[[str], Any]:
+    """A package's ``__getattr__`` that imports each of its names on first use.
+
+    Args:
+        homes: name to the module of the package that defines it.
+    """
+
+    def get(name: str) -> Any:
+        if name not in homes:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        return getattr(import_module(f"{package}.{homes[name]}"), name)
+
+    return get
+
+
+def defer_packages() -> None:
+    """Defer all of ``PARTS`` that nobody has imported yet."""
+    if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Finder())

@@ -1,0 +1,207 @@
+"""torchrun's agent for this program: how it starts, signals and restarts the processes of a node.
+
+When a process fails, the process has told why; torchrun's page about itself is left out. SIGTERM
+and SIGUSR1, by which schedulers announce that they take a node away, are handed to the processes,
+which save and end, instead of ending them. A failure that would only repeat itself, or an end that
+was asked for, is not answered by a restart, whatever --max-restarts says. Nodes that do not meet
+are told in one line (``nodes.py``), and those that meet again agree on what to begin. Processes are
+forked from one that has imported everything (``fork_server.py``).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import sys
+import tempfile
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar
+
+from torch.distributed import DistError, run
+from torch.distributed.elastic.agent.server.api import WorkerState
+from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+from torch.distributed.elastic.multiprocessing import api as processes
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.elastic.multiprocessing.subprocess_handler import SubprocessHandler
+from torch.distributed.elastic.rendezvous import (
+    RendezvousClosedError,
+    RendezvousConnectionError,
+    RendezvousTimeoutError,
+)
+from torch.distributed.launcher import api as launcher
+
+from . import fork_server
+from .nodes import Nodes, Stopped, Unmet, find_nodes
+
+log = logging.getLogger("swin_moe")
+
+FAILED, WRONG_USE, PREEMPTED = 1, 2, 75
+PASSED_ON = (signal.SIGTERM, signal.SIGUSR1)
+FINAL = "SWIN_MOE_FINAL"  # a file that a process makes if it is not to be restarted
+# What every process needs, and what training imports on the way.
+PRELOADED = ("swin_moe.run", "swin_moe.opened", "sympy")
+
+
+class _Process(SubprocessHandler):
+    """A process of this node: forked if it is a Python module, as it nearly always is."""
+
+    server: fork_server.Server | None = None
+    living: ClassVar[list[Any]] = []
+
+    def _popen(self, args: tuple[str, ...], env: dict[str, str]) -> Any:
+        forked = self.server and args[:3] == (sys.executable, "-u", "-m")
+        try:
+            process = self._fork(args, env) if forked else super()._popen(args, env)
+        except OSError as error:
+            log.warning("the fork server is gone (%s): the process is started afresh", error)
+            process = super()._popen(args, env)
+        self.living[:] = [other for other in self.living if other.poll() is None] + [process]
+        return process
+
+    def _fork(self, args: tuple[str, ...], env: dict[str, str]) -> fork_server.Child:
+        assert self.server is not None
+        return fork_server.Child(
+            self.server.path,
+            args[3],
+            args[4:],
+            environment=env,
+            name=f"swin-moe r{env.get('RANK', '')}",
+            stdout=self._stdout or 1,
+            stderr=self._stderr or 2,
+        )
+
+
+def _process(**options: Any) -> SubprocessHandler:
+    return _Process(**options)
+
+
+class _Agent(LocalElasticAgent):
+    """Restarts nothing once a process has said that it is for good."""
+
+    nodes: Nodes | None = None  # None: all processes are on this machine
+
+    def _rendezvous(self, worker_group: Any) -> None:
+        handler = worker_group.spec.rdzv_handler
+        # Every round begins with a store of its own: torch keeps the first one's address where
+        # rank 0 has moved to another node, and in its store the addresses of dead processes.
+        handler._bootstrap_store_info = None
+        if self.nodes is None:
+            super()._rendezvous(worker_group)
+            return
+        handler.num_nodes_waiting = partial(self.nodes.newcomers, handler)
+        try:
+            self.nodes.agree(handler)
+            with self.nodes.watched(handler):
+                super()._rendezvous(worker_group)
+        except BaseException:
+            handler.shutdown = lambda: True  # who was not let in must not end the others' job
+            raise
+        # A node that joins late or was alone in failing has counted other restarts than the others.
+        store, size = worker_group.store, worker_group.group_world_size
+        store.set(f"swin_moe/restarts/{worker_group.group_rank}", str(self._remaining_restarts))
+        counts = store.multi_get([f"swin_moe/restarts/{rank}" for rank in range(size)])
+        self._remaining_restarts = min(int(count) for count in counts)
+
+    def _monitor_workers(self, worker_group: Any) -> Any:
+        result = super()._monitor_workers(worker_group)
+        final = bool(_told) or Path(os.environ[FINAL]).exists()
+        if result.state == WorkerState.FAILED and final:
+            self._remaining_restarts = 0
+        return result
+
+    def _start_workers(self, worker_group: Any) -> Any:
+        # Those before were perhaps told to end for the sake of a node that has joined.
+        Path(os.environ[FINAL]).unlink(missing_ok=True)
+        started = super()._start_workers(worker_group)
+        if _told:  # before there was one to tell
+            _pass_on(_told[-1], None)
+        return started
+
+
+_told: list[int] = []  # signals that came so far
+
+
+def _pass_on(number: int, _frame: object) -> None:
+    _told.append(number)
+    for process in _Process.living:
+        process.send_signal(number)
+
+
+@contextlib.contextmanager
+def _prepared() -> Iterator[None]:
+    launcher.LocalElasticAgent = _Agent  # type: ignore[misc]
+    processes.get_subprocess_handler = _process  # type: ignore[assignment]
+    for name in ("torch.distributed.elastic", "torch.distributed.run"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    for number in PASSED_ON:
+        signal.signal(number, _pass_on)
+    with tempfile.TemporaryDirectory(prefix="swin_moe-") as folder:
+        os.environ[FINAL] = str(Path(folder) / "final")
+        yield
+
+
+def _run(arguments: Any) -> None:
+    """Meet the other nodes and run; every way in which that can fail on the way is an ``Unmet``."""
+    with _prepared():
+        nodes = _Agent.nodes = find_nodes(arguments, lambda: bool(_told))
+        if nodes is None:
+            run.run(arguments)
+            return
+        if nodes.interface:  # gloo would take the address that the host's own name has
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", nodes.interface)
+        try:
+            run.run(arguments)
+        except RendezvousTimeoutError:
+            raise nodes.timed_out() from None
+        except RendezvousClosedError:
+            raise Unmet(
+                f"another node ended the job of {nodes.endpoint}; its output says why"
+            ) from None
+        except (RendezvousConnectionError, DistError):
+            raise nodes.lost() from None
+
+
+def main() -> int:
+    """Run torchrun with the options of the command line; returns the exit code."""
+    if sys.platform == "linux":
+        _Process.server = fork_server.start(PRELOADED)
+    try:
+        return _main()
+    finally:
+        if _Process.server:
+            _Process.server.close()
+
+
+def _main() -> int:
+    arguments = run.parse_args(["--signals-to-handle", "SIGINT,SIGHUP,SIGQUIT", *sys.argv[1:]])
+    try:
+        _run(arguments)
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        if failure.exitcode < 0:  # a process that exits by itself has said why
+            name = signal.Signals(-failure.exitcode).name
+            print(f"swin-moe: error: rank {rank} was killed by {name}", file=sys.stderr)
+            return 128 - failure.exitcode
+        return failure.exitcode
+    except SignalException as error:
+        return 128 + error.sigval
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    except Stopped:
+        name = signal.Signals(_told[-1]).name
+        return _fail(f"told to stop by {name} while waiting for the other nodes", PREEMPTED)
+    except Unmet as error:
+        return _fail(str(error), FAILED)
+    except ValueError as error:
+        return _fail(str(error), WRONG_USE)
+    return 0
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"swin-moe: error: {message}", file=sys.stderr, flush=True)
+    return code

@@ -1,0 +1,9 @@
+"""Ends of a run that all ranks reach together; each message is one line for the user."""
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on."""
+
+
+class Preempted(Exception):
+    """A signal asked for an end, and the checkpoint is written."""

@@ -1,0 +1,322 @@
+"""A process that has imported everything and forks others: they start at once and share its pages.
+
+``start`` forks it, before there are any threads. It listens at a socket of the file system; each
+connection asks for one program and is told its process number and how it ended. A program gets the
+environment, working folder and standard streams of its request, and a session of its own.
+
+What does not survive a fork, threads or a started CUDA driver, is never forked: the process then
+loads a fresh interpreter in its own place.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import gc
+import json
+import os
+import runpy
+import selectors
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import IO, Any, NoReturn
+
+# What a launcher, a scheduler or a terminal sends to all processes: for programs, not for the
+# server, which ends when whoever started it does.
+_IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1)
+_NOT_INITIALIZED = 3  # CUDA_ERROR_NOT_INITIALIZED of the CUDA driver
+_NAME = 15  # characters that Linux keeps of a process's name
+
+
+class Server:
+    """A fork server as its starter has it; it ends when this is closed, or its starter dies."""
+
+    def __init__(self, path: Path, lifeline: int) -> None:
+        self.path, self._lifeline = path, lifeline
+
+    def close(self) -> None:
+        os.close(self._lifeline)
+        shutil.rmtree(self.path.parent, ignore_errors=True)
+
+
+def start(modules: Sequence[str]) -> Server:
+    """Fork a server that imports ``modules``; returns before it has."""
+    path = Path(tempfile.mkdtemp(prefix="swin_moe-")) / "fork"
+    listener = listen(path)
+    lifeline, ours = os.pipe()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if os.fork() == 0:
+        os.close(ours)
+        serve(listener, lifeline, modules)
+    os.close(lifeline)
+    listener.close()
+    return Server(path, ours)
+
+
+def listen(path: Path) -> socket.socket:
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(str(path))
+    listener.listen(64)
+    return listener
+
+
+def serve(listener: socket.socket, lifeline: int, modules: Sequence[str]) -> NoReturn:
+    """Import ``modules``, then fork what is asked for until ``lifeline`` is closed."""
+    before: dict[int, Any] = {number: signal.signal(number, signal.SIG_IGN) for number in _IGNORED}
+    # Otherwise torch asks the CUDA driver whether there are GPUs, and so starts it.
+    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
+    fit = True
+    try:
+        for module in modules:
+            import_module(module)
+    except Exception:  # the programs will meet it, too, and report it
+        fit = False
+    fit = fit and len(os.listdir("/proc/self/task")) == 1 and not _cuda_started()
+    gc.collect()
+    gc.freeze()  # or a collection in a program would touch, and so copy, all pages
+    try:
+        _Loop(listener, lifeline, fit, before).run()
+    except BaseException:
+        traceback.print_exc()
+    os._exit(0)
+
+
+def _cuda_started() -> bool:
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    return driver.cuDeviceGetCount(ctypes.byref(ctypes.c_int())) != _NOT_INITIALIZED
+
+
+class _Loop:
+    """The server's life: accept, fork, reap."""
+
+    def __init__(
+        self, listener: socket.socket, lifeline: int, fit: bool, before: dict[int, Any]
+    ) -> None:
+        self.listener, self.lifeline, self.fit, self.before = listener, lifeline, fit, before
+        self.running: dict[int, socket.socket] = {}
+        self.wake, self.woken = os.pipe()
+        os.set_blocking(self.woken, False)
+
+    def run(self) -> None:
+        signal.signal(signal.SIGCHLD, lambda *_: None)
+        signal.set_wakeup_fd(self.woken, warn_on_full_buffer=False)
+        with selectors.DefaultSelector() as selector:
+            for source in (self.listener, self.lifeline, self.wake):
+                selector.register(source, selectors.EVENT_READ)
+            while True:
+                ready = {key.fileobj for key, _ in selector.select()}
+                if self.lifeline in ready:
+                    return
+                if self.wake in ready:
+                    os.read(self.wake, 4096)
+                self._reap()
+                if self.listener in ready:
+                    self._accept(selector)
+
+    def _reap(self) -> None:
+        for pid in list(self.running):
+            done, status = os.waitpid(pid, os.WNOHANG)
+            if done:
+                with self.running.pop(pid) as connection, contextlib.suppress(OSError):
+                    connection.sendall(b"%d\n" % os.waitstatus_to_exitcode(status))
+
+    def _accept(self, selector: selectors.BaseSelector) -> None:
+        connection, _ = self.listener.accept()
+        try:
+            request, streams = _receive(connection)
+        except (OSError, ValueError):
+            connection.close()
+            return
+        pid = os.fork()
+        if pid == 0:
+            self.listener.close()
+            os.close(self.lifeline)
+            selector.close()
+            for other in (*self.running.values(), connection):
+                other.close()
+            self._become(request, streams)
+        for stream in streams:
+            os.close(stream)
+        self.running[pid] = connection
+        with contextlib.suppress(OSError):
+            connection.sendall(b"%d\n" % pid)
+
+    def _become(self, request: dict[str, Any], streams: list[int]) -> NoReturn:
+        """Run a program in this process, which was just forked."""
+        try:
+            signal.set_wakeup_fd(-1)
+            for descriptor in (self.wake, self.woken):
+                os.close(descriptor)
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            for number, handler in self.before.items():
+                ignored = handler is signal.SIG_IGN
+                usual = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
+                signal.signal(number, signal.SIG_IGN if ignored else usual)
+            os.setsid()
+            for target, stream in enumerate(streams):
+                os.dup2(stream, target)
+                os.close(stream)
+            os.environ.clear()
+            os.environ.update(request["environment"])
+            os.chdir(request["folder"])
+            module, arguments = request["module"], request["arguments"]
+            if not self.fit:
+                command = [sys.executable, "-u", "-m", module, *arguments]
+                os.execve(command[0], command, os.environ)
+            _settle(request["folder"], request["name"])
+            _run(module, arguments)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stderr.flush()
+            os._exit(1)
+
+
+def _settle(folder: str, name: str) -> None:
+    """What a fresh interpreter would have taken from its environment."""
+    sys.path[0] = folder
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(write_through=True)  # type: ignore[union-attr]
+    with contextlib.suppress(OSError):
+        Path("/proc/self/comm").write_text(name[:_NAME])
+    threads = os.environ.get("OMP_NUM_THREADS", "")
+    if threads.isdecimal() and "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(max(int(threads), 1))
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed()
+
+
+def _run(module: str, arguments: list[str]) -> NoReturn:
+    """``python -m module arguments``, as the interpreter itself would."""
+    sys.argv = [module, *arguments]
+    code: Any = 0
+    try:
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+    except SystemExit as stop:
+        code = stop.code
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    if isinstance(code, str):
+        print(code, file=sys.stderr)
+        code = 1
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(int(code or 0))
+
+
+def _receive(connection: socket.socket) -> tuple[dict[str, Any], list[int]]:
+    data, streams, _, _ = socket.recv_fds(connection, 1 << 16, 3)
+    while not data.endswith(b"\n"):
+        more = connection.recv(1 << 16)
+        if not more:
+            raise ValueError("half a request")
+        data += more
+    return json.loads(data), streams
+
+
+class Child:
+    """A program that a server runs, with the interface of :class:`subprocess.Popen`.
+
+    Args:
+        path: the server's socket. name: what ``ps`` and ``top`` call the process.
+        stdin, stdout, stderr: files; default: this process's own.
+
+    Raises:
+        OSError: the server is gone.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        module: str,
+        arguments: Sequence[str],
+        *,
+        environment: dict[str, str],
+        folder: Path | None = None,
+        name: str = "swin-moe",
+        stdin: IO[Any] | int = 0,
+        stdout: IO[Any] | int = 1,
+        stderr: IO[Any] | int = 2,
+    ) -> None:
+        self.args = [module, *arguments]
+        self.returncode: int | None = None
+        self._heard = b""
+        request = {
+            "module": module,
+            "arguments": list(arguments),
+            "environment": environment,
+            "folder": str(folder or Path.cwd()),
+            "name": name,
+        }
+        streams = [s if isinstance(s, int) else s.fileno() for s in (stdin, stdout, stderr)]
+        self._connection = socket.socket(socket.AF_UNIX)
+        self._connection.connect(str(path))
+        data = json.dumps(request).encode() + b"\n"
+        sent = socket.send_fds(self._connection, [data], streams)
+        self._connection.sendall(data[sent:])
+        line = self._line(None)
+        if line is None:
+            raise ConnectionError("the fork server has ended")
+        self.pid = int(line)
+
+    def _line(self, timeout: float | None) -> bytes | None:
+        """The next thing that the server says; None if it says nothing, or is gone."""
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while b"\n" not in self._heard:
+            left = None if deadline is None else max(deadline - time.monotonic(), 0.0)
+            self._connection.settimeout(left)
+            try:
+                more = self._connection.recv(64)
+            except (BlockingIOError, TimeoutError):
+                return None
+            if not more:
+                self._lost()
+                return None
+            self._heard += more
+        line, _, self._heard = self._heard.partition(b"\n")
+        return line
+
+    def _lost(self) -> None:
+        """The server was killed: nobody would hear how the program ends."""
+        if hasattr(self, "pid"):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, signal.SIGKILL)
+            self.returncode = -signal.SIGKILL
+
+    def poll(self) -> int | None:
+        if self.returncode is None and (line := self._line(0.0)) is not None:
+            self.returncode = int(line)
+        return self.returncode
+
+    def wait(self, timeout: float | None = None) -> int:
+        if self.returncode is None and (line := self._line(timeout)) is not None:
+            self.returncode = int(line)
+        if self.returncode is None:
+            raise subprocess.TimeoutExpired(self.args, timeout or 0.0)
+        return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, number)
+
+    def terminate(self) -> None:
+        self.send_signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)

@@ -1,0 +1,52 @@
+"""The fork server of a test session: one process imports everything, all tests fork from it."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import IO
+
+from swin_moe import fork_server
+
+SOCKET = "SWIN_MOE_TESTS_FORK"  # environment variable: where the server listens
+MODULES = (
+    "swin_moe.elastic", "swin_moe.run", "swin_moe.opened", "swin_moe.inspection",
+    "swin_moe.data.show", "sympy", "matplotlib.pyplot", "torch.utils.tensorboard",
+)  # fmt: skip
+_SERVE = (
+    "import sys; from pathlib import Path; from swin_moe import fork_server as f; "
+    "f.serve(f.listen(Path(sys.argv[1])), 0, sys.argv[2:])"
+)
+
+
+def begin(env: dict[str, str]) -> None:
+    """Start the server of this session; it ends with this process."""
+    folder = Path(tempfile.mkdtemp(prefix="swin_moe-tests-"))
+    os.environ[SOCKET] = str(folder / "fork")
+    server = subprocess.Popen(
+        [sys.executable, "-c", _SERVE, os.environ[SOCKET], *MODULES],
+        stdin=subprocess.PIPE, env=env, start_new_session=True,
+    )  # fmt: skip
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    atexit.register(server.stdin.close)
+
+
+def child(
+    words: list[str], env: dict[str, str], folder: Path, output: IO, errors: IO
+) -> fork_server.Child:
+    """Fork ``python -m words``."""
+    path = Path(os.environ[SOCKET])
+    deadline = time.monotonic() + 60
+    while not path.exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    with open(os.devnull) as nothing:
+        return fork_server.Child(
+            path, words[0], words[1:], environment=env, folder=folder,
+            stdin=nothing, stdout=output, stderr=errors,
+        )  # fmt: skip

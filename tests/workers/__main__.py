@@ -1,0 +1,12 @@
+"""``python -m tests.workers NAME FOLDER``: a rank of a worker, which writes to the folder."""
+
+import sys
+from importlib import import_module
+from pathlib import Path
+
+from swin_moe import distributed, ranks
+
+import_module(f"tests.workers.{sys.argv[1]}").work(Path(sys.argv[2]))
+distributed.barrier()
+distributed.shutdown()
+ranks.leave(0)
