@@ -26,7 +26,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from swin_moe import distributed
+from swin_moe import distributed, ranks
 from swin_moe.distributed import World
 
 # The launchers' setting for glibc, see launch/common.sh.
@@ -201,7 +201,7 @@ def hand_over(path: Path, cells: list[dict[str, object]], world: World) -> NoRet
         path.write_text(json.dumps(cells))
     distributed.barrier()
     distributed.shutdown()
-    distributed.leave(0)
+    ranks.leave(0)
 
 
 def write_json(path: Path | None, cells: list[dict[str, object]], **more: object) -> None:

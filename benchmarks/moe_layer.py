@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from benchmarks import harness, moe_peers
 from benchmarks.moe_peers import Result, Spec, Weights
-from swin_moe import distributed
+from swin_moe import distributed, ranks
 from swin_moe.config import MoEConfig
 from swin_moe.distributed import World
 from swin_moe.moe import MoELayer
@@ -310,7 +310,7 @@ def columns(cell: dict[str, object]) -> list[str]:
 
 def work(options: argparse.Namespace) -> NoReturn:
     """One of several processes."""
-    world = distributed.init(expert_parallel_size=distributed.environment_rank()[2])
+    world = distributed.init(expert_parallel_size=ranks.environment_rank()[2])
     harness.hand_over(options.worker, measure_all(options, world), world)
 
 

@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from benchmarks import harness
-from swin_moe import distributed
+from swin_moe import distributed, ranks
 from swin_moe.config import load_config
 from swin_moe.host import silenced
 from swin_moe.profiling import KINDS, read, split
@@ -63,7 +63,7 @@ def work(name: str, port: int, quick: bool) -> None:
         if kind == "dense":
             config.moe.blocks = []
         shared = kind == KINDS_OF_MODEL[2]
-        world = distributed.init(distributed.environment_rank()[2] if shared else 1)
+        world = distributed.init(ranks.environment_rank()[2] if shared else 1)
         distributed.seed_everything(0)
         batch = 16 if quick else 32
         engine = Engine(
@@ -94,7 +94,7 @@ def work(name: str, port: int, quick: bool) -> None:
             turn += 1
         engine.close()
     distributed.shutdown()
-    distributed.leave(0)
+    ranks.leave(0)
 
 
 def timed(update: Any, count: int) -> float:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
@@ -120,11 +121,10 @@ class MetricLog:
     def image(self, key: str, path: Path) -> None:
         """Show a PNG at the step of the last record."""
         if self._writer is not None:
-            import matplotlib.image
-
-            pixels = matplotlib.image.imread(path)
+            with Image.open(path) as image:
+                pixels = np.asarray(image.convert("RGB"))
             with self._whatever_the_disk():
-                self._writer.add_image(key, pixels[..., :3], self._step, dataformats="HWC")
+                self._writer.add_image(key, pixels, self._step, dataformats="HWC")
 
     def close(self) -> None:
         if self._writer is not None:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
+from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image, ImageDraw, ImageFont
 from rich.console import Console
 from torch import Tensor
 
@@ -15,6 +19,7 @@ from .loader import Loader, loader_of
 from .mixing import build_mixing
 
 COLUMNS, ROWS = 8, 4  # of training images; below them comes a row of held-out ones
+TILE, GAP, LABEL, TITLE = 142, 8, 40, 34  # pixels: of an image, between, of two lines, on top
 TOLD = 0.05  # share from which on a class of a mixed label is named
 
 
@@ -83,19 +88,40 @@ def _name(label: int, names: Sequence[str] | None) -> str:
 def _draw(
     training: list[tuple[np.ndarray, str]], held_out: list[tuple[np.ndarray, str]], path: Path
 ) -> None:
-    from matplotlib import pyplot
-
+    """Tiles with their labels; pixels [H, W, C] are in 0..1."""
     rows = [training[i : i + COLUMNS] for i in range(0, len(training), COLUMNS)] + [held_out]
-    figure, axes = pyplot.subplots(
-        len(rows), COLUMNS, figsize=(1.5 * COLUMNS, 1.85 * len(rows)), layout="constrained",
-        squeeze=False,
-    )  # fmt: skip
-    for axis in axes.flat:
-        axis.set_axis_off()
-    for line, row in zip(axes, rows, strict=True):
-        for axis, (pixels, label) in zip(line, row, strict=False):
-            axis.imshow(np.broadcast_to(pixels, (*pixels.shape[:2], 3)), interpolation="nearest")
-            axis.set_title(label, fontsize=7)
-    figure.suptitle("training, augmented and mixed; last row: held out", fontsize=10)
-    figure.savefig(path, dpi=100, format="png")
-    pyplot.close(figure)
+    step = TILE + GAP, TILE + LABEL
+    sheet = Image.new("RGB", (COLUMNS * step[0] + GAP, len(rows) * step[1] + TITLE), "white")
+    pen = ImageDraw.Draw(sheet)
+    title = "training, augmented and mixed; last row: held out"
+    pen.text((sheet.width / 2, TITLE / 2), title, "black", _font(18), anchor="mm")
+    for row, cells in enumerate(rows):
+        for column, (pixels, label) in enumerate(cells):
+            left, top = GAP + column * step[0], TITLE + row * step[1]
+            # The label stands above its image: its last line touches it.
+            middle, above = left + TILE / 2, top + LABEL - 4
+            lines = label.count("\n")
+            pen.multiline_text(
+                (middle, above - lines * 15), label, "black", _font(12), "ms", 3, "center"
+            )
+            sheet.paste(_tile(pixels), (left, top + LABEL))
+    sheet.save(path, "PNG")
+
+
+def _tile(pixels: np.ndarray) -> Image.Image:
+    levels = (np.broadcast_to(pixels, (*pixels.shape[:2], 3)) * 255).round().astype(np.uint8)
+    height, width = levels.shape[:2]
+    scale = TILE / max(height, width)
+    size = max(round(width * scale), 1), max(round(height * scale), 1)
+    return Image.fromarray(levels).resize(size, Image.Resampling.NEAREST)
+
+
+@cache
+def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    """matplotlib's, which knows more alphabets than Pillow's; matplotlib itself stays out of it."""
+    spec = find_spec("matplotlib")
+    folders = spec.submodule_search_locations if spec else None
+    for folder in folders or []:
+        with suppress(OSError):
+            return ImageFont.truetype(f"{folder}/mpl-data/fonts/ttf/DejaVuSans.ttf", size)
+    return ImageFont.load_default(size)
