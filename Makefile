@@ -25,7 +25,7 @@ $(STAMP):
 	  { rm -rf $(VENV); echo "error: no venv module (apt install python3-venv)" >&2; exit 2; }
 	@echo "installing the pinned packages into $(VENV); this takes a few minutes the first time"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
-	$(BIN)/uv pip install --quiet --python $(BIN)/python -r requirements/lock.txt --no-build-isolation-package deepspeed
+	$(BIN)/uv pip install --quiet --python $(BIN)/python -r requirements/lock.txt --compile-bytecode --no-build-isolation-package deepspeed
 	@rm -f $(VENV)/.installed-* $(VENV)/.built && touch $@
 
 ifeq ($(wildcard swin_moe/_C*.so),)

@@ -53,9 +53,13 @@ def _size(folder: Path) -> int:
 
 def verify(path: Path, console: Console) -> bool:
     """Read every byte of the checkpoints; prints a line for each, returns whether all are whole."""
-    whole = True
+    whole, errors = True, Console(stderr=True)
     for folder in track(
-        checkpoint.find(path), "verifying", console=Console(stderr=True), transient=True
+        checkpoint.find(path),
+        "verifying",
+        console=errors,
+        transient=True,
+        disable=not errors.is_terminal,
     ):
         try:
             checkpoint.verify(folder)

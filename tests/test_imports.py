@@ -9,9 +9,9 @@ PACKAGE = Path(__file__).parent.parent / "swin_moe"
 # A module imports only from lines above its own (and from its own package).
 LAYERS = [
     {"deferred"},
-    {"variants", "placement", "adamw", "host", "ranks", "errors", "nodes"},
+    {"variants", "placement", "adamw", "host", "ranks", "errors", "nodes", "fork_server"},
     {"meeting"},
-    {"config", "distributed", "ops", "torchrun", "watchdog"},
+    {"config", "distributed", "ops", "elastic", "watchdog"},
     {"moe", "data", "checkpoint", "guard", "precision"},
     {"models", "metrics"},
     {"optim", "evaluation", "run_directory", "launch", "convert", "catalog", "summary"},
@@ -26,7 +26,7 @@ LAYERS = [
     {"inspection"},
     {"arguments"},
     {"cli"},
-    {"__main__", "__init__"},
+    {"__main__", "__init__", "torchrun"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 # What only certain files may name.
@@ -34,7 +34,14 @@ ONLY_IN = {
     "deepspeed": {"engine.py"},
     "tutel": {"moe/backends/tutel.py"},
     "SummaryWriter": {"metrics.py"},
-    "environ": {"distributed.py", "host.py", "ranks.py", "torchrun.py"},
+    "environ": {
+        "distributed.py",
+        "elastic.py",
+        "fork_server.py",
+        "host.py",
+        "ranks.py",
+        "torchrun.py",
+    },
     "getenv": set(),
     "argparse": {"arguments.py", "cli.py", "data/bundle.py"},
     "yaml": {"config/loading.py"},

@@ -1,0 +1,176 @@
+"""The server that ranks are forked from: a program there is what a fresh interpreter would run."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+
+from swin_moe import fork_server
+from tests import parallel
+from tests.parallel import ROOT, environment
+
+PROGRAM = """
+import json, os, random, signal, sys, time
+what, *rest = sys.argv[1:]
+if what == "tell":
+    facts = {
+        "arguments": rest, "folder": os.getcwd(), "FIRST": os.environ.get("FIRST"),
+        "SECOND": os.environ.get("SECOND"), "name": __name__,
+        "session": os.getsid(0) == os.getpid(),
+        "ignored": signal.getsignal(signal.SIGTERM) is signal.SIG_IGN,
+        "interrupt": signal.getsignal(signal.SIGINT) is signal.default_int_handler,
+        "preloaded": "colorsys" in sys.modules, "read": sys.stdin.read(), "random": random.random(),
+        "comm": open("/proc/self/comm").read().strip(),
+    }
+    print(json.dumps(facts))
+    print("to stderr", file=sys.stderr)
+elif what == "raise":
+    raise KeyError("told")
+elif what == "exit":
+    sys.exit(int(rest[0]) if rest[0].isdecimal() else rest[0])
+elif what == "wait":
+    print("ready", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.fixture
+def server(tmp_path):
+    """One that has imported ``colorsys``; FIRST and SECOND are in its environment."""
+    yield from serving(tmp_path, "colorsys")
+
+
+def serving(folder, *modules):
+    (folder / "program.py").write_text(PROGRAM)
+    code = (
+        "import sys; from pathlib import Path; from swin_moe import fork_server as f; "
+        "f.serve(f.listen(Path(sys.argv[1])), 0, sys.argv[2:])"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, str(folder / "fork"), *modules],
+        stdin=subprocess.PIPE, env=environment(FIRST="1", SECOND="2"), cwd=ROOT,
+    )  # fmt: skip
+    deadline = time.monotonic() + 30
+    while not (folder / "fork").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    yield process
+    process.stdin.close()
+    process.wait(30)
+
+
+def run(folder, *arguments, **options):
+    """Fork the program; returns it with the files of its output and errors."""
+    output, errors = (folder / name for name in ("output", "errors"))
+    words = {"environment": environment(FIRST="one"), "folder": folder, "name": "swin-moe r1"}
+    with output.open("w") as out, errors.open("w") as err, open(os.devnull) as nothing:
+        child = fork_server.Child(
+            folder / "fork", "program", arguments, stdin=nothing, stdout=out, stderr=err,
+            **(words | options),
+        )  # fmt: skip
+    return child, output, errors
+
+
+def test_a_program_finds_what_was_asked_for(server, tmp_path):
+    child, output, errors = run(tmp_path, "tell", "a b", "--c")
+    assert child.wait(30) == 0
+    facts = json.loads(output.read_text())
+    assert facts.pop("random") != json.loads(again(tmp_path))["random"]
+    assert facts == {
+        "arguments": ["a b", "--c"], "folder": str(tmp_path), "FIRST": "one", "SECOND": None,
+        "name": "__main__", "session": True, "ignored": False, "interrupt": True,
+        "preloaded": True, "read": "", "comm": "swin-moe r1",
+    }  # fmt: skip
+    assert errors.read_text() == "to stderr\n"
+
+
+def again(folder):
+    child, output, _ = run(folder, "tell")
+    assert child.wait(30) == 0
+    return output.read_text()
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "errors"),
+    [
+        (("exit", "0"), 0, ""),
+        (("exit", "75"), 75, ""),
+        (("exit", "too bad"), 1, "too bad\n"),
+        (("raise",), 1, "KeyError: 'told'\n"),
+    ],
+)
+def test_codes_and_tracebacks_are_those_of_an_interpreter(server, tmp_path, words, code, errors):
+    child, _, file = run(tmp_path, *words)
+    assert child.wait(30) == code
+    assert child.poll() == child.returncode == code
+    assert file.read_text().endswith(errors)
+
+
+def wait_for(file, text):
+    deadline = time.monotonic() + 30
+    while text not in file.read_text():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_a_killed_program_is_told_by_its_signal(server, tmp_path):
+    child, output, _ = run(tmp_path, "wait")
+    wait_for(output, "ready")
+    assert child.poll() is None
+    with pytest.raises(subprocess.TimeoutExpired):
+        child.wait(0.01)
+    child.send_signal(signal.SIGTERM)
+    assert child.wait(30) == -signal.SIGTERM
+    child.send_signal(signal.SIGKILL)  # to nobody
+    assert server.poll() is None
+
+
+def test_what_cannot_be_imported_is_left_to_a_fresh_interpreter(tmp_path):
+    serve = serving(tmp_path, "no_such_module_at_all")
+    next(serve)
+    child, output, errors = run(tmp_path, "tell")
+    assert child.wait(60) == 0
+    facts = json.loads(output.read_text())
+    assert (facts["preloaded"], facts["FIRST"], facts["session"]) == (False, "one", True)
+    assert errors.read_text() == "to stderr\n"
+    list(serve)
+
+
+def test_signals_to_all_processes_do_not_end_the_server(server, tmp_path):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        server.send_signal(number)
+    child, _, _ = run(tmp_path, "exit", "3")
+    assert child.wait(30) == 3
+
+
+def test_without_its_server_a_program_counts_as_killed(server, tmp_path):
+    child, output, _ = run(tmp_path, "wait")
+    wait_for(output, "ready")
+    server.kill()
+    assert child.wait(30) == -signal.SIGKILL
+    with pytest.raises(ConnectionRefusedError):
+        run(tmp_path, "exit", "0")
+
+
+def test_the_launcher_forks_its_ranks_and_leaves_nothing_behind(tmp_path):
+    process = parallel.start(
+        "swin_moe", *parallel.training(tmp_path / "run", processes=2), processes=2
+    )
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "run/metrics.jsonl").exists():
+        assert process.poll() is None, process.complaints()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    ranks = parallel.ranks(process.pid)
+    assert [rank.name() for rank in ranks] == ["swin-moe r0", "swin-moe r1"]
+    (server,) = {rank.parent() for rank in ranks}
+    assert server.ppid() == process.pid
+    process.terminate()
+    assert process.wait(120) == 75
+    psutil.wait_procs([server, *ranks], timeout=30)
+    assert not any(member.is_running() for member in (server, *ranks))

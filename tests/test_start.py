@@ -1,0 +1,88 @@
+"""What a start does not wait for: torch where nothing needs it, the compiler, foreign models."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from swin_moe import catalog, host
+from tests.data.helpers import make_folder, make_shards
+from tests.parallel import MICRO, ROOT, environment, run_worker, training
+from tests.saving import save
+
+WITHOUT_TORCH = """
+import sys
+sys.modules["torch"] = None  # whoever imports it fails
+from swin_moe.cli import entry
+entry()
+"""
+
+
+def run_without_torch(*words):
+    return subprocess.run(
+        [sys.executable, "-c", WITHOUT_TORCH, *map(str, words)],
+        cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory):
+    """A run with a checkpoint, shards, and a folder of images."""
+    root = tmp_path_factory.mktemp("places")
+    save(root / "run/checkpoints", 3, [], config_text="a: 1\n")
+    (root / "shards").mkdir()
+    make_shards(root / "shards", 4)
+    make_folder(root / "images/train", ["ant", "bee"])
+    return root
+
+
+@pytest.mark.parametrize(
+    ("words", "printed"),
+    [
+        ("--help", "COMMAND"),
+        ("models swin_moe_base*", "swin_moe_base_8expert_window12_192_22k"),
+        ("checkpoint list {root}/run", "step-00000003"),
+        ("checkpoint verify {root}/run", "whole"),
+        ("data verify {root}/shards --output {root}/bad.jsonl", "4 samples"),
+        ("data verify {root}/images --output {root}/bad.jsonl", "2 classes"),
+        ("prepare-data {root}/images {root}/out", "data.path="),
+        (f"launch --on local --dry-run {MICRO}", "swin_moe.torchrun"),
+    ],
+)
+def test_commands_that_need_no_torch_do_not_import_it(places, words, printed):
+    done = run_without_torch(*words.format(root=places).split())
+    assert done.returncode == 0, done.stderr
+    assert printed in done.stdout
+    assert done.stderr == ""
+
+
+def test_training_imports_no_compiler_and_no_foreign_models(tmp_path):
+    words = training(tmp_path / "run", "train.max_steps=1", "parallel.expert_parallel_size=1")
+    (tmp_path / "train.json").write_text(json.dumps(words))
+    run_worker("deferred", tmp_path, 1)
+    assert (tmp_path / "passed").exists()
+
+
+def test_the_table_of_models_is_what_the_models_are():
+    assert json.loads(catalog.COUNTS.read_text()) == catalog.count_all(), (
+        "python -m swin_moe.catalog writes the table again"
+    )
+
+
+@pytest.mark.parametrize(
+    ("visible", "count"),
+    [(None, 4), ("", 0), ("-1", 0), ("0", 1), ("2,3", 2), ("GPU-5,GPU-6,GPU-7", 3)],
+)
+def test_gpus_are_counted_without_torch(tmp_path, monkeypatch, visible, count):
+    program = tmp_path / "nvidia-smi"
+    program.write_text("#!/bin/sh\nfor i in 0 1 2 3; do echo GPU $i: one; done\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert host.count_gpus() == count
+    script = f"source {ROOT}/launch/common.sh; count_gpus"
+    told = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True)
+    assert int(told.stdout) == count
