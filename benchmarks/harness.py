@@ -2,13 +2,15 @@
 
 A shared machine is noisy, so contenders run in turn within one process and a figure is a median.
 Fresh memory and denormals cost CPU programs more than most kernels do; every contender gets the
-tuned allocator of the launchers and flushed denormals alike (`tuned_process`).
+tuned allocator of the launchers and flushed denormals alike (`tuned_process`). On a GPU a figure is
+the time between two CUDA events.
 """
 
 from __future__ import annotations
 
 import argparse
 import ctypes
+import functools
 import gc
 import json
 import os
@@ -35,6 +37,9 @@ ALLOCATOR = {
     "MALLOC_TRIM_THRESHOLD_": "16000000000",
     "MALLOC_TOP_PAD_": "67108864",
 }
+# The GPU waits for so many of its cycles, about 5 ms, while the launches of a call queue up.
+QUEUE_CYCLES = 10_000_000
+_chosen_device = ""  # empty: a GPU where there is one
 
 
 def tuned_process() -> None:
@@ -58,19 +63,40 @@ def arguments(description: str) -> argparse.ArgumentParser:
     return parser
 
 
+def choose_device(name: str) -> None:
+    """Measure on ``cpu`` or ``cuda`` from now on; empty = on a GPU where there is one."""
+    global _chosen_device
+    _chosen_device = name
+
+
 def device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    return _chosen_device or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def synchronize() -> None:
+    """Wait for the GPU, if that is what is measured."""
+    if device() == "cuda":
+        torch.cuda.synchronize()
 
 
 def seconds(run: Callable[[], object]) -> float:
-    """Wall time of one call, the device's work included."""
-    if torch.cuda.is_available():
+    """Time of one call: on a CPU the wall time, on a GPU the time between two events.
+
+    The GPU first waits, so that short kernels do not wait for their launches. A call that reads
+    from the GPU pays for it.
+    """
+    if device() == "cuda":
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize()
-    start = time.perf_counter()
+        torch.cuda._sleep(QUEUE_CYCLES)
+        start.record()
+        run()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3
+    began = time.perf_counter()
     run()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
+    return time.perf_counter() - began
 
 
 def interleaved(
@@ -101,15 +127,16 @@ def cell(
     name: str, dtype: torch.dtype, mode: str, times: dict[str, float], **more: object
 ) -> dict[str, object]:
     """One row of a table of milliseconds; ``speedup`` is the best peer's time over ours."""
-    peers = {peer: round(taken, 3) for peer, taken in times.items() if peer != "ours"}
+    digits = 3 if times["ours"] >= 1 else 5
+    peers = {peer: round(taken, digits) for peer, taken in times.items() if peer != "ours"}
     return {
         "name": name,
         "dtype": str(dtype).removeprefix("torch."),
         "mode": mode,
         "unit": "ms",
-        "ours": round(times["ours"], 3),
+        "ours": round(times["ours"], digits),
         "peers": peers,
-        "speedup": round(min(peers.values()) / times["ours"], 2),
+        "speedup": round(min(peers.values()) / times["ours"], 2) if peers else None,
         **more,
     }
 
@@ -121,12 +148,18 @@ def columns(*more: str) -> list[str]:
 
 def row(cell: dict[str, object], *more: str) -> list[str]:
     """A cell as strings: our figure, the best peer's, the speedup, and further keys."""
-    peers = cell["peers"]
+    peers, ours = cell["peers"], cell["ours"]
     assert isinstance(peers, dict)
-    best = min(peers, key=peers.__getitem__)
     named = [str(cell[key]) for key in ("name", "dtype", "mode")]
-    figures = [f"{cell['ours']:.2f}", f"{peers[best]:.2f}", best, f"{cell['speedup']:.2f}x"]
-    return named + figures + [str(cell[key]) for key in more]
+    if not isinstance(ours, float):
+        return [*named, "failed", "", "", "", *("" for _ in more)]
+    digits = 2 if ours >= 1 else 4
+    figures = [f"{ours:.{digits}f}", "", "", ""]
+    if peers:
+        pick = min if cell["unit"] == "ms" else max
+        best = pick(peers, key=peers.__getitem__)
+        figures[1:] = [f"{peers[best]:.{digits}f}", best, f"{cell['speedup']:.2f}x"]
+    return named + figures + [str(cell.get(key, "")) for key in more]
 
 
 def summary(cells: list[dict[str, object]]) -> None:
@@ -134,16 +167,37 @@ def summary(cells: list[dict[str, object]]) -> None:
     kinds = dict.fromkeys((cell["dtype"], cell["mode"]) for cell in cells)
     for kind in kinds:
         speedups = [
-            float(str(cell["speedup"])) for cell in cells if (cell["dtype"], cell["mode"]) == kind
+            float(str(cell["speedup"]))
+            for cell in cells
+            if (cell["dtype"], cell["mode"]) == kind and cell["speedup"] is not None
         ]
+        if not speedups:
+            continue
         mean = statistics.geometric_mean(speedups)
         print(f"{kind[0]} {kind[1]}: {mean:.2f}x the best peer (lowest {min(speedups):.2f}x)")
 
 
+@functools.cache
+def driver() -> str:
+    """The version of the GPU's driver; empty where nobody tells it."""
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout.strip().splitlines()[0] if done.stdout.strip() else ""
+
+
 def machine() -> dict[str, object]:
     """What the figures were measured on."""
-    if torch.cuda.is_available():
-        return {"device": torch.cuda.get_device_name()}
+    if device() == "cuda":
+        found = torch.cuda.get_device_properties()
+        return {
+            "device": found.name,
+            "capability": f"{found.major}.{found.minor}",
+            "driver": driver(),
+            "memory_gib": round(found.total_memory / 2**30, 1),
+        }
     model = platform.processor() or "CPU"
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -214,4 +268,6 @@ def write_json(path: Path | None, cells: list[dict[str, object]], **more: object
         **more,
         "cells": cells,
     }
-    path.write_text(json.dumps(content, indent=1) + "\n")
+    beside = path.with_name(path.name + ".part")
+    beside.write_text(json.dumps(content, indent=1) + "\n")
+    beside.replace(path)  # who is killed meanwhile leaves the older file

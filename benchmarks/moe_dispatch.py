@@ -8,36 +8,51 @@ only the movement of rows counts. The contenders run in turn in one process; fig
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import argparse
+import math
+from collections.abc import Callable, Iterator
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from benchmarks import harness
-from swin_moe.config import MoEConfig
-from swin_moe.moe.backends.fused import KERNELS
-from swin_moe.moe.plan import RouteContext, RoutingPlan
-from swin_moe.moe.token_choice import route
+from benchmarks import harness, kernels
+from benchmarks.kernels import Job
 from swin_moe.ops import (
+    Route,
+    RouteOptions,
     moe_combine,
     moe_combine_reference,
     moe_dispatch,
     moe_dispatch_reference,
+    moe_route,
 )
 
 SHAPES = [(6272, 384, 8), (18432, 512, 8), (18432, 512, 32)]  # tokens, width, experts
-Contender = Callable[[Tensor, RoutingPlan], Tensor]
+CAPACITY_FACTOR = 1.25
+MODE = "forward+backward"
 
 
-def ours(x: Tensor, plan: RoutingPlan) -> Tensor:
-    rows = moe_dispatch(x, plan.source, plan.destination)
-    return moe_combine(rows, plan.gate, plan.source, plan.destination)
+class Plan(NamedTuple):
+    """Where the tokens go, and the capacity of an expert."""
+
+    route: Route
+    gate: Tensor
+    capacity: int
 
 
-def reference(x: Tensor, plan: RoutingPlan) -> Tensor:
-    rows = moe_dispatch_reference(x, plan.source, plan.destination)
-    return moe_combine_reference(rows, plan.gate, plan.source, plan.destination)
+Contender = Callable[[Tensor, Plan], Tensor]
+
+
+def ours(x: Tensor, plan: Plan) -> Tensor:
+    rows = moe_dispatch(x, plan.route.source, plan.route.destination)
+    return moe_combine(rows, plan.gate, plan.route.source, plan.route.destination)
+
+
+def reference(x: Tensor, plan: Plan) -> Tensor:
+    rows = moe_dispatch_reference(x, plan.route.source, plan.route.destination)
+    return moe_combine_reference(rows, plan.gate, plan.route.source, plan.route.destination)
 
 
 def tutel() -> Contender | None:
@@ -47,13 +62,15 @@ def tutel() -> Contender | None:
     except ImportError:
         return None
 
-    def run(x: Tensor, plan: RoutingPlan) -> Tensor:
+    def run(x: Tensor, plan: Plan) -> Tensor:
+        route = plan.route
+
         def columns(t: Tensor) -> list[Tensor]:
             return [column.contiguous() for column in t.unbind(1)]
 
-        indices, slots = (columns(t.to(torch.int32)) for t in (plan.expert, plan.slot))
-        experts = plan.counts.numel()
-        critical = (experts, indices, slots, columns(plan.gate), plan.capacity, plan.counts)
+        indices, slots = (columns(t.to(torch.int32)) for t in (route.expert, route.slot))
+        experts = route.counts.numel()
+        critical = (experts, indices, slots, columns(plan.gate), plan.capacity, route.counts)
         # As its layer does: rows travel in the dtype of the fp32 gate.
         rows = moe.fast_encode(x.float(), critical).to(x.dtype)
         return moe.fast_decode(rows.float(), critical).to(x.dtype)
@@ -61,39 +78,63 @@ def tutel() -> Contender | None:
     return run
 
 
-def forward_backward(contender: Contender, x: Tensor, plan: RoutingPlan) -> None:
+def forward_backward(contender: Contender, x: Tensor, plan: Plan) -> None:
     leaf = x.detach().requires_grad_()
     plan.gate.grad = None
     contender(leaf, plan).backward(x)
 
 
-def main() -> None:
-    options = harness.arguments(__doc__ or "").parse_args()
-    harness.tuned_process()
-    device = harness.device()
-    contenders = {"reference": reference, "tutel": tutel(), "ours": ours}
-    cells, rows = [], []
-    for tokens, width, experts in SHAPES[:1] if options.quick else SHAPES:
+def make_plan(tokens: int, experts: int, top_k: int) -> Plan:
+    """A routing of random tokens, with the rows of each expert padded to its capacity."""
+    torch.manual_seed(0)
+    logits = torch.randn(tokens, experts, device=harness.device())
+    capacity = math.ceil(CAPACITY_FACTOR * top_k * tokens / experts)
+    how = RouteOptions(top_k, prioritized=True, capacity=capacity, padded=True)
+    route = moe_route(logits, None, None, how)
+    return Plan(route, route.gate.detach().requires_grad_(), capacity)
+
+
+def name_of(tokens: int, width: int, experts: int, top_k: int) -> str:
+    return f"T={tokens} D={width} E={experts} k={top_k}"
+
+
+def measure(
+    shape: tuple[int, int, int], top_k: int, dtype: torch.dtype, options: argparse.Namespace
+) -> dict[str, object]:
+    """The cell of one shape and dtype."""
+    tokens, width, experts = shape
+    plan = make_plan(tokens, experts, top_k)
+    x = torch.randn(tokens, width, device=harness.device(), dtype=dtype)
+    peers = {"reference": reference, "tutel": tutel()}
+    runs = {
+        name: partial(forward_backward, run, x, plan)
+        for name, run in peers.items()
+        if run is not None
+    }
+    mine = partial(forward_backward, ours, x, plan)
+    contenders = kernels.chosen(runs, options.peers, mine)
+    times = kernels.contest(contenders, options.rounds, warmup=3)
+    name = name_of(*shape, top_k)
+    return harness.cell(name, dtype, MODE, times.of, left_out=times.left_out)
+
+
+def jobs(options: argparse.Namespace) -> Iterator[Job]:
+    tokens = options.batch * kernels.TOKENS_OF_AN_IMAGE
+    shapes = [(tokens, 512, 8), (tokens, 512, 32)] if tokens else SHAPES
+    for shape in shapes[:1] if options.quick else shapes:
         for top_k in (1, 2):
-            for dtype in (torch.float32, torch.bfloat16):
-                torch.manual_seed(0)
-                moe = MoEConfig(num_experts=experts, top_k=top_k, gate_noise=0, balance="gshard")
-                logits = torch.randn(tokens, experts, device=device)
-                plan = route(logits, moe, RouteContext(KERNELS, padded=True)).plan
-                assert isinstance(plan, RoutingPlan)
-                plan.gate.requires_grad_()
-                x = torch.randn(tokens, width, device=device, dtype=dtype)
-                runs = {
-                    name: partial(forward_backward, run, x, plan)
-                    for name, run in contenders.items()
-                    if run is not None
-                }
-                times = harness.interleaved(runs, 5 if options.quick else 25, warmup=3)
-                name = f"T={tokens} D={width} E={experts} k={top_k}"
-                cells.append(harness.cell(name, dtype, "forward+backward", times))
-                rows.append(harness.row(cells[-1]))
-    harness.report("dispatch and combine, ms", harness.columns(), rows)
-    harness.write_json(options.json, cells)
+            for dtype in (kernels.DTYPES[name] for name in options.dtypes):
+                make = partial(measure, shape, top_k, dtype, options)
+                yield Job(name_of(*shape, top_k), dtype, MODE, make)
+
+
+def main() -> None:
+    peers, dtypes = ["reference", "tutel"], ["float32", "bfloat16"]
+    options = kernels.arguments(__doc__ or "", peers, 25, dtypes).parse_args()
+    if options.quick:
+        options.rounds = min(options.rounds, 5)
+    kernels.start(options)
+    kernels.run("dispatch and combine, ms", jobs(options), options)
 
 
 if __name__ == "__main__":

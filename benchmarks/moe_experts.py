@@ -3,13 +3,16 @@
 Peers, all on the same packed rows: ``loop``, F.linear and F.gelu expert by expert; ``grouped``,
 with torch's grouped_mm; ``bmm``, on rows padded to those of the largest expert. ``limit`` is the
 time of one dense layer on all rows over ours. With ``--methods`` the peers are the op's own ways
-to multiply, from which it chooses by shape.
+to multiply, from which it chooses by shape. With ``--batch N`` the tokens are those of N images in
+stage 3 at 256 pixels.
 
-    python -m benchmarks.moe_experts [--json PATH] [--quick] [--methods]
+    python -m benchmarks.moe_experts [--json PATH] [--quick] [--methods] [--batch N] [--device cuda]
+        [--peers loop,grouped,bmm] [--dtypes float32,bfloat16] [--rounds N]
 """
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable, Iterator
 from functools import partial
 
@@ -17,7 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks import harness
+from benchmarks import harness, kernels
+from benchmarks.kernels import Job
 from swin_moe.ops import moe_experts
 
 # Rows of an expert on average, width, experts.
@@ -30,6 +34,7 @@ SHAPES = [
     (100, 96, 4),
     (16, 96, 8),
 ]
+MODE = "forward+backward"
 METHODS = {"each": 1, "batched": 2, "grouped": 3}
 METHOD_SHAPES = [
     (rows, width, experts)
@@ -108,38 +113,52 @@ def forward_backward(contender: Contender, rows: Tensor, used: Tensor, weights: 
     contender(rows, used, weights).backward(rows.detach())
 
 
-def cells(quick: bool, methods: bool) -> Iterator[dict[str, object]]:
-    contenders: dict[str, Contender] = {"loop": loop, "grouped": grouped, "bmm": bmm, "ours": ours}
-    if methods:
-        contenders = {name: partial(by_method, method) for name, method in METHODS.items()}
-    shapes = METHOD_SHAPES if methods else SHAPES
-    for mean, width, experts in shapes[-2:] if quick else shapes:
-        for dtype in (torch.float32, torch.bfloat16):
-            inputs = make_inputs(mean, width, experts, dtype, even=methods)
-            extra = {} if methods else {"dense": dense}
-            runs = {
-                name: partial(forward_backward, run, *inputs)
-                for name, run in {**contenders, "ours": ours, **extra}.items()
-            }
-            rounds = 5 if quick or mean * experts > 10000 else 15
-            times = harness.interleaved(runs, rounds)
-            limit = {"limit": round(times.pop("dense") / times["ours"], 2)} if extra else {}
-            name = f"N={mean} D={width} E={experts}"
-            yield harness.cell(name, dtype, "forward+backward", times, **limit)
+def name_of(mean: int, width: int, experts: int) -> str:
+    return f"N={mean} D={width} E={experts}"
+
+
+def measure(
+    shape: tuple[int, int, int], dtype: torch.dtype, options: argparse.Namespace
+) -> dict[str, object]:
+    """The cell of one shape and dtype."""
+    inputs = make_inputs(*shape, dtype, even=options.methods)
+    peers: dict[str, Contender] = {"loop": loop, "grouped": grouped, "bmm": bmm}
+    if options.methods:
+        peers = {name: partial(by_method, method) for name, method in METHODS.items()}
+    wanted = list(peers) if options.methods else [*options.peers, "dense"]
+    runs = {
+        name: partial(forward_backward, run, *inputs)
+        for name, run in {**peers, "dense": dense}.items()
+    }
+    mine = partial(forward_backward, ours, *inputs)
+    long = harness.device() == "cpu" and shape[0] * shape[2] > 10000
+    rounds = min(options.rounds, 5) if long else options.rounds
+    times = kernels.contest(kernels.chosen(runs, wanted, mine), rounds)
+    limit = times.of.pop("dense", None)
+    more = {} if limit is None else {"limit": round(limit / times.of["ours"], 2)}
+    return harness.cell(name_of(*shape), dtype, MODE, times.of, left_out=times.left_out, **more)
+
+
+def jobs(options: argparse.Namespace) -> Iterator[Job]:
+    tokens = options.batch * kernels.TOKENS_OF_AN_IMAGE
+    shapes = METHOD_SHAPES if options.methods else SHAPES
+    if tokens:
+        shapes = [(tokens // 8, 512, 8), (tokens // 32, 512, 32)]
+    for shape in shapes[-2:] if options.quick else shapes:
+        for dtype in (kernels.DTYPES[name] for name in options.dtypes):
+            yield Job(name_of(*shape), dtype, MODE, partial(measure, shape, dtype, options))
 
 
 def main() -> None:
-    parser = harness.arguments(__doc__ or "")
+    peers, dtypes = ["loop", "grouped", "bmm"], ["float32", "bfloat16"]
+    parser = kernels.arguments(__doc__ or "", peers, 15, dtypes)
     parser.add_argument("--methods", action="store_true", help="the op's own ways")
     options = parser.parse_args()
-    harness.tuned_process()
-    found = list(cells(options.quick, options.methods))
+    if options.quick:
+        options.rounds = min(options.rounds, 5)
+    kernels.start(options)
     more = [] if options.methods else ["limit"]
-    harness.report(
-        "experts, ms", harness.columns(*more), [harness.row(cell, *more) for cell in found]
-    )
-    harness.summary(found)
-    harness.write_json(options.json, found)
+    kernels.run("experts, ms", jobs(options), options, *more)
 
 
 if __name__ == "__main__":

@@ -3,24 +3,29 @@
 Each row times forward and backward, from logits to row maps and back to the gradient of the
 logits, with noise, batch-prioritised queues, the load estimate, and normalised gates for k = 2.
 Tutel's part is its ``extract_critical`` of the softmax with GShard's loss: no load estimate and no
-row maps, so it does less. The contenders run in turn in one process; figures are medians.
+row maps, so it does less. The contenders run in turn in one process; figures are medians. With
+``--batch N`` the tokens are those of N images in stage 3 at 256 pixels.
 
-    python -m benchmarks.moe_route [--json PATH] [--quick]
+    python -m benchmarks.moe_route [--json PATH] [--quick] [--batch N] [--device cuda]
+        [--peers reference,tutel] [--rounds N]
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import argparse
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from benchmarks import harness
+from benchmarks import harness, kernels
+from benchmarks.kernels import Job
 from swin_moe.ops import Route, RouteOptions, moe_route, moe_route_reference
 
 SHAPES = [(6272, 8), (6272, 32), (18432, 8), (18432, 32)]  # tokens, experts
 CAPACITY_FACTOR = 1.25
+MODE = "forward+backward"
 Contender = Callable[[Tensor, Tensor, RouteOptions], Tensor]
 
 
@@ -65,35 +70,53 @@ def forward_backward(
     contender(logits.detach().requires_grad_(), noise, options).backward()
 
 
-def main() -> None:
-    arguments = harness.arguments(__doc__ or "").parse_args()
-    harness.tuned_process()
+def name_of(tokens: int, experts: int, top_k: int) -> str:
+    return f"T={tokens} E={experts} k={top_k}"
+
+
+def measure(
+    tokens: int, experts: int, top_k: int, options: argparse.Namespace
+) -> dict[str, object]:
+    """The cell of one shape."""
     device = harness.device()
-    contenders = {"reference": reference, "tutel": tutel(), "ours": ours}
-    cells, rows = [], []
-    for tokens, experts in SHAPES[:1] if arguments.quick else SHAPES:
+    torch.manual_seed(0)
+    logits = torch.randn(tokens, experts, device=device)
+    noise = torch.randn(tokens, experts, device=device) / experts
+    how = RouteOptions(
+        top_k,
+        normalize=top_k > 1,
+        prioritized=True,
+        capacity=int(CAPACITY_FACTOR * top_k * tokens / experts),
+        load_sigma=1.0 / experts,
+    )
+    peers = {"reference": reference, "tutel": tutel()}
+    runs = {
+        name: partial(forward_backward, run, logits, noise, how)
+        for name, run in peers.items()
+        if run is not None
+    }
+    mine = partial(forward_backward, ours, logits, noise, how)
+    contenders = kernels.chosen(runs, options.peers, mine)
+    times = kernels.contest(contenders, options.rounds, warmup=3)
+    name = name_of(tokens, experts, top_k)
+    return harness.cell(name, torch.float32, MODE, times.of, left_out=times.left_out)
+
+
+def jobs(options: argparse.Namespace) -> Iterator[Job]:
+    tokens = options.batch * kernels.TOKENS_OF_AN_IMAGE
+    shapes = [(tokens, 8), (tokens, 32)] if tokens else SHAPES
+    for shape in shapes[:1] if options.quick else shapes:
         for top_k in (1, 2):
-            torch.manual_seed(0)
-            logits = torch.randn(tokens, experts, device=device)
-            noise = torch.randn(tokens, experts, device=device) / experts
-            options = RouteOptions(
-                top_k,
-                normalize=top_k > 1,
-                prioritized=True,
-                capacity=int(CAPACITY_FACTOR * top_k * tokens / experts),
-                load_sigma=1.0 / experts,
-            )
-            runs = {
-                name: partial(forward_backward, run, logits, noise, options)
-                for name, run in contenders.items()
-                if run is not None
-            }
-            times = harness.interleaved(runs, 5 if arguments.quick else 25, warmup=3)
-            name = f"T={tokens} E={experts} k={top_k}"
-            cells.append(harness.cell(name, torch.float32, "forward+backward", times))
-            rows.append(harness.row(cells[-1]))
-    harness.report("routing, ms", harness.columns(), rows)
-    harness.write_json(arguments.json, cells)
+            make = partial(measure, *shape, top_k, options)
+            yield Job(name_of(*shape, top_k), torch.float32, MODE, make)
+
+
+def main() -> None:
+    options = kernels.arguments(__doc__ or "", ["reference", "tutel"], 25).parse_args()
+    if options.quick:
+        options.rounds = min(options.rounds, 5)
+    kernels.start(options)
+    kernels.run("routing, ms", jobs(options), options)
 
 
 if __name__ == "__main__":

@@ -5,23 +5,29 @@ room. Contenders run in turn in one process under one allocator, with denormals 
 medians in milliseconds. The floor is the larger of two: FLOPs over the measured rate of a matrix
 product, and bytes (q, k, v and output, their gradients) over the measured rate of a copy.
 
-    python -m benchmarks.window_attention [--json PATH] [--quick] [--rounds N]
+    python -m benchmarks.window_attention [--json PATH] [--quick] [--rounds N] [--batch N]
+        [--device cuda] [--peers timm,sdpa,"timm compiled","sdpa compiled","flex compiled"]
+        [--dtypes bfloat16,float32] [--windows 8,16] [--stages 1,2,3,4]
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import argparse
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from benchmarks import attention_peers, harness
+from benchmarks import attention_peers, harness, kernels
 from benchmarks.attention_peers import Inputs
+from benchmarks.kernels import Ceilings, Job
 from swin_moe import ops
 from swin_moe.ops.window_reference import Windows
 
 BATCH, HEAD_DIM, SIDE = 8, 32, 64
+PEERS = ["timm", "timm compiled", "sdpa", "sdpa compiled", "flex compiled"]
+TOLERANCE = 0.1  # of the norm in half precision: peers round logits of up to 26 to 8 bits
 Contender = Callable[[Inputs], Tensor]
 
 
@@ -35,13 +41,14 @@ def ours(inputs: Inputs) -> Tensor:
     )
 
 
-def make_inputs(stage: int, window: int, dtype: torch.dtype, device: str) -> Inputs:
-    """Random tensors of a stage; logits as at the start of training."""
+def make_inputs(stage: int, window: int, dtype: torch.dtype, batch: int) -> Inputs:
+    """Random tensors of a stage, the first of which is 0; logits as at the start of training."""
+    device = harness.device()
     side, heads = SIDE >> stage, 3 << stage
     window = min(window, side)
     shift = window // 2 if side > window else 0
     torch.manual_seed(0)
-    qkv = torch.randn(BATCH, side, side, 3, heads, HEAD_DIM, device=device).to(dtype)
+    qkv = torch.randn(batch, side, side, 3, heads, HEAD_DIM, device=device).to(dtype)
     bias = 16 * torch.rand(heads, window**2, window**2, device=device)
     scale = torch.full((heads, 1, 1), 2.3026, device=device)
     windows = Windows((window, window), (shift, shift))
@@ -49,18 +56,18 @@ def make_inputs(stage: int, window: int, dtype: torch.dtype, device: str) -> Inp
     return Inputs(qkv, bias, scale, mask, window, shift)
 
 
-def contenders(backward: bool) -> dict[str, Contender]:
-    """Everyone, compiled anew: dynamo would otherwise turn to dynamic shapes."""
-    torch._dynamo.reset()
+def contenders(backward: bool, wanted: list[str]) -> dict[str, Contender]:
+    """The peers that are wanted, compiled anew: dynamo would otherwise turn to dynamic shapes."""
     found: dict[str, Contender] = {
         "timm": attention_peers.timm_attention,
-        "timm compiled": torch.compile(attention_peers.timm_attention),
         "sdpa": attention_peers.sdpa_attention,
-        "sdpa compiled": torch.compile(attention_peers.sdpa_attention),
     }
-    if torch.cuda.is_available() or not backward:  # flex_attention has no backward on a CPU
-        found["flex compiled"] = attention_peers.flex_attention
-    return found
+    if any("compiled" in name for name in wanted):
+        torch._dynamo.reset()
+        found |= {f"{name} compiled": torch.compile(peer) for name, peer in found.items()}
+        if harness.device() == "cuda" or not backward:  # flex_attention has no backward on a CPU
+            found["flex compiled"] = attention_peers.flex_attention
+    return {name: found[name] for name in PEERS if name in found and name in wanted}
 
 
 def forward(contender: Contender, inputs: Inputs) -> Tensor:
@@ -73,44 +80,38 @@ def forward_backward(contender: Contender, inputs: Inputs, grad: Tensor) -> tupl
     return torch.autograd.grad(contender(inputs), leaves, grad)
 
 
-def runs(inputs: Inputs, backward: bool) -> dict[str, Callable[[], object]]:
-    """The contenders that compute the right output, ready to be timed."""
+def runs(
+    inputs: Inputs, backward: bool, wanted: list[str]
+) -> tuple[dict[str, Callable[[], object]], dict[str, str]]:
+    """The contenders that compute the right output, ready to be timed, and why others are not."""
     expected = forward(ours, inputs).float()
     if backward:
         for leaf in (inputs.qkv, inputs.bias, inputs.scale):
             leaf.requires_grad_()
     grad = torch.randn_like(expected).to(inputs.qkv.dtype)
-    tolerance = 1e-3 if inputs.qkv.dtype == torch.float32 else 0.5  # bf16 softmax errs by 0.2
+    tolerance = 1e-3 if inputs.qkv.dtype == torch.float32 else TOLERANCE
     result: dict[str, Callable[[], object]] = {}
-    for name, contender in (contenders(backward) | {"ours": ours}).items():
+    left_out: dict[str, str] = {}
+    for name, contender in (contenders(backward, wanted) | {"ours": ours}).items():
         try:
-            error = (forward(contender, inputs).float() - expected).abs().max().item()
+            difference = forward(contender, inputs).float() - expected
+            error = (difference.norm() / expected.norm()).item()
         except Exception as problem:
-            print(f"  {name} does not run here: {str(problem).strip().splitlines()[0][:100]}")
+            left_out[name] = kernels.first_line(problem)
+            print(f"  {name} does not run here: {left_out[name]}", flush=True)
+            kernels.release()
             continue
-        if error > tolerance:
-            print(f"  {name} is wrong by {error:.3f} and is left out")
+        if not error <= tolerance:
+            left_out[name] = f"differs from ours by {error:.2g} of the output"
+            print(f"  {name} {left_out[name]} ({error})", flush=True)
         elif backward:
             result[name] = partial(forward_backward, contender, inputs, grad)
         else:
             result[name] = partial(forward, contender, inputs)
-    return result
-
-
-def rates(dtype: torch.dtype, device: str) -> tuple[float, float]:
-    """FLOP/s of a large matrix product into a kept buffer, bytes/s of a copy of 256 MB."""
-    a, b = (torch.randn(2048, 2048, device=device).to(dtype) for _ in range(2))
-    product = torch.empty_like(a)
-    source = torch.zeros(64 << 20, device=device)
-    target = torch.zeros_like(source)
-    times = harness.interleaved(
-        {
-            "product": lambda: torch.mm(a, b, out=product),
-            "copy": lambda: target.copy_(source),
-        },
-        rounds=9,
-    )
-    return 2 * 2048**3 / times["product"] * 1e3, 2 * 4 * source.numel() / times["copy"] * 1e3
+    wrong = [name for name, why in left_out.items() if why.startswith("differs")]
+    if "ours" in wrong or (wrong and len(result) == 1):
+        raise RuntimeError(f"our output is not finite, or nobody else's: {left_out}")
+    return result, left_out
 
 
 def floor(inputs: Inputs, backward: bool, flops_rate: float, bytes_rate: float) -> float:
@@ -124,38 +125,67 @@ def floor(inputs: Inputs, backward: bool, flops_rate: float, bytes_rate: float) 
     return 1e3 * max(flops / flops_rate, moved / bytes_rate)
 
 
-def main() -> None:
-    parser = harness.arguments(__doc__ or "")
-    parser.add_argument("--rounds", type=int, default=9)
-    options = parser.parse_args()
-    harness.tuned_process()
-    device = harness.device()
-    dtypes = [torch.bfloat16] if options.quick else [torch.bfloat16, torch.float32]
-    stages = [0, 2] if options.quick else [0, 1, 2, 3]
-    cells, rows = [], []
-    for dtype in dtypes:
-        measured = rates(dtype, device)
+def measure(
+    stage: int,
+    window: int,
+    dtype: torch.dtype,
+    backward: bool,
+    options: argparse.Namespace,
+    best: Ceilings,
+) -> dict[str, object]:
+    """The cell of one stage, window, dtype and direction."""
+    inputs = make_inputs(stage - 1, window, dtype, options.batch or BATCH)
+    able, wrong = runs(inputs, backward, options.peers)
+    times = kernels.contest(able, options.rounds)
+    least = floor(inputs, backward, *best)
+    return harness.cell(
+        name_of(stage, window),
+        dtype,
+        mode_of(backward),
+        times.of,
+        floor=round(least, 3),
+        share_of_floor=round(least / times.of["ours"], 2),
+        left_out={**wrong, **times.left_out},
+    )
+
+
+def name_of(stage: int, window: int) -> str:
+    return f"window {window} stage {stage}"
+
+
+def mode_of(backward: bool) -> str:
+    return "forward+backward" if backward else "forward"
+
+
+def jobs(options: argparse.Namespace, best: dict[str, Ceilings]) -> Iterator[Job]:
+    for name in options.dtypes:
+        dtype = kernels.DTYPES[name]
         for backward in (False, True):
-            for window in (8, 16):
-                for stage in stages:
-                    inputs = make_inputs(stage, window, dtype, device)
-                    times = harness.interleaved(runs(inputs, backward), options.rounds)
-                    least = floor(inputs, backward, *measured)
-                    mode = "forward+backward" if backward else "forward"
-                    cell = harness.cell(
-                        f"window {window} stage {stage + 1}",
-                        dtype,
-                        mode,
-                        times,
-                        floor=round(least, 3),
-                        share_of_floor=round(least / times["ours"], 2),
-                    )
-                    cells.append(cell)
-                    rows.append(harness.row(cell, "floor", "share_of_floor"))
-                    print("  ".join(rows[-1]), flush=True)
-    harness.report("window attention, ms", harness.columns("floor", "share"), rows)
-    harness.summary(cells)
-    harness.write_json(options.json, cells)
+            for window in map(int, options.windows):
+                for stage in map(int, options.stages):
+                    make = partial(measure, stage, window, dtype, backward, options, best[name])
+                    yield Job(name_of(stage, window), dtype, mode_of(backward), make)
+
+
+def main() -> None:
+    parser = kernels.arguments(__doc__ or "", PEERS, 9, ["bfloat16", "float32"])
+    split = partial(str.split, sep=",")
+    parser.add_argument("--windows", type=split, default=["8", "16"])
+    parser.add_argument("--stages", type=split, default=["1", "2", "3", "4"])
+    options = parser.parse_args()
+    if options.quick:
+        options.dtypes, options.stages = options.dtypes[:1], options.stages[::2]
+    kernels.start(options)
+    best = {name: kernels.ceilings(kernels.DTYPES[name], options.quick) for name in options.dtypes}
+    kernels.run(
+        "window attention, ms",
+        jobs(options, best),
+        options,
+        "floor",
+        "share_of_floor",
+        batch=options.batch or BATCH,
+        ceilings={name: rate.as_json() for name, rate in best.items()},
+    )
 
 
 if __name__ == "__main__":

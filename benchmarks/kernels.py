@@ -1,0 +1,184 @@
+"""What the benchmarks of the compiled ops share: options, contests, and cells that may fail.
+
+A peer that does not run is left out and named. A cell in which our op does not run is a failed
+cell: the others are still measured, and the program ends with exit code 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from typing import NamedTuple
+
+import torch
+
+from benchmarks import harness
+from swin_moe import ops
+
+Runs = dict[str, Callable[[], object]]
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+TOKENS_OF_AN_IMAGE = 256  # in stage 3 of a model for 256 pixels, where most of the blocks are
+
+
+class Job(NamedTuple):
+    """One cell to be measured: what it is called, and the function that makes it."""
+
+    name: str
+    dtype: torch.dtype
+    mode: str
+    measure: Callable[[], dict[str, object]]
+    unit: str = "ms"
+
+
+class Times(NamedTuple):
+    """Median milliseconds of those that ran, and why others did not."""
+
+    of: dict[str, float]
+    left_out: dict[str, str]
+
+
+def arguments(
+    description: str, peers: Sequence[str], rounds: int, dtypes: Sequence[str] = ()
+) -> argparse.ArgumentParser:
+    """The options of an op's benchmark: device, batch, peers, rounds, and dtypes if it has some."""
+    split = partial(str.split, sep=",")
+    parser = harness.arguments(description)
+    parser.add_argument("--device", default="", choices=["", "cpu", "cuda"], help="default: a GPU")
+    parser.add_argument("--batch", type=int, default=0, help="images; default: the usual shapes")
+    parser.add_argument("--peers", type=split, default=list(peers), help=",".join(peers))
+    parser.add_argument("--rounds", type=int, default=rounds)
+    if dtypes:
+        parser.add_argument("--dtypes", type=split, default=list(dtypes), help=",".join(DTYPES))
+    return parser
+
+
+def start(options: argparse.Namespace, tuned: bool = True) -> None:
+    """Choose the device, allow its kernels and tune the process, as the options say."""
+    harness.choose_device(options.device)
+    if tuned:
+        harness.tuned_process()
+    if harness.device() == "cuda":
+        ops.allow_unverified()
+
+
+def chosen(peers: Runs, wanted: Sequence[str], ours: Callable[[], object]) -> Runs:
+    """Those of the peers that are wanted, then ours."""
+    return {name: run for name, run in peers.items() if name in wanted} | {"ours": ours}
+
+
+def contest(runs: Runs, rounds: int, warmup: int = 2) -> Times:
+    """Time those that run; the others are left out.
+
+    Raises:
+        Exception: ours does not run.
+    """
+    left_out = {}
+    for name, run in runs.items():
+        try:
+            run()
+            harness.synchronize()
+        except Exception as problem:
+            if name == "ours":
+                raise
+            left_out[name] = first_line(problem)
+            print(f"  {name} does not run here: {left_out[name]}", flush=True)
+            release()
+    able = {name: run for name, run in runs.items() if name not in left_out}
+    return Times(harness.interleaved(able, rounds, warmup), left_out)
+
+
+def first_line(problem: Exception) -> str:
+    """What went wrong, short enough for a table."""
+    lines = str(problem).strip().splitlines()
+    return f"{type(problem).__name__}: {lines[0][:150]}" if lines else type(problem).__name__
+
+
+def release() -> None:
+    """Give back the memory of a contender that failed."""
+    gc.collect()
+    if harness.device() == "cuda":
+        torch.cuda.empty_cache()
+
+
+def measured(jobs: Iterable[Job], options: argparse.Namespace, **facts: object) -> Iterator[dict]:
+    """Each job's cell; the JSON is written after each, so that a program that is killed left some.
+
+    Args:
+        facts: go into the JSON beside the cells.
+    """
+    cells: list[dict[str, object]] = []
+    for job in jobs:
+        try:
+            cell = job.measure()
+        except Exception as problem:
+            cell = _failed(job, first_line(problem))
+            release()
+        cells.append(cell)
+        print("  ".join(harness.row(cell)), cell.get("error", ""), flush=True)
+        harness.write_json(options.json, cells, **facts)
+        yield cell
+
+
+def _failed(job: Job, error: str) -> dict[str, object]:
+    return {
+        "name": job.name,
+        "dtype": str(job.dtype).removeprefix("torch."),
+        "mode": job.mode,
+        "unit": job.unit,
+        "ours": None,
+        "peers": {},
+        "speedup": None,
+        "error": error,
+    }
+
+
+def run(
+    title: str, jobs: Iterable[Job], options: argparse.Namespace, *more: str, **facts: object
+) -> None:
+    """Measure all jobs, print the table with further keys ``more``, write the JSON.
+
+    Raises:
+        SystemExit: with code 1 if a cell failed.
+    """
+    cells = list(measured(jobs, options, **facts))
+    harness.report(title, harness.columns(*more), [harness.row(cell, *more) for cell in cells])
+    harness.summary(cells)
+    failed = [str(cell["name"]) for cell in cells if "error" in cell]
+    if failed:
+        raise SystemExit(f"{len(failed)} of {len(cells)} cells failed: {', '.join(failed)}")
+
+
+class Ceilings(NamedTuple):
+    """What the device reaches at best, measured with torch."""
+
+    flops: float  # FLOP/s of a product of square matrices
+    bytes: float  # bytes/s of a copy, read and written
+
+    def as_json(self) -> dict[str, float]:
+        return {
+            "tflops": round(self.flops / 1e12, 2),
+            "gigabytes_per_second": round(self.bytes / 1e9, 1),
+        }
+
+
+def ceilings(dtype: torch.dtype, quick: bool = False) -> Ceilings:
+    """The rates of a large matrix product into a kept buffer and of a large copy."""
+    device = harness.device()
+    side, floats = (8192, 256 << 20) if device == "cuda" else (2048, 64 << 20)
+    if quick and device == "cpu":
+        side, floats = 512, 4 << 20
+    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+    product = torch.empty_like(a)
+    source = torch.zeros(floats, device=device)
+    target = torch.zeros_like(source)
+    times = harness.interleaved(
+        {
+            "product": lambda: torch.mm(a, b, out=product),
+            "copy": lambda: target.copy_(source),
+        },
+        rounds=9,
+    )
+    copied = 2 * source.numel() * source.element_size()
+    return Ceilings(2 * side**3 / times["product"] * 1e3, copied / times["copy"] * 1e3)
