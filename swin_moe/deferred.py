@@ -33,7 +33,7 @@ PARTS: dict[str, tuple[str, ...]] = {
         "transforms_factory",
     ),
     "timm.layers": ("drop",),
-    "torch._dynamo": (),
+    "torch._dynamo": ("config",),
 }
 _lock = threading.RLock()
 _undisabled: list[Any] = []  # functions that dynamo is to leave alone, once there is one
@@ -85,6 +85,10 @@ _EAGER = {"disable": _disable, "graph_break": _graph_break}
 
 def _run_init(package: ModuleType) -> None:
     with _lock:
+        # As every import does, the parent's first: it may run this one.
+        parent = sys.modules.get(package.__name__.rpartition(".")[0])
+        if type(parent) is _Deferred:
+            _run_init(parent)
         if type(package) is not _Deferred:
             return
         package.__class__ = ModuleType  # type: ignore[assignment]
@@ -143,7 +147,10 @@ def exports(package: str, homes: dict[str, str]) -> Callable[[str], Any]:
     def get(name: str) -> Any:
         if name not in homes:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
-        return getattr(import_module(f"{package}.{homes[name]}"), name)
+        value = getattr(import_module(f"{package}.{homes[name]}"), name)
+        # The import has bound the module, which may have the name of what it defines.
+        setattr(sys.modules[package], name, value)
+        return value
 
     return get
 
