@@ -8,7 +8,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := $(shell find swin_moe/csrc -type f) setup.py
 
-.PHONY: help setup train evaluate test test-faults test-nvme tensorboard check format lock launchers clean
+.PHONY: help setup train evaluate test test-all tensorboard check format lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -44,14 +44,11 @@ train: setup ## train CONFIG on 2 local processes (or one per GPU)
 evaluate: setup ## evaluate the last checkpoint of RUN (default: the run of make train)
 	@$(BIN)/swin-moe evaluate $(or $(RUN),runs/$(basename $(notdir $(CONFIG)))) $(ARGS)
 
-test: setup ## run the test suite
+test: setup ## run the test suite; -m unit (process, cluster, faults) in ARGS for one kind
 	@$(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)
 
-test-faults: setup ## kill a training a hundred times and compare it with an undisturbed one
-	@$(BIN)/python -m pytest -s -m faults tests/faults $(ARGS)
-
-test-nvme: setup ## build DeepSpeed's async_io and train with masters and moments in files
-	@$(BIN)/python -m pytest -m nvme $(ARGS)
+test-all: setup ## run everything: a hundred kills, whole grids, DeepSpeed's async_io (hours)
+	@$(BIN)/python -m pytest -n auto --dist loadfile -m "" $(ARGS)
 
 tensorboard: setup ## show runs/ in the browser of this machine
 	@$(BIN)/tensorboard --host 127.0.0.1 --logdir runs $(ARGS)

@@ -1,18 +1,21 @@
-"""One thread per test process: they run side by side, and more threads would only wait."""
+"""Marks, the fork server of the session, and one thread per test process.
+
+The processes of a session run side by side, so that more threads would only wait.
+"""
 
 from pathlib import Path
 
+import pytest
 import torch
 
-from tests import parallel, server
+from tests import grid, parallel, server
 from tests.golden import MEASURED
 
 torch.set_num_threads(1)
 
-
-def pytest_configure(config):
-    if not hasattr(config, "workerinput"):  # the process that pytest-xdist's workers belong to
-        server.begin(parallel.environment())
+# A test file that starts programs is of the kind "process"; folders of their own are other kinds.
+STARTERS = (parallel.run_worker, parallel.start, parallel.swin_moe, parallel.train)
+FOLDERS = ("cluster", "faults")
 
 
 def pytest_addoption(parser):
@@ -20,8 +23,26 @@ def pytest_addoption(parser):
     parser.addoption("--matrix", type=Path, help="write the table of the equivalence tests here")
 
 
+def pytest_configure(config):
+    if not hasattr(config, "workerinput"):  # the process that pytest-xdist's workers belong to
+        grid.choose_day()
+        server.begin(parallel.environment())
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        folder = item.path.parent.name
+        starts = any(v is s for v in vars(item.module).values() for s in STARTERS)
+        kind = folder if folder in FOLDERS else "process" if starts else "unit"
+        item.add_marker(getattr(pytest.mark, kind))
+
+
 def pytest_terminal_summary(terminalreporter, config):
-    """The parity table; without -n, for the tests' processes keep their figures to themselves."""
+    """The day of the sample, and the parity table.
+
+    The table needs a session without -n, for the tests' processes keep their figures.
+    """
+    terminalreporter.write_line(f"sampled cells: {grid.DAY}={grid.day()} repeats them")
     if not config.getoption("--parity"):
         return
     terminalreporter.write_line(

@@ -1,6 +1,6 @@
 """``kill -9`` of any rank at any moment: the launcher starts anew and nothing committed is lost.
 
-``make test`` kills a few times, ``make test-faults`` a hundred.
+``make test`` kills a few times, ``make test-all`` a hundred.
 """
 
 import json
@@ -90,6 +90,6 @@ def test_a_few_kills_change_nothing(tmp_path, monkeypatch):
     check(tmp_path, monkeypatch, kills=3, steps=60)
 
 
-@pytest.mark.faults
+@pytest.mark.long
 def test_a_hundred_kills_change_nothing(tmp_path, monkeypatch):
     check(tmp_path, monkeypatch, kills=100, steps=1200)

@@ -93,7 +93,7 @@ def test_backends_agree(mode, training):
         results.append(run(make(mode, backend).train(training), images()))
     for name, value in results[0].items():
         # Sums of large terms round by their size, however small the sum is.
-        atol = 2e-5 + 2e-6 * float(value.abs().max())
+        atol = 2e-5 + 2e-6 * float(value.detach().abs().max())
         torch.testing.assert_close(
             value, results[1][name], rtol=0, atol=atol, msg=lambda m, name=name: f"{name}: {m}"
         )

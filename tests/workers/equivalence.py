@@ -91,9 +91,15 @@ def legal_cells(world: int) -> list[Cell]:
     return cells
 
 
-def references() -> list[Cell]:
-    wanted = {cell.reference for world in (1, 2, 4) for cell in legal_cells(world)}
-    return sorted(wanted)
+def edges(cells: list[Cell]) -> list[Cell]:
+    """A cell of each group and ZeRO stage, of other kinds in turn, and all that are special."""
+    special = [c for c in cells if c.sharded or c.offload != "none" or c.recompute == "offload"]
+    usual = [cell for cell in cells if cell not in special]
+    chosen = []
+    for turn, (_, some) in enumerate(itertools.groupby(usual, lambda c: c[:3])):
+        kinds = list(some)
+        chosen.append(kinds[turn * 3 % len(kinds)])  # 3 and 8 kinds have no common factor
+    return chosen + special
 
 
 def batch(step: int, part: int, size: int = MICRO_BATCH) -> tuple[torch.Tensor, torch.Tensor]:
@@ -214,7 +220,8 @@ def train(world, cell: Cell, folder: Path) -> None:
 
 def work(folder: Path) -> None:
     size = ranks.environment_rank()[2]
-    cells = legal_cells(size) + (references() if size == 1 else [])
+    wanted = json.loads((folder / "cells.json").read_text())
+    cells = [cell for cell in map(Cell._make, wanted) if cell.world == size]
     # ZeRO-3 last, for it puts a linear function of its own in place of PyTorch's, for good.
     cells.sort(key=lambda cell: (cell.stage == 3, cell.expert_parallel))
     for (_, n), some in itertools.groupby(cells, lambda c: (c.stage == 3, c.expert_parallel)):
