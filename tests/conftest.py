@@ -26,7 +26,7 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     if not hasattr(config, "workerinput"):  # the process that pytest-xdist's workers belong to
         grid.choose_day()
-        server.begin(parallel.environment())
+        server.begin()
 
 
 def pytest_collection_modifyitems(items):
