@@ -66,11 +66,16 @@ class _Later(Loader):
             module.__dict__.update(_EAGER)
 
 
-def _disable(function: Callable[..., Any], *_args: Any, **_kwargs: Any) -> Callable[..., Any]:
+def _disable(function: Any = None, recursive: bool = True, **options: Any) -> Any:
     """``torch._dynamo.disable`` while nothing is compiled: there is nothing to disable.
 
-    torch keeps the result at the function (``torch/_compile.py``), until dynamo is imported.
+    torch itself asks at each call of its functions, and keeps the answer at the function
+    (``torch/_compile.py``) until dynamo is imported. Whoever else asks keeps it for good.
     """
+    if options != {"wrapping": False}:
+        dynamo = sys.modules["torch._dynamo"]
+        _run_init(dynamo)
+        return dynamo.disable(function, recursive, **options)
     _undisabled.append(function)
     return function
 
