@@ -1,0 +1,6 @@
+"""What ``benchmarks/gpu_first_contact.sh`` runs, one process a step.
+
+``record`` keeps the one JSON and needs nothing installed; ``facts``, ``library``, ``verify``,
+``engine`` and ``sanitizer`` are steps; ``calls`` and ``large`` call the ops for them. Steps that
+measure are the benchmarks beside this folder.
+"""

@@ -1,0 +1,210 @@
+"""The one JSON of a first contact: which steps passed, what they found, what may be trusted.
+
+Written after each step, so that whatever ends the script leaves what there is, and read at the next
+start, so that a step that passed is not run again. Needs nothing but Python.
+
+    python -m benchmarks.first_contact.record passed|add|finish --out FILE ...
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import json
+from pathlib import Path
+from typing import Any
+
+NOT_RUN = 77  # a step's exit code that says: something is missing here, see the last line
+TIMED_OUT = (124, 137)  # of `timeout`
+LIBRARY = Path(__file__).parents[2] / "swin_moe" / "ops" / "_library.py"
+PLAIN = ("versions", "machine", "cells", "ceilings")  # keys of a step's JSON with a place above
+Content = dict[str, Any]
+
+
+def read(path: Path) -> Content:
+    """The content of a file; an empty one where there is none."""
+    if not path.is_file():
+        return {"versions": {}, "machine": {}, "steps": {}, "cells": []}
+    content: Content = json.loads(path.read_text())
+    return content
+
+
+def write(path: Path, content: Content) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(path.name + ".part")
+    beside.write_text(json.dumps(content, indent=1) + "\n")
+    beside.replace(path)
+
+
+def outcome_of(code: int) -> str:
+    """What a step's exit code means."""
+    if code in TIMED_OUT:
+        return "timed out"
+    return {0: "passed", NOT_RUN: "not run"}.get(code, "failed")
+
+
+def passed(content: Content, step: str, key: str) -> bool:
+    """Whether a step passed before, with this card and this library."""
+    known = content["steps"].get(step, {})
+    return known.get("outcome") == "passed" and known.get("key") == key
+
+
+def add(
+    content: Content,
+    step: str,
+    key: str,
+    code: int,
+    seconds: float,
+    reason: str,
+    found: Content,
+) -> str:
+    """Record a step in place of its earlier record. Returns its outcome.
+
+    Args:
+        key: card and library. reason: why it did not pass. found: what the step wrote.
+    """
+    outcome = outcome_of(code)
+    known = content["steps"].get(step, {})
+    if outcome == "not run" and known.get("key") == key and known.get("outcome") != "not run":
+        return outcome  # an attempt says more than none
+    record: Content = {"outcome": outcome, "seconds": round(seconds, 1), "key": key}
+    if outcome != "passed":
+        record["reason"] = f"at its limit; {reason}" if outcome == "timed out" else reason
+    record |= {name: value for name, value in found.items() if name not in PLAIN}
+    content["steps"][step] = record
+    content["versions"] |= found.get("versions", {})
+    content["machine"] |= found.get("machine", {})
+    if "ceilings" in found:
+        content["ceilings"] = content.get("ceilings", {}) | found["ceilings"]
+    others = [cell for cell in content["cells"] if cell.get("step") != step]
+    content["cells"] = others + [{"step": step, **cell} for cell in found.get("cells", [])]
+    return outcome
+
+
+def verified_before(source: str) -> dict[str, set[tuple[int, int]]]:
+    """``VERIFIED`` as the source of ``_library.py`` has it."""
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.AnnAssign) and getattr(node.target, "id", "") == "VERIFIED":
+            assert node.value is not None
+            found: dict[str, set[tuple[int, int]]] = ast.literal_eval(node.value)
+            return found
+    raise ValueError("_library.py has no VERIFIED")
+
+
+def verified_ops(content: Content) -> tuple[list[str], str]:
+    """Ops that all tests of them speak for, and why it is none, if it is none."""
+    if content.get("rehearsal"):
+        return [], "this was a rehearsal on a CPU"
+    # Of another card or another library nothing is known.
+    steps = {n: r for n, r in content["steps"].items() if r["key"] == content.get("key")}
+    if steps.get("sanitizer", {}).get("outcome") == "failed":
+        return [], "the step with compute-sanitizer failed"
+    named = {
+        op
+        for record in steps.values()
+        if record["outcome"] == "passed"
+        for op in record.get("verified", [])
+    }
+    return sorted(named), "" if named else "no op passed all its tests"
+
+
+def verified_line(
+    named: list[str], capability: str, before: dict[str, set[tuple[int, int]]]
+) -> str:
+    """The statement for ``_library.py``, formatted as ruff does."""
+    if not named:
+        return ""
+    major, minor = map(int, capability.split("."))
+    merged = {op: set(known) for op, known in before.items()}
+    for op in named:
+        merged.setdefault(op, set()).add((major, minor))
+    lines = ["VERIFIED: dict[str, set[tuple[int, int]]] = {"]
+    for op in sorted(merged):
+        capabilities = ", ".join(map(str, sorted(merged[op])))
+        lines.append(f'    "{op}": {{{capabilities}}},')
+    return "\n".join([*lines, "}"])
+
+
+def judge(content: Content) -> None:
+    """Say in the content what may be trusted."""
+    named, why = verified_ops(content)
+    capability = content["machine"].get("capability", "")
+    content["verified"] = named
+    content["verified_line"] = ""
+    content["verified_reason"] = why
+    if named and capability:
+        before = verified_before(LIBRARY.read_text())
+        content["verified_line"] = verified_line(named, capability, before)
+
+
+def summary(content: Content) -> str:
+    """The tables for people."""
+    lines = [f"{'step':<24} {'outcome':<10} {'seconds':>7}"]
+    for step, record in content["steps"].items():
+        line = f"{step:<24} {record['outcome']:<10} {record['seconds']:>7.0f}"
+        lines.append(f"{line}  {record.get('reason', '')}".rstrip())
+    if content["cells"]:
+        lines += ["", f"{'cell':<75} {'ours':>9} {'best peer':>9}  which (speedup)"]
+    lines += [_cell_line(cell) for cell in content["cells"]]
+    line = content.get("verified_line")
+    lines += ["", f"VERIFIED in swin_moe/ops/_library.py:\n{line}" if line else ""]
+    if not line:
+        lines[-1] = f"VERIFIED stays as it is: {content.get('verified_reason', '')}"
+    return "\n".join(lines)
+
+
+def _cell_line(cell: Content) -> str:
+    name = f"{cell['step']}: {cell['name']} {cell['dtype']} {cell['mode']}"
+    if cell["ours"] is None:
+        return f"{name:<75} failed: {cell.get('error', '')}"
+    line = f"{name:<75} {cell['ours']:>9.4g}"
+    peers = cell["peers"]
+    if not peers:
+        return f"{line} {'':>9}  {cell['unit']}"
+    best = (min if cell["unit"] == "ms" else max)(peers, key=peers.__getitem__)
+    return f"{line} {peers[best]:>9.4g}  {cell['unit']}, {best} ({cell['speedup']}x)"
+
+
+def last_line(log: Path, offset: int) -> str:
+    """The last line of a log that says something, from a byte on."""
+    if not log.exists():
+        return ""
+    text = log.read_bytes()[offset:].decode(errors="replace")
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return lines[-1][:300] if lines else ""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("what", choices=["passed", "add", "finish"])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--step", default="")
+    parser.add_argument("--key", default="")
+    parser.add_argument("--code", type=int, default=0)
+    parser.add_argument("--seconds", type=float, default=0.0)
+    parser.add_argument("--reason", default="")
+    parser.add_argument("--log", type=Path)
+    parser.add_argument("--offset", type=int, default=0)
+    parser.add_argument("--found", type=Path)
+    parser.add_argument("--rehearsal", action="store_true")
+    options = parser.parse_args()
+    content = read(options.out)
+    if options.what == "passed":
+        raise SystemExit(0 if passed(content, options.step, options.key) else 1)
+    if options.what == "finish":
+        print(summary(content))
+        bad = any(r["outcome"] in ("failed", "timed out") for r in content["steps"].values())
+        raise SystemExit(1 if bad else 0)
+    if content.get("rehearsal", options.rehearsal) != options.rehearsal:
+        content = read(Path())  # toy figures and real ones do not mix
+    content |= {"rehearsal": options.rehearsal, "key": options.key}
+    reason = options.reason or (last_line(options.log, options.offset) if options.log else "")
+    found = read(options.found) if options.found and options.found.exists() else {}
+    outcome = add(content, options.step, options.key, options.code, options.seconds, reason, found)
+    judge(content)
+    write(options.out, content)
+    print(f"    {outcome} in {options.seconds:.0f} s: {reason}")
+
+
+if __name__ == "__main__":
+    main()

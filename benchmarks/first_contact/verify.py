@@ -1,0 +1,117 @@
+"""All that says that the kernels of an op are right on this card: its tests, then large batches.
+
+    python -m benchmarks.first_contact.verify OP [--device cuda] [--batch N]
+
+Fails if no test ran, so that what skips tests cannot pass for success.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import tempfile
+import xml.etree.ElementTree as ET
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from benchmarks.first_contact import large
+from benchmarks.first_contact import options as common
+from swin_moe import ops
+
+FILES = {
+    "window_attention": [
+        "test_window_attention.py", "test_window_attention_values.py",
+        "test_window_attention_api.py",
+    ],
+    "moe_route": ["test_moe_route.py"],
+    "moe_dispatch": ["test_moe_dispatch.py"],
+    "moe_experts": ["test_moe_experts.py"],
+}  # fmt: skip
+SPEAKS_FOR = {"moe_dispatch": ["moe_dispatch", "moe_combine"]}  # else for the op of this name
+# A handful that takes a second, for a rehearsal.
+TOY = {
+    "window_attention": "cpu and (clamp or 2x6x5)",
+    "moe_route": "cpu and (equal_scores or row_maps or finite)",
+    "moe_dispatch": "cpu",
+    "moe_experts": "cpu and (expanded or dropout_drops)",
+}
+NO_GPU = "no GPU"  # how the reason begins for which the CUDA tests are skipped
+
+
+class Count(NamedTuple):
+    passed: int = 0
+    failed: int = 0
+    skipped: int = 0
+    skipped_for_no_gpu: int = 0
+
+    @property
+    def problem(self) -> str:
+        """Why these tests do not speak for an op, or nothing."""
+        if self.failed:
+            return f"{self.failed} tests failed"
+        if self.skipped_for_no_gpu:
+            return f"{self.skipped_for_no_gpu} CUDA tests were skipped: no GPU, or no CUDA kernels"
+        return "" if self.passed else "no test ran"
+
+
+def count(report: str, device: str) -> Count:
+    """The tests of a device in a JUnit report: those whose parameters name it."""
+    passed = failed = skipped = no_gpu = 0
+    for case in ET.fromstring(report).iter("testcase"):
+        if case.find("failure") is not None or case.find("error") is not None:
+            failed += 1  # whatever it names: a file that does not import has no parameters
+        elif not re.search(rf"\b{device}\b", case.get("name", "")):
+            continue
+        elif (skip := case.find("skipped")) is not None:
+            skipped += 1
+            no_gpu += skip.get("message", "").startswith(NO_GPU)
+        else:
+            passed += 1
+    return Count(passed, failed, skipped, no_gpu)
+
+
+def run_tests(op: str, device: str, toy: bool) -> Count:
+    """Run the tests of an op on a device, in processes of their own."""
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "report.xml"
+        command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--maxfail=30"]
+        command += ["--confcutdir=tests/ops"]  # what other tests set up may need packages
+        command += [f"tests/ops/{name}" for name in FILES[op]]
+        command += ["-k", TOY[op] if toy else device, f"--junitxml={report}", "--tb=short"]
+        code = subprocess.run(command, env=common.environment(), check=False).returncode
+        if not report.exists():
+            raise SystemExit(f"pytest ended with {code} and no report")
+        found = count(report.read_text(), device)
+    if code and not found.failed:
+        return found._replace(failed=1)  # it ended before all tests had run
+    return found
+
+
+def main() -> None:
+    parser = common.arguments(__doc__)
+    parser.add_argument("op", choices=list(FILES))
+    parser.add_argument("--batch", type=int, default=128)
+    options = parser.parse_args()
+    tests = run_tests(options.op, options.device, options.quick)
+    print(tests, flush=True)
+    problem = tests.problem
+    problems: list[str] = []
+    if not problem:
+        if options.device == "cuda":
+            ops.allow_unverified()
+        torch.manual_seed(0)
+        problems = large.CHECKS[options.op](options.device, options.batch)
+        print("\n".join(problems) or f"right and repeatable at batch {options.batch}")
+        if problems:
+            problem = f"at batch {options.batch}: {len(problems)} problems, {problems[0]}"
+    names = [] if problem else SPEAKS_FOR.get(options.op, [options.op])
+    common.write(options, verified=names, tests=tests._asdict(), large=problems)
+    if problem:
+        raise SystemExit(problem)
+
+
+if __name__ == "__main__":
+    main()
