@@ -9,16 +9,18 @@ from __future__ import annotations
 import argparse
 import contextlib
 import gc
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import importlib.util
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
 
 import torch
 
 from benchmarks import harness
+from benchmarks.first_contact.record import NOT_RUN
 from swin_moe import ops
 
-Runs = dict[str, Callable[[], object]]
+Runs = Mapping[str, Callable[[], object]]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 TOKENS_OF_AN_IMAGE = 256  # in stage 3 of a model for 256 pixels, where most of the blocks are
 
@@ -64,9 +66,18 @@ def start(options: argparse.Namespace, tuned: bool = True) -> None:
         ops.allow_unverified()
 
 
+def need(*packages: str) -> None:
+    """End the program as one that cannot run here, if one of the packages is not installed."""
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
+    if missing:
+        print(f"not installed: {', '.join(missing)}; carry the wheels (gpu_wheels.sh)", flush=True)
+        raise SystemExit(NOT_RUN)
+
+
 def chosen(peers: Runs, wanted: Sequence[str], ours: Callable[[], object]) -> Runs:
     """Those of the peers that are wanted, then ours."""
-    return {name: run for name, run in peers.items() if name in wanted} | {"ours": ours}
+    found = {name: run for name, run in peers.items() if name in wanted}
+    return {**found, "ours": ours}
 
 
 def contest(runs: Runs, rounds: int, warmup: int = 2) -> Times:

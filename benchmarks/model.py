@@ -215,6 +215,7 @@ def main() -> None:
     parser.add_argument("--eager", action="store_true", help="leave compiled models out")
     parser.add_argument("--as-shipped", action="store_true", help="no tuned allocator, no flushing")
     options = parser.parse_args()
+    kernels.need("pydantic", "fairscale")
     options.batch = options.batch or BATCH
     if options.quick:
         options.windows, options.dtypes = options.windows[:1], options.dtypes[:1]

@@ -94,7 +94,8 @@ def make_plan(tokens: int, experts: int, top_k: int) -> Plan:
     return Plan(route, route.gate.detach().requires_grad_(), capacity)
 
 
-def name_of(tokens: int, width: int, experts: int, top_k: int) -> str:
+def name_of(shape: tuple[int, int, int], top_k: int) -> str:
+    tokens, width, experts = shape
     return f"T={tokens} D={width} E={experts} k={top_k}"
 
 
@@ -114,7 +115,7 @@ def measure(
     mine = partial(forward_backward, ours, x, plan)
     contenders = kernels.chosen(runs, options.peers, mine)
     times = kernels.contest(contenders, options.rounds, warmup=3)
-    name = name_of(*shape, top_k)
+    name = name_of(shape, top_k)
     return harness.cell(name, dtype, MODE, times.of, left_out=times.left_out)
 
 
@@ -125,7 +126,7 @@ def jobs(options: argparse.Namespace) -> Iterator[Job]:
         for top_k in (1, 2):
             for dtype in (kernels.DTYPES[name] for name in options.dtypes):
                 make = partial(measure, shape, top_k, dtype, options)
-                yield Job(name_of(*shape, top_k), dtype, MODE, make)
+                yield Job(name_of(shape, top_k), dtype, MODE, make)
 
 
 def main() -> None:

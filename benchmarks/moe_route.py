@@ -105,10 +105,10 @@ def measure(
 def jobs(options: argparse.Namespace) -> Iterator[Job]:
     tokens = options.batch * kernels.TOKENS_OF_AN_IMAGE
     shapes = [(tokens, 8), (tokens, 32)] if tokens else SHAPES
-    for shape in shapes[:1] if options.quick else shapes:
+    for count, experts in shapes[:1] if options.quick else shapes:
         for top_k in (1, 2):
-            make = partial(measure, *shape, top_k, options)
-            yield Job(name_of(*shape, top_k), torch.float32, MODE, make)
+            make = partial(measure, count, experts, top_k, options)
+            yield Job(name_of(count, experts, top_k), torch.float32, MODE, make)
 
 
 def main() -> None:

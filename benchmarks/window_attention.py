@@ -143,7 +143,7 @@ def measure(
         dtype,
         mode_of(backward),
         times.of,
-        floor=round(least, 3),
+        floor=round(least, 5),
         share_of_floor=round(least / times.of["ours"], 2),
         left_out={**wrong, **times.left_out},
     )

@@ -8,14 +8,13 @@ follow, for the ratio. Not run where DeepSpeed or pydantic is missing.
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import statistics
 
 import torch
 import torch.nn.functional as F
 
-from benchmarks import harness
+from benchmarks import harness, kernels
 from benchmarks.first_contact import options as common
 from swin_moe import ops
 
@@ -92,9 +91,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--updates", type=int, default=100)
     options = parser.parse_args()
-    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
-    if missing:
-        common.not_run(f"{', '.join(missing)} not installed: carry the wheels (gpu_wheels.sh)")
+    kernels.need(*NEEDED)
     harness.choose_device(options.device)
     if options.device == "cuda":
         ops.allow_unverified()

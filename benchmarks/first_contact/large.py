@@ -14,7 +14,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from benchmarks.first_contact.calls import gradients, relative_error
+from benchmarks.first_contact.calls import Function, gradients, relative_error
 from swin_moe import ops
 from swin_moe.ops import RouteOptions
 from tests.ops import route_cases
@@ -123,7 +123,7 @@ def moe_dispatch(device: str, batch: int) -> Problems:
         for dtype in (torch.bfloat16, torch.float32):
             x = torch.randn(batch * TOKENS, width, device=device).to(dtype)
             y = torch.randn(len(route.source), width, device=device).to(dtype)
-            pairs = {
+            pairs: dict[str, tuple[Function, Function, list[Tensor]]] = {
                 "dispatch": (ops.moe_dispatch, ops.moe_dispatch_reference, [x]),
                 "combine": (ops.moe_combine, ops.moe_combine_reference, [y, route.gate]),
             }

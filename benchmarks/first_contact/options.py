@@ -28,7 +28,7 @@ def write(options: argparse.Namespace, **found: object) -> None:
 def not_run(why: str) -> NoReturn:
     """End a step that lacks something here."""
     print(why, flush=True)
-    os._exit(record.NOT_RUN)  # at once: torch may be half set up
+    raise SystemExit(record.NOT_RUN)
 
 
 def environment() -> dict[str, str]:

@@ -146,10 +146,10 @@ def summary(content: Content) -> str:
     if content["cells"]:
         lines += ["", f"{'cell':<75} {'ours':>9} {'best peer':>9}  which (speedup)"]
     lines += [_cell_line(cell) for cell in content["cells"]]
-    line = content.get("verified_line")
-    lines += ["", f"VERIFIED in swin_moe/ops/_library.py:\n{line}" if line else ""]
-    if not line:
-        lines[-1] = f"VERIFIED stays as it is: {content.get('verified_reason', '')}"
+    if content.get("verified_line"):
+        lines += ["", "VERIFIED in swin_moe/ops/_library.py:", content["verified_line"]]
+    else:
+        lines += ["", f"VERIFIED stays as it is: {content.get('verified_reason', '')}"]
     return "\n".join(lines)
 
 
