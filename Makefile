@@ -57,7 +57,7 @@ check: setup ## format, lint and types, as CI does
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
-	@$(BIN)/shellcheck launch/*.sh launch/slurm.sbatch .ci/run
+	@$(BIN)/shellcheck launch/*.sh launch/slurm.sbatch benchmarks/*.sh .ci/run
 
 format: setup ## format and mend what ruff can mend
 	@$(BIN)/ruff format .

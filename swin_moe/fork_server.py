@@ -284,6 +284,8 @@ class Child:
                 more = self._connection.recv(64)
             except (BlockingIOError, TimeoutError):
                 return None
+            except ConnectionResetError:
+                more = b""
             if not more:
                 self._lost()
                 return None

@@ -26,7 +26,8 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     if not hasattr(config, "workerinput"):  # the process that pytest-xdist's workers belong to
         grid.choose_day()
-        server.begin()
+        forks = server.begin(parallel.environment())
+        config.add_cleanup(lambda: server.end(forks))
 
 
 def pytest_collection_modifyitems(items):

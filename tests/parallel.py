@@ -17,6 +17,7 @@ import psutil
 
 from tests import server
 
+PATIENCE = 240.0  # seconds that a wait may take on a busy machine; a hang takes longer
 ROOT = Path(__file__).parent.parent
 MICRO = ROOT / "configs/fashion_mnist/swin_moe_micro.yaml"
 # A model and schedule small enough for a test; the data and the road are the real ones.
@@ -79,7 +80,7 @@ class Running:
             member.kill()
         self.process.wait(60)
 
-    def wait(self, timeout: float = 240) -> int:
+    def wait(self, timeout: float = PATIENCE) -> int:
         """Wait for the end; after ``timeout`` seconds kill all of it and raise."""
         try:
             return self.process.wait(timeout)
@@ -98,11 +99,11 @@ class Running:
         self.errors.seek(0)
         return self.errors.read()
 
-    def finish(self, timeout: float = 240) -> subprocess.CompletedProcess[str]:
+    def finish(self, timeout: float = PATIENCE) -> subprocess.CompletedProcess[str]:
         code = self.wait(timeout)
         return subprocess.CompletedProcess(self.words, code, self.printed(), self.complaints())
 
-    def communicate(self, timeout: float = 240) -> tuple[str, str]:
+    def communicate(self, timeout: float = PATIENCE) -> tuple[str, str]:
         done = self.finish(timeout)
         return done.stdout, done.stderr
 
@@ -127,7 +128,7 @@ def start(
 
 
 def swin_moe(
-    *arguments: str, processes: int = 1, timeout: float = 240, **options
+    *arguments: str, processes: int = 1, timeout: float = PATIENCE, **options
 ) -> subprocess.CompletedProcess[str]:
     """Run the command line and return what it printed."""
     return start("swin_moe", *arguments, processes=processes, **options).finish(timeout)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
-import fcntl
 import os
 import shutil
 import subprocess
@@ -21,42 +19,39 @@ MODULES = (
     "swin_moe.data.show", "sympy", "matplotlib.pyplot", "torch.utils.tensorboard",
 )  # fmt: skip
 _SERVE = (
-    "import os, sys; from pathlib import Path; from swin_moe import fork_server as f; "
-    "lifeline = os.open(sys.argv[2], os.O_RDONLY); "
-    "f.serve(f.listen(Path(sys.argv[1])), lifeline, sys.argv[3:])"
+    "import sys; from pathlib import Path; from swin_moe import fork_server as f; "
+    "f.serve(f.listen(Path(sys.argv[1])), 0, sys.argv[2:])"
 )
 
 
-def begin() -> None:
-    """Make the place of this session's server, which lives at most as long as this process."""
+def begin(env: dict[str, str]) -> subprocess.Popen:
+    """Start the server of this session; it ends with this process at the latest."""
     folder = Path(tempfile.mkdtemp(prefix="swin_moe-tests-"))
     os.environ[SOCKET] = str(folder / "fork")
-    os.mkfifo(folder / "lifeline")
-    os.open(folder / "lifeline", os.O_RDWR)  # closed by the end of this process
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return subprocess.Popen(
+        [sys.executable, "-c", _SERVE, os.environ[SOCKET], *MODULES],
+        stdin=subprocess.PIPE, env=env, start_new_session=True,
+    )  # fmt: skip
 
 
-def _ready(env: dict[str, str]) -> Path:
-    """The socket of the server; whoever needs it first starts it."""
-    path = Path(os.environ[SOCKET])
-    with (path.parent / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not path.exists():
-            words = [sys.executable, "-c", _SERVE, path, path.parent / "lifeline", *MODULES]
-            subprocess.Popen(words, stdin=subprocess.DEVNULL, env=env, start_new_session=True)
-            deadline = time.monotonic() + 120
-            while not path.exists():
-                assert time.monotonic() < deadline, "the fork server of the tests does not start"
-                time.sleep(0.02)
-    return path
+def end(server: subprocess.Popen) -> None:
+    """Kill the server and wait for it, so that ``time make test`` counts what it did."""
+    server.kill()
+    server.wait()
+    shutil.rmtree(Path(os.environ[SOCKET]).parent, ignore_errors=True)
 
 
 def child(
     words: list[str], env: dict[str, str], folder: Path, output: IO, errors: IO
 ) -> fork_server.Child:
     """Fork ``python -m words``."""
+    path = Path(os.environ[SOCKET])
+    deadline = time.monotonic() + 240
+    while not path.exists():
+        assert time.monotonic() < deadline, "the fork server of the tests does not start"
+        time.sleep(0.02)
     with open(os.devnull) as nothing:
         return fork_server.Child(
-            _ready(env), words[0], words[1:], environment=env, folder=folder,
+            path, words[0], words[1:], environment=env, folder=folder,
             stdin=nothing, stdout=output, stderr=errors,
         )  # fmt: skip

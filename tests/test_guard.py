@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from swin_moe.guard import Guard, SpikeDetector, StopSignal
-from tests.parallel import ROOT, environment
+from tests.parallel import PATIENCE, ROOT, environment
 from tests.saving import ALONE
 
 
@@ -74,7 +74,7 @@ def test_a_hang_ends_with_the_stacks_in_the_log(tmp_path, wait):
     log = tmp_path / "rank-3.log"
     done = subprocess.run(
         [sys.executable, "-c", HANG.format(wait=wait, log=str(log))],
-        cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=50, check=False,
+        cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=PATIENCE, check=False,
     )  # fmt: skip
     assert done.returncode == 1
     assert done.stderr.startswith("swin-moe: error: rank 3: nothing went on for 1 s at ")

@@ -15,6 +15,7 @@ from torch.distributed.elastic.rendezvous import RendezvousConnectionError
 
 from swin_moe import launch, nodes
 from swin_moe.config import load_plain
+from tests.parallel import PATIENCE
 
 ROOT = Path(__file__).parent.parent
 NASTY = ["a b.yaml", "train.output=$(touch pwned)", "model.depths=[1, 2]", "x=;`id`'\""]
@@ -23,7 +24,7 @@ NASTY = ["a b.yaml", "train.output=$(touch pwned)", "model.depths=[1, 2]", "x=;`
 def run(script, *arguments, **env):
     return subprocess.run(
         [ROOT / "launch" / script, *arguments],
-        capture_output=True, text=True, check=False, timeout=60,
+        capture_output=True, text=True, check=False, timeout=PATIENCE,
         env={**os.environ, "PYTHON": "py thon", **env},
     )  # fmt: skip
 
@@ -274,7 +275,7 @@ def torchrun(tmp_path, code):
     command = [sys.executable, "-m", "swin_moe.torchrun", "--standalone", "--nproc-per-node", "2"]
     return subprocess.run(
         [*command, script],
-        capture_output=True, text=True, check=False, timeout=120, cwd=ROOT,
+        capture_output=True, text=True, check=False, timeout=PATIENCE, cwd=ROOT,
     )  # fmt: skip
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from swin_moe import catalog, host
 from tests.data.helpers import make_folder, make_shards
-from tests.parallel import MICRO, ROOT, environment, run_worker, training
+from tests.parallel import MICRO, PATIENCE, ROOT, environment, run_worker, training
 from tests.saving import save
 
 WITHOUT_TORCH = """
@@ -22,7 +22,7 @@ entry()
 def run_without_torch(*words):
     return subprocess.run(
         [sys.executable, "-c", WITHOUT_TORCH, *map(str, words)],
-        cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=60, check=False,
+        cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=PATIENCE, check=False,
     )  # fmt: skip
 
 

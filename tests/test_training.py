@@ -12,7 +12,7 @@ import torch
 from swin_moe.checkpoint import list_checkpoints
 from swin_moe.checkpoint.folder import read_manifest
 from swin_moe.metrics import read_metrics
-from tests.parallel import one_error, start, swin_moe, train, training
+from tests.parallel import PATIENCE, one_error, start, swin_moe, train, training
 
 RECIPE = ["precision.dtype=fp32", "zero.stage=2", "log.every_steps=1", "train.max_steps=60",
           "checkpoint.every_steps=20", "checkpoint.keep_last=3"]  # fmt: skip
@@ -105,7 +105,7 @@ def test_kill_and_resume_repeat_the_losses_exactly(undisturbed, tmp_path):
     """Killed with SIGKILL, and the newest checkpoint cut off: the one before it carries on."""
     folder = tmp_path / "killed"
     process = start("swin_moe", *training(folder, *RECIPE, processes=2), processes=2)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + PATIENCE
     while len(list_checkpoints(folder / "checkpoints")) < 2 and time.monotonic() < deadline:
         assert process.poll() is None, "ended before it could be killed"
         time.sleep(0.02)

@@ -8,6 +8,10 @@
 
 #include "types.h"
 
+#ifndef STABLE_TORCH_ERROR_CODE_CHECK  // torch 2.11 has only the header-only macro
+#define STABLE_TORCH_ERROR_CODE_CHECK TORCH_ERROR_CODE_CHECK
+#endif
+
 namespace swin_moe {
 
 using torch::headeronly::ScalarType;

@@ -14,6 +14,7 @@ import torch
 from swin_moe.config import AugmentConfig
 from swin_moe.data.bundle import write_shard
 from swin_moe.data.dataset import collate
+from tests.parallel import PATIENCE
 
 from .helpers import NO_AUGMENT, encode, make_folder, make_shards, open_loader, samples
 
@@ -134,7 +135,7 @@ def test_workers_do_not_delay_the_exit(tmp_path, ending, status):
     make_shards(tmp_path, 40)
     command = [sys.executable, "-c", PROGRAM, str(tmp_path), ending]
     root = Path(__file__).parents[2]
-    done = subprocess.run(command, cwd=root, timeout=50, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=root, timeout=PATIENCE, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (status, "")
 
 

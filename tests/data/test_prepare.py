@@ -16,6 +16,7 @@ from rich.console import Console
 from swin_moe.data import commands, index, prepare
 from swin_moe.data.bundle import write_shard
 from swin_moe.data.source import open_splits
+from tests.parallel import PATIENCE
 
 from .helpers import encode, make_folder, make_shards, open_loader, samples
 
@@ -216,11 +217,11 @@ def test_killed_and_gone_on_with(tmp_path, how, monkeypatch):
         assert program.poll() is None, program.stderr.read()
         time.sleep(0.02)
     program.send_signal(how)
-    told = program.communicate(timeout=60)[1]
+    told = program.communicate(timeout=PATIENCE)[1]
     if how == signal.SIGINT:
         assert "interrupted; the same command goes on" in told
     assert not (output / "train.json").exists()
-    deadline = time.monotonic() + 20  # its processes end with it
+    deadline = time.monotonic() + PATIENCE  # its processes end with it
     while any(str(output).encode() in _command(p) for p in os.listdir("/proc") if p.isdigit()):
         assert time.monotonic() < deadline
         time.sleep(0.05)

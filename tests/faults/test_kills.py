@@ -14,7 +14,7 @@ import torch
 from swin_moe.checkpoint import CheckpointError, Reader, list_checkpoints, verify
 from tests.faults import test_signals
 from tests.faults.test_signals import start, steps_done
-from tests.parallel import ranks, train
+from tests.parallel import PATIENCE, ranks, train
 
 # A save is nearly always under way.
 EVERY = 2
@@ -37,12 +37,12 @@ def kill_at_random(process, folder, kills, generator):
             continue
         kept = committed(folder)
         workers[generator.randrange(2)].kill()
-        psutil.wait_procs(workers, timeout=60)
+        psutil.wait_procs(workers, timeout=PATIENCE)
         now = committed(folder)
         assert now >= kept, "a committed checkpoint is gone"
         before = steps_done(folder)
         lost.append(before - now)
-        restarted = time.monotonic() + 60
+        restarted = time.monotonic() + PATIENCE
         while steps_done(folder) > now + 1 and time.monotonic() < restarted:
             time.sleep(0.01)  # the records of the lost steps go when it resumes
         before = now

@@ -9,7 +9,7 @@ import pytest
 from swin_moe.checkpoint import latest
 from swin_moe.metrics import read_metrics
 from tests import parallel
-from tests.parallel import train
+from tests.parallel import PATIENCE, train
 from tests.test_training import figures
 
 RECIPE = ["precision.dtype=fp32", "zero.stage=2", "log.every_steps=1", "train.max_steps=60",
@@ -33,7 +33,7 @@ def steps_done(folder):
     return max((record["step"] for record in read_metrics(folder)), default=0)
 
 
-def wait_for_step(process, folder, step, patience=120):
+def wait_for_step(process, folder, step, patience=PATIENCE):
     deadline = time.monotonic() + patience
     while steps_done(folder) < step and time.monotonic() < deadline:
         assert process.poll() is None, process.communicate()
@@ -47,7 +47,7 @@ def test_a_signal_saves_and_the_next_start_goes_on_exactly(undisturbed, tmp_path
     wait_for_step(process, folder, 5)
     sent = time.monotonic()
     process.send_signal(number)
-    printed, errors = process.communicate(timeout=100)
+    printed, errors = process.communicate()
     assert time.monotonic() - sent < 30  # what schedulers allow at least
     assert process.returncode == 75, errors
     assert "started again" not in printed
@@ -65,6 +65,6 @@ def test_one_process_without_a_launcher(tmp_path):
     process = start(folder, 1)
     wait_for_step(process, folder, 3)
     process.terminate()
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate()
     assert process.returncode == 75, errors
     assert latest(folder / "checkpoints") is not None
