@@ -5,6 +5,8 @@ PYTHON ?= python3
 CONFIG ?= configs/fashion_mnist/swin_moe_micro.yaml
 ARGS ?=
 VENV := .venv
+# One more than there are cores: tests of launchers and faults mostly wait, and so they come first.
+SIDE_BY_SIDE = -n $$(($$(nproc) + 1)) --dist loadfile --no-loadscope-reorder
 BIN := $(VENV)/bin
 SOURCES := $(shell find swin_moe/csrc -type f) setup.py
 
@@ -45,10 +47,10 @@ evaluate: setup ## evaluate the last checkpoint of RUN (default: the run of make
 	@$(BIN)/swin-moe evaluate $(or $(RUN),runs/$(basename $(notdir $(CONFIG)))) $(ARGS)
 
 test: setup ## run the test suite; -m unit (process, cluster, faults) in ARGS for one kind
-	@$(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)
+	@$(BIN)/python -m pytest $(SIDE_BY_SIDE) $(ARGS)
 
 test-all: setup ## run everything: a hundred kills, whole grids, DeepSpeed's async_io (hours)
-	@$(BIN)/python -m pytest -n auto --dist loadfile -m "" $(ARGS)
+	@$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m "" $(ARGS)
 
 tensorboard: setup ## show runs/ in the browser of this machine
 	@$(BIN)/tensorboard --host 127.0.0.1 --logdir runs $(ARGS)

@@ -122,6 +122,7 @@ def _fork(work: Callable[[int, str], Any], rank: int, folder: str) -> int:
     if child:
         return child
     code = 1
+    torch.set_num_threads(1)  # before autograd's threads, which would race for torch's pool
     try:
         result = work(rank, folder)
         (Path(folder) / f"result-{rank}.json").write_text(json.dumps(result))

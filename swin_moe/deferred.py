@@ -9,13 +9,14 @@ and ``torch.compile`` work as they always do.
 
 from __future__ import annotations
 
+import functools
 import sys
 import threading
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
-from types import ModuleType
+from types import FunctionType, ModuleType
 from typing import Any
 
 # Package, and the submodules that it gives away without its `__init__`. None may have the name of
@@ -69,15 +70,24 @@ class _Later(Loader):
 def _disable(function: Any = None, recursive: bool = True, **options: Any) -> Any:
     """``torch._dynamo.disable`` while nothing is compiled: there is nothing to disable.
 
-    torch itself asks at each call of its functions, and keeps the answer at the function
-    (``torch/_compile.py``) until dynamo is imported. Whoever else asks keeps it for good.
+    torch's own functions ask at each call and keep the answer (``torch/_compile.py``) until dynamo
+    is imported. Other functions are disabled by the first call after that.
     """
-    if options != {"wrapping": False}:
-        dynamo = sys.modules["torch._dynamo"]
+    dynamo = sys.modules["torch._dynamo"]
+    if not isinstance(function, FunctionType):
         _run_init(dynamo)
         return dynamo.disable(function, recursive, **options)
-    _undisabled.append(function)
-    return function
+    if options == {"wrapping": False}:
+        _undisabled.append(function)
+        return function
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if type(dynamo) is _Deferred:
+            return function(*args, **kwargs)
+        return dynamo.disable(function, recursive, **options)(*args, **kwargs)
+
+    return call
 
 
 def _graph_break(message: str = "") -> None:

@@ -40,10 +40,12 @@ _NAME = 15  # characters that Linux keeps of a process's name
 class Server:
     """A fork server as its starter has it; it ends when this is closed, or its starter dies."""
 
-    def __init__(self, path: Path, lifeline: int) -> None:
-        self.path, self._lifeline = path, lifeline
+    def __init__(self, path: Path, pid: int, lifeline: int) -> None:
+        self.path, self._pid, self._lifeline = path, pid, lifeline
 
     def close(self) -> None:
+        os.kill(self._pid, signal.SIGKILL)  # it may still import, for nobody
+        os.waitpid(self._pid, 0)
         os.close(self._lifeline)
         shutil.rmtree(self.path.parent, ignore_errors=True)
 
@@ -55,12 +57,13 @@ def start(modules: Sequence[str]) -> Server:
     lifeline, ours = os.pipe()
     sys.stdout.flush()
     sys.stderr.flush()
-    if os.fork() == 0:
+    pid = os.fork()
+    if pid == 0:
         os.close(ours)
         serve(listener, lifeline, modules)
     os.close(lifeline)
     listener.close()
-    return Server(path, ours)
+    return Server(path, pid, ours)
 
 
 def listen(path: Path) -> socket.socket:
@@ -192,9 +195,12 @@ def _settle(folder: str, name: str) -> None:
         stream.reconfigure(write_through=True)  # type: ignore[union-attr]
     with contextlib.suppress(OSError):
         Path("/proc/self/comm").write_text(name[:_NAME])
-    threads = os.environ.get("OMP_NUM_THREADS", "")
-    if threads.isdecimal() and "torch" in sys.modules:
-        sys.modules["torch"].set_num_threads(max(int(threads), 1))
+    if torch := sys.modules.get("torch"):
+        threads = os.environ.get("OMP_NUM_THREADS", "")
+        # Always, and before autograd's threads: after a fork they would race for torch's pool.
+        torch.set_num_threads(
+            max(int(threads), 1) if threads.isdecimal() else torch.get_num_threads()
+        )
     if "numpy" in sys.modules:
         sys.modules["numpy"].random.seed()
 

@@ -3,9 +3,12 @@
 The processes of a session run side by side, so that more threads would only wait.
 """
 
+import os
 from pathlib import Path
 
 import pytest
+
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch; for all that tests start, too
 import torch
 
 from tests import grid, parallel, server

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import torch
+from torch.utils.checkpoint import checkpoint
 
 HEAVY = ("torch._dynamo.eval_frame", "torch._inductor", "timm.models", "torchvision.ops")
 
@@ -19,6 +20,9 @@ def work(folder: Path) -> None:
     assert cli.main(json.loads((folder / "train.json").read_text())) == 0
     assert loaded() == []
     weight = torch.nn.Parameter(torch.ones(3))
+    block = torch.nn.Linear(3, 3)
+    checkpoint(block, torch.ones(1, 3), use_reentrant=False).sum().backward()
+    assert loaded() == []
     optimizer = torch.optim.AdamW([weight])
     weight.grad = torch.ones(3)
     optimizer.step()
