@@ -143,7 +143,13 @@ class _Loop:
         except (OSError, ValueError):
             connection.close()
             return
-        pid = os.fork()
+        try:
+            pid = os.fork()
+        except OSError:  # no room for another process: who asked hears of it
+            connection.close()
+            for stream in streams:
+                os.close(stream)
+            return
         if pid == 0:
             self.listener.close()
             os.close(self.lifeline)

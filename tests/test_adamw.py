@@ -89,5 +89,6 @@ def test_the_same_updates_again_from_a_copy_of_the_state():
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_at_every_stage_saved_and_loaded(tmp_path, processes):
+    """Twenty seconds on two processes: six cells, each trained in several ways."""
     run_worker("moments", tmp_path, processes)
     assert (tmp_path / "passed").exists()

@@ -32,7 +32,10 @@ WEIGHTS = {"fp32": 1e-5, "bf16": 0.15}
 
 @pytest.fixture(scope="module")
 def results(request, tmp_path_factory):
-    """Every cell that a test asks for, and what it is compared with, trained in three starts."""
+    """Every cell that a test asks for, and what it is compared with, trained in three starts.
+
+    Most of a minute: some fifty trainings of five steps on up to four processes.
+    """
     folder = tmp_path_factory.mktemp("equivalence")
     asked = [
         item.callspec.params["cell"]

@@ -169,6 +169,7 @@ def slurm():
 
 
 def test_two_nodes_are_preempted_and_go_on_from_the_checkpoint(slurm, tmp_path):
+    """Up to a minute: Slurm ends, queues and starts the job again in its own time."""
     config, run = write_config(tmp_path), run_of(tmp_path)
     script = LAUNCH / "slurm.sbatch"
     low = slurm.submit(

@@ -4,6 +4,16 @@ import numpy as np
 import pytest
 import torch
 
+from .helpers import OPENED
+
+
+@pytest.fixture(autouse=True)
+def _loaders_are_closed():
+    """Otherwise the collector waits for their workers, seconds each, in some other test."""
+    yield
+    while OPENED:
+        OPENED.pop().close()
+
 
 @pytest.fixture
 def generator_states():

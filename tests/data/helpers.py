@@ -57,6 +57,9 @@ def data_config(path: Path | str, **values: Any) -> DataConfig:
     return DataConfig(path=str(path), **values)
 
 
+OPENED: list[Loader] = []
+
+
 def open_loader(
     path: Path | str,
     augment: AugmentConfig = NO_AUGMENT,
@@ -68,7 +71,8 @@ def open_loader(
     seed: int = 5,
     **values: Any,
 ) -> Loader:
-    return build_loader(
+    """A loader that the end of the test closes, see ``conftest.py``."""
+    loader = build_loader(
         data_config(path, **values),
         augment,
         image_sides=(16, 16),
@@ -79,3 +83,5 @@ def open_loader(
         world_size=world_size,
         seed=seed,
     )
+    OPENED.append(loader)
+    return loader

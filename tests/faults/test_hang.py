@@ -10,6 +10,7 @@ from tests.parallel import ranks
 
 
 def test_a_stopped_rank_is_found_and_the_run_goes_on(tmp_path, monkeypatch):
+    """A minute: the limit of the hang, and the 30 seconds that torch gives a process to end."""
     limit = 15.0
     monkeypatch.setattr(test_signals, "RECIPE", [
         *test_signals.RECIPE, f"faults.hang_minutes={limit / 60}", "checkpoint.every_steps=5",

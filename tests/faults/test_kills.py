@@ -87,6 +87,7 @@ def check(tmp_path, monkeypatch, kills, steps):
 
 
 def test_a_few_kills_change_nothing(tmp_path, monkeypatch):
+    """Half a minute: a training undisturbed, and the same with three restarts."""
     check(tmp_path, monkeypatch, kills=3, steps=60)
 
 

@@ -53,7 +53,7 @@ def test_compiled_equals_eager(family, backend, shape):
 def test_one_compiled_model_for_all_sizes(family, shape, graphs):
     """A graph each for sizes that patches divide, for others and for clipped windows.
 
-    SwinMLP has one more, for maps that its windows divide.
+    SwinMLP has one more, for maps that its windows divide. The time is the C++ compiler's.
     """
     model = lively(family, **shape)
     counter = CompileCounterWithBackend("eager")
