@@ -65,13 +65,16 @@ whole_number() {
 
 # GPUs of this machine, as the driver counts them, and at most those of CUDA_VISIBLE_DEVICES.
 count_gpus() {
-  local gpus visible=()
+  local gpus visible=() valid=0 entry
   command -v nvidia-smi >/dev/null || { echo 0; return; }
-  gpus=$(nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU' || true)
+  gpus=$(timeout 60 nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU' || true)
   if [[ -n ${CUDA_VISIBLE_DEVICES+set} ]]; then
     IFS=, read -r -a visible <<<"$CUDA_VISIBLE_DEVICES"
-    [[ ${visible[0]:--1} != -1 ]] || visible=()
-    [[ ${#visible[@]} -ge $gpus ]] || gpus=${#visible[@]}
+    for entry in "${visible[@]}"; do # CUDA stops at the first that is none
+      [[ -n $entry && $entry != -1 && $entry != NoDevFiles ]] || break
+      valid=$((valid + 1))
+    done
+    [[ $valid -ge $gpus ]] || gpus=$valid
   fi
   echo "$gpus"
 }

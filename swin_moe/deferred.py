@@ -37,6 +37,7 @@ PARTS: dict[str, tuple[str, ...]] = {
     "torch._dynamo": ("config",),
 }
 _lock = threading.RLock()
+_running: set[str] = set()  # packages whose `__init__` runs now, in the thread that has the lock
 _undisabled: list[Any] = []  # functions that dynamo is to leave alone, once there is one
 
 
@@ -48,7 +49,10 @@ class _Deferred(ModuleType):
             return import_module(f"{self.__name__}.{name}")
         if name == "__file__":  # the import system asks for it
             raise AttributeError(name)
-        _run_init(self)
+        with _lock:  # another thread may be running it
+            if self.__name__ in _running:
+                raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
+            _run_init(self)
         return getattr(self, name)
 
 
@@ -75,7 +79,8 @@ def _disable(function: Any = None, recursive: bool = True, **options: Any) -> An
     """
     dynamo = sys.modules["torch._dynamo"]
     if not isinstance(function, FunctionType):
-        _run_init(dynamo)
+        with _lock:
+            _run_init(dynamo)
         return dynamo.disable(function, recursive, **options)
     if options == {"wrapping": False}:
         _undisabled.append(function)
@@ -99,24 +104,32 @@ _EAGER = {"disable": _disable, "graph_break": _graph_break}
 
 
 def _run_init(package: ModuleType) -> None:
-    with _lock:
-        # As every import does, the parent's first: it may run this one.
-        parent = sys.modules.get(package.__name__.rpartition(".")[0])
-        if type(parent) is _Deferred:
-            _run_init(parent)
-        if type(package) is not _Deferred:
-            return
-        package.__class__ = ModuleType  # type: ignore[assignment]
-        spec = package.__spec__
-        assert spec is not None
-        assert isinstance(spec.loader, _Later)
-        loader = package.__loader__ = spec.loader = spec.loader.loader
-        if package.__name__ == "torch._dynamo":
-            for name in _EAGER:
-                del package.__dict__[name]
-            for function in _undisabled:
-                function.__dict__.pop("__dynamo_disable", None)
+    """Run the ``__init__`` of a package once; call it with ``_lock`` held."""
+    # As every import does, the parent's first: it may run this one.
+    parent = sys.modules.get(package.__name__.rpartition(".")[0])
+    if type(parent) is _Deferred:
+        _run_init(parent)
+    if type(package) is not _Deferred or package.__name__ in _running:
+        return
+    spec = package.__spec__
+    assert spec is not None
+    assert isinstance(spec.loader, _Later)
+    later, loader = spec.loader, spec.loader.loader
+    _running.add(package.__name__)
+    if package.__name__ == "torch._dynamo":
+        for name in _EAGER:
+            package.__dict__.pop(name, None)
+        for function in _undisabled:
+            function.__dict__.pop("__dynamo_disable", None)
+    package.__loader__ = spec.loader = loader
+    try:
         loader.exec_module(package)
+        package.__class__ = ModuleType  # type: ignore[assignment]
+    except BaseException:  # it may be tried again, and fail again
+        package.__loader__ = spec.loader = later
+        raise
+    finally:
+        _running.discard(package.__name__)
 
 
 class _Loaded(Loader):
@@ -147,7 +160,13 @@ class _Finder(MetaPathFinder):
         package = sys.modules.get(parent)
         if type(package) is not _Deferred or child in PARTS[parent]:
             return None
-        _run_init(package)
+        # Not to be waited for: the other thread may wait for the module that this one imports.
+        if not _lock.acquire(blocking=False):
+            return None
+        try:
+            _run_init(package)
+        finally:
+            _lock.release()
         module = sys.modules.get(name)
         return ModuleSpec(name, _Loaded(module)) if module is not None else None
 

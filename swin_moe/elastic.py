@@ -63,6 +63,14 @@ class _Process(SubprocessHandler):
         self.living[:] = [other for other in self.living if other.poll() is None] + [process]
         return process
 
+    def close(self, death_sig: signal.Signals | None = None) -> None:
+        try:
+            super().close(death_sig)
+        except ProcessLookupError:  # its server knows that it has ended, and we do not yet
+            for file in (self._stdout, self._stderr):
+                if file:
+                    file.close()
+
     def _fork(self, args: tuple[str, ...], env: dict[str, str]) -> fork_server.Child:
         assert self.server is not None
         return fork_server.Child(
@@ -169,7 +177,10 @@ def _run(arguments: Any) -> None:
 def main() -> int:
     """Run torchrun with the options of the command line; returns the exit code."""
     if sys.platform == "linux":
-        _Process.server = fork_server.start(PRELOADED)
+        try:
+            _Process.server = fork_server.start(PRELOADED)
+        except OSError as error:
+            log.warning("no fork server (%s): each process imports everything itself", error)
     try:
         return _main()
     finally:

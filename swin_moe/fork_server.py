@@ -10,9 +10,11 @@ loads a fresh interpreter in its own place.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import ctypes
 import gc
+import io
 import json
 import os
 import runpy
@@ -23,17 +25,19 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import IO, Any, NoReturn
+from typing import IO, Any, NoReturn, TextIO
 
 # What a launcher, a scheduler or a terminal sends to all processes: for programs, not for the
 # server, which ends when whoever started it does.
 _IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1)
 _NOT_INITIALIZED = 3  # CUDA_ERROR_NOT_INITIALIZED of the CUDA driver
+_LONGEST = 80  # characters of a folder's name: a socket's may have 107
 _NAME = 15  # characters that Linux keeps of a process's name
 
 
@@ -44,20 +48,30 @@ class Server:
         self.path, self._pid, self._lifeline = path, pid, lifeline
 
     def close(self) -> None:
-        os.kill(self._pid, signal.SIGKILL)  # it may still import, for nobody
-        os.waitpid(self._pid, 0)
+        with contextlib.suppress(ProcessLookupError, ChildProcessError):
+            os.kill(self._pid, signal.SIGKILL)  # it may still import, for nobody
+            os.waitpid(self._pid, 0)
         os.close(self._lifeline)
         shutil.rmtree(self.path.parent, ignore_errors=True)
 
 
 def start(modules: Sequence[str]) -> Server:
-    """Fork a server that imports ``modules``; returns before it has."""
-    path = Path(tempfile.mkdtemp(prefix="swin_moe-")) / "fork"
-    listener = listen(path)
-    lifeline, ours = os.pipe()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    pid = os.fork()
+    """Fork a server that imports ``modules``; returns before it has.
+
+    Raises:
+        OSError: there is no place for its socket, or no room for a process.
+    """
+    # Only its owner can enter the folder. A job's own TMPDIR may be too long for a socket's name.
+    place = None if len(os.fsencode(tempfile.gettempdir())) < _LONGEST else "/tmp"
+    path = Path(tempfile.mkdtemp(prefix="swin_moe-", dir=place)) / "fork"
+    try:
+        listener = listen(path)
+        lifeline, ours = os.pipe()
+        _flush()
+        pid = os.fork()
+    except OSError:
+        shutil.rmtree(path.parent, ignore_errors=True)
+        raise
     if pid == 0:
         os.close(ours)
         serve(listener, lifeline, modules)
@@ -91,6 +105,8 @@ def serve(listener: socket.socket, lifeline: int, modules: Sequence[str]) -> NoR
         _Loop(listener, lifeline, fit, before).run()
     except BaseException:
         traceback.print_exc()
+    with contextlib.suppress(OSError):
+        os.unlink(listener.getsockname())
     os._exit(0)
 
 
@@ -134,7 +150,7 @@ class _Loop:
             done, status = os.waitpid(pid, os.WNOHANG)
             if done:
                 with self.running.pop(pid) as connection, contextlib.suppress(OSError):
-                    connection.sendall(b"%d\n" % os.waitstatus_to_exitcode(status))
+                    connection.sendall(b"exit %d\n" % os.waitstatus_to_exitcode(status))
 
     def _accept(self, selector: selectors.BaseSelector) -> None:
         connection, _ = self.listener.accept()
@@ -154,16 +170,16 @@ class _Loop:
             self.listener.close()
             os.close(self.lifeline)
             selector.close()
-            for other in (*self.running.values(), connection):
+            for other in self.running.values():
                 other.close()
-            self._become(request, streams)
+            self._become(request, streams, connection)
         for stream in streams:
             os.close(stream)
         self.running[pid] = connection
-        with contextlib.suppress(OSError):
-            connection.sendall(b"%d\n" % pid)
 
-    def _become(self, request: dict[str, Any], streams: list[int]) -> NoReturn:
+    def _become(
+        self, request: dict[str, Any], streams: list[int], connection: socket.socket
+    ) -> NoReturn:
         """Run a program in this process, which was just forked."""
         try:
             signal.set_wakeup_fd(-1)
@@ -175,6 +191,8 @@ class _Loop:
                 usual = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
                 signal.signal(number, signal.SIG_IGN if ignored else usual)
             os.setsid()
+            with connection:  # only now will it obey a signal, alone or as a group
+                connection.sendall(b"pid %d\n" % os.getpid())
             for target, stream in enumerate(streams):
                 os.dup2(stream, target)
                 os.close(stream)
@@ -190,15 +208,20 @@ class _Loop:
         except BaseException:
             traceback.print_exc()
         finally:
-            sys.stderr.flush()
+            _flush()
             os._exit(1)
+
+
+def _flush() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # closed, or None
+            stream.flush()
 
 
 def _settle(folder: str, name: str) -> None:
     """What a fresh interpreter would have taken from its environment."""
     sys.path[0] = folder
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(write_through=True)  # type: ignore[union-attr]
+    sys.stdout, sys.stderr = _unbuffered(sys.stdout, 1), _unbuffered(sys.stderr, 2)
     with contextlib.suppress(OSError):
         Path("/proc/self/comm").write_text(name[:_NAME])
     if torch := sys.modules.get("torch"):
@@ -209,6 +232,14 @@ def _settle(folder: str, name: str) -> None:
         )
     if "numpy" in sys.modules:
         sys.modules["numpy"].random.seed()
+
+
+def _unbuffered(stream: Any, descriptor: int) -> TextIO:
+    """As ``python -u`` has it."""
+    raw = open(descriptor, "wb", buffering=0, closefd=False)  # noqa: SIM115 - lives on
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    errors = getattr(stream, "errors", None) or "backslashreplace"
+    return io.TextIOWrapper(raw, encoding, errors, write_through=True)
 
 
 def _run(module: str, arguments: list[str]) -> NoReturn:
@@ -222,13 +253,13 @@ def _run(module: str, arguments: list[str]) -> NoReturn:
     except BaseException:
         traceback.print_exc()
         code = 1
-    if isinstance(code, str):
+    if not isinstance(code, int | None):
         print(code, file=sys.stderr)
         code = 1
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError):
-            stream.flush()
-    os._exit(int(code or 0))
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    _flush()
+    os._exit(code or 0)
 
 
 def _receive(connection: socket.socket) -> tuple[dict[str, Any], list[int]]:
@@ -280,11 +311,13 @@ class Child:
         self._connection.connect(str(path))
         data = json.dumps(request).encode() + b"\n"
         sent = socket.send_fds(self._connection, [data], streams)
-        self._connection.sendall(data[sent:])
+        if sent < len(data):
+            self._connection.sendall(data[sent:])
+        # The process reports itself: without a line there is none.
         line = self._line(None)
-        if line is None:
-            raise ConnectionError("the fork server has ended")
-        self.pid = int(line)
+        if line is None or not line.startswith(b"pid "):
+            raise ConnectionError("the fork server has ended, or has no room for a process")
+        self.pid = int(line.split()[1])
 
     def _line(self, timeout: float | None) -> bytes | None:
         """The next thing that the server says; None if it says nothing, or is gone."""
@@ -307,25 +340,25 @@ class Child:
 
     def _lost(self) -> None:
         """The server was killed: nobody would hear how the program ends."""
-        if hasattr(self, "pid"):
+        if self.returncode is None and hasattr(self, "pid"):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.pid, signal.SIGKILL)
             self.returncode = -signal.SIGKILL
 
     def poll(self) -> int | None:
         if self.returncode is None and (line := self._line(0.0)) is not None:
-            self.returncode = int(line)
+            self.returncode = int(line.split()[1])
         return self.returncode
 
     def wait(self, timeout: float | None = None) -> int:
         if self.returncode is None and (line := self._line(timeout)) is not None:
-            self.returncode = int(line)
+            self.returncode = int(line.split()[1])
         if self.returncode is None:
             raise subprocess.TimeoutExpired(self.args, timeout or 0.0)
         return self.returncode
 
     def send_signal(self, number: int) -> None:
-        if self.poll() is None:
+        if self.returncode is None:  # no poll: a handler may call this in the middle of another
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.pid, number)
 

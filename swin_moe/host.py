@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import subprocess
 import sys
@@ -32,8 +33,6 @@ def free_memory() -> int:
 def count_gpus() -> int:
     """GPUs that processes started here would see, as the driver counts them; needs no torch."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None and visible.partition(",")[0] in ("", "-1", "NoDevFiles"):
-        return 0
     try:
         listed = subprocess.run(
             ["nvidia-smi", "--list-gpus"], capture_output=True, text=True, timeout=60, check=False
@@ -41,7 +40,11 @@ def count_gpus() -> int:
     except (OSError, subprocess.SubprocessError):
         return 0
     gpus = sum(line.startswith("GPU") for line in listed.splitlines())
-    return gpus if visible is None else min(gpus, len(visible.split(",")))
+    if visible is None:
+        return gpus
+    # CUDA stops at the first entry that is none.
+    valid = itertools.takewhile(lambda v: v not in ("", "-1", "NoDevFiles"), visible.split(","))
+    return min(gpus, len(list(valid)))
 
 
 @contextlib.contextmanager

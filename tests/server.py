@@ -26,7 +26,7 @@ _SERVE = (
 
 def begin(env: dict[str, str]) -> subprocess.Popen:
     """Start the server of this session; it ends with this process at the latest."""
-    folder = Path(tempfile.mkdtemp(prefix="swin_moe-tests-"))
+    folder = Path(tempfile.mkdtemp(prefix="swin_moe-tests-", dir="/tmp"))
     os.environ[SOCKET] = str(folder / "fork")
     return subprocess.Popen(
         [sys.executable, "-c", _SERVE, os.environ[SOCKET], *MODULES],

@@ -33,6 +33,13 @@ elif what == "raise":
     raise KeyError("told")
 elif what == "exit":
     sys.exit(int(rest[0]) if rest[0].isdecimal() else rest[0])
+elif what == "print":
+    import atexit, pathlib, threading
+    atexit.register(print, "hook")
+    print("now")
+    while not pathlib.Path("go").exists():
+        time.sleep(0.01)
+    threading.Timer(0.2, print, ["thread"]).start()
 elif what == "wait":
     print("ready", flush=True)
     time.sleep(60)
@@ -128,6 +135,34 @@ def test_a_killed_program_is_told_by_its_signal(server, tmp_path):
     assert child.wait(PATIENCE) == -signal.SIGTERM
     child.send_signal(signal.SIGKILL)  # to nobody
     assert server.poll() is None
+
+
+def test_no_signal_is_lost_however_early(server, tmp_path):
+    for _ in range(20):
+        child, _, _ = run(tmp_path, "wait")
+        os.killpg(child.pid, signal.SIGTERM)  # it has a session of its own already
+        assert child.wait(PATIENCE) == -signal.SIGTERM
+
+
+def test_what_is_printed_arrives_at_once(server, tmp_path):
+    """Also without PYTHONUNBUFFERED, and although the program goes on; its exit hooks run."""
+    env = environment()
+    env.pop("PYTHONUNBUFFERED", None)
+    child, output, _ = run(tmp_path, "print", environment=env)
+    wait_for(output, "now")
+    assert child.poll() is None
+    (tmp_path / "go").touch()
+    assert child.wait(PATIENCE) == 0
+    assert output.read_text() == "now\nthread\nhook\n"
+
+
+def test_where_there_is_no_place_for_a_server_there_is_none(monkeypatch, tmp_path):
+    folder = tmp_path / ("é" * 60)
+    folder.mkdir()
+    monkeypatch.setattr(fork_server.tempfile, "mkdtemp", lambda **_: str(folder))
+    with pytest.raises(OSError, match="too long"):
+        fork_server.start([])
+    assert not folder.exists()
 
 
 def test_what_cannot_be_imported_is_left_to_a_fresh_interpreter(tmp_path):

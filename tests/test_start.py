@@ -72,8 +72,11 @@ def test_the_table_of_models_is_what_the_models_are():
 
 @pytest.mark.parametrize(
     ("visible", "count"),
-    [(None, 4), ("", 0), ("-1", 0), ("0", 1), ("2,3", 2), ("GPU-5,GPU-6,GPU-7", 3)],
-)
+    [
+        (None, 4), ("", 0), ("-1", 0), ("0", 1), ("2,3", 2), ("GPU-5,GPU-6,GPU-7", 3),
+        ("0,-1,1", 1), ("NoDevFiles", 0),
+    ],
+)  # fmt: skip
 def test_gpus_are_counted_without_torch(tmp_path, monkeypatch, visible, count):
     program = tmp_path / "nvidia-smi"
     program.write_text("#!/bin/sh\nfor i in 0 1 2 3; do echo GPU $i: one; done\n")
