@@ -9,6 +9,7 @@ and ``torch.compile`` work as they always do.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import sys
 import threading
@@ -169,6 +170,27 @@ class _Finder(MetaPathFinder):
             _lock.release()
         module = sys.modules.get(name)
         return ModuleSpec(name, _Loaded(module)) if module is not None else None
+
+
+def import_uncompiled(module: str) -> None:
+    """Import a module that decorates functions with ``torch.compile``; they compile at first use.
+
+    The decorator would import the compiler. A module that does not exist is left out.
+    """
+    import torch
+
+    compile_now = torch.compile
+
+    def compile_later(function: Callable[..., Any]) -> Callable[..., Any]:
+        compiled = functools.cache(lambda: compile_now(function))
+        return functools.wraps(function)(lambda *args, **kwargs: compiled()(*args, **kwargs))
+
+    torch.compile = compile_later  # type: ignore[assignment]
+    try:
+        with contextlib.suppress(ModuleNotFoundError):
+            import_module(module)
+    finally:
+        torch.compile = compile_now
 
 
 def exports(package: str, homes: dict[str, str]) -> Callable[[str], Any]:

@@ -4,8 +4,8 @@ When a process fails, the process has told why; torchrun's page about itself is 
 and SIGUSR1, by which schedulers announce that they take a node away, are handed to the processes,
 which save and end, instead of ending them. A failure that would only repeat itself, or an end that
 was asked for, is not answered by a restart, whatever --max-restarts says. Nodes that do not meet
-are told in one line (``nodes.py``), and those that meet again agree on what to begin. Processes are
-forked from one that has imported everything (``fork_server.py``).
+are reported in one line (``nodes.py``), and those that meet again agree on what to begin. The
+processes are forked from one that has imported everything (``fork_server.py``).
 """
 
 from __future__ import annotations

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
-import importlib
 import logging
 import math
 import shutil
@@ -18,6 +16,7 @@ from torch import Tensor, nn
 from .adamw import MOMENTS, PAIRS, PairedAdamW, moment_views, start_moments
 from .checkpoint import Fragment, persistent_buffers, whole_fragments
 from .config import OptimizerConfig, ZeroConfig
+from .deferred import import_uncompiled
 from .distributed import World, all_reduce_, barrier
 from .models import MoEOutput, SwinTransformer, expert_parameter_names
 from .optim import build_optimizer, parameter_groups
@@ -47,27 +46,6 @@ _INTERNALS = (
 )
 
 
-def _import_muon() -> None:
-    """Import DeepSpeed's Muon before ZeRO does, and compile its functions on first use only.
-
-    ZeRO asks whether the optimizer is a Muon. That file decorates three functions with
-    ``torch.compile``, which imports the compiler: three seconds of a start.
-    """
-    compile_now = torch.compile
-
-    def compile_later(function: Callable[..., Any]) -> Callable[..., Any]:
-        compiled = functools.cache(lambda: compile_now(function))
-        return functools.wraps(function)(lambda *args, **kwargs: compiled()(*args, **kwargs))
-
-    torch.compile = compile_later  # type: ignore[assignment]
-    try:
-        importlib.import_module("deepspeed.runtime.zero.muon.original_muon")
-    except ImportError:
-        pass  # it has moved: DeepSpeed then imports the compiler itself
-    finally:
-        torch.compile = compile_now
-
-
 def _prepare_nvme(zero: ZeroConfig, world: World) -> None:
     """Build what reads and writes the files, once for all processes of a node.
 
@@ -90,7 +68,8 @@ def _prepare_nvme(zero: ZeroConfig, world: World) -> None:
     barrier()
 
 
-_import_muon()
+# ZeRO asks whether the optimizer is a Muon. That file compiles three functions by decorators.
+import_uncompiled("deepspeed.runtime.zero.muon.original_muon")
 
 
 def check_deepspeed() -> None:

@@ -1,7 +1,7 @@
 """A process that has imported everything and forks others: they start at once and share its pages.
 
 ``start`` forks it, before there are any threads. It listens at a socket of the file system; each
-connection asks for one program and is told its process number and how it ended. A program gets the
+connection asks for one program and learns its process number and how it ended. A program gets the
 environment, working folder and standard streams of its request, and a session of its own.
 
 What does not survive a fork, threads or a started CUDA driver, is never forked: the process then

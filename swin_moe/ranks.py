@@ -88,7 +88,7 @@ def started_again() -> bool:
 
 
 def refuse_restart() -> None:
-    """Tell the launcher, if it is ours, that starting anew would lead nowhere else."""
+    """Ask the launcher, if it is ours, not to start this job again."""
     if file := os.environ.get("SWIN_MOE_FINAL"):
         Path(file).touch()
 
