@@ -37,7 +37,7 @@ ALLOCATOR = {
     "MALLOC_TRIM_THRESHOLD_": "16000000000",
     "MALLOC_TOP_PAD_": "67108864",
 }
-# The GPU waits for so many of its cycles, about 5 ms, while the launches of a call queue up.
+# Cycles that the GPU waits, about 5 ms, while the launches of a call queue up.
 QUEUE_CYCLES = 10_000_000
 _chosen_device = ""  # empty: a GPU where there is one
 

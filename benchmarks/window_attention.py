@@ -57,7 +57,7 @@ def make_inputs(stage: int, window: int, dtype: torch.dtype, batch: int) -> Inpu
 
 
 def contenders(backward: bool, wanted: list[str]) -> dict[str, Contender]:
-    """The peers that are wanted, compiled anew: dynamo would otherwise turn to dynamic shapes."""
+    """Compile the wanted peers again: otherwise dynamo would turn to dynamic shapes."""
     found: dict[str, Contender] = {
         "timm": attention_peers.timm_attention,
         "sdpa": attention_peers.sdpa_attention,

@@ -84,7 +84,7 @@ def moe(device: str) -> float:
 
 
 def routing(logits: Tensor, how: RouteOptions) -> float:
-    """Of the gates, sums and scalars that have a gradient."""
+    """Return the gates, sums and scalars that have a gradient."""
 
     def function(logits: Tensor) -> Tensor:
         route = ops.moe_route(logits, None, None, how)

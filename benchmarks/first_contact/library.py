@@ -1,7 +1,7 @@
 """Loads the library that was brought along, or builds it for this card; each op runs once.
 
 A library is good if it loads, holds every op for the device, and runs. One that does not load, has
-no CUDA kernels or none for this card is built anew with ``TORCH_CUDA_ARCH_LIST`` of the card.
+no CUDA kernels or none for this card is built again with ``TORCH_CUDA_ARCH_LIST`` of the card.
 """
 
 from __future__ import annotations

@@ -95,7 +95,7 @@ def verified_ops(content: Content) -> tuple[list[str], str]:
     """Ops that all tests of them speak for, and why it is none, if it is none."""
     if content.get("rehearsal"):
         return [], "this was a rehearsal on a CPU"
-    # Of another card or another library nothing is known.
+    # A result of another card or library does not count.
     steps = {n: r for n, r in content["steps"].items() if r["key"] == content.get("key")}
     if steps.get("sanitizer", {}).get("outcome") == "failed":
         return [], "the step with compute-sanitizer failed"
