@@ -266,8 +266,7 @@ def _open_data(run: Run, config: Config, fresh: bool) -> tuple[list[str] | None,
     The names are those of the checkpoint that the run will resume, else of the training data.
     """
     ranks_of = run.world.rank, run.world.size
-    found = [] if fresh else checkpoint.list_checkpoints(run.checkpoints)
-    known = next((names for path in found if (names := checkpoint.class_names(path))), None)
+    known = None if fresh else checkpoint.known_classes(run.checkpoints)
     train = loader_of(config, True, *ranks_of, known)
     known = known or train.class_names
     return known, [train, loader_of(config, False, *ranks_of, known)]

@@ -224,6 +224,16 @@ def test_a_folder_under_another_name_is_passed_over(tmp_path, caplog):
     assert "its state.json is of step 1, not of the folder's" in caplog.text
 
 
+def test_names_of_classes_come_from_the_newest_that_has_any(tmp_path):
+    write(tmp_path, 1, class_names=["cat", "dog [red]"])
+    path = write(tmp_path, 2, class_names=["x"])
+    (path / "classes.json").write_text("{}")
+    write(tmp_path, 3)
+    assert checkpoint.known_classes(tmp_path) == ["cat", "dog [red]"]
+    with pytest.raises(CheckpointError, match=r"classes.json is no list of names"):
+        checkpoint.class_names(path)
+
+
 def test_a_manifest_of_endless_depth_is_damaged(tmp_path):
     write(tmp_path, 1)
     second = write(tmp_path, 2)

@@ -98,6 +98,18 @@ def class_names(path: Path) -> list[str] | None:
     return names
 
 
+def known_classes(folder: Path) -> list[str] | None:
+    """The names in the newest of a run's checkpoints that has any; damaged files are passed over."""
+    for path in list_checkpoints(folder):
+        try:
+            names = class_names(path)
+        except CheckpointError:
+            continue
+        if names is not None:
+            return names
+    return None
+
+
 def _own_digest(content: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 

@@ -183,9 +183,10 @@ def head_by_name(
     if (len(theirs), len(ours)) == (21841, 1000):
         return state, ""  # their official map of rows knows one class more than the names
     if unknown := [name for name in ours if name not in rows]:
+        way = "; data.match_classes=number takes it as it is" * (len(theirs) == len(ours))
         return without, (
             f"re-initialised for {len(ours):,} classes ({len(unknown):,} of them are not among the "
-            f"file's {len(theirs):,}, first '{plain(unknown[0])}')"
+            f"file's {len(theirs):,}, first '{plain(unknown[0])}'{way})"
         )
     if len(rows) < len(theirs):
         return without, f"re-initialised for {len(ours):,} classes (the file names two alike)"
