@@ -99,7 +99,7 @@ def class_names(path: Path) -> list[str] | None:
 
 
 def known_classes(folder: Path) -> list[str] | None:
-    """The names in the newest of a run's checkpoints that has any; damaged files are passed over."""
+    """The names in a run's newest checkpoint that has any; damaged lists are passed over."""
     for path in list_checkpoints(folder):
         try:
             names = class_names(path)
