@@ -202,6 +202,8 @@ class DataConfig(Section):
     path: kinds.RequiredPath = "fashion_mnist"
     train: kinds.RequiredPath = "train"  # sub-folder, or prefix of the shards' names
     val: kinds.RequiredPath = "val"
+    # How the samples' classes find the model's: by their names, or by number whatever the names.
+    match_classes: Literal["name", "number"] = "name"
     batch_size: kinds.Images = 128  # per process and micro-step, see train.accumulation_steps
     eval_batch_size: kinds.ImagesOrNone = 0  # 0 = batch_size
     num_workers: kinds.Workers = 4
