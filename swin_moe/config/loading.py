@@ -97,7 +97,7 @@ def _apply_override(raw: dict[str, Any], origins: Origins, override: str) -> Non
     name, separator, text = override.partition("=")
     key = tuple(name.strip().split("."))
     place = f"override '{_short(override, 200)}'"
-    if not separator or not all(key) or len(key) > 2:
+    if not separator or not all(key) or len(key) > 2 or not name.isprintable():
         raise _error(place, "expected section.key=value")
     try:
         value = _word(key, text)

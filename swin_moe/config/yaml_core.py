@@ -130,7 +130,8 @@ class _Builder:
         values: dict[str, Any] = {}
         while not isinstance(event := next(self._events), yaml.MappingEndEvent):
             self._check(event)
-            if not isinstance(event, yaml.ScalarEvent) or not event.value:
+            is_word = isinstance(event, yaml.ScalarEvent) and event.value.isprintable()
+            if not is_word or not event.value:
                 raise _wrong(event, "a key must be a word")
             name = event.value
             inner = (*key, name)
