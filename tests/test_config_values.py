@@ -6,17 +6,17 @@ import random
 import pytest
 import yaml
 
+from swin_moe.cli import main
 from swin_moe.config import (
     Config,
     ConfigError,
-    dump_config,
     dump_plain,
     load_config,
     load_plain,
     parse_overrides,
     validate,
 )
-from swin_moe.config.yaml_core import NotOurYaml, parse
+from swin_moe.config.yaml_core import NotOurYaml, dump, parse
 from tests.parallel import MICRO
 
 # What YAML takes for a number, a date, a switch, nothing, a comment, a list, an alias, a tag, …
@@ -77,13 +77,22 @@ def test_every_string_comes_back_from_a_file(tmp_path):
         config = Config()
         config.data.path = f"/data/{word}"
         config.data.train = config.data.val = word or "x"
-        config.train.output = config.augment.auto_augment = config.model.pretrained = word
-        assert load_config(write(tmp_path, dump_config(config))).model_dump() == {
-            **config.model_dump(),
-            "train": {**config.train.model_dump(), "output": config.train.output or "runs/c"},
+        config.train.output = word or "runs/c"
+        config.augment.auto_augment = config.model.pretrained = config.zero.nvme_path = word
+        texts = {
+            section: {key: value for key, value in keys.items() if isinstance(value, str)}
+            for section, keys in config.model_dump().items()
         }
-    text = dump_config(config)
-    assert yaml.safe_load(text)["train"]["output"] == config.train.output  # other programs read it
+        text = dump(texts, default_flow_style=None)
+        assert load_config(write(tmp_path, text)) == config
+    assert yaml.safe_load(text)["train"]["output"] == word  # other programs read it, too
+
+
+def test_every_string_comes_back_from_a_file_of_an_earlier_version(tmp_path):
+    for word in NAMES:
+        raw = {"data": {"path": word}, "train": {"output": word}}
+        path = write(tmp_path, yaml.safe_dump(raw, sort_keys=False, default_flow_style=None))
+        assert load_config(path).train.output == os.path.expanduser(word)
 
 
 def test_plain_data_come_back_from_a_file(tmp_path):
@@ -114,16 +123,16 @@ def test_numbers_of_yaml_1_2(tmp_path, word):
 @pytest.mark.parametrize(
     ("key", "word", "parts"),
     [
-        ("data.batch_size", "010", ["010 has several meanings", "write 10,"]),
-        ("train.seed", "0123", ["write 123,"]),
-        ("train.seed", "08", ["write 8,"]),
-        ("train.seed", "-0_7", ["write -7,"]),
+        ("data.batch_size", "010", ["010 has several meanings", "write 10"]),
+        ("train.seed", "0123", ["write 123"]),
+        ("train.seed", "08", ["write 8"]),
+        ("train.seed", "-0_7", ["write -7"]),
         ("data.eval_batch_size", "1:30", ["write a plain number"]),
-        ("train.max_steps", "1_000", ["write 1000,"]),
-        ("optimizer.base_lr", "1_0.5", ["write 10.5,"]),
+        ("train.max_steps", "1_000", ["write 1000"]),
+        ("optimizer.base_lr", "1_0.5", ["write 10.5"]),
         ("train.seed", "2001-01-01", ["write a plain number"]),
-        ("log.tensorboard", "yes", ["write true,"]),
-        ("log.tensorboard", "Off", ["write false,"]),
+        ("log.tensorboard", "yes", ["write true"]),
+        ("log.tensorboard", "Off", ["write false"]),
         ("log.tensorboard", "maybe", ["'maybe': expected boolean: write true or false"]),
         ("data.batch_size", "'16'", ["'16': expected integer without quotes"]),
         ("data.batch_size", "16.5", ["16.5: expected", "integer"]),
@@ -144,6 +153,12 @@ def test_other_numbers_are_refused(tmp_path, key, word, parts):
     ):
         for part in [name, *parts]:
             assert part in message
+
+
+def test_a_manifest_has_no_numbers_of_two_meanings(tmp_path):
+    assert load_plain(write(tmp_path, "mode: '0400'\nname: it is\n"))["mode"] == "0400"
+    with pytest.raises(ConfigError, match=r"c.yaml:2: a.mode: 0400 .* write 400, or put it in q"):
+        load_plain(write(tmp_path, "a:\n  mode: 0400\n"))
 
 
 def test_a_comment_is_none_on_the_command_line(tmp_path):
@@ -247,7 +262,7 @@ def test_rates_above_the_peak(tmp_path):
         ('a: "\\U99999999"\n', ["c.yaml:1", "not valid YAML"]),
         ("%YAML 1." + "9" * 5000 + "\n---\na: 1\n", ["c.yaml", "not valid YAML"]),
         ("a: 1\n---\nb: 1\n", ["c.yaml:2", "second document"]),
-        ("[" * 100_000, ["c.yaml:1", "deeper than 32"]),
+        ("[" * 5000, ["c.yaml:1", "deeper than 32"]),
         ("".join(f"{' ' * n}a:\n" for n in range(500)), ["c.yaml:33", "deeper than 32"]),
         ("#" * 300_000, ["c.yaml has 300,000 bytes"]),
         ("x: \udce9", ["c.yaml is not UTF-8"]),
@@ -303,7 +318,7 @@ def test_damaged_configs_raise_nothing_else(tmp_path):
     bits = [*NAMES, *"\0\n[]{}:\t'\"\\\ufffe", "- ", "? ", "  ", "!!int ", "&a ", "base: /dev/null",
             "9" * 5000, "1e999", "%YAML 9.9\n"]  # fmt: skip
     seen = set()
-    for _ in range(300):
+    for _ in range(200):
         text = "".join(chance.sample(lines, len(lines)) if chance.random() < 0.1 else lines)
         for _ in range(chance.randint(1, 3)):
             at, length = chance.randrange(len(text)), chance.choice([0, 0, 1, 5, 100])
@@ -312,7 +327,7 @@ def test_damaged_configs_raise_nothing_else(tmp_path):
             load_config(write(tmp_path, text), [f"train.seed={chance.choice(bits)}"])
         except ConfigError as caught:
             seen.add(str(caught))
-    assert len(seen) > 100
+    assert len(seen) > 60
     assert all(message.isprintable() for message in seen)
 
 
@@ -331,3 +346,28 @@ def test_sections_that_are_none():
     for raw in ([], 3, {"model": 3}, {"model": {"name": "\udce9"}}, {"model": None}, {"a.b": 1}):
         with pytest.raises(ConfigError):
             validate(raw)
+
+
+@pytest.mark.parametrize(
+    ("words", "part"),
+    [
+        (["learning-rate=1"], "unknown key 'learning-rate'"),
+        (["=1"], "expected section.key=value"),
+        (["data.batch_size=010"], "write 10"),
+        (["--zero.stage=2"], "an override has no dashes: zero.stage=2"),
+        (["--epochs", "3"], "unrecognized arguments: --epochs 3"),
+    ],
+)
+def test_wrong_use_is_one_line_and_is_never_started_again(
+    tmp_path, monkeypatch, capsys, words, part
+):
+    monkeypatch.setenv("SWIN_MOE_FINAL", str(tmp_path / "final"))
+    monkeypatch.setattr("swin_moe.cli._quiet", lambda: None)
+    try:
+        code = main(["launch", "--on", "local", "--dry-run", str(MICRO), *words])
+    except SystemExit as end:
+        code = end.code
+    assert code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert part in line
+    assert (tmp_path / "final").exists()

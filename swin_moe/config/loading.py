@@ -50,7 +50,7 @@ def _is_text(key: Key) -> bool:
     return model is str
 
 
-def _read_file(path: Path, is_text: yaml_core.IsText) -> tuple[dict[str, Any], Origins]:
+def _read_file(path: Path, is_text: yaml_core.IsText | None) -> tuple[dict[str, Any], Origins]:
     name = plain(path)
     try:
         data, lines = yaml_core.read(path, is_text)
@@ -329,7 +329,7 @@ def load_plain(path: Path) -> dict[str, Any]:
     Raises:
         ConfigError: it cannot be read, or is no mapping.
     """
-    return _read_file(path, lambda key: False)[0]
+    return _read_file(path, None)[0]
 
 
 def dump_plain(data: dict[str, Any]) -> str:

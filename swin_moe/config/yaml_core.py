@@ -68,12 +68,11 @@ def _instead(text: str) -> str:
     """What to write for a word of several meanings."""
     switch = {"yes": "true", "on": "true", "no": "false", "off": "false"}.get(text.lower())
     number = re.sub(r"^([-+]?)0+(?=[0-9])", r"\1", text.replace("_", ""))
-    if not switch and not _INTEGER.fullmatch(number) and not _FLOAT.fullmatch(number):
-        return "write a plain number, or put it in quotes"
-    return f"write {switch or number}, or put it in quotes if it is a name"
+    is_number = _INTEGER.fullmatch(number) or _FLOAT.fullmatch(number)
+    return f"write {switch or (number if is_number else 'a plain number')}"
 
 
-def parse(text: str, is_text: IsText = lambda key: False) -> tuple[Any, dict[Key, int]]:
+def parse(text: str, is_text: IsText | None = None) -> tuple[Any, dict[Key, int]]:
     """The value of a YAML text, and the lines of its keys.
 
     Raises:
@@ -98,7 +97,7 @@ def parse(text: str, is_text: IsText = lambda key: False) -> tuple[Any, dict[Key
 class _Builder:
     """Values from the parser's events, which come one by one: what is too deep is never read."""
 
-    def __init__(self, text: str, is_text: IsText) -> None:
+    def __init__(self, text: str, is_text: IsText | None) -> None:
         self.lines: dict[Key, int] = {}
         self._is_text = is_text
         self._events: Iterator[yaml.Event] = yaml.parse(text, Loader=yaml.SafeLoader)
@@ -130,10 +129,9 @@ class _Builder:
         values: dict[str, Any] = {}
         while not isinstance(event := next(self._events), yaml.MappingEndEvent):
             self._check(event)
-            is_word = isinstance(event, yaml.ScalarEvent) and event.value.isprintable()
-            if not is_word or not event.value:
+            name = event.value if isinstance(event, yaml.ScalarEvent) else ""
+            if not name or not name.isprintable():
                 raise _wrong(event, "a key must be a word")
-            name = event.value
             inner = (*key, name)
             if name in values:
                 raise _wrong(event, f"'{'.'.join(inner)}' stands twice in this file")
@@ -144,13 +142,18 @@ class _Builder:
     def _scalar(self, event: yaml.ScalarEvent, key: Key) -> Any:
         text: str = event.value
         # Nothing at all is an empty word; null is no word.
-        is_text = self._is_text(key) and (not text or _WORDS.get(text, text) is not None)
+        is_text = (
+            self._is_text
+            and self._is_text(key)
+            and (not text or _WORDS.get(text, text) is not None)
+        )
         if event.style or is_text:
             return text
         try:
             return scalar(text)
         except ValueError as error:
-            raise _wrong(event, f"{'.'.join(key)}: {error}") from None
+            quotes = "" if self._is_text else ", or put it in quotes"
+            raise _wrong(event, f"{'.'.join(key)}: {error}{quotes}") from None
 
     @staticmethod
     def _check(event: yaml.Event) -> None:
@@ -182,7 +185,7 @@ def unquoted(text: str) -> str | None:
     return str(parse(text)[0]) if "\\" in text else text[1:-1]
 
 
-def read(path: Path, is_text: IsText = lambda key: False) -> tuple[dict[str, Any], dict[Key, int]]:
+def read(path: Path, is_text: IsText | None = None) -> tuple[dict[str, Any], dict[Key, int]]:
     """The mapping in a file, and the lines of its keys.
 
     Raises:
