@@ -38,7 +38,7 @@ Minutes = Annotated[float, Field(ge=0.0, le=1e6)]
 
 
 def check_path(value: Any, required: bool = False) -> str:
-    """A path as it is meant: ``~`` is a home, an address such as ``s3://`` stays what it is.
+    """A path as it is meant: ``~/`` is a home, an address such as ``s3://`` stays what it is.
 
     All other characters are those of names, blanks at the ends included.
 
@@ -53,7 +53,7 @@ def check_path(value: Any, required: bool = False) -> str:
         raise ValueError("it is empty: name a file or a folder")
     if value != value.strip("\r\n\t\f\v"):  # of a file with other line ends, or a block of YAML
         raise ValueError(f"{value!r:.60} begins or ends with a line break or a tab: remove it")
-    return value if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", value) else os.path.expanduser(value)
+    return os.path.expanduser(value) if re.match(r"~([^/]*/|$)", value) else value
 
 
 OptionalPath = Annotated[str, AfterValidator(check_path)]  # empty = none, or a default

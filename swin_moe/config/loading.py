@@ -39,15 +39,20 @@ def _short(text: str, length: int) -> str:
     return text if len(text) <= length else f"{text[:half]}...{text[-half:]}"
 
 
+def _kind(key: Key) -> Any:
+    """The type of a section or of a key's values; None if there is no such key."""
+    kind: Any = Config
+    for part in key:
+        field = getattr(kind, "model_fields", {}).get(part)
+        if field is None:
+            return None
+        kind = field.annotation
+    return kind
+
+
 def _is_text(key: Key) -> bool:
     """Whether a key takes a word as it is typed; so does one that is not known."""
-    model: Any = Config
-    for part in key:
-        field = getattr(model, "model_fields", {}).get(part)
-        if field is None:
-            return True
-        model = field.annotation
-    return model is str
+    return _kind(key) in (str, None)
 
 
 def _read_file(path: Path, is_text: yaml_core.IsText | None) -> tuple[dict[str, Any], Origins]:
@@ -55,11 +60,12 @@ def _read_file(path: Path, is_text: yaml_core.IsText | None) -> tuple[dict[str, 
     try:
         data, lines = yaml_core.read(path, is_text)
     except OSError as error:
-        raise _error(name, f"cannot read the config file ({error.strerror})") from None
+        what = "config file" if is_text else "file"
+        raise _error(name, f"cannot read the {what} ({error.strerror})") from None
     except NotOurYaml as error:
         raise _error(f"{name}:{error.line}", str(error)) from None
     except ValueError as error:
-        raise _error("", str(error) if name in str(error) else f"{name}: {error}") from None
+        raise _error("", str(error)) from None  # it names the file
     return data, {key: f"{name}:{line}" for key, line in lines.items()}
 
 
@@ -138,15 +144,9 @@ def _word(key: Key, text: str) -> Any:
     return yaml_core.parse(word, lambda inner: _is_text((*key, *inner)))[0]
 
 
-def _valid_keys(location: tuple[str, ...]) -> list[str]:
-    """Dotted names of the keys that may stand at ``location``."""
-    model: Any = Config
-    for part in location:
-        field = model.model_fields.get(part) if hasattr(model, "model_fields") else None
-        if field is None:
-            return []
-        model = field.annotation
-    return [".".join((*location, name)) for name in getattr(model, "model_fields", ())]
+def _valid_keys(section: Key) -> list[str]:
+    """Dotted names of the keys of a section, or of the sections."""
+    return [".".join((*section, name)) for name in getattr(_kind(section), "model_fields", ())]
 
 
 def _all_keys() -> list[str]:
@@ -252,7 +252,7 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
         train["output"] = f"runs/{path.stem}"
     config = validate(raw, origins, str(path))
     if not written_by_a_run(path):
-        _check_rates(config, str(path))
+        _check_rates(config, origins, str(path))
     return config
 
 
@@ -262,16 +262,14 @@ def written_by_a_run(path: Path) -> bool:
     return path.name == "config.yaml" and any(mark.is_file() for mark in beside)
 
 
-def _check_rates(config: Config, source: str) -> None:
-    """Raise :class:`ConfigError` for a peak that is below the rates around it.
-
-    Earlier versions let that pass, so runs may have it.
-    """
-    peak, schedule = config.optimizer.base_lr, config.schedule
-    for key in ("min_lr", "warmup_lr") if schedule.warmup_epochs else ("min_lr",):
-        if (rate := getattr(schedule, key)) > peak:
-            problem = f"schedule.{key}={rate} is above optimizer.base_lr={peak}: lower it"
-            raise _error(source, problem)
+def _check_rates(config: Config, origins: Origins, source: str) -> None:
+    """Raise :class:`ConfigError` for a rate that would rise; earlier versions let that pass."""
+    peak, lowest = config.optimizer.base_lr, config.schedule.min_lr
+    if lowest > peak:
+        keys = (("schedule", "min_lr"), ("optimizer", "base_lr"))
+        places = [origins[key] for key in keys if key in origins] or [source]
+        place = next((place for place in places if place.startswith("override")), places[0])
+        raise _error(place, f"schedule.min_lr={lowest} is above optimizer.base_lr={peak}: lower it")
 
 
 def parse_overrides(overrides: list[str] | tuple[str, ...]) -> dict[str, Any]:
