@@ -20,7 +20,8 @@ Key = tuple[str, ...]
 IsText = Callable[[Key], bool]
 """Whether a key takes the characters of the file as they are: ``no`` and ``1e-3`` are words."""
 
-_WORDS: dict[str, bool | None] = dict.fromkeys(["", "~", "null", "Null", "NULL"])
+_NULL = ("~", "null", "Null", "NULL")
+_WORDS: dict[str, bool | None] = dict.fromkeys(["", *_NULL])
 _WORDS |= dict.fromkeys(["true", "True", "TRUE"], True)
 _WORDS |= dict.fromkeys(["false", "False", "FALSE"], False)
 _INTEGER = re.compile(r"[-+]?(?:0|[1-9][0-9]*)|0o[0-7]+|0x[0-9a-fA-F]+")
@@ -141,13 +142,7 @@ class _Builder:
 
     def _scalar(self, event: yaml.ScalarEvent, key: Key) -> Any:
         text: str = event.value
-        # Nothing at all is an empty word; null is no word.
-        is_text = (
-            self._is_text
-            and self._is_text(key)
-            and (not text or _WORDS.get(text, text) is not None)
-        )
-        if event.style or is_text:
+        if event.style or (self._is_text and self._is_text(key) and text not in _NULL):
             return text
         try:
             return scalar(text)
