@@ -40,6 +40,7 @@ from .precision import resolve_precision
 from .profiling import Profile, peak_flops
 from .run_directory import Run, prepare_folder, step_back
 from .summary import draw_summary
+from .text import plain, reason
 from .trainer import Plan, Position, RollBack, Trainer
 from .watchdog import Watchdog
 
@@ -218,10 +219,10 @@ def _show_data(job: _Job, reader: checkpoint.Reader | None) -> None:
     path = job.run.folder / "data.png"
     try:
         contact_sheet(job.config, job.loaders[0], job.loaders[1], path)
-    except OSError as error:  # such as a full disk: no reason not to train
-        log.warning("%s cannot be drawn: %s", path, error)
-    else:
         job.log.image("data/first_batches", path)
+    except Exception as error:  # a picture is no reason not to train
+        log.warning("%s cannot be drawn: %s", plain(path), reason(error))
+        log.debug("as follows", exc_info=True)
 
 
 def _log_place(world: World) -> None:
@@ -478,5 +479,7 @@ def _finish_pictures(job: _Job) -> None:
         if picture is not None:
             job.log.image("summary", picture)
     except Exception as error:  # never in the way of the error that ended the training
-        log.warning("summary.png could not be drawn: %s", error)
+        path = plain(job.run.folder / "summary.png")
+        log.warning("%s cannot be drawn: %s", path, reason(error))
+        log.debug("as follows", exc_info=True)
     job.log.close()

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from .drawing import drawing, write_png
 from .metrics import Record, read_metrics
+from .text import plain
 
 # What is drawn of every MoE layer over time: key and title.
 ROUTER_CURVES = (
@@ -27,14 +30,19 @@ def draw_summary(folder: Path) -> Path | None:
     Returns:
         its path, None if nothing was logged yet.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     records = read_metrics(folder)
     if not records:
         return None
+    name = plain(folder.absolute().name)
+    path = folder / "summary.png"
+    with drawing(name):
+        _draw(name, records, path)
+    return path
+
+
+def _draw(name: str, records: list[Record], path: Path) -> None:
+    from matplotlib import pyplot
+
     layers = [k[4:-5] for k in _last_with(records, "moe/") if k.endswith("/load")]
     across = min(max(len(layers), 1), 4)
     maps = -(-len(layers) // across)
@@ -57,13 +65,9 @@ def draw_summary(folder: Path) -> Path | None:
         colours = dict(zip(layers, _colours(len(layers)), strict=True))
         _draw_routers(figure, grid, records, colours)
         _draw_loads(figure, grid, records, colours, across)
-    figure.suptitle(folder.name)
-    path = folder / "summary.png"
-    temporary = folder / ".summary.png"
-    figure.savefig(temporary, dpi=100, format="png")
+    figure.suptitle(name)
+    write_png(path, partial(figure.savefig, dpi=100, format="png"))
     pyplot.close(figure)
-    temporary.replace(path)
-    return path
 
 
 def _last_with(records: list[Record], prefix: str) -> Record:

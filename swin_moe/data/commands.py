@@ -6,7 +6,9 @@ import os
 from pathlib import Path
 
 from rich.console import Console
+from rich.text import Text
 
+from ..text import plain
 from .prepare import Settings, finish, prepare
 from .shards import ShardSource
 from .source import Source, open_splits
@@ -40,7 +42,7 @@ def prepare_data(
         raise ValueError(f"--shard-size={shard_megabytes}: give megabytes")
     if resize:
         from . import transforms  # noqa: F401 - imports torch, which the processes then share
-    with console.status(f"looking at {path}"):
+    with console.status(Text(f"looking at {plain(path)}")):
         sources = open_splits(path)
     if "val" in sources and val_share:
         raise ValueError(f"--val={val_share}: {path} has a validation split of its own")
@@ -70,7 +72,7 @@ def prepare_data(
         if skipped:
             console.print(
                 f"{len(skipped):,} samples could not be read and are left out: "
-                f"{output / f'bad-samples-{split}.jsonl'}",
+                f"{plain(output / f'bad-samples-{split}.jsonl')}",
                 highlight=False,
                 markup=False,
                 soft_wrap=True,
@@ -79,7 +81,10 @@ def prepare_data(
     for split, source in open_splits(output).items():
         _tell_source(split, source, console)
     console.print(
-        f"train on it with data.path={output}", highlight=False, markup=False, soft_wrap=True
+        f"train on it with data.path={plain(output)}",
+        highlight=False,
+        markup=False,
+        soft_wrap=True,
     )
 
 
@@ -109,7 +114,8 @@ def _tell_source(split: str, source: Source, console: Console) -> None:
     empty = len(source.class_names or source.class_counts) - classes
     told = f" ({empty:,} more have none)" if empty else ""
     console.print(
-        f"{split}: {len(source):,} samples of {classes:,} classes{told}, {source.describe()}",
+        f"{split}: {len(source):,} samples of {classes:,} classes{told}, "
+        f"{plain(source.describe())}",
         highlight=False,
         markup=False,
         soft_wrap=True,
