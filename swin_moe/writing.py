@@ -49,16 +49,16 @@ class Appender:
 
     def write(self, data: bytes) -> None:
         """Append ``data``, which is written whole or, where too much waits already, not at all."""
-        if len(self._waiting) + len(data) <= KEPT or not self._waiting:
-            self._waiting += data
-        else:
-            self._lost += len(data)
+        self._waiting += data
         try:
             # Opened each time: a file that was removed or moved would go on without a name.
             with self.path.open("ab", buffering=0) as file:
                 while self._waiting:
                     del self._waiting[: file.write(self._waiting)]
         except OSError as error:
+            if len(self._waiting) > max(KEPT, len(data)):
+                del self._waiting[len(self._waiting) - len(data) :]
+                self._lost += len(data)
             self._outage.began(
                 error, f"training goes on, and up to {KEPT >> 20} MB of it are kept in memory"
             )

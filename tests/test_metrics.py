@@ -47,13 +47,31 @@ def test_a_full_disk_is_told_once_and_ends_nothing(tmp_path, caplog):
     log = MetricLog(tmp_path, tensorboard=True, resume_step=None)
     log.path.unlink()
     log.path.symlink_to("/dev/full")
-    for record in records(range(1, 3)):
+    events = log._events._file.path
+    events.rename(tmp_path / "whole")
+    events.symlink_to("/dev/full")
+    for record in records(range(1, 30)):
         log.write(record)
-    assert caplog.text.count("metrics cannot be written: [Errno 28]") == 1
-    # What TensorBoard's thread met, it raises at the next record.
-    log._writer.file_writer.event_writer._async_writer._worker.exception = OSError(28, "full")
-    log.write(records([3])[0])
+    assert caplog.text.count("metrics.jsonl cannot be written (No space left on device)") == 1
+    assert caplog.text.count(f"{events.name} cannot be written (No space left on device)") == 1
+    log.path.unlink()
+    events.unlink()
+    (tmp_path / "whole").rename(events)
+    log.write(records([30])[0])
     log.close()
+    assert [record["step"] for record in read_metrics(tmp_path)] == list(range(1, 31))
+    accumulator = EventAccumulator(str(tmp_path / "tensorboard"))
+    accumulator.Reload()
+    assert len(accumulator.Scalars("train/loss")) == 30
+    assert caplog.text.count("is written again, and nothing of it is lost") == 2
+
+
+def test_garbage_among_the_records_is_passed_over(tmp_path):
+    lines = [b'{"step": 1}', b"5", b"[1]", b'{"epoch": 1}', b'{"step": "2"}', b"[" * 10**5, b"\xff"]
+    (tmp_path / "metrics.jsonl").write_bytes(b"\n".join(lines))
+    assert read_metrics(tmp_path) == [{"step": 1}]
+    MetricLog(tmp_path, tensorboard=False, resume_step=3).close()
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n'
 
 
 def test_many_experts_get_a_histogram_and_evaluations_a_heat_map(tmp_path):

@@ -93,15 +93,16 @@ def _draw(
     step = TILE + GAP, TILE + LABEL
     sheet = Image.new("RGB", (COLUMNS * step[0] + GAP, len(rows) * step[1] + TITLE), "white")
     pen = ImageDraw.Draw(sheet)
+    own, other = font_file(""), font_file("".join(label for row in rows for _, label in row))
     title = "training, augmented and mixed; last row: held out"
-    pen.text((sheet.width / 2, TITLE / 2), title, "black", _font(18, font_file(title)), anchor="mm")
+    pen.text((sheet.width / 2, TITLE / 2), title, "black", _font(18, own), anchor="mm")
     for row, cells in enumerate(rows):
         for column, (pixels, label) in enumerate(cells):
             left, top = GAP + column * step[0], TITLE + row * step[1]
             # The label stands above its image: its last line touches it.
             middle, above = left + TILE / 2, top + LABEL - 4
             lines = label.count("\n")
-            font = _font(12, font_file(label))
+            font = _font(12, own if label.isascii() else other)
             pen.multiline_text(
                 (middle, above - lines * 15), label, "black", font, "ms", 3, "center"
             )
