@@ -18,7 +18,7 @@ from . import ranks
 from .arguments import parse
 from .errors import Preempted, TrainingError
 from .text import plain, plain_lines, reason
-from .writing import LogFile, PlainFormatter, unbreakable_stdout
+from .writing import LogFile, PlainFormatter, unbreakable_streams
 
 DONE, FAILED, WRONG_USE = 0, 1, 2
 PREEMPTED = 75  # the system's EX_TEMPFAIL: try again
@@ -128,6 +128,7 @@ def _run(arguments: argparse.Namespace) -> int:
     return commands[arguments.command](arguments, Terminal())
 
 
+@unbreakable_streams()
 def _train(arguments: argparse.Namespace, console: Any) -> int:
     from . import distributed, preflight
 
@@ -142,8 +143,14 @@ def _train(arguments: argparse.Namespace, console: Any) -> int:
     )
     from . import run  # imports DeepSpeed, which looks at the environment that init sets
 
-    with unbreakable_stdout():
-        run.train(config, world, console, arguments.fresh, verdict)
+    run.train(
+        config,
+        world,
+        console,
+        fresh=arguments.fresh,
+        verdict=verdict,
+        accept_changes=arguments.accept_changes,
+    )
     return DONE
 
 
@@ -266,6 +273,7 @@ def _plan(arguments: argparse.Namespace, console: Any) -> int:
     return DONE
 
 
+@unbreakable_streams()
 def _launch(arguments: argparse.Namespace, console: Any) -> int:
     from .launch import Request, launch
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
@@ -119,7 +120,8 @@ class MetricLog:
             kept = [r for r in read_metrics(folder) if r["step"] <= resume_step]
         temporary = self.path.with_suffix(".tmp")  # a kill here must not lose what there is
         temporary.write_text("".join(json.dumps(record) + "\n" for record in kept))
-        temporary.replace(self.path)
+        with contextlib.suppress(IsADirectoryError):  # somebody's: the first record tells of it
+            temporary.replace(self.path)
         self._file = Appender(self.path)
         self._step = resume_step or 0
         self._loads: list[list[float]] = []  # of the layers, as last written
@@ -160,16 +162,17 @@ def heat_map(loads: list[list[float]]) -> np.ndarray:
 
 
 def read_metrics(folder: Path) -> list[Record]:
-    """The records of a run; a line that a kill cut off, or that is none of ours, is left out."""
+    """The records of a run; a line that is no record, such as half of one, is left out."""
     records = []
     path = folder / "metrics.jsonl"
-    text = path.read_bytes().decode("utf-8", "replace") if path.is_file() else ""
-    for line in text.splitlines():
+    if not path.is_file():
+        return []
+    for line in path.read_bytes().splitlines():
         try:
             record = json.loads(line)
         except (ValueError, RecursionError):
             continue
-        if isinstance(record, dict) and isinstance(record.get("step"), int):
+        if isinstance(record, dict) and type(record.get("step")) is int:
             records.append(record)
     return records
 

@@ -55,7 +55,8 @@ def open_checkpoint(path: Path, world: World, overrides: list[str], command: str
     model.eval().to(world.device)
     dtype = resolve_precision(config.precision, world.device)
     forward = in_precision(model, dtype, cast_weights=config.zero.stage > 0)
-    return Opened(found, config, model, forward, loader_of(config, training=False))
+    loader = loader_of(config, training=False, classes=checkpoint.class_names(found))
+    return Opened(found, config, model, forward, loader)
 
 
 def evaluate_checkpoint(

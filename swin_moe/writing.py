@@ -113,34 +113,35 @@ class LogFile(logging.Handler):
 class _Outlet(io.FileIO):
     """A file descriptor that swallows what it cannot write."""
 
-    def __init__(self, number: int) -> None:
+    def __init__(self, number: int, name: str) -> None:
         super().__init__(number, "w", closefd=False)
-        self._outage = Outage("the standard output")
+        self._outage = Outage(name)
 
     def write(self, data: ReadableBuffer, /) -> int:
         try:
             written = super().write(data)
         except OSError as error:
-            self._outage.began(error, "training goes on")
+            self._outage.began(error, "this program goes on")
             return memoryview(data).nbytes
         self._outage.ended("what was printed meanwhile is lost")
         return written
 
 
 @contextlib.contextmanager
-def unbreakable_stdout() -> Iterator[None]:
+def unbreakable_streams() -> Iterator[None]:
     """Go on whatever happens to what is printed: a full disk, a closed pipe, a lost terminal."""
-    stream = sys.stdout
-    try:
-        outlet = _Outlet(stream.fileno())
-    except (OSError, AttributeError):  # a test's, or none at all
-        yield
-        return
-    sys.stdout = io.TextIOWrapper(
-        io.BufferedWriter(outlet), stream.encoding, "backslashreplace", line_buffering=True
-    )
+    streams = {"stdout": sys.stdout, "stderr": sys.stderr}
+    for name, stream in streams.items():
+        with contextlib.suppress(OSError, AttributeError):  # a test's, or none at all
+            outlet = _Outlet(stream.fileno(), f"the program's {name}")
+            buffer = io.BufferedWriter(outlet)
+            text = io.TextIOWrapper(
+                buffer, stream.encoding, "backslashreplace", line_buffering=True
+            )
+            setattr(sys, name, text)
     try:
         yield
     finally:
-        sys.stdout.flush()
-        sys.stdout = stream
+        for name, stream in streams.items():
+            getattr(sys, name).flush()
+            setattr(sys, name, stream)

@@ -66,14 +66,6 @@ def test_a_full_disk_is_told_once_and_ends_nothing(tmp_path, caplog):
     assert caplog.text.count("is written again, and nothing of it is lost") == 2
 
 
-def test_garbage_among_the_records_is_passed_over(tmp_path):
-    lines = [b'{"step": 1}', b"5", b"[1]", b'{"epoch": 1}', b'{"step": "2"}', b"[" * 10**5, b"\xff"]
-    (tmp_path / "metrics.jsonl").write_bytes(b"\n".join(lines))
-    assert read_metrics(tmp_path) == [{"step": 1}]
-    MetricLog(tmp_path, tensorboard=False, resume_step=3).close()
-    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n'
-
-
 def test_many_experts_get_a_histogram_and_evaluations_a_heat_map(tmp_path):
     log = MetricLog(tmp_path, tensorboard=True, resume_step=None)
     load = [0.0, 1 / 16] + [15 / 16 / 30] * 30
@@ -111,3 +103,16 @@ def test_summary_is_a_picture_with_panels_per_figure_and_a_heat_map_per_layer(tm
         rows = -(-layers // 4)
         assert image.size == (1600, 340 + (310 if layers else 0) + 260 * rows)
         assert len(set(image.convert("L").getdata())) > 20
+
+
+def test_garbage_among_the_records_is_left_out(tmp_path, caplog):
+    lines = [b'{"step": 1, "train/loss": 2.0}', b"\xff\xfe", b"[]", b'{"epoch": 1}', b"[" * 100_000]
+    (tmp_path / "metrics.jsonl").write_bytes(
+        b"\n".join([*lines, b'{"step": 2}', b'{"step": 3, "tr'])
+    )
+    assert [record["step"] for record in read_metrics(tmp_path)] == [1, 2]
+    (tmp_path / "folder" / "metrics.jsonl").mkdir(parents=True)
+    assert read_metrics(tmp_path / "folder") == []
+    log = MetricLog(tmp_path / "folder", tensorboard=False, resume_step=None)
+    log.write({"step": 1})
+    assert "metrics.jsonl cannot be written (Is a directory)" in caplog.text

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from swin_moe import writing
-from swin_moe.writing import Appender, unbreakable_stdout
+from swin_moe.writing import Appender, unbreakable_streams
 
 
 @pytest.fixture
@@ -97,19 +97,19 @@ def test_printing_never_ends_a_training(fault, monkeypatch, caplog):
         number = os.open("/dev/full", os.O_WRONLY)
     with os.fdopen(number, "w") as stream:
         monkeypatch.setattr(sys, "stdout", stream)
-        with unbreakable_stdout():
+        with unbreakable_streams():
             for _ in range(3):
                 print("step 1", flush=True)
         assert sys.stdout is stream
     (told,) = caplog.messages
-    assert told.startswith("the standard output cannot be written (")
+    assert told.startswith("the program's stdout cannot be written (")
 
 
 def test_printing_goes_through_where_all_is_well(monkeypatch):
     reader, number = os.pipe()
     with os.fdopen(number, "w") as stream:
         monkeypatch.setattr(sys, "stdout", stream)
-        with unbreakable_stdout():
+        with unbreakable_streams():
             print("caf\udce9")
             assert os.read(reader, 100) == b"caf\\udce9\n"  # a line is there at once
     os.close(reader)

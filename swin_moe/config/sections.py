@@ -205,6 +205,8 @@ class DataConfig(Section):
     path: str = "fashion_mnist"
     train: str = "train"  # sub-folder, or prefix of the shards' names
     val: str = "val"
+    # How the samples' classes find the model's: by their names, or by number whatever the names.
+    match_classes: Literal["name", "number"] = "name"
     batch_size: Positive = 128  # per process and micro-step, see train.accumulation_steps
     eval_batch_size: NonNegative = 0  # 0 = batch_size
     num_workers: NonNegative = 4

@@ -16,7 +16,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from ..config import AugmentConfig, Config, DataConfig
+from ..text import plain
 from .bad_samples import BadSamples
+from .classes import difference
 from .dataset import Batch, ImageDataset, collate, replace_unreadable
 from .normalise import Normalise
 from .sampler import Position, ResumableSampler
@@ -34,6 +36,8 @@ class Loader:
     Attributes:
         num_samples: in the whole split, over all ranks.
         class_names: by label, where the data tells.
+        classes_seen: how many classes have a sample in the whole split.
+        missing_classes: names of those that have none.
         description: one line for the log.
         bad: unreadable samples met so far on this rank.
         workers: processes that load, 0 = the training's own.
@@ -49,6 +53,10 @@ class Loader:
     ) -> None:
         self.num_samples = len(dataset.source)
         self.class_names, self.description = dataset.source.class_names, description
+        counts = dataset.source.class_counts
+        self.classes_seen = int((counts > 0).sum())
+        names = enumerate(self.class_names or ())
+        self.missing_classes = [n for label, n in names if not counts[label : label + 1].any()]
         self._normalise = normalise
         self.bad, self.workers = BadSamples(), num_workers
         self._sampler, self._dataset = sampler, dataset
@@ -144,7 +152,13 @@ def _close(reference: weakref.ref[Loader]) -> None:
         loader.close()
 
 
-def loader_of(config: Config, training: bool, rank: int = 0, world_size: int = 1) -> Loader:
+def loader_of(
+    config: Config,
+    training: bool,
+    rank: int = 0,
+    world_size: int = 1,
+    classes: list[str] | None = None,
+) -> Loader:
     """Batches of a config's training or held-out split for one rank, see :func:`build_loader`."""
     return build_loader(
         config.data,
@@ -156,6 +170,7 @@ def loader_of(config: Config, training: bool, rank: int = 0, world_size: int = 1
         rank=rank,
         world_size=world_size,
         seed=config.train.seed,
+        classes=classes,
     )
 
 
@@ -170,6 +185,7 @@ def build_loader(
     rank: int,
     world_size: int,
     seed: int,
+    classes: list[str] | None = None,
 ) -> Loader:
     """Open the training or validation split and prepare its batches for one rank.
 
@@ -179,15 +195,19 @@ def build_loader(
     Args:
         image_sides: (height, width) in pixels.
         num_classes: labels must lie in [0, num_classes); 0 (a model without a head) allows any.
+        classes: names of the model's classes by label: the samples' are matched with them.
         training: shuffle, augment and drop the ragged tail; otherwise keep order and pad it.
 
     Raises:
         ValueError: one line naming the key, the path and the remedy, for data that cannot be used.
     """
     transform = build_transform(augment, image_sides, in_chans, data.mean, training)
-    source = open_source(data, num_classes, training)
+    source = open_source(data, num_classes, training, classes)
     if training and rank == 0 and (told := empty_classes(source, num_classes)):
         log.warning("data.train=%s: %s", data.train, told)
+    by_name = classes is not None and data.match_classes == "name"
+    if by_name and not training and rank == 0 and (note := difference(source, classes or [])):
+        log.warning("data.path=%s, data.val=%s: %s", plain(data.path), plain(data.val), note)
     sampler = ResumableSampler(
         len(source),
         data.batch_size if training else data.eval_batch_size or data.batch_size,
@@ -203,8 +223,8 @@ def build_loader(
     split = data.train if training else data.val
     names = source.class_names
     count = len(names) if names else int((source.class_counts > 0).sum())
-    classes = f"{count:,} classes" + " without names" * (not names)
-    description = f"{split}: {len(source):,} samples, {classes}, {source.describe()}"
+    unnamed = " without names" * (not names)
+    content = f"{len(source):,} samples, {count:,} classes{unnamed}, {source.describe()}"
     # More workers than cores only wait for each other; the batches are the same.
     workers = min(data.num_workers, os.cpu_count() or 1)
-    return Loader(dataset, sampler, workers, Normalise(data.mean, data.std), description)
+    return Loader(dataset, sampler, workers, Normalise(data.mean, data.std), f"{split}: {content}")

@@ -30,7 +30,8 @@ def show(config: Config, output: Path, console: Console) -> None:
     Raises:
         ValueError: one line, for a config or data that cannot be used.
     """
-    loaders = [loader_of(config, training) for training in (True, False)]
+    train = loader_of(config, True)
+    loaders = [train, loader_of(config, False, classes=train.class_names)]
     for loader in loaders:
         console.print(plain(loader.description), highlight=False, markup=False, soft_wrap=True)
     contact_sheet(config, loaders[0], loaders[1], output)

@@ -11,6 +11,8 @@ from typing import Protocol
 import numpy as np
 
 from ..config import DataConfig
+from ..text import plain
+from .classes import match
 from .folder import class_folders, open_folder
 from .index import is_manifest, read_timm_info
 from .listing import open_list
@@ -46,15 +48,20 @@ class Source(Protocol):
     def read(self, index: int) -> bytes: ...
 
 
-def open_source(data: DataConfig, num_classes: int, training: bool) -> Source:
+def open_source(
+    data: DataConfig, num_classes: int, training: bool, classes: list[str] | None = None
+) -> Source:
     """Open one split, whose format is told by what is there.
 
     Args:
         num_classes: labels must lie in [0, num_classes); 0 (a model without a head) allows any.
+        classes: names of the model's classes, by label, with which the samples' classes are
+            matched; None if the model knows none.
 
     Raises:
         ValueError: one line naming the path and the key to mend, if nothing is there, it holds no
-            sample, the splits differ in classes, or a label is out of range.
+            sample, the splits differ in classes, the model lacks a class, or a label is out of
+            range.
     """
     root = Path(data.path).expanduser()
     if data.path in BUNDLED and not root.exists():
@@ -75,8 +82,13 @@ def open_source(data: DataConfig, num_classes: int, training: bool) -> Source:
             )
         if not len(source):
             raise ValueError(f"{root / split} holds no images")
-        if not training:
+        if classes is None and not training:
             _check_same_classes(root / split, root / data.train)
+    except ValueError as error:
+        raise ValueError(f"{name}={split}: {error}") from None
+    if classes is not None and data.match_classes == "name":
+        source = match(source, classes, f"data.path={plain(data.path)}, {name}={plain(split)}")
+    try:
         _check_labels(source, num_classes)
     except ValueError as error:
         raise ValueError(f"{name}={split}: {error}") from None
