@@ -44,6 +44,7 @@ from .summary import draw_summary
 from .text import plain, reason
 from .trainer import Plan, Position, RollBack, Trainer
 from .watchdog import Watchdog
+from .writing import Appender
 
 log = logging.getLogger("swin_moe")
 
@@ -102,7 +103,9 @@ def train(
         source = _starting_weights(run, config, fresh)
         reader = prepare_folder(run, config, fresh, loaders[0], accept_changes)
         for loader in loaders:
-            loader.bad.file = run.log_file.with_name(f"bad-samples-rank-{world.rank}.jsonl")
+            loader.bad.file = Appender(
+                run.log_file.with_name(f"bad-samples-rank-{world.rank}.jsonl")
+            )
         job = _Job(
             run=run,
             config=config,

@@ -47,6 +47,9 @@ class Appender:
         self._lost = 0  # bytes that were too many to wait
         self._outage = Outage(plain(path))
 
+    def __str__(self) -> str:
+        return plain(self.path)
+
     def write(self, data: bytes) -> None:
         """Append ``data``, which is written whole or, where too much waits already, not at all."""
         self._waiting += data
