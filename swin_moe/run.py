@@ -40,8 +40,7 @@ from .placement import Layout, expert_share
 from .precision import resolve_precision
 from .profiling import Profile, peak_flops
 from .run_directory import Run, prepare_folder, step_back
-from .summary import draw_summary
-from .text import plain, reason
+from .summary import draw_summary, show_picture
 from .trainer import Plan, Position, RollBack, Trainer
 from .watchdog import Watchdog
 from .writing import Appender
@@ -221,15 +220,10 @@ def _roll_back(job: _Job, place: Position, from_start: bool) -> Trainer:
 
 def _show_data(job: _Job, reader: checkpoint.Reader | None) -> None:
     """A picture of what the model is to see, in the run directory and in TensorBoard."""
-    if job.log is None or reader is not None:
-        return
-    path = job.run.folder / "data.png"
-    try:
-        contact_sheet(job.config, job.loaders[0], job.loaders[1], path)
-        job.log.image("data/first_batches", path)
-    except Exception as error:  # a picture is no reason not to train
-        log.warning("%s cannot be drawn: %s", plain(path), reason(error))
-        log.debug("as follows", exc_info=True)
+    if job.log is not None and reader is None:
+        path = job.run.folder / "data.png"
+        draw = partial(contact_sheet, job.config, job.loaders[0], job.loaders[1], path)
+        show_picture(job.log, "data/first_batches", path, draw)
 
 
 def _log_place(world: World) -> None:
@@ -494,14 +488,7 @@ def _tell_of_save(run: Run, saved: Saved) -> None:
 
 def _finish_pictures(job: _Job) -> None:
     """Draw what came of it, even if it failed."""
-    if job.log is None:
-        return
-    try:
-        picture = draw_summary(job.run.folder)
-        if picture is not None:
-            job.log.image("summary", picture)
-    except Exception as error:  # never in the way of the error that ended the training
-        path = plain(job.run.folder / "summary.png")
-        log.warning("%s cannot be drawn: %s", path, reason(error))
-        log.debug("as follows", exc_info=True)
-    job.log.close()
+    if job.log is not None:
+        folder = job.run.folder
+        show_picture(job.log, "summary", folder / "summary.png", partial(draw_summary, folder))
+        job.log.close()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -9,8 +11,10 @@ from typing import Any
 import numpy as np
 
 from .drawing import drawing, write_png
-from .metrics import Record, read_metrics
-from .text import plain
+from .metrics import MetricLog, Record, read_metrics
+from .text import plain, reason
+
+log = logging.getLogger("swin_moe")
 
 # What is drawn of every MoE layer over time: key and title.
 ROUTER_CURVES = (
@@ -22,6 +26,20 @@ ROUTER_CURVES = (
 COLUMNS = 12  # of the grid that all rows share
 NAMED = 12  # layers that fit one line of a legend
 EVENTS = 160  # columns of a heat map, at most: more are joined
+
+
+def show_picture(metrics: MetricLog, key: str, path: Path, draw: Callable[[], Any]) -> None:
+    """Draw a picture of a training and put it into TensorBoard.
+
+    Whatever goes wrong is a warning, for no training ends for a picture.
+    """
+    try:
+        draw()
+        if path.exists():
+            metrics.image(key, path)
+    except Exception as error:
+        log.warning("%s cannot be drawn: %s", plain(path), reason(error))
+        log.debug("this is why:", exc_info=True)
 
 
 def draw_summary(folder: Path) -> Path | None:

@@ -7,7 +7,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from swin_moe.metrics import CELL, Meter, MetricLog, heat_map, read_metrics
-from swin_moe.summary import draw_summary
+from swin_moe.summary import draw_summary, show_picture
 
 
 def test_meter_is_a_mean_since_the_last_read():
@@ -116,3 +116,17 @@ def test_garbage_among_the_records_is_left_out(tmp_path, caplog):
     log = MetricLog(tmp_path / "folder", tensorboard=False, resume_step=None)
     log.write({"step": 1})
     assert "metrics.jsonl cannot be written (Is a directory)" in caplog.text
+
+
+def test_whatever_a_picture_raises_is_one_line(tmp_path, caplog):
+    log = MetricLog(tmp_path, tensorboard=True, resume_step=None)
+
+    def draw():
+        raise TypeError("\nno such glyph\nin this font")
+
+    show_picture(log, "data", tmp_path / "data.png", draw)
+    (tmp_path / "data.png").write_bytes(b"half")
+    show_picture(log, "data", tmp_path / "data.png", lambda: None)
+    first, second = (one.getMessage() for one in caplog.records if one.levelname == "WARNING")
+    assert first == f"{tmp_path / 'data.png'} cannot be drawn: no such glyph"
+    assert "cannot identify image file" in second
