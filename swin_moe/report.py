@@ -61,7 +61,7 @@ def header(
     table.add_row("ops", _ops(world, dtype))
     if config.model.attention_chunk:
         table.add_row("attention", _sequential(config.model.attention_chunk, world))
-    others = f", and rank-1.log to rank-{world.size - 1}.log" if world.size > 1 else ""
+    others = f" to rank-{world.size - 1}.log" if world.size > 1 else ""
     table.add_row("log", cell(f"{folder / 'logs' / 'rank-0.log'}{others}"))
     return table
 

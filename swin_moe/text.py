@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+SHORT = 200  # characters
 JOINERS = "\u3000\u00a0\u200d"  # spaces of writing, and what joins emoji: harmless in a line
 
 
@@ -42,7 +43,8 @@ def shorten(name: str) -> str:
 def reason(error: BaseException) -> str:
     """What an error says, in one line that is never empty.
 
-    Of an error that another process raised, torch hands over the traceback: its last line counts.
+    A short text stays whole, for its line breaks may be a name's. Of an error that another process
+    raised, torch hands over the traceback: its last line counts.
     """
     text = str(error)
     if isinstance(error, OSError) and error.strerror and error.filename:
@@ -51,4 +53,6 @@ def reason(error: BaseException) -> str:
     if not lines:
         return type(error).__name__
     relayed = any(line.startswith("Original Traceback") for line in lines[:2])
-    return plain(lines[-1] if relayed else lines[0])
+    if relayed:
+        return plain(lines[-1])
+    return plain(text.strip() if len(text) <= SHORT else lines[0])

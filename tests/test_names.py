@@ -136,7 +136,8 @@ def test_a_picture_is_written_whole_or_not_at_all(tmp_path):
 @pytest.mark.parametrize(
     ("error", "told"),
     [
-        (ValueError("\n  $5_\n  ^\nParseException"), "$5_"),
+        (ValueError("\n  $5_\n  ^\nParseException"), r"$5_\n  ^\nParseException"),
+        (ValueError(f"\n first \n{'x' * 200}"), "first"),
         (ValueError(""), "ValueError"),
         (FileNotFoundError(2, "No such file or directory", os.fsdecode(b"caf\xe9")),
          r"caf\xe9: No such file or directory"),
@@ -145,7 +146,7 @@ def test_a_picture_is_written_whole_or_not_at_all(tmp_path):
         (RuntimeError("Caught OSError in DataLoader worker process 0.\nOriginal Traceback (most "
                       "recent call last):\n  File x\nOSError: gone\n"),
          "RuntimeError: OSError: gone (--debug shows the traceback)"),
-        (OutOfMemoryError("CUDA out of memory.\nmore"),
+        (OutOfMemoryError("CUDA out of memory."),
          "CUDA out of memory: lower data.batch_size, or see what fits by `swin-moe plan CONFIG`"),
     ],
 )  # fmt: skip

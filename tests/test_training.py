@@ -58,7 +58,7 @@ def test_run_directory_and_terminal(undisturbed):
     assert (folder / "summary.png").read_bytes().startswith(b"\x89PNG")
     for part in ("activated", "GMACs", "1 data × 2 expert", "stage 2", "fp32", "moe_dispatch",
                  "epoch 0.6/1", "top-1", "summary.png", "swin-moe evaluate",
-                 "rank-0.log, and rank-1.log to rank-1.log", "100 images an update"):  # fmt: skip
+                 "logs/rank-0.log to rank-1.log", "100 images an update"):  # fmt: skip
         assert part in printed
     # Piped, it prints a line per log.every_steps, without control sequences.
     lines = re.findall(r"^epoch 1/1  step (\d+)  loss .* lr .* img/s  eta \d+:", printed, re.M)

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from rich.filesize import decimal
 
+from ..text import plain, reason
 from .index import MAX_CLASSES
 
 KEPT_BYTES = 256 << 20  # of row groups
@@ -155,8 +156,8 @@ def _naming(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, pyarrow.ArrowException) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"{path}: the shard is damaged ({reason}): copy it again") from None
+        told = f"{plain(path)}: the shard is damaged ({reason(error)}): copy it again"
+        raise ValueError(told) from None
 
 
 def _open(path: Path) -> Any:
