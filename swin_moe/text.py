@@ -47,8 +47,9 @@ def reason(error: BaseException) -> str:
     raised, torch hands over the traceback: its last line counts.
     """
     text = str(error)
-    if isinstance(error, OSError) and error.strerror and error.filename:
-        text = f"{plain(os.fsdecode(error.filename))}: {error.strerror}"
+    if isinstance(error, OSError) and error.strerror:  # without its number
+        file = f"{plain(os.fsdecode(error.filename))}: " if error.filename else ""
+        text = f"{file}{error.strerror}"
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     if not lines:
         return type(error).__name__

@@ -4,6 +4,7 @@ import ast
 import logging
 import os
 import subprocess
+import warnings
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from rich.table import Table
 from torch import OutOfMemoryError
 
 from swin_moe import cli, drawing, report
+from swin_moe.config import load_config
 from swin_moe.data import show
 from swin_moe.data.progress import sample_progress
 from swin_moe.drawing import font_file, write_png
@@ -21,6 +23,7 @@ from swin_moe.inspection.draw import draw_maps
 from swin_moe.summary import draw_summary
 from swin_moe.terminal import Terminal, cell
 from swin_moe.writing import LogFile, PlainFormatter
+from tests.parallel import MICRO
 from tests.test_imports import FILES
 
 # Names, and how they are shown.
@@ -169,3 +172,28 @@ def test_a_run_s_log_is_named_instead_of_debug(monkeypatch, tmp_path):
     arguments = cli.parse(["models"])
     told = cli._unexpected(RuntimeError("boom"), arguments)
     assert told == f"RuntimeError: boom (the traceback is in {tmp_path / 'rank-0.log'})"
+
+
+def test_the_console_shows_warnings_as_lines_and_leaves_timm_to_the_logs(monkeypatch, capsys):
+    root = logging.getLogger()
+    monkeypatch.setattr(root, "handlers", [])
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
+    try:
+        cli._quiet()
+        logging.getLogger("timm.scheduler").warning("a cosine of one update has no effect")
+        logging.getLogger("swin_moe").warning("skipped caf\udce9")
+        with warnings.catch_warnings():
+            warnings.simplefilter("always")
+            warnings.warn("odd", UserWarning, stacklevel=1)
+    finally:
+        logging.captureWarnings(False)
+    told = capsys.readouterr().err
+    assert told == "WARNING: skipped caf\\xe9\nWARNING: UserWarning: odd\n"
+
+
+def test_the_header_s_rate_is_as_people_write_it():
+    config = load_config(MICRO, ["optimizer.base_lr=5e-4"])
+    assert report._rate(config, 32) == "5e-4 × 32/512 = 3.1e-5 at its peak"
+    config.optimizer.base_lr, config.optimizer.layer_decay = 0.0125, 0.87
+    told = "0.0125 × 1024/512 = 0.025 at its peak, × 0.87 for each layer below the head"
+    assert report._rate(config, 1024) == told
