@@ -215,6 +215,8 @@ class DataConfig(Section):
     shuffle_window: NonNegative = 0
     # Of the images of an epoch; more that cannot be read stop the run. Ten are always allowed.
     max_bad_share: Rate = 0.001
+    # Of one image; larger ones are not read. 0.5 GB of memory as RGB.
+    max_pixels: Positive = 178_956_970
     mean: list[float] = [0.485, 0.456, 0.406]
     std: list[Annotated[float, Field(gt=0)]] = [0.229, 0.224, 0.225]
 

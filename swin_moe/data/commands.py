@@ -8,6 +8,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
+from ..reading import read_text
 from ..text import plain
 from .prepare import Settings, finish, prepare
 from .shards import ShardSource
@@ -53,7 +54,7 @@ def prepare_data(
         )
     kept = None
     if classes is not None:
-        kept = [line.strip() for line in classes.read_text(encoding="utf-8").strip().splitlines()]
+        kept = [line.strip() for line in read_text(classes).strip().splitlines()]
         if "" in kept:
             raise ValueError(f"{classes}: line {kept.index('') + 1} is empty: labels are lines")
     for split, source in sources.items():
@@ -113,9 +114,10 @@ def _tell_source(split: str, source: Source, console: Console) -> None:
     classes = int((source.class_counts > 0).sum())
     empty = len(source.class_names or source.class_counts) - classes
     told = f" ({empty:,} more have none)" if empty else ""
+    passed = f"; {source.passed_over}" if source.passed_over else ""
     console.print(
         f"{split}: {len(source):,} samples of {classes:,} classes{told}, "
-        f"{plain(source.describe())}",
+        f"{plain(source.describe() + passed)}",
         highlight=False,
         markup=False,
         soft_wrap=True,
