@@ -13,6 +13,8 @@ from rich.table import Table
 from . import checkpoint
 from .checkpoint import CheckpointError
 from .checkpoint.contents import Contents
+from .terminal import Terminal, cell
+from .text import plain, reason
 
 
 def list_table(path: Path) -> Table:
@@ -24,9 +26,10 @@ def list_table(path: Path) -> Table:
     for folder in checkpoint.find(path):
         names = [n for n in ("last", "best") if (folder.parent / n).resolve() == folder.resolve()]
         try:
-            table.add_row(str(folder), *_row(folder), ", ".join(names))
+            table.add_row(cell(folder), *_row(folder), ", ".join(names))
         except CheckpointError as error:
-            table.add_row(str(folder), *[""] * 6, str(error).removeprefix(f"{folder}: "))
+            damage = str(error).removeprefix(f"{folder}: ")
+            table.add_row(cell(folder), *[""] * 6, cell(damage))
     return table
 
 
@@ -53,20 +56,20 @@ def _size(folder: Path) -> int:
 
 def verify(path: Path, console: Console) -> bool:
     """Read every byte of the checkpoints; prints a line for each, returns whether all are whole."""
-    whole, errors = True, Console(stderr=True)
+    whole, errors = True, Terminal(stderr=True)
     for folder in track(
         checkpoint.find(path),
         "verifying",
         console=errors,
         transient=True,
-        disable=not errors.is_terminal,
+        disable=not errors.live,
     ):
         try:
             checkpoint.verify(folder)
             Contents(folder).check_complete()
-            text = f"{folder}: whole ({_size(folder) / 1e6:.1f} MB)"
+            text = f"{plain(folder)}: whole ({_size(folder) / 1e6:.1f} MB)"
         except CheckpointError as error:
-            whole, text = False, f"{error}"
+            whole, text = False, reason(error)
         console.print(text, highlight=False, markup=False, soft_wrap=True)
     return whole
 
@@ -83,7 +86,7 @@ def reshard(path: Path, target: Path, files: int, console: Console) -> None:
     started = time.monotonic()
     checkpoint.reshard(source, target, files)
     console.print(
-        f"{source} → {target}: {_size(target) / 1e6:.1f} MB in {files} files, "
+        f"{plain(source)} → {plain(target)}: {_size(target) / 1e6:.1f} MB in {files} files, "
         f"{time.monotonic() - started:.1f} s",
         highlight=False,
         markup=False,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import logging
 import sys
 import time
@@ -15,6 +17,8 @@ from typing import Any
 from . import ranks
 from .arguments import parse
 from .errors import Preempted, TrainingError
+from .text import plain, plain_lines, reason
+from .writing import LogFile, PlainFormatter, unbreakable_streams
 
 DONE, FAILED, WRONG_USE = 0, 1, 2
 PREEMPTED = 75  # the system's EX_TEMPFAIL: try again
@@ -32,7 +36,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         rank, local_rank, size = ranks.environment_rank()
     except (ValueError, KeyError) as error:
-        return _fail(f"the launcher's rank variables cannot be read ({error})", True, WRONG_USE)
+        told = f"the launcher's rank variables cannot be read ({reason(error)})"
+        return _fail(told, True, WRONG_USE)
     where = f"[rank {rank}] " if local_rank else ""
     try:
         code = _run(arguments)
@@ -43,26 +48,45 @@ def main(argv: list[str] | None = None) -> int:
         return _fail("interrupted; the same command goes on from where it was", local_rank == 0)
     except (ValueError, OSError) as error:
         # The same on every rank of a node: one of them tells.
-        if arguments.debug:
-            traceback.print_exc()
+        _show_traceback(arguments)
         if isinstance(error, ValueError):
             ranks.refuse_restart()
-        return _fail(f"{where}{error}", local_rank == 0, WRONG_USE)
+        return _fail(f"{where}{reason(error)}", local_rank == 0, WRONG_USE)
     except Exception as error:
         if isinstance(error, (Preempted, TrainingError)):
             ranks.refuse_restart()
         if isinstance(error, Preempted):
-            return _fail(str(error), local_rank == 0, PREEMPTED, alone=False)
-        if arguments.debug:
-            traceback.print_exc()
-        logging.getLogger("swin_moe").debug("failed", exc_info=True)
+            return _fail(reason(error), local_rank == 0, PREEMPTED, alone=False)
+        _show_traceback(arguments)
         if isinstance(error, TrainingError):  # raised on every rank, or on none
-            return _fail(str(error), local_rank == 0, alone=False)
+            return _fail(reason(error), local_rank == 0, alone=False)
         where = f"[rank {rank}] " if size > 1 else ""
-        first = (str(error).strip() or "no message").splitlines()[0]
         if size > 1 and any(sign in str(error) for sign in _LOST_PEER):
             return _fail(f"{where}another process ended, and this one with it", False)
-        return _fail(f"{where}{type(error).__name__}: {first} (--debug shows the traceback)", True)
+        return _fail(f"{where}{_unexpected(error, arguments)}", True)
+
+
+def _show_traceback(arguments: argparse.Namespace) -> None:
+    """In the run's log, where there is one, and on the console if asked for."""
+    logging.getLogger("swin_moe").debug("failed", exc_info=True)
+    if arguments.debug:
+        traceback.print_exc()
+
+
+def _unexpected(error: Exception, arguments: argparse.Namespace) -> str:
+    """An error that nobody has foreseen, and where to read more of it."""
+    kind, told = type(error).__name__, reason(error)
+    if kind == "OutOfMemoryError":  # torch's, of a GPU
+        return (
+            f"{told.removesuffix('.')}: lower data.batch_size, or see what fits by "
+            "`swin-moe plan CONFIG`"
+        )
+    text = kind if told == kind else f"{kind}: {told}"
+    if arguments.debug:
+        return text
+    log_file = LogFile.current()
+    where = f"the traceback is in {plain(log_file)}" if log_file else "--debug shows the traceback"
+    return f"{text} ({where})"
 
 
 def _fail(message: str, tell: bool, code: int = FAILED, alone: bool = True) -> int:
@@ -79,12 +103,13 @@ def _fail(message: str, tell: bool, code: int = FAILED, alone: bool = True) -> i
         # The first exit ends all processes of the node. Who still lives then failed alone.
         time.sleep(_PATIENCE)
     if tell or alone:
-        print(f"swin-moe: error: {message}", file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):  # a full disk must not change the exit code
+            print(f"swin-moe: error: {plain_lines(message)}", file=sys.stderr, flush=True)
     return code
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    from rich.console import Console
+    from .terminal import Terminal
 
     # Each imports what it needs, so that a command that needs no torch starts at once.
     commands: dict[str, Callable[[argparse.Namespace, Any], int]] = {
@@ -100,9 +125,10 @@ def _run(arguments: argparse.Namespace) -> int:
         "plan": _plan,
         "launch": _launch,
     }
-    return commands[arguments.command](arguments, Console(soft_wrap=False))
+    return commands[arguments.command](arguments, Terminal())
 
 
+@unbreakable_streams()
 def _train(arguments: argparse.Namespace, console: Any) -> int:
     from . import distributed, preflight
 
@@ -247,6 +273,7 @@ def _plan(arguments: argparse.Namespace, console: Any) -> int:
     return DONE
 
 
+@unbreakable_streams()
 def _launch(arguments: argparse.Namespace, console: Any) -> int:
     from .launch import Request, launch
 
@@ -300,10 +327,17 @@ def _convert(arguments: argparse.Namespace, console: Any) -> int:
 
 def _quiet() -> None:
     """Keep the console for the run: libraries' chatter goes to the logs, warnings stay."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a name that it cannot encode is shown escaped
+            stream.reconfigure(errors="backslashreplace")
     console = logging.StreamHandler()
     console.setLevel(logging.WARNING)
-    console.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
+    console.setFormatter(PlainFormatter("%(levelname)s: %(message)s"))
+    # timm warns of what our config has checked or means, such as a cosine of one update.
+    console.addFilter(lambda record: not record.name.startswith("timm."))
     logging.getLogger().addHandler(console)
+    logging.captureWarnings(True)
+    warnings.formatwarning = lambda message, category, *_: f"{category.__name__}: {message}"
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
 

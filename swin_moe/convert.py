@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor
 
 from .config import Architecture, validate_architecture
@@ -26,6 +26,8 @@ from .models.pretrained import (
 )
 from .models.transfer import Fit, default_moe_blocks, fit, upcycle
 from .models.weights import PICKLED, State, WeightsError, rank_files, write
+from .terminal import cell
+from .text import plain
 
 # What each dialect's own programs look for in a .pth.
 _WRAPPER = {"official": "model", "timm": "state_dict", "mmseg": "state_dict", "torchvision": ""}
@@ -259,11 +261,11 @@ def _table(translation: Translation, result: Fit, target: State) -> Table:
     matched = [name for name in copied if sources.get(name) == (name,)]
     renamed = [name for name in copied if sources.get(name, (name,)) != (name,)]
     made = [name for name in copied if name not in sources]
-    example = escape(f"{' + '.join(sources[renamed[0]])} → {renamed[0]}") if renamed else ""
+    example = f"{' + '.join(sources[renamed[0]])} → {renamed[0]}" if renamed else ""
     table.add_row("matched", str(len(matched)), "")
-    table.add_row("renamed", str(len(renamed)), example and f"e.g. {example}")
+    table.add_row("renamed", str(len(renamed)), cell(example and f"e.g. {example}"))
     if made:
-        table.add_row("upcycled", str(len(made)), f"e.g. {made[0]}")
+        table.add_row("upcycled", str(len(made)), cell(f"e.g. {made[0]}"))
     resized = [
         f"{name} {_shape(old)} → {_shape(target[name].shape)}"
         for name, old in result.resized.items()
@@ -288,9 +290,9 @@ def _kinds(names: dict[str, Tensor]) -> list[str]:
     return sorted({name.rpartition(".")[2] for name in names})
 
 
-def _list(names: list[str], limit: int = 8) -> str:
-    more = f"\nand {len(names) - limit} more" if len(names) > limit else ""
-    return escape("\n".join(names[:limit])) + more
+def _list(names: list[str], limit: int = 8) -> Text:
+    more = [f"and {len(names) - limit} more"] if len(names) > limit else []
+    return Text("\n".join(map(plain, names[:limit] + more)))
 
 
 def _closing(output: Path, config: Architecture, dialect: str, window_known: bool) -> str:

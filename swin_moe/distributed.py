@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from .meeting import Meeting, open_store
 from .ranks import check_world, environment_rank, hostname, node_share, restarts
+from .text import reason
 
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed warns that it found no GPU
@@ -131,10 +132,9 @@ def _join(meeting: Meeting) -> None:
             backend(), store=store, rank=meeting.rank, world_size=meeting.size, timeout=timeout
         )
     except RuntimeError as error:
-        first = str(error).splitlines()[0]
         raise ConnectionError(
             f"rank {meeting.rank} on {hostname()} reaches {meeting.place}, but not the other "
-            f"processes ({first}): GLOO_SOCKET_IFNAME names the network interface to use"
+            f"processes ({reason(error)}): GLOO_SOCKET_IFNAME names the network interface to use"
         ) from error
 
 

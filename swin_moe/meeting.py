@@ -15,6 +15,7 @@ from datetime import timedelta
 import torch.distributed as dist
 
 from .host import silenced
+from .text import reason
 
 _READ = 10.0  # seconds that rank 0, which may hold the store, stays for the others to read
 
@@ -156,7 +157,7 @@ def open_store(
             "set it to a free one, the same for every process"
         )
     if serve:
-        why = str(found).splitlines()[0] if found else "no answer"
+        why = reason(found) if found else "no answer"
         raise ConnectionError(f"rank 0 cannot open its store at {place}: {why}")
     raise ConnectionError(
         f"what answers at {place} is not rank 0 of this run: check MASTER_ADDR and MASTER_PORT, "

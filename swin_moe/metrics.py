@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import json
-import logging
-from collections.abc import Iterator
+import os
+import socket
+import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
-
-log = logging.getLogger("swin_moe")
+from .terminal import Terminal
+from .writing import Appender
 
 Record = dict[str, Any]
 
@@ -46,6 +44,67 @@ class Meter:
         return total / count if count else float("nan")
 
 
+class Events:
+    """A TensorBoard event file.
+
+    torch's SummaryWriter writes in a thread, which a full disk ends: that costs a traceback, and
+    whoever waits for the thread waits for ever.
+
+    Args:
+        purge_step: what TensorBoard knows of this step and later ones is of a life taken back.
+    """
+
+    def __init__(self, folder: Path, purge_step: int | None) -> None:
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+        from tensorboard.summary.writer.record_writer import RecordWriter
+        from torch.utils.tensorboard import summary
+
+        self._event, self._summary = Event, summary
+        folder.mkdir(exist_ok=True)
+        seconds, rest = divmod(time.time_ns(), 10**9)
+        name = f"events.out.tfevents.{seconds:010d}.{socket.gethostname()}.{os.getpid()}.{rest}"
+        self._file = Appender(folder / name)
+        self._records = RecordWriter(self._file)
+        self._add(file_version="brain.Event:2")
+        if purge_step is not None:
+            self._add(step=purge_step, session_log=SessionLog(status=SessionLog.START))
+
+    def add(self, record: Record, loads: list[list[float]]) -> None:
+        """Every number; of the experts' loads, which may be thousands, a curve each for up to
+        ``CURVES`` experts a layer, else a histogram over the experts.
+
+        Args:
+            loads: of all layers, drawn with each evaluation, see :func:`heat_map`.
+        """
+        values = self._summary.Summary()
+        for key, value in record.items():
+            if key.endswith("/load"):
+                values.MergeFrom(self._load(key, value))
+            elif isinstance(value, (int, float)) and key not in ("step", "epoch"):
+                values.MergeFrom(self._summary.scalar(key, value))
+        if loads and "val/top1" in record:
+            picture = self._summary.image("moe/load", heat_map(loads), dataformats="HWC")
+            values.MergeFrom(picture)
+        self._add(step=record["step"], summary=values)
+
+    def _load(self, key: str, load: list[float]) -> Any:
+        if len(load) > CURVES:
+            return self._summary.histogram(key, np.array(load) * len(load), bins=HISTOGRAM)
+        curves = self._summary.Summary()
+        for expert, share in enumerate(load):
+            curves.MergeFrom(self._summary.scalar(f"{key}/expert{expert}", share))
+        return curves
+
+    def image(self, key: str, pixels: np.ndarray, step: int) -> None:
+        self._add(step=step, summary=self._summary.image(key, pixels, dataformats="HWC"))
+
+    def _add(self, **content: Any) -> None:
+        self._records.write(self._event(wall_time=time.time(), **content).SerializeToString())
+
+    def close(self) -> None:
+        self._file.close()
+
+
 class MetricLog:
     """``metrics.jsonl`` and TensorBoard events of a run; only rank 0 makes one.
 
@@ -61,75 +120,33 @@ class MetricLog:
             kept = [r for r in read_metrics(folder) if r["step"] <= resume_step]
         temporary = self.path.with_suffix(".tmp")  # a kill here must not lose what there is
         temporary.write_text("".join(json.dumps(record) + "\n" for record in kept))
-        temporary.replace(self.path)
-        purge = None if resume_step is None else resume_step + 1
+        with contextlib.suppress(IsADirectoryError):  # somebody's: the first record tells of it
+            temporary.replace(self.path)
+        self._file = Appender(self.path)
         self._step = resume_step or 0
         self._loads: list[list[float]] = []  # of the layers, as last written
-        self._failed = False
-        self._writer: SummaryWriter | None = None
-        if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter  # imports tensorboard
-
-            self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=purge)
+        purge = None if resume_step is None else resume_step + 1
+        self._events = Events(folder / "tensorboard", purge) if tensorboard else None
 
     def write(self, record: Record) -> None:
-        """Append one record with keys ``step`` and ``epoch``.
-
-        TensorBoard gets every number, and of the experts' loads, which may be thousands, a curve
-        each for up to ``CURVES`` experts a layer, else a histogram over the experts; with each
-        evaluation it gets a picture of the last loads of all layers, see :func:`heat_map`.
-        """
+        """Append one record with keys ``step`` and ``epoch``."""
         self._step = record["step"]
-        with self._whatever_the_disk(), self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
-        with self._whatever_the_disk():
-            self._show(record)
-
-    @contextlib.contextmanager
-    def _whatever_the_disk(self) -> Iterator[None]:
-        """A full disk is no reason to end the training: it is told once."""
-        try:
-            yield
-        except OSError as error:
-            if not self._failed:
-                log.warning("metrics cannot be written: %s; training goes on", error)
-            self._failed = True
-
-    def _show(self, record: Record) -> None:
-        if self._writer is None:
-            return
-        step = record["step"]
-        for key, value in record.items():
-            if isinstance(value, (int, float)) and key not in ("step", "epoch"):
-                self._writer.add_scalar(key, value, step)
-        loads = {key: value for key, value in record.items() if key.endswith("/load")}
-        for key, load in loads.items():
-            self._write_load(key, load, step)
-        self._loads = list(loads.values()) or self._loads
-        if self._loads and "val/top1" in record:
-            self._writer.add_image("moe/load", heat_map(self._loads), step, dataformats="HWC")
-
-    def _write_load(self, key: str, load: list[float], step: int) -> None:
-        assert self._writer is not None
-        if len(load) <= CURVES:
-            for expert, share in enumerate(load):
-                self._writer.add_scalar(f"{key}/expert{expert}", share, step)
-        else:
-            even = np.array(load) * len(load)
-            self._writer.add_histogram(key, even, step, bins=HISTOGRAM)
+        self._file.write(f"{json.dumps(record)}\n".encode())
+        loads = [value for key, value in record.items() if key.endswith("/load")]
+        self._loads = loads or self._loads
+        if self._events:
+            self._events.add(record, self._loads)
 
     def image(self, key: str, path: Path) -> None:
         """Show a PNG at the step of the last record."""
-        if self._writer is not None:
+        if self._events:
             with Image.open(path) as image:
-                pixels = np.asarray(image.convert("RGB"))
-            with self._whatever_the_disk():
-                self._writer.add_image(key, pixels, self._step, dataformats="HWC")
+                self._events.image(key, np.asarray(image.convert("RGB")), self._step)
 
     def close(self) -> None:
-        if self._writer is not None:
-            with self._whatever_the_disk():
-                self._writer.close()
+        self._file.close()
+        if self._events:
+            self._events.close()
 
 
 def heat_map(loads: list[list[float]]) -> np.ndarray:
@@ -161,8 +178,8 @@ def read_metrics(folder: Path) -> list[Record]:
 
 
 def progress_bar(enabled: bool) -> Progress:
-    """Bar with loss, rate, gradient norm, images/s and time to go; none if piped to a file."""
-    console = Console()
+    """Bar with loss, rate, gradient norm, images/s and time to go; none if nobody watches."""
+    console = Terminal()
     return Progress(
         TextColumn("epoch {task.fields[epoch]}"),
         BarColumn(bar_width=None),
@@ -172,6 +189,6 @@ def progress_bar(enabled: bool) -> Progress:
         TextColumn("eta"),
         TimeRemainingColumn(),
         console=console,
-        disable=not (enabled and console.is_terminal),
+        disable=not (enabled and console.live),
         transient=True,
     )

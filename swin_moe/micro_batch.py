@@ -26,6 +26,7 @@ from .opened import in_precision
 from .precision import resolve_precision
 from .ranks import local_world_size
 from .run_directory import Run
+from .text import reason
 
 # What a lack of memory sounds like; the last one is oneDNN's.
 _OUT_OF_MEMORY = ("can't allocate memory", "Cannot allocate memory", "could not create a primitive")
@@ -151,9 +152,9 @@ def _child(config: Config, world: World, size: int, available: int, answer: Conn
         answer.send(None)
     except RuntimeError as error:
         lacks = any(sign in str(error) for sign in _OUT_OF_MEMORY)
-        answer.send(None if lacks else str(error).splitlines()[0])
+        answer.send(None if lacks else reason(error))
     except Exception as error:
-        answer.send(f"{error}".splitlines()[0])
+        answer.send(reason(error))
 
 
 def _available(world: World) -> int:

@@ -29,6 +29,7 @@ from torch.profiler import ProfilerActivity, profile, schedule
 from .distributed import World, gather_objects
 from .host import silenced
 from .planner.hardware import GPUS
+from .text import plain
 
 KINDS = ("compute", "all_to_all", "reduce", "data", "host")
 SKIPPED, WARM_UP, UPDATES = 10, 1, 5
@@ -114,7 +115,8 @@ class Profile:
             self.console.print(_table(ranks, mean))
             if "profile/mfu" in self._record:
                 self.console.print(f"model FLOPs utilisation {self._record['profile/mfu']:.1f} %")
-            self.console.print(f"traces for ui.perfetto.dev: {self.path.parent}", soft_wrap=True)
+            told = f"traces for ui.perfetto.dev: {plain(self.path.parent)}"
+            self.console.print(told, markup=False, soft_wrap=True)
 
 
 def read(path: Path) -> list[Event]:

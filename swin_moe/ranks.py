@@ -6,6 +6,7 @@ Ranks come from torchrun, DeepSpeed's launcher, or Slurm's ``srun`` or Open MPI'
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import os
@@ -100,8 +101,9 @@ def leave(code: int) -> NoReturn:
     threads of the process groups sometimes abort the interpreter while it takes itself apart.
     """
     logging.shutdown()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):  # a full disk must not change the exit code
+            stream.flush()
     os._exit(code)
 
 

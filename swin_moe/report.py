@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import shlex
 from pathlib import Path
 
 import torch
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from . import ops
 from .config import Config, ModelConfig, MoEConfig
@@ -15,6 +17,9 @@ from .data import Loader
 from .distributed import World
 from .evaluation import Evaluation
 from .models.cost import Cost
+from .optim import REFERENCE_BATCH
+from .terminal import cell
+from .text import plain
 from .trainer import Trainer
 
 
@@ -30,14 +35,14 @@ def header(
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     table.add_column(style="bold")
     table.add_column(overflow="fold")
-    table.add_row("run", str(folder))
+    table.add_row("run", cell(folder))
     table.add_row("model", _model(config.model, config.moe))
     table.add_row(
         "parameters",
         f"{cost.parameters / 1e6:.2f} M, {cost.activated / 1e6:.2f} M activated; "
         f"{cost.macs / 1e9:.3f} GMACs an image",
     )
-    table.add_row("data", "\n".join(loader.description for loader in loaders))
+    table.add_row("data", Text("\n".join(plain(loader.description) for loader in loaders)))
     table.add_row(
         "world",
         f"{world.size} processes = {world.expert_data.size} data × {world.expert.size} expert "
@@ -45,7 +50,9 @@ def header(
     )
     micro, accumulation = config.data.batch_size, config.train.micro_steps
     parts = f"{micro} × {world.size} processes" + f" × {accumulation} steps" * (accumulation > 1)
-    table.add_row("batch", f"{micro * accumulation * world.size} = {parts}")
+    batch = micro * accumulation * world.size
+    table.add_row("batch", f"{batch} images an update = {parts}")
+    table.add_row("rate", _rate(config, batch))
     offload = f", offload to {config.zero.offload}" if config.zero.offload != "none" else ""
     moments = ", bf16 moments" if config.optimizer.moments == "bf16" else ""
     table.add_row("ZeRO", f"stage {config.zero.stage}{offload}{moments}")
@@ -54,7 +61,25 @@ def header(
     table.add_row("ops", _ops(world, dtype))
     if config.model.attention_chunk:
         table.add_row("attention", _sequential(config.model.attention_chunk, world))
+    others = f" to rank-{world.size - 1}.log" if world.size > 1 else ""
+    table.add_row("log", cell(f"{folder / 'logs' / 'rank-0.log'}{others}"))
     return table
+
+
+def _rate(config: Config, batch: int) -> str:
+    """The peak rate, for whoever compares it with a recipe or another batch."""
+    base, decay = config.optimizer.base_lr, config.optimizer.layer_decay
+    peak = base * batch / REFERENCE_BATCH
+    text = f"{_short(base, 6)} × {batch}/{REFERENCE_BATCH} = {_short(peak, 2)} at its peak"
+    return text + (f", × {decay:g} for each layer below the head" if decay < 1 else "")
+
+
+def _short(value: float, digits: int) -> str:
+    """A rate as people write it: 3.1e-5, 5e-4, 0.016."""
+    if value >= 0.01:
+        return f"{value:.{digits}g}"
+    mantissa, exponent = f"{value:.{digits - 1}e}".split("e")
+    return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"
 
 
 def _ops(world: World, dtype: torch.dtype) -> str:
@@ -101,16 +126,19 @@ def closing(folder: Path, trainer: Trainer, seconds: float) -> Table:
         table.add_row("top-1", f"{result.top1:.2f} % ({best})")
         table.add_row("time", f"{seconds / 60:.1f} min, {trainer.images_per_second:.0f} images/s")
     else:
-        table.add_row("trained", "nothing was left to do; --fresh starts anew")
+        table.add_row("trained", "nothing was left to do; --fresh starts from the beginning")
     unreadable = position.unreadable + (result.unreadable if result is not None else 0)
     if unreadable:
         table.add_row("unreadable", f"{unreadable} images were skipped; see the logs")
-    table.add_row("picture", str(folder / "summary.png"))
-    table.add_row("checkpoint", str(folder / "checkpoints" / "last"))
-    table.add_row("metrics", str(folder / "metrics.jsonl"))
-    table.add_row("logs", str(folder / "logs"))
-    table.add_row("curves", f"tensorboard --logdir {folder}")
-    table.add_row("again", f"swin-moe evaluate {folder}")
+    if (folder / "summary.png").exists():
+        table.add_row("picture", cell(folder / "summary.png"))
+    table.add_row("checkpoint", cell(folder / "checkpoints" / "last"))
+    table.add_row("metrics", cell(folder / "metrics.jsonl"))
+    table.add_row("logs", cell(folder / "logs"))
+    quoted = shlex.quote(str(folder))
+    if (folder / "tensorboard").exists():
+        table.add_row("curves", cell(f"tensorboard --logdir {quoted}"))
+    table.add_row("again", cell(f"swin-moe evaluate {quoted}"))
     return table
 
 
@@ -123,12 +151,13 @@ def print_evaluation(
     for index, (correct, total) in enumerate(zip(result.correct, result.total, strict=True)):
         if total:
             name = names[index] if names else str(index)
-            table.add_row(name, str(total), f"{100 * correct / total:.1f} %")
+            table.add_row(cell(name), str(total), f"{100 * correct / total:.1f} %")
     console.print(table)
     unreadable = f", {result.unreadable} unreadable" if result.unreadable else ""
     console.print(
-        f"{path}: top-1 {result.top1:.2f} %  top-5 {result.top5:.2f} %  loss {result.loss:.4f}  "
-        f"({sum(result.total)} images{unreadable})",
+        f"{plain(path)}: top-1 {result.top1:.2f} %  top-5 {result.top5:.2f} %  "
+        f"loss {result.loss:.4f}  ({sum(result.total)} images{unreadable})",
         highlight=False,
+        markup=False,
         soft_wrap=True,
     )

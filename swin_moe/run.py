@@ -41,9 +41,10 @@ from .placement import Layout, expert_share
 from .precision import resolve_precision
 from .profiling import Profile, peak_flops
 from .run_directory import Run, prepare_folder, step_back
-from .summary import draw_summary
+from .summary import draw_summary, show_picture
 from .trainer import Plan, Position, RollBack, Trainer
 from .watchdog import Watchdog
+from .writing import Appender
 
 log = logging.getLogger("swin_moe")
 
@@ -102,7 +103,9 @@ def train(
         source = _starting_weights(run, config, fresh)
         reader = prepare_folder(run, config, fresh, loaders[0], accept_changes)
         for loader in loaders:
-            loader.bad.file = run.log_file.with_name(f"bad-samples-rank-{world.rank}.jsonl")
+            loader.bad.file = Appender(
+                run.log_file.with_name(f"bad-samples-rank-{world.rank}.jsonl")
+            )
         job = _Job(
             run=run,
             config=config,
@@ -218,15 +221,10 @@ def _roll_back(job: _Job, place: Position, from_start: bool) -> Trainer:
 
 def _show_data(job: _Job, reader: checkpoint.Reader | None) -> None:
     """A picture of what the model is to see, in the run directory and in TensorBoard."""
-    if job.log is None or reader is not None:
-        return
-    path = job.run.folder / "data.png"
-    try:
-        contact_sheet(job.config, job.loaders[0], job.loaders[1], path)
-    except OSError as error:  # such as a full disk: no reason not to train
-        log.warning("%s cannot be drawn: %s", path, error)
-    else:
-        job.log.image("data/first_batches", path)
+    if job.log is not None and reader is None:
+        path = job.run.folder / "data.png"
+        draw = partial(contact_sheet, job.config, job.loaders[0], job.loaders[1], path)
+        show_picture(job.log, "data/first_batches", path, draw)
 
 
 def _log_place(world: World) -> None:
@@ -497,12 +495,7 @@ def _tell_of_save(run: Run, saved: Saved) -> None:
 
 def _finish_pictures(job: _Job) -> None:
     """Draw what came of it, even if it failed."""
-    if job.log is None:
-        return
-    try:
-        picture = draw_summary(job.run.folder)
-        if picture is not None:
-            job.log.image("summary", picture)
-    except Exception as error:  # never in the way of the error that ended the training
-        log.warning("summary.png could not be drawn: %s", error)
-    job.log.close()
+    if job.log is not None:
+        folder = job.run.folder
+        show_picture(job.log, "summary", folder / "summary.png", partial(draw_summary, folder))
+        job.log.close()

@@ -26,6 +26,7 @@ from .data import Loader
 from .distributed import World, broadcast_object, gather_objects
 from .models.pretrained import built_windows
 from .ranks import hostname, restarts, started_again
+from .writing import LogFile, PlainFormatter
 
 log = logging.getLogger("swin_moe")
 
@@ -54,7 +55,7 @@ class Run:
         """Print a line on rank 0 and put it into this rank's log."""
         if self.world.is_main:
             self.console.print(text, highlight=False, markup=False, soft_wrap=True)
-        log.debug(text)
+        log.info("%s", text)
 
 
 def prepare_folder(
@@ -276,8 +277,8 @@ _SHAPE_KEYS = {
 def log_to_file(path: Path) -> None:
     """Send everything that is logged by this rank to ``path`` as well."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(path, encoding="utf-8")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    handler = LogFile(path)
+    handler.setFormatter(PlainFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     handler.setLevel(logging.DEBUG)
     logging.getLogger().addHandler(handler)
     log.setLevel(logging.DEBUG)

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from .metrics import Record, read_metrics
+from .drawing import drawing, write_png
+from .metrics import MetricLog, Record, read_metrics
+from .text import plain, reason
+
+log = logging.getLogger("swin_moe")
 
 # What is drawn of every MoE layer over time: key and title.
 ROUTER_CURVES = (
@@ -21,20 +28,39 @@ NAMED = 12  # layers that fit one line of a legend
 EVENTS = 160  # columns of a heat map, at most: more are joined
 
 
+def show_picture(metrics: MetricLog, key: str, path: Path, draw: Callable[[], Any]) -> None:
+    """Draw a picture of a training and put it into TensorBoard.
+
+    Whatever goes wrong is a warning, for no training ends for a picture.
+    """
+    try:
+        draw()
+        if path.exists():
+            metrics.image(key, path)
+    except Exception as error:
+        log.warning("%s cannot be drawn: %s", plain(path), reason(error))
+        log.debug("this is why:", exc_info=True)
+
+
 def draw_summary(folder: Path) -> Path | None:
     """Draw ``summary.png``: loss, accuracy, and how the routers of each MoE layer fared.
 
     Returns:
         its path, None if nothing was logged yet.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     records = read_metrics(folder)
     if not records:
         return None
+    name = plain(folder.absolute().name)
+    path = folder / "summary.png"
+    with drawing(name):
+        _draw(name, records, path)
+    return path
+
+
+def _draw(name: str, records: list[Record], path: Path) -> None:
+    from matplotlib import pyplot
+
     layers = [k[4:-5] for k in _last_with(records, "moe/") if k.endswith("/load")]
     across = min(max(len(layers), 1), 4)
     maps = -(-len(layers) // across)
@@ -57,13 +83,9 @@ def draw_summary(folder: Path) -> Path | None:
         colours = dict(zip(layers, _colours(len(layers)), strict=True))
         _draw_routers(figure, grid, records, colours)
         _draw_loads(figure, grid, records, colours, across)
-    figure.suptitle(folder.name)
-    path = folder / "summary.png"
-    temporary = folder / ".summary.png"
-    figure.savefig(temporary, dpi=100, format="png")
+    figure.suptitle(name)
+    write_png(path, partial(figure.savefig, dpi=100, format="png"))
     pyplot.close(figure)
-    temporary.replace(path)
-    return path
 
 
 def _last_with(records: list[Record], prefix: str) -> Record:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 
+SHORT = 200  # characters
+JOINERS = "\u3000\u00a0\u200d"  # spaces of writing, and what joins emoji: harmless in a line
+
 
 def plain(name: str | os.PathLike[str]) -> str:
     r"""A name as one line of valid UTF-8.
@@ -11,9 +14,46 @@ def plain(name: str | os.PathLike[str]) -> str:
     A byte of a file's name that is not UTF-8 is shown as ``\xe9``, a control character (such as a
     line break or an escape sequence of a terminal) as ``\x1b``; all else stays as it is.
     """
-    text = os.fspath(name).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    return _printable(os.fspath(name), JOINERS)
+
+
+def plain_lines(text: str) -> str:
+    """A text as by :func:`plain`, but its line breaks and tabs stay."""
+    return _printable(text, JOINERS + "\n\t")
+
+
+def _printable(text: str, kept: str) -> str:
     if text.isprintable():
         return text
-    return "".join(
-        one if one.isprintable() or one in "\u3000\u00a0\u200d" else repr(one)[1:-1] for one in text
-    )
+    return "".join(one if one.isprintable() or one in kept else _escape(one) for one in text)
+
+
+def _escape(one: str) -> str:
+    if 0xDC80 <= ord(one) <= 0xDCFF:  # Python's stand-in for a byte that is not UTF-8
+        return f"\\x{ord(one) - 0xDC00:02x}"
+    return repr(one)[1:-1]
+
+
+def shorten(name: str) -> str:
+    """A name as by :func:`plain` that fits below a small picture."""
+    text = plain(name)
+    return text if len(text) <= 18 else f"{text[:17]}…"
+
+
+def reason(error: BaseException) -> str:
+    """What an error says, in one line that is never empty.
+
+    A short text stays whole, for its line breaks may be a name's. Of an error that another process
+    raised, torch hands over the traceback: its last line counts.
+    """
+    text = str(error)
+    if isinstance(error, OSError) and error.strerror:  # without its number
+        file = f"{plain(os.fsdecode(error.filename))}: " if error.filename else ""
+        text = f"{file}{error.strerror}"
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    if not lines:
+        return type(error).__name__
+    relayed = any(line.startswith("Original Traceback") for line in lines[:2])
+    if relayed:
+        return plain(lines[-1])
+    return plain(text.strip() if len(text) <= SHORT else lines[0])

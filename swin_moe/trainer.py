@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -124,6 +125,7 @@ class Trainer:
         self._clock, self._images, self._waited = time.monotonic(), 0, 0.0
         self._steps_logged, self.images_per_second = self.position.step, 0.0
         self._loader_watch = LoaderWatch()
+        self._piped = False  # no bar is shown
 
     def fit(self) -> None:
         """Train from the current position to the end of the plan."""
@@ -155,6 +157,7 @@ class Trainer:
                 "", total=plan.updates_per_epoch, completed=position.update,
                 epoch=f"{position.epoch + 1}/{plan.epochs}", status="",
             )  # fmt: skip
+            self._piped = bar.disable
             self._restart_clock()
             last = False
             while not last:
@@ -327,7 +330,10 @@ class Trainer:
         self._clock, self._images, self._waited = time.monotonic(), 0, 0.0
 
     def _log_training(self) -> str:
-        """Reduce the meters over ranks and write a record; returns the bar's status text."""
+        """Reduce the meters over ranks and write a record; returns the bar's status text.
+
+        Where no bar is shown, the status is printed as a line.
+        """
         device, position = self.world.device, self.position
         waited = self._waited / max(time.monotonic() - self._clock, 1e-9)
         local = [self._loss.read(), self._aux.read(), float(self._unreadable), waited]
@@ -369,8 +375,16 @@ class Trainer:
             f"loss {loss:.4f}  lr {record['train/lr']:.2e}  norm {record['train/grad_norm']:.2f}  "
             f"{self.images_per_second:.0f} img/s"
         )
-        logger.info("step %d  %s", position.step, status)
+        eta = timedelta(seconds=round(self._updates_left() * elapsed / steps))
+        line = f"epoch {position.epoch + 1}/{self.plan.epochs}  step {position.step}  {status}"
+        (self.say if self._piped else logger.info)(f"{line}  eta {eta}")
         return status
+
+    def _updates_left(self) -> int:
+        """Of the whole training."""
+        position, plan = self.position, self.plan
+        left = (plan.epochs - position.epoch) * plan.updates_per_epoch - position.update
+        return min(left, plan.max_steps - position.step) if plan.max_steps else left
 
     def _forward_watched(self, images: Tensor) -> Any:
         self.watchdog.beat()

@@ -7,7 +7,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from swin_moe.metrics import CELL, Meter, MetricLog, heat_map, read_metrics
-from swin_moe.summary import draw_summary
+from swin_moe.summary import draw_summary, show_picture
 
 
 def test_meter_is_a_mean_since_the_last_read():
@@ -47,13 +47,23 @@ def test_a_full_disk_is_told_once_and_ends_nothing(tmp_path, caplog):
     log = MetricLog(tmp_path, tensorboard=True, resume_step=None)
     log.path.unlink()
     log.path.symlink_to("/dev/full")
-    for record in records(range(1, 3)):
+    events = log._events._file.path
+    events.rename(tmp_path / "whole")
+    events.symlink_to("/dev/full")
+    for record in records(range(1, 30)):
         log.write(record)
-    assert caplog.text.count("metrics cannot be written: [Errno 28]") == 1
-    # What TensorBoard's thread met, it raises at the next record.
-    log._writer.file_writer.event_writer._async_writer._worker.exception = OSError(28, "full")
-    log.write(records([3])[0])
+    assert caplog.text.count("metrics.jsonl cannot be written (No space left on device)") == 1
+    assert caplog.text.count(f"{events.name} cannot be written (No space left on device)") == 1
+    log.path.unlink()
+    events.unlink()
+    (tmp_path / "whole").rename(events)
+    log.write(records([30])[0])
     log.close()
+    assert [record["step"] for record in read_metrics(tmp_path)] == list(range(1, 31))
+    accumulator = EventAccumulator(str(tmp_path / "tensorboard"))
+    accumulator.Reload()
+    assert len(accumulator.Scalars("train/loss")) == 30
+    assert caplog.text.count("is written again, and nothing of it is lost") == 2
 
 
 def test_many_experts_get_a_histogram_and_evaluations_a_heat_map(tmp_path):
@@ -95,7 +105,7 @@ def test_summary_is_a_picture_with_panels_per_figure_and_a_heat_map_per_layer(tm
         assert len(set(image.convert("L").getdata())) > 20
 
 
-def test_garbage_among_the_records_is_left_out(tmp_path):
+def test_garbage_among_the_records_is_left_out(tmp_path, caplog):
     lines = [b'{"step": 1, "train/loss": 2.0}', b"\xff\xfe", b"[]", b'{"epoch": 1}', b"[" * 100_000]
     (tmp_path / "metrics.jsonl").write_bytes(
         b"\n".join([*lines, b'{"step": 2}', b'{"step": 3, "tr'])
@@ -103,3 +113,20 @@ def test_garbage_among_the_records_is_left_out(tmp_path):
     assert [record["step"] for record in read_metrics(tmp_path)] == [1, 2]
     (tmp_path / "folder" / "metrics.jsonl").mkdir(parents=True)
     assert read_metrics(tmp_path / "folder") == []
+    log = MetricLog(tmp_path / "folder", tensorboard=False, resume_step=None)
+    log.write({"step": 1})
+    assert "metrics.jsonl cannot be written (Is a directory)" in caplog.text
+
+
+def test_whatever_a_picture_raises_is_one_line(tmp_path, caplog):
+    log = MetricLog(tmp_path, tensorboard=True, resume_step=None)
+
+    def draw():
+        raise TypeError("\nno such glyph\n")
+
+    show_picture(log, "data", tmp_path / "data.png", draw)
+    (tmp_path / "data.png").write_bytes(b"half")
+    show_picture(log, "data", tmp_path / "data.png", lambda: None)
+    first, second = (one.getMessage() for one in caplog.records if one.levelname == "WARNING")
+    assert first == f"{tmp_path / 'data.png'} cannot be drawn: no such glyph"
+    assert "cannot identify image file" in second

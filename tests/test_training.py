@@ -57,8 +57,13 @@ def test_run_directory_and_terminal(undisturbed):
     assert list((folder / "tensorboard").glob("events.out.tfevents.*"))
     assert (folder / "summary.png").read_bytes().startswith(b"\x89PNG")
     for part in ("activated", "GMACs", "1 data × 2 expert", "stage 2", "fp32", "moe_dispatch",
-                 "epoch 0.6/1", "top-1", "summary.png", "swin-moe evaluate"):  # fmt: skip
+                 "epoch 0.6/1", "top-1", "summary.png", "swin-moe evaluate",
+                 "logs/rank-0.log to rank-1.log", "100 images an update"):  # fmt: skip
         assert part in printed
+    # Piped, it prints a line per log.every_steps, without control sequences.
+    lines = re.findall(r"^epoch 1/1  step (\d+)  loss .* lr .* img/s  eta \d+:", printed, re.M)
+    assert [int(step) for step in lines] == list(range(1, 61))
+    assert "\x1b" not in printed
     records = read_metrics(folder)
     assert [r["step"] for r in records if "train/loss" in r] == list(range(1, 61))
     assert {"train/loss", "train/lr", "train/grad_norm", "train/aux_loss"} <= set(records[0])

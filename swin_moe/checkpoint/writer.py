@@ -30,6 +30,7 @@ from ..distributed import World, all_reduce_, broadcast_object, rng_state
 from ..host import free_memory
 from ..placement import Layout
 from ..ranks import local_world_size
+from ..text import plain, reason
 from .folder import (
     CLASSES,
     CheckpointError,
@@ -313,7 +314,7 @@ def _appear(path: Path, text: str) -> None:
 def _reason(error: Exception) -> str:
     """One line: for an error of the system its own words, which name the cause and the file."""
     if isinstance(error, OSError) and error.strerror:
-        return f"{error.strerror} ({error.filename})" if error.filename else error.strerror
-    text = str(error) or type(error).__name__
-    quoted = re.search(r'message: "(.+?)"', text)  # how safetensors tells an error of the system
-    return quoted[1] if quoted else text.splitlines()[0]
+        return f"{error.strerror} ({plain(error.filename)})" if error.filename else error.strerror
+    # How safetensors tells an error of the system.
+    quoted = re.search(r'message: "(.+?)"', str(error))
+    return quoted[1] if quoted else reason(error)

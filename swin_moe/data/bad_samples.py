@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import logging
 from collections import Counter
-from pathlib import Path
 from typing import NamedTuple
+
+from ..text import plain
+from ..writing import Appender
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +33,7 @@ class BadSamples:
 
     def __init__(self) -> None:
         self.kinds: Counter[str] = Counter()
-        self.file: Path | None = None
+        self.file: Appender | None = None
 
     @property
     def total(self) -> int:
@@ -42,18 +44,10 @@ class BadSamples:
         for sample in skipped:
             self.kinds[sample.kind] += 1
             level = logging.WARNING if self.total <= TOLD else logging.DEBUG
-            log.log(level, "skipped unreadable image %s (%s)", sample.key, sample.reason)
+            told = plain(sample.key), plain(sample.reason)
+            log.log(level, "skipped unreadable image %s (%s)", *told)
         if self.total >= TOLD > self.total - len(skipped):
             log.warning("further unreadable images are listed in %s", self.file or "the log")
-        if self.file is not None:
-            self._list(self.file, skipped)
-
-    def _list(self, path: Path, skipped: list[Skipped]) -> None:
-        lines = "".join(json.dumps(sample._asdict()) + "\n" for sample in skipped)
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with path.open("a", encoding="utf-8") as file:
-                file.write(lines)
-        except OSError as error:  # such as a full disk: no reason to end the training
-            log.warning("%s cannot be written: %s", path, error.strerror)
-            self.file = None
+        if self.file is not None and skipped:
+            lines = "".join(json.dumps(sample._asdict()) + "\n" for sample in skipped)
+            self.file.write(lines.encode())

@@ -6,8 +6,10 @@ import os
 from pathlib import Path
 
 from rich.console import Console
+from rich.text import Text
 
 from ..reading import read_text
+from ..text import plain
 from .prepare import Settings, finish, prepare
 from .shards import ShardSource
 from .source import Source, open_splits
@@ -41,7 +43,7 @@ def prepare_data(
         raise ValueError(f"--shard-size={shard_megabytes}: give megabytes")
     if resize:
         from . import transforms  # noqa: F401 - imports torch, which the processes then share
-    with console.status(f"looking at {path}"):
+    with console.status(Text(f"looking at {plain(path)}")):
         sources = open_splits(path)
     if "val" in sources and val_share:
         raise ValueError(f"--val={val_share}: {path} has a validation split of its own")
@@ -71,7 +73,7 @@ def prepare_data(
         if skipped:
             console.print(
                 f"{len(skipped):,} samples could not be read and are left out: "
-                f"{output / f'bad-samples-{split}.jsonl'}",
+                f"{plain(output / f'bad-samples-{split}.jsonl')}",
                 highlight=False,
                 markup=False,
                 soft_wrap=True,
@@ -80,7 +82,10 @@ def prepare_data(
     for split, source in open_splits(output).items():
         _tell_source(split, source, console)
     console.print(
-        f"train on it with data.path={output}", highlight=False, markup=False, soft_wrap=True
+        f"train on it with data.path={plain(output)}",
+        highlight=False,
+        markup=False,
+        soft_wrap=True,
     )
 
 
@@ -112,7 +117,7 @@ def _tell_source(split: str, source: Source, console: Console) -> None:
     passed = f"; {source.passed_over}" if source.passed_over else ""
     console.print(
         f"{split}: {len(source):,} samples of {classes:,} classes{told}, "
-        f"{source.describe()}{passed}",
+        f"{plain(source.describe() + passed)}",
         highlight=False,
         markup=False,
         soft_wrap=True,

@@ -20,6 +20,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError
 
 from ..reading import read_json
+from ..text import plain, reason
 
 log = logging.getLogger(__name__)
 
@@ -89,10 +90,10 @@ def read_index(path: Path) -> tuple[Manifest, np.ndarray]:
         table = np.load(table_path(path), mmap_mode="r", allow_pickle=False)
     except (OSError, EOFError, ValueError) as error:  # pydantic's is a ValueError, of many lines
         first = error.errors()[0] if isinstance(error, ValidationError) else None
-        reason = f"{'.'.join(map(str, first['loc']))}: {first['msg']}" if first else str(error)
+        why = f"{'.'.join(map(str, first['loc']))}: {first['msg']}" if first else reason(error)
         raise ValueError(
-            f"{path}: the index is damaged or incomplete ({reason.splitlines()[0]}): remove "
-            f"{path.name} to have the shards indexed anew"
+            f"{plain(path)}: the index is damaged or incomplete ({why}): remove "
+            f"{plain(path.name)} to have the shards indexed anew"
         ) from None
     if manifest.version != 1 or table.dtype != RECORD or len(table) != manifest.num_samples:
         raise ValueError(

@@ -14,6 +14,7 @@ import numpy as np
 from rich.filesize import decimal
 
 from ..reading import parse_json
+from ..text import plain, reason
 from .files import checked_size
 from .index import MAX_CLASSES
 
@@ -158,8 +159,8 @@ def _naming(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, pyarrow.ArrowException) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"{path}: the shard is damaged ({reason}): copy it again") from None
+        told = f"{plain(path)}: the shard is damaged ({reason(error)}): copy it again"
+        raise ValueError(told) from None
 
 
 def _open(path: Path) -> Any:

@@ -22,6 +22,7 @@ import simplejpeg
 from rich.console import Console
 from rich.filesize import decimal
 
+from ..text import plain
 from .bad_samples import Skipped
 from .decode import EncodedImage, UnreadableImage
 from .index import Manifest, Shard, replacing, write_index
@@ -216,7 +217,8 @@ def _write_split(job: _Job, settings: Settings, console: Console, workers: int) 
     done = [shard for shard in range(job.num_shards) if _is_done(job, shard)]
     rest = sorted(set(range(job.num_shards)) - set(done))
     if done:
-        console.print(f"{job.prefix.name}: {len(done)} of {job.num_shards} shards are there")
+        text = f"{plain(job.prefix.name)}: {len(done)} of {job.num_shards} shards are there"
+        console.print(text, highlight=False, markup=False)
     _JOB[:] = [job]
     with sample_progress(console, job.prefix.name, len(job.order)) as advance:
         advance(sum(len(job.members(shard)) for shard in done), 0)

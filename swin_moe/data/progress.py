@@ -15,6 +15,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from ..text import plain
+
 
 @contextmanager
 def sample_progress(
@@ -22,7 +24,7 @@ def sample_progress(
 ) -> Iterator[Callable[[int, int], None]]:
     """Yields a function to call with samples done and bytes moved; silent if piped to a file."""
     with Progress(
-        TextColumn(name),
+        TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=None),
         MofNCompleteColumn(),
         TextColumn("{task.fields[speed]}"),
@@ -32,7 +34,7 @@ def sample_progress(
         console=console,
         disable=not console.is_terminal,
     ) as bar:
-        task = bar.add_task(name, total=total, speed="")
+        task = bar.add_task(plain(name), total=total, speed="")
         moved = 0
 
         def advance(samples: int, size: int) -> None:

@@ -13,10 +13,10 @@ from typing import IO, Any
 
 import numpy as np
 from braceexpand import braceexpand
-from rich.console import Console
 from rich.filesize import decimal
 from rich.progress import track
 
+from ..terminal import Terminal
 from ..text import plain
 from .files import checked_size
 from .index import (
@@ -242,8 +242,8 @@ def _scanned(
     numbers = range(len(paths))
     with ThreadPoolExecutor(INDEX_THREADS) as pool:
         found = pool.map(scan_shard, paths, numbers, labels or [None] * len(paths))
-        console = Console(stderr=True)
-        quiet = not console.is_terminal or len(paths) < INDEX_THREADS
+        console = Terminal(stderr=True)
+        quiet = not console.live or len(paths) < INDEX_THREADS
         scans: list[Scan] = list(
             track(found, "indexing shards", len(paths), console=console, disable=quiet)
         )

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
-from functools import cache
-from importlib.util import find_spec
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +15,8 @@ from rich.console import Console
 from torch import Tensor
 
 from ..config import Config
+from ..drawing import font_file, write_png
+from ..text import plain, shorten
 from .loader import Loader, loader_of
 from .mixing import build_mixing
 
@@ -34,11 +35,11 @@ def show(config: Config, output: Path, console: Console) -> None:
     train = loader_of(config, True)
     loaders = [train, loader_of(config, False, classes=train.class_names)]
     for loader in loaders:
-        console.print(loader.description, highlight=False, markup=False, soft_wrap=True)
+        console.print(plain(loader.description), highlight=False, markup=False, soft_wrap=True)
     contact_sheet(config, loaders[0], loaders[1], output)
     for loader in loaders:
         loader.close()
-    console.print(f"the picture is {output}", highlight=False, markup=False, soft_wrap=True)
+    console.print(f"the picture is {plain(output)}", highlight=False, markup=False, soft_wrap=True)
 
 
 def contact_sheet(config: Config, train: Loader, val: Loader, path: Path) -> None:
@@ -101,8 +102,7 @@ def _told(target: Tensor, names: Sequence[str] | None) -> str:
 
 
 def _name(label: int, names: Sequence[str] | None) -> str:
-    name = names[label] if names else str(label)
-    return name if len(name) <= 18 else f"{name[:17]}…"
+    return shorten(names[label]) if names else str(label)
 
 
 def _draw(
@@ -113,19 +113,21 @@ def _draw(
     step = TILE + GAP, TILE + LABEL
     sheet = Image.new("RGB", (COLUMNS * step[0] + GAP, len(rows) * step[1] + TITLE), "white")
     pen = ImageDraw.Draw(sheet)
+    own, other = font_file(""), font_file("".join(label for row in rows for _, label in row))
     title = "training, augmented and mixed; last row: held out"
-    pen.text((sheet.width / 2, TITLE / 2), title, "black", _font(18), anchor="mm")
+    pen.text((sheet.width / 2, TITLE / 2), title, "black", _font(18, own), anchor="mm")
     for row, cells in enumerate(rows):
         for column, (pixels, label) in enumerate(cells):
             left, top = GAP + column * step[0], TITLE + row * step[1]
             # The label stands above its image: its last line touches it.
             middle, above = left + TILE / 2, top + LABEL - 4
             lines = label.count("\n")
+            font = _font(12, own if label.isascii() else other)
             pen.multiline_text(
-                (middle, above - lines * 15), label, "black", _font(12), "ms", 3, "center"
+                (middle, above - lines * 15), label, "black", font, "ms", 3, "center"
             )
             sheet.paste(_tile(pixels), (left, top + LABEL))
-    sheet.save(path, "PNG")
+    write_png(path, partial(sheet.save, format="PNG"))
 
 
 def _tile(pixels: np.ndarray) -> Image.Image:
@@ -137,11 +139,7 @@ def _tile(pixels: np.ndarray) -> Image.Image:
 
 
 @cache
-def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    """matplotlib's, which knows more alphabets than Pillow's; matplotlib itself stays out of it."""
-    spec = find_spec("matplotlib")
-    folders = spec.submodule_search_locations if spec else None
-    for folder in folders or []:
-        with suppress(OSError):
-            return ImageFont.truetype(f"{folder}/mpl-data/fonts/ttf/DejaVuSans.ttf", size)
+def _font(size: int, file: str) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    with suppress(OSError):
+        return ImageFont.truetype(file, size)
     return ImageFont.load_default(size)

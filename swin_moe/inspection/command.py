@@ -11,8 +11,11 @@ from torch import Tensor
 
 from ..data import Loader
 from ..distributed import World
+from ..drawing import drawing
 from ..models import SwinTransformer
 from ..opened import Opened, open_checkpoint
+from ..terminal import cell
+from ..text import plain, shorten
 from .draw import draw_experts, draw_maps, to_pixels
 from .routes import LayerFindings, watched
 
@@ -55,15 +58,16 @@ def inspect_checkpoint(
         opened.loader.close()
     classes = opened.loader.class_names
     pixels = {index: to_pixels(image) for index, (image, _) in drawn.items()}
-    captions = {i: _class_name(classes, label) for i, (_, label) in drawn.items()}
+    captions = {i: shorten(_class_name(classes, label)) for i, (_, label) in drawn.items()}
     title = _title(opened.path.resolve())
     second = first.with_name(f"{first.stem}-experts.png")
-    draw_maps(first, title, pixels, captions, found)
-    draw_experts(second, title, found)
+    with drawing(title, *captions.values()):
+        draw_maps(first, title, pixels, captions, found)
+        draw_experts(second, title, found)
     for name, layer in found.items():
         console.print(_table(name, layer, classes))
     for picture in (first, second):
-        console.print(f"drew {picture}", highlight=False, soft_wrap=True)
+        console.print(f"drew {plain(picture)}", highlight=False, markup=False, soft_wrap=True)
     return first, second
 
 
@@ -75,21 +79,22 @@ def _output(path: Path, output: Path | None) -> Path:
             folder = folder.parent if folder.name == "checkpoints" else folder
         return folder / "inspect.png"
     if output.suffix != ".png":
-        raise ValueError(f"--output={output}: give the name of a .png file")
+        raise ValueError(f"--output={plain(output)}: give the name of a .png file")
     if not output.parent.is_dir():
-        raise ValueError(f"--output={output}: there is no folder {output.parent}")
+        raise ValueError(f"--output={plain(output)}: there is no folder {plain(output.parent)}")
     return output
 
 
 def _title(checkpoint: Path) -> str:
     inside_run = checkpoint.parent.name == "checkpoints"
-    return f"{checkpoint.parent.parent.name}, {checkpoint.name}" if inside_run else checkpoint.name
+    run = f"{checkpoint.parent.parent.name}, " if inside_run else ""
+    return plain(f"{run}{checkpoint.name}")
 
 
 def _chosen(model: SwinTransformer, path: Path, wanted: list[str]) -> list[str]:
     names = model.moe_layer_names()
     if not names:
-        raise ValueError(f"{path}: the model has no MoE layers (moe.blocks is empty)")
+        raise ValueError(f"{plain(path)}: the model has no MoE layers (moe.blocks is empty)")
     for name in wanted:
         if name not in names:
             raise ValueError(f"--layer {name}: the model's MoE layers are {', '.join(names)}")
@@ -148,7 +153,7 @@ def _one_of_each(loader: Loader, indices: list[int], count: int) -> list[int]:
 
 
 def _class_name(names: list[str] | None, label: int) -> str:
-    return names[label] if names else f"class {label}"
+    return plain(names[label]) if names else f"class {label}"
 
 
 def _table(name: str, layer: LayerFindings, classes: list[str] | None) -> Table:
@@ -165,7 +170,7 @@ def _table(name: str, layer: LayerFindings, classes: list[str] | None) -> Table:
         best = counts.topk(min(3, len(counts)))
         pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
         text = [f"{_class_name(classes, c)} {100 * n / total:.0f} %" for c, n in pairs if n]
-        table.add_row(str(expert), f"{100 * load[expert]:.1f} %", ", ".join(text))
+        table.add_row(str(expert), f"{100 * load[expert]:.1f} %", cell(", ".join(text)))
     rest = [load[expert] for expert in order[len(shown) :]]
     if rest:
         dead = rest.count(0.0)

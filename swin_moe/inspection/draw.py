@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import colorsys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
+from ..drawing import write_png
 from .routes import NOBODY, Crop, LayerFindings
 
 SHADE = 0.5  # of an expert's colour over the pixels
@@ -193,5 +195,5 @@ def _sheet(rows: list[list[Crop]], patch: int, shape: tuple[int, int], tile: int
 def _save(figure: Any, path: Path) -> None:
     from matplotlib import pyplot
 
-    figure.savefig(path, dpi=100, format="png")
+    write_png(path, partial(figure.savefig, dpi=100, format="png"))
     pyplot.close(figure)

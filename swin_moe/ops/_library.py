@@ -12,6 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..text import reason
+
 logger = logging.getLogger("swin_moe")
 
 BUILD_HINT = "build them with `pip install --no-build-isolation -e .`"
@@ -71,7 +73,7 @@ def load(folder: Path = _PACKAGE) -> bool:
         for path in paths:
             torch.ops.load_library(path)
     except (ImportError, OSError) as error:
-        problem = f"not loadable ({str(error).strip().splitlines()[0]})"
+        problem = f"not loadable ({reason(error)})"
     if problem:
         logger.warning("compiled ops %s, slow references are used: %s", problem, BUILD_HINT)
     else:

@@ -14,6 +14,7 @@ from rich.table import Table
 from ..config import Config, load_config
 from ..models.cost import count
 from ..ranks import check_world
+from ..text import plain
 from .choices import Layout, Planner, fits, rank_layouts
 from .draw import draw, label
 from .hardware import GB, GIB, Cluster
@@ -64,9 +65,9 @@ def plan(
     report.print(console, name)
     if simulate:
         console.print(_published(console))
-    title = f"{name} on {cluster.nodes} × {cluster.per_node} {cluster.name}"
+    title = f"{plain(name)} on {cluster.nodes} × {cluster.per_node} {cluster.name}"
     draw(output, title, asked, ranked, cluster, curves)
-    console.print(f"picture: {output}")
+    console.print(f"picture: {plain(output)}", markup=False)
     if json_path is not None:
         json_path.write_text(json.dumps(report.as_json(), indent=1) + "\n")
     if not fits(asked, cluster):
@@ -186,8 +187,9 @@ class _Report:
         cluster, asked = self.planner.cluster, self.asked
         device = cluster.device
         console.print(
-            f"{name} on {cluster.nodes} × {cluster.per_node} {cluster.name} "
-            f"({cluster.memory / GIB:.1f} GiB each; {device.source})"
+            f"{plain(name)} on {cluster.nodes} × {cluster.per_node} {cluster.name} "
+            f"({cluster.memory / GIB:.1f} GiB each; {device.source})",
+            markup=False,
         )
         cost, images = self.cost, asked.choice.images
         console.print(

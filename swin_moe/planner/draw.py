@@ -61,7 +61,7 @@ def draw(
     height = 1.6 + 0.34 * len(rows)
     figure = Figure(figsize=(15 if curves else 10.5, max(height, 4.2)), layout="constrained")
     FigureCanvasAgg(figure)
-    figure.suptitle(title, fontsize=12)
+    figure.suptitle(title, fontsize=12, parse_math=False)
     grid = figure.add_gridspec(1, 2 if curves else 1, width_ratios=[1.7, 1] if curves else [1])
     _bars(figure.add_subplot(grid[0]), rows, cluster)
     if curves:

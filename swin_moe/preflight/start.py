@@ -11,6 +11,7 @@ import torch
 from ..config import Config
 from ..distributed import World
 from ..models.cost import Cost, count
+from ..text import reason
 from .agreement import Verdict, agree
 from .facts import Facts
 from .links import Links, Timing, judge, measure
@@ -80,7 +81,7 @@ def _connected(
         found = check_folder(config, world, facts) + check_data(config, facts)
         result = measure(config, cost, dtype, world, facts), found
     except RuntimeError as error:
-        failed = f"{facts[world.rank].host} (rank {world.rank}): {str(error).splitlines()[0]}"
+        failed = f"{facts[world.rank].host} (rank {world.rank}): {reason(error)}"
     timeout = _AFTER_FAILURE if failed else None
     failed = world.meeting.exchange("links", failed, lambda said: max(said, key=len), timeout)
     if failed or result is None:

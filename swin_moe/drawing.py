@@ -1,0 +1,114 @@
+"""Names in pictures: as they are and never as formulas, in a font that has their letters."""
+
+from __future__ import annotations
+
+import io
+import logging
+import subprocess
+import unicodedata
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import IO, Any
+
+from .text import plain, reason
+
+log = logging.getLogger("swin_moe")
+
+LATIN = 0x250  # code points below are in every font
+
+
+@contextmanager
+def drawing(*names: str) -> Iterator[None]:
+    """Within it matplotlib draws off screen, text without formulas, and does not warn of glyphs.
+
+    Args:
+        names: what is to be written that may be in any alphabet.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    families = ["DejaVu Sans"]
+    other = font_file("".join(names))
+    if other != _own_font():
+        from matplotlib.font_manager import FontProperties, fontManager
+
+        fontManager.addfont(other)
+        families.append(FontProperties(fname=other).get_name())
+    settings: Any = {"text.parse_math": False, "text.usetex": False, "font.family": families}
+    with matplotlib.rc_context(settings), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph ")
+        yield
+
+
+def write_png(path: Path, save: Callable[[IO[bytes]], Any]) -> None:
+    """Write a picture whole or not at all.
+
+    Raises:
+        ValueError: one line that names the file.
+    """
+    drawn = io.BytesIO()
+    save(drawn)
+    temporary = path.with_name(f".{path.name}")
+    try:
+        temporary.write_bytes(drawn.getvalue())
+        temporary.replace(path)
+    except OSError as error:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        why = error.strerror or reason(error)
+        raise ValueError(f"{plain(path)} cannot be written: {why}") from None
+
+
+def font_file(text: str) -> str:
+    """A font for a text: matplotlib's, which knows many alphabets, else one of the system.
+
+    Returns:
+        its path, empty where neither is installed.
+    """
+    own = _own_font()
+    if not own or all(ord(letter) < LATIN for letter in text):
+        return own
+    lacking = _lacking(text, own)
+    return _system_font("".join(sorted(lacking)), own) if lacking else own
+
+
+@cache
+def _own_font() -> str:
+    """matplotlib's; matplotlib itself stays out of it, for it takes long to import."""
+    spec = find_spec("matplotlib")
+    folders = spec.submodule_search_locations if spec else None
+    for folder in folders or []:
+        path = Path(folder, "mpl-data/fonts/ttf/DejaVuSans.ttf")
+        if path.is_file():
+            return str(path)
+    return ""
+
+
+def _lacking(text: str, font: str) -> set[str]:
+    """The letters of a text that a font lacks; what only changes its neighbours does not count."""
+    from matplotlib.ft2font import FT2Font
+
+    known = FT2Font(font).get_charmap()
+    letters = {one for one in text if unicodedata.category(one) not in ("Zs", "Cc", "Cf", "Mn")}
+    return {letter for letter in letters if ord(letter) not in known}
+
+
+@cache
+def _system_font(letters: str, own: str) -> str:
+    """What fontconfig, where there is one, finds for letters that our own font lacks."""
+    codes = " ".join(f"{ord(letter):x}" for letter in letters)
+    command = ["fc-match", "--format=%{file}", f":scalable=true:color=false:charset={codes}"]
+    lacking, found = set(letters), own
+    with suppress(OSError, subprocess.TimeoutExpired, RuntimeError):  # not there, or not a font
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=10)
+        left = _lacking(letters, done.stdout)
+        if left < lacking:
+            lacking, found = left, done.stdout
+    if lacking:
+        shown = plain("".join(sorted(lacking)[:8]))
+        log.warning("no font of this machine has %s: pictures show boxes instead", shown)
+    return found

@@ -1,0 +1,150 @@
+"""What a training tells, in files and on its standard output: a disk that fails never ends it."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .text import plain, plain_lines, reason
+
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer
+
+log = logging.getLogger("swin_moe")
+
+KEPT = 16 << 20  # bytes of a file that wait in memory for the disk to work again
+
+
+class Outage:
+    """Says once that something cannot be written, and once that it can be again."""
+
+    def __init__(self, name: str) -> None:
+        self.name, self.lasts = name, False
+
+    def began(self, error: OSError, meanwhile: str) -> None:
+        if not self.lasts:
+            self.lasts = True  # before it is logged: the log may be what cannot be written
+            why = error.strerror or reason(error)
+            log.warning("%s cannot be written (%s); %s", self.name, why, meanwhile)
+
+    def ended(self, left: str) -> None:
+        if self.lasts:
+            self.lasts = False
+            log.warning("%s is written again, %s", self.name, left)
+
+
+class Appender:
+    """Appends to a file; what the disk does not take waits in memory and is written later."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._waiting = bytearray()
+        self._lost = 0  # bytes that were too many to wait
+        self._outage = Outage(plain(path))
+
+    def __str__(self) -> str:
+        return plain(self.path)
+
+    def write(self, data: bytes) -> None:
+        """Append ``data``, which is written whole or, where too much waits already, not at all."""
+        self._waiting += data
+        try:
+            # Opened each time: a file that was removed or moved would go on without a name.
+            with self.path.open("ab", buffering=0) as file:
+                while self._waiting:
+                    del self._waiting[: file.write(self._waiting)]
+        except OSError as error:
+            if len(self._waiting) > max(KEPT, len(data)):
+                del self._waiting[len(self._waiting) - len(data) :]
+                self._lost += len(data)
+            self._outage.began(
+                error, f"training goes on, and up to {KEPT >> 20} MB of it are kept in memory"
+            )
+        else:
+            left = f"without {self._lost:,} bytes for which there was no room in memory"
+            self._outage.ended(left if self._lost else "and nothing of it is lost")
+            self._lost = 0
+
+    def close(self) -> None:
+        """Try once more; whoever reads the file must know that its end is missing."""
+        self.write(b"")
+        if lost := len(self._waiting) + self._lost:
+            self._waiting.clear()
+            self._lost = 0
+            log.warning("%s lacks its last %s bytes", plain(self.path), f"{lost:,}")
+
+
+class PlainFormatter(logging.Formatter):
+    """Log lines of valid UTF-8 without control characters, whatever names are in them."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return plain_lines(super().format(record))
+
+
+class LogFile(logging.Handler):
+    """Log records in a file, see :class:`Appender`."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.path = path
+        self._file = Appender(path)
+
+    @staticmethod
+    def current() -> Path | None:
+        """Where this process logs to, if it does."""
+        handlers = logging.getLogger().handlers
+        return next((one.path for one in handlers if isinstance(one, LogFile)), None)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            line = self.format(record)
+        except Exception:  # arguments that do not fit the message
+            self.handleError(record)
+        else:
+            self._file.write(f"{line}\n".encode())
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+
+class _Outlet(io.FileIO):
+    """A file descriptor that swallows what it cannot write."""
+
+    def __init__(self, number: int, name: str) -> None:
+        super().__init__(number, "w", closefd=False)
+        self._outage = Outage(name)
+
+    def write(self, data: ReadableBuffer, /) -> int:
+        try:
+            written = super().write(data)
+        except OSError as error:
+            self._outage.began(error, "this program goes on")
+            return memoryview(data).nbytes
+        self._outage.ended("what was printed meanwhile is lost")
+        return written
+
+
+@contextlib.contextmanager
+def unbreakable_streams() -> Iterator[None]:
+    """Go on whatever happens to what is printed: a full disk, a closed pipe, a lost terminal."""
+    streams = {"stdout": sys.stdout, "stderr": sys.stderr}
+    for name, stream in streams.items():
+        with contextlib.suppress(OSError, AttributeError):  # a test's, or none at all
+            outlet = _Outlet(stream.fileno(), f"the program's {name}")
+            buffer = io.BufferedWriter(outlet)
+            text = io.TextIOWrapper(
+                buffer, stream.encoding, "backslashreplace", line_buffering=True
+            )
+            setattr(sys, name, text)
+    try:
+        yield
+    finally:
+        for name, stream in streams.items():
+            getattr(sys, name).flush()
+            setattr(sys, name, stream)

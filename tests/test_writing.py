@@ -1,0 +1,115 @@
+"""Logs, figures and prints that cannot be written: told once, written later, and no end."""
+
+import errno
+import os
+import sys
+
+import pytest
+
+from swin_moe import writing
+from swin_moe.writing import Appender, unbreakable_streams
+
+
+@pytest.fixture
+def disk(monkeypatch):
+    """A file system with room for so many bytes; [0] may be changed."""
+    room = [0]
+
+    class Full:
+        def __init__(self, file):
+            self.file = file
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            self.file.close()
+
+        def write(self, data):
+            if not room[0]:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            written = self.file.write(bytes(data[: room[0]]))
+            room[0] -= written
+            return written
+
+    opened = writing.Path.open
+
+    def open_(path, mode="r", **options):
+        file = opened(path, mode, **options)
+        return Full(file) if mode == "ab" else file
+
+    monkeypatch.setattr(writing.Path, "open", open_)
+    return room
+
+
+def test_what_a_full_disk_does_not_take_is_written_later(tmp_path, disk, caplog):
+    file = Appender(tmp_path / "metrics.jsonl")
+    disk[0] = 10
+    for line in (b"first\n", b"second\n", b"third\n"):
+        file.write(line)
+    assert file.path.read_bytes() == b"first\nseco"
+    disk[0] = 1000
+    file.write(b"fourth\n")
+    file.write(b"fifth\n")
+    file.close()
+    assert file.path.read_bytes() == b"first\nsecond\nthird\nfourth\nfifth\n"
+    first, last = caplog.messages
+    assert first == (
+        f"{file.path} cannot be written (No space left on device); training goes on, and up to "
+        "16 MB of it are kept in memory"
+    )
+    assert last == f"{file.path} is written again, and nothing of it is lost"
+
+
+def test_memory_has_a_bound_and_what_is_lost_is_told(tmp_path, disk, monkeypatch, caplog):
+    monkeypatch.setattr(writing, "KEPT", 12)
+    file = Appender(tmp_path / "rank-0.log")
+    for line in (b"first\n", b"second record\n", b"third\n"):
+        file.write(line)
+    disk[0] = 1000
+    file.write(b"fourth\n")
+    assert file.path.read_bytes() == b"first\nthird\nfourth\n"
+    assert "without 14 bytes for which there was no room in memory" in caplog.text
+    disk[0] = 3
+    file.write(b"fifth\n")
+    file.close()
+    assert caplog.messages[-1] == f"{file.path} lacks its last 3 bytes"
+
+
+def test_a_folder_that_is_removed_and_comes_back(tmp_path, caplog):
+    (tmp_path / "logs").mkdir()
+    file = Appender(tmp_path / "logs/rank-0.log")
+    file.write(b"first\n")
+    (tmp_path / "logs").rename(tmp_path / "moved")
+    file.write(b"second\n")
+    (tmp_path / "moved").rename(tmp_path / "logs")
+    file.write(b"third\n")
+    assert file.path.read_bytes() == b"first\nsecond\nthird\n"
+    assert len(caplog.messages) == 2
+
+
+@pytest.mark.parametrize("fault", ["a closed pipe", "a full disk"])
+def test_printing_never_ends_a_training(fault, monkeypatch, caplog):
+    if fault == "a closed pipe":
+        reader, number = os.pipe()
+        os.close(reader)
+    else:
+        number = os.open("/dev/full", os.O_WRONLY)
+    with os.fdopen(number, "w") as stream:
+        monkeypatch.setattr(sys, "stdout", stream)
+        with unbreakable_streams():
+            for _ in range(3):
+                print("step 1", flush=True)
+        assert sys.stdout is stream
+    (told,) = caplog.messages
+    assert told.startswith("the program's stdout cannot be written (")
+
+
+def test_printing_goes_through_where_all_is_well(monkeypatch):
+    reader, number = os.pipe()
+    with os.fdopen(number, "w") as stream:
+        monkeypatch.setattr(sys, "stdout", stream)
+        with unbreakable_streams():
+            print("caf\udce9")
+            assert os.read(reader, 100) == b"caf\\udce9\n"  # a line is there at once
+    os.close(reader)
