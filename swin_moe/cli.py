@@ -294,6 +294,7 @@ def _convert(arguments: argparse.Namespace, console: Any) -> int:
         upcycling=Upcycle.parse(arguments.upcycle) if arguments.upcycle else None,
         ranks=arguments.ranks,
         overwrite=arguments.overwrite,
+        network=arguments.take,
     )
     return DONE
 

@@ -1,6 +1,7 @@
 """Files of weights: every form is read, nothing in them is executed, damage is told in one line."""
 
 import argparse
+import json
 import os
 import pathlib
 import sys
@@ -14,7 +15,8 @@ from safetensors.torch import save_file
 from swin_moe.models.weights import WeightsError, read, write
 from tests.golden import Golden
 
-STATE = {"a": torch.arange(6.0).view(2, 3), "b": torch.ones(4)}
+FIRST, BLOCK = "patch_embed.proj.weight", "layers.0.blocks.0.norm1.weight"
+STATE = {FIRST: torch.arange(6.0).view(2, 3), BLOCK: torch.ones(4)}
 
 
 def same(found, expected):
@@ -101,7 +103,7 @@ def test_truncated_files(tmp_path, name, share):
     else:
         write(path, STATE)
     path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
-    with pytest.raises(WeightsError, match="truncated or not a") as error:
+    with pytest.raises(WeightsError, match="truncated or not a|empty") as error:
         read(path)
     assert "\n" not in str(error.value)
 
@@ -110,7 +112,7 @@ def test_other_mistakes(tmp_path):
     with pytest.raises(WeightsError, match="no such file"):
         read(tmp_path / "absent.pth")
     (tmp_path / "x.txt").write_text("weights")
-    with pytest.raises(WeightsError, match=r"expected \.safetensors"):
+    with pytest.raises(WeightsError, match="is text that begins 'weights'"):
         read(tmp_path / "x.txt")
     torch.save({"epoch": 3}, tmp_path / "none.pth")
     with pytest.raises(WeightsError, match="no weights found"):
@@ -130,12 +132,13 @@ def test_sharded_folder(tmp_path):
         save_file({name: STATE[name]}, tmp_path / f"model-0000{index + 1}-of-00002.safetensors")
     same(read(tmp_path).state, STATE)
     index = tmp_path / "model.safetensors.index.json"
-    index.write_text('{"weight_map": {"a": "model-00001-of-00002.safetensors", "c": "gone"}}')
+    first = "model-00001-of-00002.safetensors"
+    index.write_text(json.dumps({"weight_map": {FIRST: first, "c": "gone"}}))
     with pytest.raises(WeightsError, match="the shard gone is missing"):
         read(tmp_path)
-    save_file({"a": torch.zeros(1)}, tmp_path / "zz_old.safetensors")
-    index.write_text('{"weight_map": {"a": "model-00001-of-00002.safetensors"}}')
-    same(read(tmp_path).state, {"a": STATE["a"]})
+    save_file({FIRST: torch.zeros(1)}, tmp_path / "zz_old.safetensors")
+    index.write_text(json.dumps({"weight_map": {FIRST: first}}))
+    same(read(tmp_path).state, {FIRST: STATE[FIRST]})
     index.write_text('{"weight_map": {"a": "../outside.safetensors"}}')
     with pytest.raises(WeightsError, match="is missing"):
         read(tmp_path)

@@ -1,0 +1,189 @@
+"""One network's tensors out of all that a training program saves, under the network's own names.
+
+Programs keep weights in dictionaries within dictionaries, and wrappers of modules (DDP, FSDP,
+torch.compile, Lightning, averages of weights) put their own names before or into each name. Nothing
+is dropped in silence: what is not taken is named.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from pathlib import Path
+from typing import NamedTuple
+
+from ..text import plain
+from .dialects import State
+from .file_kind import WeightsError
+
+# What wrappers put at any place of a name.
+_INNER = {
+    "module", "_orig_mod", "_forward_module", "_fsdp_wrapped_module", "_fpw_module",
+    "_checkpoint_wrapped_module",
+}  # fmt: skip
+# Besides, what says nothing of which network it is.
+_OUTER = _INNER | {
+    "model", "net", "network", "backbone", "state_dict", "model_state_dict", "model_state",
+    "weights", "params", "checkpoint",
+}  # fmt: skip
+# A Swin model begins with its patch embedding: ours and most, OpenMMLab's, Hugging Face's,
+# torchvision's.
+_FIRST = re.compile(
+    r"(?:^|(?<=\.))(?:patch_embed\.proj(?:ection)?|embeddings\.patch_embeddings\.projection"
+    r"|features\.0\.0)\.weight$"
+)
+_BLOCK = re.compile(r"(?:encoder\.)?(?:layers|stages)\.0\.blocks\.0\.|features\.1\.0\.attn\.")
+_HEAD = re.compile(r"(?:head|head\.fc|classifier|fc)\.(weight|bias)")
+# A network that is not the one in training, or an average of it.
+_SECOND = re.compile(r"(?:\b|_)(?:ema|shadow|teacher|averaged?|swa|momentum|target|k|old)(?:\b|_)")
+# First parts of names that other things than a network have: counters, losses, optimizers.
+_BESIDE = re.compile(
+    r"n_averaged|num_updates|num_batches\w*|updates|initted|decay|(?:global_)?step|epoch"
+    r"|(?:lr_)?scheduler\w*|optim\w*|(?:\w+_)?ema(?:_\w+)?|shadow\w*|\w*teacher\w*|\w*scaler|amp"
+    r"|\w*(?:loss|criterion|metric|accuracy|confusion|auroc)\w*|\w*queue\w*|callbacks|loops"
+    r"|rng\w*|center|mixup\w*"
+)
+_LISTED = 6
+
+
+class Taken(NamedTuple):
+    """The network's tensors by its own names.
+
+    Attributes:
+        notes: lines on what else the file holds.
+    """
+
+    state: State
+    notes: list[str]
+
+
+def take_network(state: State, path: Path, wanted: str = "") -> Taken:
+    """The tensors of one network, without what wrappers put before and into its names.
+
+    Args:
+        wanted: the prefix of the network to take, where there are several; empty = the one in
+            training, not an average of it or its teacher.
+
+    Raises:
+        WeightsError: there is none of the wanted name.
+    """
+    names = _without_wrappers(state)
+    shown = _networks(names)
+    if not shown:
+        return Taken(state, [])  # no Swin model: its translation will say so
+    root = _choose(shown, path, wanted)
+    others = tuple(other for other in shown if other != root and not root.startswith(other))
+    mine: dict[str, str] = {}  # the network's own name -> the file's
+    beside: list[str] = []
+    heads: dict[str, dict[str, str]] = {}  # by what stands before them
+    for name, full in names.items():
+        short = name.removeprefix(root)
+        if others and name.startswith(others):
+            continue  # a network that is named as such
+        if name.startswith(root) and not _BESIDE.fullmatch(short.partition(".")[0]):
+            mine[short] = full
+        elif found := _outer_head(name, root):
+            before, head = found
+            heads.setdefault(before, {})[head] = full
+        else:
+            beside.append(full)
+    own_head = any(_HEAD.fullmatch(name) for name in mine)
+    for before in sorted(heads, key=len, reverse=True):  # the nearest one is the network's
+        if own_head:
+            beside += heads[before].values()
+        else:
+            mine, own_head = mine | _renamed(heads[before], mine), True
+    notes = [*_other_networks(shown, root, path), *_what_else(beside, path)]
+    return Taken({short: state[full] for short, full in mine.items()}, notes)
+
+
+def _without_wrappers(state: State) -> dict[str, str]:
+    """Name without wrappers -> name in the file.
+
+    Where two would be one (a model and its average), what stands before them stays.
+    """
+    fulls: dict[str, set[str]] = {}
+    for full in state:
+        fulls.setdefault(_inner(full), set()).add(full)
+    contested = {_outer(full) for same in fulls.values() if len(same) > 1 for full in same}
+    names: dict[str, str] = {}
+    for full in state:
+        before = _outer(full)
+        name = (before if before in contested else "") + _inner(full)
+        names[full if name in names else name] = full
+    return names
+
+
+def _outer(full: str) -> str:
+    """What wrappers put before a name."""
+    parts = full.split(".")
+    count = next((i for i, part in enumerate(parts) if part not in _OUTER), len(parts))
+    return "".join(f"{part}." for part in parts[: min(count, len(parts) - 1)])
+
+
+def _inner(full: str) -> str:
+    """A name without what wrappers put before and into it."""
+    parts = full.removeprefix(_outer(full)).split(".")
+    return ".".join([*(part for part in parts[:-1] if part not in _INNER), parts[-1]])
+
+
+def _networks(names: dict[str, str]) -> dict[str, str]:
+    """What stands before each Swin network's names -> the same in the file, for people."""
+    found: dict[str, str] = {}
+    for name, full in names.items():
+        if match := _FIRST.search(name):
+            root, first = name[: match.start()], match[0].partition(".")[0]
+            found[root] = full[: full.rindex(match[0]) if match[0] in full else full.index(first)]
+    blocks = [root for root in found if any(_BLOCK.match(n.removeprefix(root)) for n in names)]
+    return {root: found[root].rstrip(".") for root in blocks}
+
+
+def _choose(shown: dict[str, str], path: Path, wanted: str) -> str:
+    """The root of the network to take."""
+    if not wanted:
+        return min(shown, key=lambda root: (bool(_SECOND.search(shown[root])), shown[root] != ""))
+    if wanted not in shown.values():
+        held = ", ".join(plain(name) or "one without a prefix" for name in shown.values())
+        raise WeightsError(f"{plain(path)}: holds no network {plain(wanted)!r}; it holds {held}")
+    return next(root for root, name in shown.items() if name == wanted)
+
+
+def _outer_head(name: str, root: str) -> tuple[str, str] | None:
+    """What stands before a head that belongs to the module around the network, and its name."""
+    parts = root.split(".")[:-1]
+    for count in range(len(parts) - 1, -1, -1):
+        before = "".join(f"{part}." for part in parts[:count])
+        if name.startswith(before) and _HEAD.fullmatch(name.removeprefix(before)):
+            return before, name.removeprefix(before)
+    return None
+
+
+def _renamed(head: dict[str, str], network: dict[str, str]) -> dict[str, str]:
+    """A head of any name as ``head``, unless the network's program has it as ``classifier``."""
+    if any(name.startswith("embeddings.") for name in network):
+        return head
+    return {re.sub(r"^(classifier|fc)\.", "head.", name): full for name, full in head.items()}
+
+
+def _other_networks(shown: dict[str, str], root: str, path: Path) -> list[str]:
+    if len(shown) == 1:
+        return []
+    others = [name for other, name in shown.items() if other != root]
+    return [
+        f"{plain(path)} holds {len(shown)} networks: '{plain(shown[root])}' is taken, not "
+        f"{', '.join(repr(plain(name)) for name in others)} (`swin-moe convert IN OUT --take "
+        f"{plain(others[0])}` takes that one)"
+    ]
+
+
+def _what_else(beside: list[str], path: Path) -> list[str]:
+    """One line on tensors that are not the network's, by the first part of their names."""
+    if not beside:
+        return []
+    groups = Counter(_outer(full) + _inner(full).partition(".")[0] for full in beside)
+    listed = [
+        f"{plain(name)} ({count:,} tensors)" if count > 1 else plain(name)
+        for name, count in groups.most_common(_LISTED)
+    ]
+    more = f" and {len(groups) - _LISTED} more" if len(groups) > _LISTED else ""
+    return [f"not read from {plain(path)}: {', '.join(listed)}{more}"]
