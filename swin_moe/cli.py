@@ -15,6 +15,7 @@ from typing import Any
 from . import ranks
 from .arguments import parse
 from .errors import Preempted, TrainingError
+from .text import plain
 
 DONE, FAILED, WRONG_USE = 0, 1, 2
 PREEMPTED = 75  # the system's EX_TEMPFAIL: try again
@@ -148,9 +149,17 @@ def _evaluate(arguments: argparse.Namespace, console: Any) -> int:
 
 
 def _existing_folder(text: str) -> Path:
-    if not Path(text).is_dir():
-        raise ValueError(f"{text}: no such run directory or checkpoint folder")
-    return Path(text)
+    path = Path(text)
+    if path.is_file():
+        raise ValueError(
+            f"{plain(text)} is a file; a run or checkpoint folder also knows its data: make one of "
+            f"these weights by `swin-moe train CONFIG model.pretrained={plain(text)} "
+            "train.output=FOLDER train.max_steps=1 schedule.warmup_epochs=1 schedule.warmup_lr=0` "
+            "(one update at a rate of 0), and give FOLDER"
+        )
+    if not path.is_dir():
+        raise ValueError(f"{plain(text)}: no such run directory or checkpoint folder")
+    return path
 
 
 def _models(arguments: argparse.Namespace, console: Any) -> int:

@@ -288,6 +288,11 @@ def _write(
         _write_ranks(output, theirs, ranks, about)
     else:
         write(output, theirs, wrapper=wrapper, about=about)
+        if dialect in _FOLDERS:
+            notes.append(
+                f"{plain(output)} is the weights alone: an OUT without a suffix becomes a folder "
+                f"that {dialect} opens, with config.json"
+            )
 
 
 def _write_folder(

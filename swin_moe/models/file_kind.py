@@ -78,11 +78,11 @@ def kind_of(path: Path) -> Kind:
         return "legacy"
     length = int.from_bytes(head[:8], "little")
     # Blanks may pad a header at its end; any other first byte is no JSON object.
-    if head[8:9] == b"{" and length <= _HEADER_LIMIT:
-        if length + 8 > size:
+    if head[8:9] == b"{":
+        if length > min(_HEADER_LIMIT, size - 8):
             raise WeightsError(
-                f"{plain(path)}: truncated or not a safetensors file (its header has {length:,} "
-                f"bytes, the file {size:,}): {_AGAIN}"
+                f"{plain(path)}: truncated or not a safetensors file (its header claims {length:,} "
+                f"bytes, the file has {size:,}): {_AGAIN}"
             )
         return "safetensors"
     raise WeightsError(f"{plain(path)} is {_what(head, path)}")
@@ -161,8 +161,9 @@ def check_zip(path: Path) -> ZipFacts:
         with _Bounded(io.FileIO(path)) as file, zipfile.ZipFile(file) as archive:
             entries = archive.infolist()
     except (OSError, zipfile.BadZipFile, ValueError, NotImplementedError) as error:
+        why = "its end is missing" if "not a zip file" in str(error) else str(error)
         raise WeightsError(
-            f"{plain(path)}: truncated or not a PyTorch file ({error}): {_AGAIN}"
+            f"{plain(path)}: truncated or not a PyTorch file ({why}): {_AGAIN}"
         ) from None
     names = {entry.filename for entry in entries}
     if not any(name.rpartition("/")[2] == "data.pkl" for name in names):

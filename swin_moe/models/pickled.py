@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import pickle
 import re
+import warnings
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -60,10 +62,16 @@ def load_pickled(path: Path) -> Any:
     if kind == "safetensors":
         raise WeightsError(f"{plain(path)} is a safetensors file: name it .safetensors")
     facts = check_zip(path) if kind == "zip" else None
-    mapped = facts is not None and not facts.compressed
+    misnamed = path.suffix == ".safetensors"  # torch would go by the name
+    mapped = facts is not None and not facts.compressed and not misnamed
     try:
-        with torch.serialization.safe_globals(_ALLOWED):
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+        with (
+            path.open("rb") if misnamed else nullcontext(path) as source,
+            warnings.catch_warnings(),
+            torch.serialization.safe_globals(_ALLOWED),
+        ):
+            warnings.simplefilter("ignore")  # on how torch checks sparse tensors
+            content = torch.load(source, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
         found = re.search(r"(?:GLOBAL|global:?|class) '?([\w.]+\.[\w.]+)", str(error))
         what = f"a Python object ({found[1]})" if found else "more than weights"

@@ -18,10 +18,14 @@ from .dialects import Images, Translation, detect, to_swin_moe
 from .swin import SwinTransformer
 from .transfer import HEAD, fit, infer_model
 from .weights import State, WeightsError, read
+from .wrappers import not_read
 
 log = logging.getLogger("swin_moe")
 
 CHOICE_BIAS = "choice_bias.rises"
+# Buffers of other programs that are computed here, and biases that are not there.
+_COMPUTED = ("relative_position_index", "relative_coords_table", "attn_mask",
+             "_num_global_experts", "batched_fc2_bias")  # fmt: skip
 
 
 @dataclass
@@ -78,6 +82,8 @@ def read_pretrained(path: Path, dialect: str = "auto", network: str = "") -> Pre
         raise WeightsError(f"{plain(path)}: {error}") from None
     model["pretrained"] = ""  # a run's own beginning is of no interest to who goes on from it
     config = validate_architecture({"model": model, "moe": moe}, source=plain(path))
+    parts = [name for name in translation.dropped if not name.endswith(_COMPUTED)]
+    about.notes += not_read(parts, path)
     return Pretrained(
         translation,
         dialect,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -43,6 +44,11 @@ _BESIDE = re.compile(
     r"|\w*(?:loss|criterion|metric|accuracy|confusion|auroc)\w*|\w*queue\w*|callbacks|loops"
     r"|rng\w*|center|mixup\w*"
 )
+# First parts of names that Swin models have in any program.
+_OWN = re.compile(
+    r"patch_embed|absolute_pos_embed|layers|stages|features|norm\d*|head|embeddings|encoder"
+    r"|layernorm|classifier|pooler|mask_token|hidden_states_norms"
+)
 _LISTED = 6
 
 
@@ -72,15 +78,17 @@ def take_network(state: State, path: Path, wanted: str = "") -> Taken:
     if not shown:
         return Taken(state, [])  # no Swin model: its translation will say so
     root = _choose(shown, path, wanted)
-    others = tuple(other for other in shown if other != root and not root.startswith(other))
+    before_it = _outer(next(full for name, full in names.items() if _is_first(name, root)))
     mine: dict[str, str] = {}  # the network's own name -> the file's
     beside: list[str] = []
     heads: dict[str, dict[str, str]] = {}  # by what stands before them
     for name, full in names.items():
         short = name.removeprefix(root)
-        if others and name.startswith(others):
-            continue  # a network that is named as such
-        if name.startswith(root) and not _BESIDE.fullmatch(short.partition(".")[0]):
+        first = short.partition(".")[0]
+        if _of_another(name, root, shown):
+            continue  # named as a network
+        inside = _outer(full) == before_it and not _BESIDE.fullmatch(first)
+        if name.startswith(root) and (inside or _OWN.fullmatch(first)):
             mine[short] = full
         elif found := _outer_head(name, root):
             before, head = found
@@ -93,7 +101,7 @@ def take_network(state: State, path: Path, wanted: str = "") -> Taken:
             beside += heads[before].values()
         else:
             mine, own_head = mine | _renamed(heads[before], mine), True
-    notes = [*_other_networks(shown, root, path), *_what_else(beside, path)]
+    notes = [*_other_networks(shown, root, path), *not_read(beside, path)]
     return Taken({short: state[full] for short, full in mine.items()}, notes)
 
 
@@ -138,14 +146,33 @@ def _networks(names: dict[str, str]) -> dict[str, str]:
     return {root: found[root].rstrip(".") for root in blocks}
 
 
+def _is_first(name: str, root: str) -> bool:
+    return name.startswith(root) and bool(_FIRST.fullmatch(name.removeprefix(root)))
+
+
+def _of_another(name: str, root: str, roots: Iterable[str]) -> bool:
+    """Whether a name belongs to another network than the one at ``root``."""
+    for other in roots:
+        inner = len(other) > len(root)  # all in it; of one around ours what Swin models have
+        own = _OWN.fullmatch(name.removeprefix(other).partition(".")[0])
+        if other != root and name.startswith(other) and (inner or own):
+            return inner or not name.startswith(root)
+    return False
+
+
 def _choose(shown: dict[str, str], path: Path, wanted: str) -> str:
     """The root of the network to take."""
     if not wanted:
         return min(shown, key=lambda root: (bool(_SECOND.search(shown[root])), shown[root] != ""))
-    if wanted not in shown.values():
-        held = ", ".join(plain(name) or "one without a prefix" for name in shown.values())
-        raise WeightsError(f"{plain(path)}: holds no network {plain(wanted)!r}; it holds {held}")
-    return next(root for root, name in shown.items() if name == wanted)
+    for root, name in shown.items():
+        if f"{name}.".startswith(f"{wanted}."):
+            return root
+    held = ", ".join(map(_said, shown.values()))
+    raise WeightsError(f"{plain(path)}: holds no network '{plain(wanted)}'; it holds {held}")
+
+
+def _said(prefix: str) -> str:
+    return f"'{plain(prefix)}'" if prefix else "one without a prefix"
 
 
 def _outer_head(name: str, root: str) -> tuple[str, str] | None:
@@ -170,14 +197,13 @@ def _other_networks(shown: dict[str, str], root: str, path: Path) -> list[str]:
         return []
     others = [name for other, name in shown.items() if other != root]
     return [
-        f"{plain(path)} holds {len(shown)} networks: '{plain(shown[root])}' is taken, not "
-        f"{', '.join(repr(plain(name)) for name in others)} (`swin-moe convert IN OUT --take "
-        f"{plain(others[0])}` takes that one)"
+        f"{plain(path)} holds {len(shown)} networks: {_said(shown[root])} is taken, not "
+        f"{', '.join(map(_said, others))} (`swin-moe convert IN OUT --take PREFIX` takes another)"
     ]
 
 
-def _what_else(beside: list[str], path: Path) -> list[str]:
-    """One line on tensors that are not the network's, by the first part of their names."""
+def not_read(beside: list[str], path: Path) -> list[str]:
+    """One line on tensors that are not taken, by the first part of their names."""
     if not beside:
         return []
     groups = Counter(_outer(full) + _inner(full).partition(".")[0] for full in beside)

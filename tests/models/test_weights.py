@@ -103,7 +103,7 @@ def test_truncated_files(tmp_path, name, share):
     else:
         write(path, STATE)
     path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
-    with pytest.raises(WeightsError, match="truncated or not a|empty") as error:
+    with pytest.raises(WeightsError, match=r"truncated or not a|empty") as error:
         read(path)
     assert "\n" not in str(error.value)
 
