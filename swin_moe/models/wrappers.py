@@ -47,7 +47,7 @@ _BESIDE = re.compile(
 # First parts of names that Swin models have in any program.
 _OWN = re.compile(
     r"patch_embed|absolute_pos_embed|layers|stages|features|norm\d*|head|embeddings|encoder"
-    r"|layernorm|classifier|pooler|mask_token|hidden_states_norms"
+    r"|layernorm|pooler|mask_token|hidden_states_norms"
 )
 _LISTED = 6
 
@@ -178,7 +178,7 @@ def _said(prefix: str) -> str:
 def _outer_head(name: str, root: str) -> tuple[str, str] | None:
     """What stands before a head that belongs to the module around the network, and its name."""
     parts = root.split(".")[:-1]
-    for count in range(len(parts) - 1, -1, -1):
+    for count in range(len(parts), -1, -1):
         before = "".join(f"{part}." for part in parts[:count])
         if name.startswith(before) and _HEAD.fullmatch(name.removeprefix(before)):
             return before, name.removeprefix(before)
