@@ -61,6 +61,8 @@ def from_metadata(texts: Mapping[Any, Any], path: Path) -> Described:
     if isinstance(text := texts.get(_MODEL), str):
         try:
             sections = parse_json(text, f"{plain(path)}: its metadata")
+            if not isinstance(sections, dict):
+                raise ConfigError("it holds no sections")
             about.config = validate_architecture(sections, source=plain(path))
         except ConfigError as error:
             raise WeightsError(f"{plain(path)}: its metadata cannot be read ({error})") from None

@@ -80,7 +80,12 @@ def _read(path: Path) -> Weights:
         stem = path.with_name(_RANK_FILE.sub("", path.name))
         if not rank_files(stem):
             raise WeightsError(f"{plain(path)}: no such file or folder")
-        return _read_ranks(stem)
+        try:
+            return _read_ranks(stem)
+        except (RuntimeError, LookupError, ArithmeticError, TypeError) as error:
+            raise WeightsError(
+                f"{plain(stem)}.rank*: the experts cannot be put together ({error})"
+            ) from None
     # Only these names stand for the model that a config.json beside them is about.
     about = beside(path.parent) if path.stem in ("model", "pytorch_model") else None
     return _read_file(path, about)
