@@ -137,6 +137,15 @@ def _binary(head: bytes, path: Path) -> str:
     return f"neither PyTorch's nor safetensors (it begins {head[:8].hex(' ')}): {_AGAIN}"
 
 
+def unreadable(path: Path, error: Exception) -> str:
+    """What to say of a failure of torch's reader."""
+    first = str(error).partition("\n")[0] or type(error).__name__
+    if "mmap" in first:
+        size = os.stat(path).st_size
+        return f"{plain(path)}: has {size:,} bytes, which this machine's memory cannot map"
+    return f"{plain(path)}: truncated or not a PyTorch file ({first:.100})"
+
+
 # --------------------------------------------------------------------------------------------
 # torch.save's zip
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..text import plain
 from .dialects import State
-from .file_kind import WeightsError, check_zip, kind_of
+from .file_kind import WeightsError, check_zip, kind_of, unreadable
 
 _LEVELS = 8  # of dictionaries within each other; no program needs as many
 
@@ -81,11 +81,7 @@ def load_pickled(path: Path) -> Any:
             "its dictionary of weights"
         ) from None
     except Exception as error:  # whatever a damaged file makes the reader stumble over
-        told = isinstance(error, RuntimeError | OSError) and str(error)
-        first = (told or type(error).__name__).splitlines()[0]
-        raise WeightsError(
-            f"{plain(path)}: truncated or not a PyTorch file ({first:.100})"
-        ) from None
+        raise WeightsError(unreadable(path, error)) from None
     if facts and mapped:
         _check_records(content, facts.sizes, path)
     return content

@@ -19,7 +19,7 @@ from ..text import plain
 from . import deepspeed_files
 from .described import Described, beside, from_config, from_metadata, metadata
 from .dialects import State
-from .file_kind import WeightsError, kind_of
+from .file_kind import WeightsError, kind_of, unreadable
 from .pickled import load_pickled, read_pickled, tensors_of
 from .wrappers import take_network
 
@@ -118,6 +118,8 @@ def _read_safetensors(path: Path) -> tuple[State, dict[str, str]]:
         raise WeightsError(
             f"{plain(path)}: truncated or not a safetensors file ({error})"
         ) from None
+    except RuntimeError as error:
+        raise WeightsError(unreadable(path, error)) from None
 
 
 def write(

@@ -2,6 +2,7 @@
 
 import gzip
 import io
+import json
 import os
 import pickle
 import re
@@ -15,7 +16,7 @@ from safetensors.torch import save
 
 from swin_moe.models import SwinTransformer
 from swin_moe.models.pretrained import read_pretrained
-from swin_moe.models.weights import WeightsError
+from swin_moe.models.weights import WeightsError, read
 from tests.models.test_dialects import config
 
 torch.manual_seed(0)
@@ -159,6 +160,15 @@ def test_only_regular_files_are_read(tmp_path, name):
     path.symlink_to("gone")
     with pytest.raises(WeightsError, match="no such file"):
         read_pretrained(path)
+
+
+def test_a_large_file_is_looked_at_in_place(tmp_path):
+    entry = {"dtype": "F32", "shape": [1 << 30], "data_offsets": [0, 4 << 30]}
+    header = json.dumps({"optimizer.exp_avg": entry}).encode()
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header)
+    os.truncate(path, 8 + len(header) + (4 << 30))  # takes no room on the disk
+    assert list(read(path).state) == ["optimizer.exp_avg"]
 
 
 def test_folders_of_other_programs(tmp_path):
