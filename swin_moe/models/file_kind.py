@@ -143,7 +143,7 @@ def unreadable(path: Path, error: Exception) -> str:
     if "mmap" in first:
         size = os.stat(path).st_size
         return f"{plain(path)}: has {size:,} bytes, which this machine's memory cannot map"
-    return f"{plain(path)}: truncated or not a PyTorch file ({first:.100})"
+    return f"{plain(path)}: truncated or not a PyTorch file ({plain(first)[:100]})"
 
 
 # --------------------------------------------------------------------------------------------

@@ -33,22 +33,28 @@ class _PlainDict:
         return OrderedDict()  # of the mappings that the unpickler fills, the one with attributes
 
 
-_NUMPY_SCALAR = np.float64(0).__reduce__()[0]  # its module changed its name in numpy 2
+# Their module changed its name in numpy 2.
+_NUMPY_SCALAR, _NUMPY_ARRAY = np.float64(0).__reduce__()[0], np.ones(1).__reduce__()[0]
 _ALLOWED: list[Any] = [
     (_PlainDict, "yacs.config.CfgNode"),  # official files
     (_PlainDict, "argparse.Namespace"),  # DeiT-style and timm training files
+    (_PlainDict, "pytorch_lightning.utilities.parsing.AttributeDict"),
+    (_PlainDict, "lightning.pytorch.utilities.parsing.AttributeDict"),
+    (_PlainDict, "lightning.fabric.utilities.data.AttributeDict"),
+    (_PlainDict, "mmengine.logging.history_buffer.HistoryBuffer"),
     # DeepSpeed's
     (_PlainDict, "deepspeed.runtime.fp16.loss_scaler.LossScaler"),
     (_PlainDict, "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler"),
     (int, "deepspeed.runtime.zero.config.ZeroStageEnum"),
     (_PlainDict, "deepspeed.utils.tensor_fragment.fragment_address"),
-    # numpy numbers, such as the best accuracy
+    # numpy numbers, such as the best accuracy, and arrays of them
     (_NUMPY_SCALAR, "numpy.core.multiarray.scalar"),
     (_NUMPY_SCALAR, "numpy._core.multiarray.scalar"),
+    (_NUMPY_ARRAY, "numpy.core.multiarray._reconstruct"),
+    (_NUMPY_ARRAY, "numpy._core.multiarray._reconstruct"),
+    np.ndarray,
     np.dtype,
-    type(np.dtype(np.float64)),
-    type(np.dtype(np.float32)),
-    type(np.dtype(np.int64)),
+    *(type(np.dtype(code)) for code in np.typecodes["AllInteger"] + np.typecodes["Float"] + "?"),
 ]
 
 

@@ -25,6 +25,7 @@ from .wrappers import take_network
 
 PICKLED = (".pth", ".pt", ".bin", ".ckpt", ".tar")
 _RANK_FILE = re.compile(r"\.(rank\d+|master|global)$")
+_ADDRESS = re.compile(r"\w{2,}:/|hf-hub:")
 # Hugging Face's lists of shards.
 _INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 
@@ -66,6 +67,11 @@ def _check_plain(state: State, path: Path) -> None:
             raise WeightsError(f"{plain(path)}: {name!r:.80} is no name of a tensor")
         if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_quantized:
             raise WeightsError(f"{plain(path)}: '{name}' is sparse, quantised or without content")
+        if not tensor.numel():
+            raise WeightsError(
+                f"{plain(path)}: '{name}' is empty, as in one of several parts (ZeRO-3, FSDP): name "
+                "the checkpoint's folder"
+            )
         size = tensor.numel() * tensor.element_size()
         if size > (held := tensor.untyped_storage().nbytes()):
             raise WeightsError(
@@ -79,7 +85,8 @@ def _read(path: Path) -> Weights:
     if not path.exists() or _RANK_FILE.search(path.name):
         stem = path.with_name(_RANK_FILE.sub("", path.name))
         if not rank_files(stem):
-            raise WeightsError(f"{plain(path)}: no such file or folder")
+            download = ": download the file" if _ADDRESS.match(str(path)) else ""
+            raise WeightsError(f"{plain(path)}: no such file or folder{download}")
         try:
             return _read_ranks(stem)
         except (RuntimeError, LookupError, ArithmeticError, TypeError) as error:
@@ -198,7 +205,11 @@ def _files(folder: Path) -> list[Path]:
     for index in (folder / name for name in _INDEXES):
         if index.exists():
             return _indexed(index)
-    shards = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
+    here = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    shards = [path for path in here if path.suffix == ".safetensors"]
+    shards = shards or [path for path in here if re.match(r"pytorch_model.*\.bin$", path.name)]
+    if folder / "model.safetensors" in shards:  # the one that every program takes
+        return [folder / "model.safetensors"]
     if len(shards) > 1 and not _complete(shards):
         raise WeightsError(
             f"{plain(folder)}: {len(shards)} {shards[0].suffix} files, no complete set: name the "

@@ -6,6 +6,7 @@ import os
 import pathlib
 import sys
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -76,6 +77,7 @@ def test_an_official_file_with_its_config_object(tmp_path, config_class):
         "config": config_class({"MODEL": config_class({"DEPTHS": [2, 2]})}),
         "args": argparse.Namespace(lr=1.0),
         "max_accuracy": np.float64(81.2),
+        "history": {"loss": np.arange(3.0), "count": np.arange(3)},
         "optimizer": {"state": {0: {"step": 1}}, "param_groups": []},
     }
     torch.save({"model": STATE, **extra}, path)
@@ -123,6 +125,11 @@ def test_other_mistakes(tmp_path):
     (tmp_path / "folder").mkdir()
     with pytest.raises(WeightsError, match="no checkpoint in this folder"):
         read(tmp_path / "folder")
+    torch.save({FIRST: torch.ones(0), BLOCK: torch.ones(0)}, tmp_path / "part.pt")
+    with pytest.raises(WeightsError, match=f"'{FIRST}' is empty.*name the checkpoint's folder"):
+        read(tmp_path / "part.pt")
+    with pytest.raises(WeightsError, match="no such file or folder: download the file"):
+        read(pathlib.Path("https://example.com/swin.pth"))
     with pytest.raises(WeightsError, match="must end in"):
         write(tmp_path / "x.onnx", STATE)
 
@@ -144,6 +151,28 @@ def test_sharded_folder(tmp_path):
         read(tmp_path)
     index.write_text("[]")
     with pytest.raises(WeightsError, match="not an index"):
+        read(tmp_path)
+
+
+def test_companions_in_a_folder_are_passed_over(tmp_path):
+    save_file(STATE, tmp_path / "model.safetensors")
+    (tmp_path / "._model.safetensors").write_bytes(b"\0\5\x16\7")
+    (tmp_path / "model.fp16.safetensors").write_bytes(b"")
+    same(read(tmp_path).state, STATE)
+    (tmp_path / "model.safetensors").rename(tmp_path / "x.safetensors")
+    (tmp_path / "model.fp16.safetensors").unlink()
+    same(read(tmp_path).state, STATE)
+
+
+def test_shards_of_pickles(tmp_path):
+    names = {name: f"pytorch_model-0000{i + 1}-of-00002.bin" for i, name in enumerate(STATE)}
+    for name, file in names.items():
+        torch.save({name: STATE[name]}, tmp_path / file)
+    same(read(tmp_path).state, STATE)
+    (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": names}))
+    same(read(tmp_path).state, STATE)
+    torch.save(STATE, tmp_path / names[BLOCK])
+    with pytest.raises(WeightsError, match=f"'{FIRST}' is in another shard, too"):
         read(tmp_path)
 
 
