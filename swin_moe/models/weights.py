@@ -69,7 +69,7 @@ def _check_plain(state: State, path: Path) -> None:
             raise WeightsError(f"{plain(path)}: '{name}' is sparse, quantised or without content")
         if not tensor.numel():
             raise WeightsError(
-                f"{plain(path)}: '{name}' is empty, as in one of several parts (ZeRO-3, FSDP): name "
+                f"{plain(path)}: '{name}' is empty, as in one of many parts (ZeRO-3, FSDP): name "
                 "the checkpoint's folder"
             )
         size = tensor.numel() * tensor.element_size()

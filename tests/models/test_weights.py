@@ -6,7 +6,6 @@ import os
 import pathlib
 import sys
 import types
-from pathlib import Path
 
 import numpy as np
 import pytest
