@@ -270,7 +270,7 @@ def _write(
     wrapper = _WRAPPER.get(dialect, "")
     if about.classes is not None and output.suffix in PICKLED and not wrapper:
         notes.append(
-            f"class names are not in {plain(output)}: {dialect} .pth have no place for them"
+            f"class names are not in {plain(output)}: {dialect}'s .pth has no place for them"
         )
     if dialect == "swin_moe":
         write(output, state, config if window_known else None, wrapper, about)

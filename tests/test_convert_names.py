@@ -16,9 +16,11 @@ from swin_moe.config import dump_config, load_config
 from swin_moe.convert import convert
 from swin_moe.data.transforms import EvalTransform
 from swin_moe.models import SwinTransformer
+from swin_moe.models.described import Described
 from swin_moe.models.dialects import Images
 from swin_moe.models.pretrained import load_pretrained, read_pretrained
-from swin_moe.models.weights import WeightsError
+from swin_moe.models.weights import WeightsError, write
+from tests.golden import Golden
 from tests.parallel import MICRO
 from tests.saving import save, states_of
 
@@ -70,6 +72,14 @@ def test_names_travel(run, model, tmp_path, dialect, name):
         assert torch.equal(found.state[key], tensor)
     said(tmp_path / name, tmp_path / "back.safetensors", dialect=back)
     assert read_pretrained(tmp_path / "back.safetensors").class_names == NAMES
+
+
+def test_names_travel_with_the_files_of_ranks(tmp_path):
+    golden = Golden("swin_moe_official")
+    names = [f"class {number}" for number in range(golden.config["arguments"]["num_classes"])]
+    write(tmp_path / "in.safetensors", golden.weights, about=Described(classes=names))
+    said(tmp_path / "in.safetensors", tmp_path / "x.pth", dialect="official", ranks=2)
+    assert read_pretrained(tmp_path / "x.pth").class_names == names
 
 
 def test_our_own_files_know_their_model(run, tmp_path):
@@ -155,6 +165,7 @@ def test_nothing_is_invented(model, tmp_path):
         ({"id2label": {"0": "a"}}, None, "are not used: 1 names, and a head for 3 classes"),
         ({"label_names": ["a", "b", "c"]}, ["a", "b", "c"], ""),
         ({"pretrained_cfg": {"label_names": ["a", "b", "c"]}}, ["a", "b", "c"], ""),
+        ({"architecture": "x", "labels": ["a", "b", "c"]}, ["a", "b", "c"], ""),
         ({"label_names": {"a": 1}}, None, "no list of names by label"),
         ([], None, "config.json is not used: it is no JSON object"),
         ("{", None, "config.json is not used: "),

@@ -101,13 +101,16 @@ def beside(folder: Path) -> Described:
     about.foreign = config = _json_file(folder / "config.json", about.notes)
     processor = _json_file(folder / "preprocessor_config.json", about.notes)
     where = f"class names in {plain(folder / 'config.json')}"
-    timm = config.get("pretrained_cfg")
+    timm = config.get("pretrained_cfg", config if "architecture" in config else None)
     timm = timm if isinstance(timm, dict) else {}
+    labels = config.get("label_names") or timm.get("label_names", timm.get("labels"))
     if "id2label" in config:
         names = _by_number(config["id2label"])
         if names is None or not all(re.fullmatch(r"LABEL_\d+", str(name)) for name in names):
             _take_names(about, names, where)
-    elif (names := config.get("label_names", timm.get("label_names"))) is not None:
+    elif (
+        names := config.get("label_names") or timm.get("label_names", timm.get("labels"))
+    ) is not None:
         _take_names(about, names, where)
     if timm:
         about.images = _images(timm.get("mean"), timm.get("std"), timm.get("crop_pct"))

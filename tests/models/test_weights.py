@@ -32,6 +32,24 @@ class Evil:
         return (os.system, (f"touch {self.path}",))
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["mmengine.logging.history_buffer.HistoryBuffer",
+     "pytorch_lightning.utilities.parsing.AttributeDict"],
+)  # fmt: skip
+def test_records_of_other_programs_become_plain(tmp_path, monkeypatch, name):
+    *folders, kind = name.split(".")
+    cls = type(kind, (), {"__module__": ".".join(folders)})
+    held = cls()
+    held.history = np.arange(3.0)
+    with monkeypatch.context() as patch:
+        for count in range(1, len(folders) + 1):
+            patch.setitem(sys.modules, ".".join(folders[:count]), types.ModuleType("x"))
+        setattr(sys.modules[cls.__module__], kind, cls)
+        torch.save({"state_dict": STATE, "message_hub": {"loss": held}}, tmp_path / "x.pth")
+    same(read(tmp_path / "x.pth").state, STATE)
+
+
 @pytest.fixture
 def config_class(monkeypatch):
     """A class as yacs has it, known only while the file is written."""
