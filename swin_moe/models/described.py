@@ -108,10 +108,8 @@ def beside(folder: Path) -> Described:
         names = _by_number(config["id2label"])
         if names is None or not all(re.fullmatch(r"LABEL_\d+", str(name)) for name in names):
             _take_names(about, names, where)
-    elif (
-        names := config.get("label_names") or timm.get("label_names", timm.get("labels"))
-    ) is not None:
-        _take_names(about, names, where)
+    elif labels is not None:
+        _take_names(about, labels, where)
     if timm:
         about.images = _images(timm.get("mean"), timm.get("std"), timm.get("crop_pct"))
     elif processor:
