@@ -193,6 +193,17 @@ def test_shards_of_pickles(tmp_path):
         read(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["x.safetensors", "x.pth"])
+def test_files_follow_the_umask(tmp_path, name):
+    for mask in (0o027, 0o077):
+        before = os.umask(mask)
+        try:
+            write(tmp_path / name, STATE)
+        finally:
+            os.umask(before)
+        assert (tmp_path / name).stat().st_mode & 0o777 == 0o666 & ~mask
+
+
 def test_views_are_written_without_their_storage(tmp_path):
     write(tmp_path / "x.safetensors", {"a": torch.zeros(1000, 1000)[:1]})
     assert (tmp_path / "x.safetensors").stat().st_size < 10_000
