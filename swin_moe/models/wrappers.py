@@ -142,8 +142,11 @@ def _networks(names: dict[str, str]) -> dict[str, str]:
         if match := _FIRST.search(name):
             root, first = name[: match.start()], match[0].partition(".")[0]
             found[root] = full[: full.rindex(match[0]) if match[0] in full else full.index(first)]
-    blocks = [root for root in found if any(_BLOCK.match(n.removeprefix(root)) for n in names)]
-    return {root: found[root].rstrip(".") for root in blocks}
+    return {
+        root: before.rstrip(".")
+        for root, before in found.items()
+        if any(n.startswith(root) and _BLOCK.match(n, len(root)) for n in names)
+    }
 
 
 def _is_first(name: str, root: str) -> bool:

@@ -71,6 +71,8 @@ def test_what_is_beside_is_named():
     moments = {f"optimizer.state.{number}.exp_avg": ONE for number in range(1200)}
     check(named("model.module.") | moments, "optimizer (1,200 tensors)")
     check(STATE | {"teacher.conv1.weight": ONE, "loss_fn.center": ONE}, "teacher, loss_fn")
+    vit = {"teacher.patch_embed.proj.weight": ONE, "teacher.blocks.0.norm1.weight": ONE}
+    check(STATE | vit, "not read from x.pth: teacher (2 tensors)")
     lightning = named("state_dict.model.") | {"state_dict.train_acc.total": ONE}
     check(lightning, "not read from x.pth: state_dict.train_acc")
 
