@@ -171,7 +171,9 @@ def _add_convert(commands: Any) -> argparse.ArgumentParser:
     )
     convert.add_argument("input", metavar="IN")
     convert.add_argument(
-        "output", metavar="OUT", help="safetensors unless it ends in .pth; or a folder"
+        "output",
+        metavar="OUT",
+        help="FILE.safetensors or FILE.pth; for timm and huggingface also a folder",
     )
     convert.add_argument("overrides", nargs="*", metavar="key=value", help="model.img_size=384")
     known = ["swin_moe", "official", "timm", "huggingface", "torchvision", "mmseg"]
@@ -186,6 +188,9 @@ def _add_convert(commands: Any) -> argparse.ArgumentParser:
         metavar="key=value",
         help="make a mixture of experts of a dense model: experts=8 [top_k=1] [noise=0.01] "
         "[gate=zero|random]; put other overrides before it",
+    )
+    convert.add_argument(
+        "--take", default="", metavar="PREFIX", help="which of a file's networks, e.g. model_ema"
     )
     convert.add_argument("--allow-missing", action="store_true", help="go on if tensors do not fit")
     convert.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")

@@ -174,9 +174,17 @@ def _evaluate(arguments: argparse.Namespace, console: Any) -> int:
 
 
 def _existing_folder(text: str) -> Path:
-    if not Path(text).is_dir():
-        raise ValueError(f"{text}: no such run directory or checkpoint folder")
-    return Path(text)
+    path = Path(text)
+    if path.is_file():
+        raise ValueError(
+            f"{plain(text)} is a file; a run or checkpoint folder also knows its data: make one of "
+            f"these weights by `swin-moe train CONFIG model.pretrained={plain(text)} "
+            "train.output=FOLDER train.max_steps=1 schedule.warmup_epochs=1 schedule.warmup_lr=0` "
+            "(one update at a rate of 0), and give FOLDER"
+        )
+    if not path.is_dir():
+        raise ValueError(f"{plain(text)}: no such run directory or checkpoint folder")
+    return path
 
 
 def _models(arguments: argparse.Namespace, console: Any) -> int:
@@ -321,6 +329,7 @@ def _convert(arguments: argparse.Namespace, console: Any) -> int:
         upcycling=Upcycle.parse(arguments.upcycle) if arguments.upcycle else None,
         ranks=arguments.ranks,
         overwrite=arguments.overwrite,
+        network=arguments.take,
     )
     return DONE
 

@@ -16,12 +16,21 @@ from torch import Tensor
 
 from .config import Architecture, validate_architecture
 from .models import SwinTransformer
-from .models.dialects import Translation, from_swin_moe, huggingface_config
+from .models.described import Described
+from .models.dialects import (
+    Images,
+    Translation,
+    from_swin_moe,
+    huggingface_config,
+    huggingface_processor,
+    timm_config,
+)
 from .models.pretrained import (
     CHOICE_BIAS,
     Pretrained,
     adopt_pretrained_window,
     explain_difference,
+    misfit,
     read_pretrained,
 )
 from .models.transfer import Fit, default_moe_blocks, fit, upcycle
@@ -29,8 +38,9 @@ from .models.weights import PICKLED, State, WeightsError, rank_files, write
 from .terminal import cell
 from .text import plain
 
-# What each dialect's own programs look for in a .pth.
-_WRAPPER = {"official": "model", "timm": "state_dict", "mmseg": "state_dict", "torchvision": ""}
+# What each dialect's own programs look for in a .pth; the others take the weights to be all of it.
+_WRAPPER = {"swin_moe": "model", "official": "model", "timm": "state_dict", "mmseg": "state_dict"}
+_FOLDERS = ("huggingface", "timm")  # whose programs open a folder
 Overrides = dict[str, dict[str, Any]]
 
 
@@ -81,15 +91,18 @@ def convert(
     upcycling: Upcycle | None = None,
     ranks: int = 1,
     overwrite: bool = False,
+    network: str = "",
 ) -> Architecture:
     """Read, translate, fit to a model, write, and print what became of each tensor.
 
     Args:
-        output: safetensors, unless it ends in ``.pth``; for Hugging Face also a folder.
+        output: ``.safetensors``, ``.pth``, or without a suffix a folder for Hugging Face and timm
+            and safetensors for all others.
         model_name: the model to fit to; empty = the one that the file holds.
         overrides: keys of ``model`` and ``moe``, e.g. another window or number of classes.
         allow_missing: write although tensors are left over or missing.
         ranks: files over which an official Swin-MoE ``.pth`` spreads its experts.
+        network: which one to take of a file that holds several.
 
     Returns:
         the model that was written.
@@ -97,12 +110,11 @@ def convert(
     Raises:
         ValueError: one line for the user.
     """
-    if not output.suffix and dialect != "huggingface":
-        output = output.with_suffix(".safetensors")
+    output = _named(output, dialect)
     if not overwrite and (found := [p for p in (output, *rank_files(output)) if p.exists()]):
-        raise ValueError(f"{found[0]} exists: choose another name, or add --overwrite")
+        raise ValueError(f"{plain(found[0])} exists: choose another name, or add --overwrite")
     overrides = _checked(overrides or {})
-    source = read_pretrained(source_path, source_dialect)
+    source = read_pretrained(source_path, source_dialect, network)
     config = _target(source, model_name, overrides)
     state = source.state
     if upcycling:
@@ -112,8 +124,40 @@ def convert(
             state, config.model, config.moe, noise=upcycling.noise, random_gate=random_gate
         )
     target = _shapes(config)
-    result = fit(state, target, source.config.model.token_grid, config.model.token_grid)
+    result = _fitted(source, state, target, config, allow_missing)
     console.print(_table(source.translation, result, target))
+    complete = result.state | _fresh(config, result.missing)
+    stated = {"window_size", "img_size"} <= overrides.get("model", {}).keys()
+    known = source.window_known or stated or bool(model_name)
+    notes = list(source.notes)
+    about = _about(source, config, result, dialect, notes)
+    _write(output, complete, config, dialect, ranks, known, about, notes)
+    for line in (*_closing(output, config, dialect, known), *notes):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    return config
+
+
+def _named(output: Path, dialect: str) -> Path:
+    """The name to write to; raises ``WeightsError`` where its suffix says none of the formats."""
+    if output.suffix not in ("", ".safetensors", *PICKLED):
+        folder = " or no suffix for a folder" if dialect in _FOLDERS else ""
+        raise WeightsError(
+            f"{plain(output)}: the name must end in .safetensors or .pth{folder}; "
+            f"{plain(output.suffix)} is not written"
+        )
+    if output.suffix or dialect in _FOLDERS:
+        return output
+    return output.with_suffix(".safetensors")
+
+
+def _fitted(
+    source: Pretrained, state: State, target: State, config: Architecture, allow_missing: bool
+) -> Fit:
+    """Raises ``WeightsError``, with file and model, where the weights are not the model's."""
+    try:
+        result = fit(state, target, source.config.model.token_grid, config.model.token_grid)
+    except WeightsError as error:
+        raise WeightsError(misfit(source, config.model, str(error))) from None
     missing = [
         name
         for name in result.missing
@@ -121,16 +165,28 @@ def convert(
     ]
     extra = [*source.translation.unknown, *result.left_over]
     if (missing or extra) and not allow_missing:
-        raise WeightsError(
-            f"{source_path}: {explain_difference(missing, extra)} (--allow-missing goes on)"
+        why = misfit(source, config.model, explain_difference(missing, extra))
+        raise WeightsError(f"{why} (--allow-missing goes on)")
+    return result
+
+
+def _about(
+    source: Pretrained, config: Architecture, result: Fit, dialect: str, notes: list[str]
+) -> Described:
+    """Class names and preparation of images for the file to write; adds lines to ``notes``."""
+    classes, images = source.class_names, source.images
+    if classes is not None and (result.head or config.model.num_classes == 0):
+        notes.append("the class names are not taken along: the head is another one")
+        classes = None
+    if classes is not None and dialect != "swin_moe" and len(classes) < config.model.num_classes:
+        notes.append(
+            f"the class names are not taken along: {len(classes):,} names, and a head for "
+            f"{config.model.num_classes:,} classes"
         )
-    complete = result.state | _fresh(config, result.missing)
-    stated = {"window_size", "img_size"} <= overrides.get("model", {}).keys()
-    known = source.window_known or stated or bool(model_name)
-    _write(output, complete, config, dialect, ranks, known)
-    closing = _closing(output, config, dialect, known)
-    console.print(closing, highlight=False, markup=False, soft_wrap=True)
-    return config
+        classes = None
+    if images is not None and len(images.mean) != config.model.in_chans:
+        images = None
+    return Described(classes=classes, images=images)
 
 
 def _checked(overrides: Overrides) -> Overrides:
@@ -155,8 +211,8 @@ def _target(source: Pretrained, model_name: str, overrides: Overrides) -> Archit
     model |= overrides.get("model", {})
     moe |= overrides.get("moe", {})
     config = validate_architecture({"model": model, "moe": moe}, source="convert")
-    if not source.window_known:
-        return config
+    if not source.window_known and not model_name:
+        return config  # the stated window is the file's
     return config.model_copy(update={"model": adopt_pretrained_window(config.model, source)})
 
 
@@ -203,12 +259,22 @@ def _state(model: SwinTransformer) -> State:
 
 
 def _write(
-    output: Path, state: State, config: Architecture, dialect: str, ranks: int, window_known: bool
+    output: Path,
+    state: State,
+    config: Architecture,
+    dialect: str,
+    ranks: int,
+    window_known: bool,
+    about: Described,
+    notes: list[str],
 ) -> None:
+    wrapper = _WRAPPER.get(dialect, "")
+    if about.classes is not None and output.suffix in PICKLED and not wrapper:
+        notes.append(
+            f"class names are not in {plain(output)}: {dialect}'s .pth has no place for them"
+        )
     if dialect == "swin_moe":
-        if output.suffix in PICKLED:
-            raise WeightsError(f"{output}: --to swin_moe writes .safetensors")
-        write(output, state, config if window_known else None)
+        write(output, state, config if window_known else None, wrapper, about)
         return
     has_window = config.model.family in ("swinv2", "swin_moe") and dialect != "timm"
     if has_window and not window_known:
@@ -217,17 +283,55 @@ def _write(
             "model.window_size=N and model.img_size=N"
         )
     theirs = from_swin_moe(state, dialect, config.model)
-    if dialect == "huggingface" and output.suffix not in (".safetensors", *PICKLED):
-        write(output / "model.safetensors", theirs)
-        text = json.dumps(huggingface_config(config.model), indent=2)
-        (output / "config.json").write_text(text + "\n", encoding="utf-8")
+    if dialect in _FOLDERS and not output.suffix:
+        _write_folder(output, theirs, config, dialect, about, notes)
     elif dialect == "official" and config.moe.enabled and output.suffix in PICKLED:
-        _write_ranks(output, theirs, ranks)
+        _write_ranks(output, theirs, ranks, about)
     else:
-        write(output, theirs, wrapper=_WRAPPER.get(dialect, ""))
+        write(output, theirs, wrapper=wrapper, about=about)
+        if dialect in _FOLDERS:
+            notes.append(
+                f"{plain(output)} is the weights alone: an OUT without a suffix becomes a folder "
+                f"that {dialect} opens, with config.json"
+            )
 
 
-def _write_ranks(output: Path, state: State, ranks: int) -> None:
+def _write_folder(
+    output: Path,
+    state: State,
+    config: Architecture,
+    dialect: str,
+    about: Described,
+    notes: list[str],
+) -> None:
+    """Weights, and the files beside them by which the other program opens the folder."""
+    model, images = config.model, about.images
+    if images is None:
+        assumed = (
+            "ImageNet's mean and std are assumed" if model.in_chans == 3 else "none is written"
+        )
+        notes.append(f"the file does not tell how its images were prepared: {assumed}")
+        images = Images() if model.in_chans == 3 else None
+    files: dict[str, dict[str, Any] | None]
+    if dialect == "timm":
+        files = {"config.json": timm_config(model, images, about.classes)}
+    else:
+        processor = huggingface_processor(model, images) if images else None
+        if images and processor is None:
+            notes.append("no preprocessor_config.json: transformers prepares no rectangles so")
+        files = {
+            "config.json": huggingface_config(model, about.classes),
+            "preprocessor_config.json": processor,
+        }
+    write(output / "model.safetensors", state, about=about)
+    for name, content in files.items():
+        (output / name).unlink(missing_ok=True)
+        if content is not None:
+            text = json.dumps(content, indent=2)
+            (output / name).write_text(text + "\n", encoding="utf-8")
+
+
+def _write_ranks(output: Path, state: State, ranks: int, about: Described) -> None:
     """Official Swin-MoE files: ``.master``, and each rank's experts in ``.rank<r>``."""
     experts = {name: tensor for name, tensor in state.items() if ".experts." in name}
     num_experts = len(next(iter(experts.values())))
@@ -236,7 +340,7 @@ def _write_ranks(output: Path, state: State, ranks: int) -> None:
     stale = rank_files(output)
     dense = {name: tensor for name, tensor in state.items() if name not in experts}
     counts = {n: t for n, t in dense.items() if n.endswith("_num_global_experts")}
-    write(output.with_name(f"{output.name}.master"), dense, wrapper="model")
+    write(output.with_name(f"{output.name}.master"), dense, wrapper="model", about=about)
     for rank in range(ranks):
         held = {name: tensor.chunk(ranks)[rank] for name, tensor in experts.items()}
         path = output.with_name(f"{output.name}.rank{rank}")
@@ -295,13 +399,13 @@ def _list(names: list[str], limit: int = 8) -> Text:
     return Text("\n".join(map(plain, names[:limit] + more)))
 
 
-def _closing(output: Path, config: Architecture, dialect: str, window_known: bool) -> str:
-    lines = [f"wrote {output} ({dialect})"]
+def _closing(output: Path, config: Architecture, dialect: str, window_known: bool) -> list[str]:
+    lines = [f"wrote {plain(output)} ({dialect})"]
     if any(config.model.pretrained_window_sizes):
         sizes = config.model.pretrained_window_sizes
         lines.append(f"position coordinates are computed for windows trained at {sizes}")
     if dialect == "swin_moe":
-        lines.append(f"train from it: swin-moe train CONFIG model.pretrained={output}")
+        lines.append(f"train from it: swin-moe train CONFIG model.pretrained={plain(output)}")
         if not window_known:
             lines.append(
                 "the file does not tell its window: --model NAME, or model.window_size=N and "
@@ -315,4 +419,4 @@ def _closing(output: Path, config: Architecture, dialect: str, window_known: boo
                 f"moe.eval_capacity_factor={moe.eval_capacity_factor:g} "
                 f"moe.fc2_bias={str(moe.fc2_bias).lower()}"
             )
-    return "\n".join(lines)
+    return lines

@@ -13,6 +13,7 @@ from timm.models.swin_transformer import SwinTransformer as TimmSwin
 from timm.models.swin_transformer_v2 import SwinTransformerV2 as TimmSwinV2
 
 from swin_moe import build_model
+from swin_moe.cli import main
 from swin_moe.config import ModelConfig, MoEConfig
 from swin_moe.convert import Upcycle, convert
 from swin_moe.models import SwinTransformer
@@ -438,6 +439,29 @@ def test_a_dense_run_becomes_a_mixture(tmp_path):
     done = train(tmp_path / "moe", *start, "train.max_steps=3", processes=2)
     assert "resumed from" in done.stdout
     assert "started from" not in done.stdout
+
+
+@pytest.mark.parametrize("command", ["evaluate", "inspect"])
+def test_a_file_of_weights_is_no_run(timm_v1, capsys, command):
+    _, path = timm_v1
+    assert main([command, str(path)]) == 2
+    said = capsys.readouterr().err
+    assert f"{path} is a file" in said
+    assert f"`swin-moe train CONFIG model.pretrained={path} train.output=FOLDER" in said
+    assert len(said.splitlines()) == 1
+
+
+def test_one_of_two_networks_is_chosen_by_command(timm_v1, tmp_path, capsys):
+    theirs, path = timm_v1
+    average = {f"module.{name}": tensor + 1 for name, tensor in theirs.state_dict().items()}
+    torch.save({"state_dict": theirs.state_dict(), "state_dict_ema": average}, path)
+    words = ["convert", str(path), str(tmp_path / "x.pth"), "--to=timm", "--overwrite"]
+    assert main(words) == 0
+    said = capsys.readouterr().out
+    assert "'state_dict' is taken, not 'state_dict_ema.module'" in said
+    assert torch.equal(read(tmp_path / "x.pth").state["norm.bias"], theirs.norm.bias)
+    assert main([*words, "--take", "state_dict_ema"]) == 0
+    assert torch.equal(read(tmp_path / "x.pth").state["norm.bias"], theirs.norm.bias + 1)
 
 
 def test_the_command(tmp_path, timm_v1):

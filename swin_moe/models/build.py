@@ -51,7 +51,7 @@ def build_model(name: str, **overrides: Any) -> SwinTransformer:
     source = read_pretrained(Path(config.model.pretrained))
     built = build(adopt_pretrained_window(config.model, source), config.moe)
     done = load_pretrained(built, source)
-    if "re-initialised" in done:
+    if "re-initialised" in done or source.notes:
         log.warning("%s: %s", config.model.pretrained, done)
     return built
 

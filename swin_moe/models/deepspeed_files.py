@@ -15,12 +15,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .pickled import State, WeightsError, load_pickled
+from ..reading import read_text
+from .dialects import State
+from .file_kind import WeightsError
+from .pickled import load_pickled, tensors_of
 
 _EXPERT = re.compile(
     r"(.*)\.deepspeed_moe\.experts\.deepspeed_experts\.(\d+)\.fc([12])\.(weight|bias)"
 )
 _GATE = ".deepspeed_moe.gate.wg.weight"
+_TAG_LIMIT = 4096  # bytes
 _PARTITIONS = "single_partition_of_fp32_groups"
 
 
@@ -49,13 +53,17 @@ def read(path: Path) -> State:
     experts = sorted(folder.glob("layer_*_expert_*_mp_rank_00_model_states.pt"))
     if experts:
         for file in experts:
-            state |= load_pickled(file)
-        return _stack_experts(state)
+            state |= tensors_of(load_pickled(file), file)
+        try:
+            return _stack_experts(state)
+        except RuntimeError as error:
+            raise WeightsError(f"{folder}: experts of different shapes ({error})") from None
     ranks = _sorted_by_rank(folder.glob("*zero_pp_rank_*_mp_rank_00_optim_states.pt"))
     if ranks:
         try:
             state |= _masters(model, [load_pickled(file)["optimizer_state_dict"] for file in ranks])
-        except (KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
+        except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError,
+                RuntimeError) as error:  # fmt: skip
             raise WeightsError(
                 f"{folder}: the optimizer's files cannot be put together "
                 f"({type(error).__name__}: {error})"
@@ -68,7 +76,7 @@ def read(path: Path) -> State:
 def _newest(path: Path) -> Path:
     if not (path / "latest").is_file():
         return path
-    tag = (path / "latest").read_text(encoding="utf-8").strip()
+    tag = read_text(path / "latest", _TAG_LIMIT).strip()
     if Path(tag).name != tag or not (path / tag).is_dir():
         raise WeightsError(f"{path}/latest names {tag!r:.80}, which is no folder there")
     return path / tag

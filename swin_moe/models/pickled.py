@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import pickle
 import re
-import zipfile
+import warnings
 from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +19,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-State = dict[str, Tensor]
+from ..text import plain
+from .dialects import State
+from .file_kind import WeightsError, check_zip, kind_of, unreadable
 
-# Where programs keep the weights in what they save, the most telling name first.
-_WRAPPERS = ("model", "state_dict", "model_state_dict", "module", "model_ema", "state_dict_ema")
-
-
-class WeightsError(ValueError):
-    """A file of weights that cannot be used; the message is one line for the user."""
+_LEVELS = 8  # of dictionaries within each other; no program needs as many
 
 
 class _PlainDict:
@@ -34,22 +33,28 @@ class _PlainDict:
         return OrderedDict()  # of the mappings that the unpickler fills, the one with attributes
 
 
-_NUMPY_SCALAR = np.float64(0).__reduce__()[0]  # its module changed its name in numpy 2
+# Their module changed its name in numpy 2.
+_NUMPY_SCALAR, _NUMPY_ARRAY = np.float64(0).__reduce__()[0], np.ones(1).__reduce__()[0]
 _ALLOWED: list[Any] = [
     (_PlainDict, "yacs.config.CfgNode"),  # official files
     (_PlainDict, "argparse.Namespace"),  # DeiT-style and timm training files
+    (_PlainDict, "pytorch_lightning.utilities.parsing.AttributeDict"),
+    (_PlainDict, "lightning.pytorch.utilities.parsing.AttributeDict"),
+    (_PlainDict, "lightning.fabric.utilities.data.AttributeDict"),
+    (_PlainDict, "mmengine.logging.history_buffer.HistoryBuffer"),
     # DeepSpeed's
     (_PlainDict, "deepspeed.runtime.fp16.loss_scaler.LossScaler"),
     (_PlainDict, "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler"),
     (int, "deepspeed.runtime.zero.config.ZeroStageEnum"),
     (_PlainDict, "deepspeed.utils.tensor_fragment.fragment_address"),
-    # numpy numbers, such as the best accuracy
+    # numpy numbers, such as the best accuracy, and arrays of them
     (_NUMPY_SCALAR, "numpy.core.multiarray.scalar"),
     (_NUMPY_SCALAR, "numpy._core.multiarray.scalar"),
+    (_NUMPY_ARRAY, "numpy.core.multiarray._reconstruct"),
+    (_NUMPY_ARRAY, "numpy._core.multiarray._reconstruct"),
+    np.ndarray,
     np.dtype,
-    type(np.dtype(np.float64)),
-    type(np.dtype(np.float32)),
-    type(np.dtype(np.int64)),
+    *(type(np.dtype(code)) for code in np.typecodes["AllInteger"] + np.typecodes["Float"] + "?"),
 ]
 
 
@@ -59,45 +64,84 @@ def load_pickled(path: Path) -> Any:
     Raises:
         WeightsError: the file is missing, damaged, or could run code.
     """
+    kind = kind_of(path)
+    if kind == "safetensors":
+        raise WeightsError(f"{plain(path)} is a safetensors file: name it .safetensors")
+    facts = check_zip(path) if kind == "zip" else None
+    misnamed = path.suffix == ".safetensors"  # torch would go by the name
+    mapped = facts is not None and not facts.compressed and not misnamed
     try:
-        with torch.serialization.safe_globals(_ALLOWED):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
+        with (
+            path.open("rb") if misnamed else nullcontext(path) as source,
+            warnings.catch_warnings(),
+            torch.serialization.safe_globals(_ALLOWED),
+        ):
+            warnings.simplefilter("ignore")  # on how torch checks sparse tensors
+            content = torch.load(source, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
         found = re.search(r"(?:GLOBAL|global:?|class) '?([\w.]+\.[\w.]+)", str(error))
         what = f"a Python object ({found[1]})" if found else "more than weights"
         raise WeightsError(
-            f"{path}: holds {what}; loading that could run code, so it is refused. If you trust "
-            "the file, open it with torch.load(file, weights_only=False) and torch.save only its "
-            "dictionary of weights"
+            f"{plain(path)}: holds {what}; loading that could run code, so it is refused. If you "
+            "trust the file, open it with torch.load(file, weights_only=False) and torch.save only "
+            "its dictionary of weights"
         ) from None
     except Exception as error:  # whatever a damaged file makes the reader stumble over
-        told = isinstance(error, RuntimeError | OSError) and str(error)
-        first = (told or type(error).__name__).splitlines()[0]
-        raise WeightsError(f"{path}: truncated or not a PyTorch file ({first:.100})") from None
+        raise WeightsError(unreadable(path, error)) from None
+    if facts and mapped:
+        _check_records(content, facts.sizes, path)
+    return content
+
+
+def _check_records(content: Any, sizes: set[int], path: Path) -> None:
+    """Memory-mapped tensors are not checked by torch: one that claims more than its record has
+    would be read out of its neighbour's bytes."""
+    for name, tensor in flatten(content).items():
+        if tensor.device.type == "cpu" and tensor.layout == torch.strided:
+            held = tensor.untyped_storage().nbytes()
+            if held and held not in sizes:
+                raise WeightsError(
+                    f"{plain(path)}: damaged: {plain(name)} claims {held:,} bytes, which no part "
+                    "of the file has"
+                )
 
 
 def read_pickled(path: Path) -> State:
-    """The weights in a ``.pth``, wherever in it they are.
+    """All tensors in a ``.pth``, see :func:`flatten`.
 
     Raises:
         WeightsError: there are none, or the file cannot be used.
     """
-    return _unwrap(load_pickled(path), path)
+    return tensors_of(load_pickled(path), path)
 
 
-def _is_zip(path: Path) -> bool:
-    return zipfile.is_zipfile(path)
+def tensors_of(content: Any, path: Path) -> State:
+    """The same of what :func:`load_pickled` returned."""
+    state = flatten(content)
+    if not state:
+        held = [plain(str(key)) for key in content] if isinstance(content, dict) else []
+        what = f"it holds {', '.join(held[:6])}" if held else f"it is a {type(content).__name__}"
+        raise WeightsError(f"{plain(path)}: no weights found: no tensors; {what}")
+    return state
 
 
-def _unwrap(content: Any, path: Path) -> State:
-    candidates = [content]
-    if isinstance(content, dict):
-        held = [content[name] for name in _WRAPPERS if isinstance(content.get(name), dict)]
-        inner = [part.get("state_dict") for part in held]
-        candidates = [*held, *inner, content]
-    for candidate in candidates:
-        if isinstance(candidate, dict):
-            state = {name: t for name, t in candidate.items() if isinstance(t, Tensor)}
-            if state:
-                return state
-    raise WeightsError(f"{path}: no weights found (looked for {', '.join(_WRAPPERS)})")
+def flatten(content: Any) -> State:
+    """Tensors in dictionaries and lists within each other, under dotted names."""
+    state: State = {}
+    for name, tensor in _tensors(content, "", _LEVELS, set()):
+        while name in state:  # a dot in a key made two names one
+            name += "'"
+        state[name] = tensor
+    return state
+
+
+def _tensors(
+    content: Any, prefix: str, levels: int, seen: set[int]
+) -> Iterator[tuple[str, Tensor]]:
+    if isinstance(content, Tensor):
+        yield prefix[:-1], content
+    elif isinstance(content, (Mapping, list, tuple)) and levels and id(content) not in seen:
+        seen.add(id(content))  # one that is in two places counts once, and a circle ends
+        items = content.items() if isinstance(content, Mapping) else enumerate(content)
+        for key, value in items:
+            yield from _tensors(value, f"{prefix}{key}.", levels - 1, seen)

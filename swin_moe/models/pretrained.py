@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
-from ..checkpoint import class_names, persistent_buffers
+from ..checkpoint import persistent_buffers
 from ..config import Architecture, ModelConfig, validate_architecture
 from ..moe.experts import ExpertLinear
 from ..text import plain
-from .dialects import Translation, detect, to_swin_moe
+from ..variants import VARIANTS
+from .described import Described, timm_model
+from .dialects import Images, Translation, detect, to_swin_moe
 from .swin import SwinTransformer
 from .transfer import HEAD, fit, infer_model
 from .weights import State, WeightsError, read
+from .wrappers import not_read
 
 log = logging.getLogger("swin_moe")
 
 CHOICE_BIAS = "choice_bias.rises"
+# Buffers of other programs that are computed here, and biases that are not there.
+_COMPUTED = ("relative_position_index", "relative_coords_table", "attn_mask",
+             "_num_global_experts", "batched_fc2_bias")  # fmt: skip
 
 
 @dataclass
@@ -31,6 +37,8 @@ class Pretrained:
         window_known: whether the file tells its window.
         own: whether the file is ours and knows its routing, too.
         class_names: of the head's classes, by label; None where the file does not say them.
+        images: how they were prepared for the model, where the file says it.
+        notes: lines on what else the file holds, and what of it cannot be used.
     """
 
     translation: Translation
@@ -38,37 +46,80 @@ class Pretrained:
     config: Architecture
     window_known: bool
     own: bool
+    path: Path
     class_names: list[str] | None = None
+    images: Images | None = None
+    notes: list[str] = field(default_factory=list)
 
     @property
     def state(self) -> State:
         return self.translation.state
 
 
-def read_pretrained(path: Path, dialect: str = "auto") -> Pretrained:
+def read_pretrained(path: Path, dialect: str = "auto", network: str = "") -> Pretrained:
     """Read weights of any dialect.
+
+    Args:
+        network: which one to take of a file that holds several, by the prefix of its names.
 
     Raises:
         ValueError: one line for the user: the file is damaged, of another dialect, or no Swin.
     """
-    weights = read(path)
-    if dialect == "auto":
-        dialect = "swin_moe" if weights.config else detect(weights.state)
-    translation = to_swin_moe(weights.state, dialect)
-    if weights.config is not None:
-        raw = weights.config.model_dump()
-        model, moe = raw["model"], raw["moe"]
-    else:
-        model, moe = infer_model(translation.state, translation.dropped)
-        model |= _huggingface_model(weights.foreign, path)
+    weights = read(path, network)
+    about = weights.about
+    try:
+        if dialect == "auto":
+            dialect = "swin_moe" if about.config else detect(weights.state)
+        translation = to_swin_moe(weights.state, dialect)
+        _check_numbers(translation.state)
+        if about.config is not None:
+            raw = about.config.model_dump()
+            model, moe = raw["model"], raw["moe"]
+        else:
+            model, moe = infer_model(translation.state, translation.dropped)
+            model |= _huggingface_model(about.foreign) | timm_model(about.foreign)
+    except ValueError as error:
+        raise WeightsError(f"{plain(path)}: {error}") from None
     model["pretrained"] = ""  # a run's own beginning is of no interest to who goes on from it
-    config = validate_architecture({"model": model, "moe": moe}, source=str(path))
-    own = weights.config is not None
-    names = class_names(path) if path.is_dir() else None
-    return Pretrained(translation, dialect, config, "window_size" in model, own, names)
+    config = validate_architecture({"model": model, "moe": moe}, source=plain(path))
+    parts = [name for name in translation.dropped if not name.endswith(_COMPUTED)]
+    about.notes += not_read(parts, path)
+    return Pretrained(
+        translation,
+        dialect,
+        config,
+        window_known="window_size" in model,
+        own=about.config is not None,
+        path=path,
+        class_names=_names_of_head(about, config.model.num_classes, path),
+        images=about.images,
+        notes=about.notes,
+    )
 
 
-def _huggingface_model(stated: dict[str, object], path: Path) -> dict[str, object]:
+def _check_numbers(state: State) -> None:
+    for name, tensor in state.items():
+        if not tensor.is_floating_point() and not name.endswith(CHOICE_BIAS):
+            kind = str(tensor.dtype).removeprefix("torch.")
+            raise WeightsError(f"'{name}' holds {kind} numbers: quantised weights are not read")
+
+
+def _names_of_head(about: Described, classes: int, path: Path) -> list[str] | None:
+    """The file's names where they are as many as the head's classes.
+
+    A run's own may be fewer: ``model.num_classes`` may leave room.
+    """
+    names = about.classes
+    if names is None or len(names) == classes or (about.config and len(names) < classes):
+        return names
+    about.notes.append(
+        f"the class names of {plain(path)} are not used: {len(names):,} names, and a head for "
+        f"{classes:,} classes"
+    )
+    return None
+
+
+def _huggingface_model(stated: dict[str, object]) -> dict[str, object]:
     """What tensors do not tell and a ``config.json`` does.
 
     Raises:
@@ -76,9 +127,7 @@ def _huggingface_model(stated: dict[str, object], path: Path) -> dict[str, objec
     """
     for key, value in (("hidden_act", "gelu"), ("layer_norm_eps", 1e-5)):
         if stated.get(key, value) != value:
-            raise WeightsError(
-                f"{path}: its config.json has {key}={stated[key]!r}, ours is {value}"
-            )
+            raise WeightsError(f"its config.json has {key}={stated[key]!r}, ours is {value}")
     keys = {"img_size": "image_size", "window_size": "window_size"}
     model = {ours: stated[theirs] for ours, theirs in keys.items() if theirs in stated}
     sizes = stated.get("pretrained_window_sizes")
@@ -90,7 +139,8 @@ def _huggingface_model(stated: dict[str, object], path: Path) -> dict[str, objec
 def adopt_pretrained_window(model: ModelConfig, source: Pretrained) -> ModelConfig:
     """V2 at another window than the file's is asked for the coordinates that it was trained with.
 
-    Where the config leaves ``pretrained_window_sizes`` empty, they become the file's windows.
+    Where the config leaves ``pretrained_window_sizes`` empty, they become the file's windows, or
+    those of the config's variant if the file does not tell its own, as timm's do not.
     """
     theirs = source.config.model
     if model.family not in ("swinv2", "swin_moe") or model.pretrained_window_sizes:
@@ -98,12 +148,16 @@ def adopt_pretrained_window(model: ModelConfig, source: Pretrained) -> ModelConf
     if len(theirs.depths) != len(model.depths):
         return model  # the weights will not fit, and that is told
     if not source.window_known:
+        name = model.name if model.name in VARIANTS else ""
+        theirs = validate_architecture({"model": {"name": name}}, name).model if name else model
+        theirs = theirs if len(theirs.depths) == len(model.depths) else model
         log.warning(
-            "the pretrained file does not tell its window; model.pretrained_window_sizes is "
-            "needed if it was not %d",
-            model.window_size,
+            "%s does not tell its window: %d is assumed, %s's; if it was trained at another one, "
+            "set model.pretrained_window_sizes",
+            plain(source.path),
+            theirs.window_size,
+            name or "model.window_size",
         )
-        return model
     sizes = theirs.pretrained_window_sizes
     sizes = sizes if any(sizes) else built_windows(theirs)
     if sizes == built_windows(model):
@@ -137,6 +191,27 @@ def load_pretrained(
     Raises:
         WeightsError: the file has too much or too little, other than a head.
     """
+    try:
+        return "; ".join([_load(model, source, classes), *source.notes])
+    except WeightsError as error:
+        raise WeightsError(misfit(source, model.config, str(error))) from None
+
+
+def misfit(source: Pretrained, model: ModelConfig, why: str) -> str:
+    """One line on weights that do not fit a model: which file, which model, and how they differ."""
+    theirs = source.config.model
+    keys = ("family", "embed_dim", "depths", "num_heads")
+    other = [
+        f"{key}={getattr(theirs, key)}"
+        for key in keys
+        if getattr(theirs, key) != getattr(model, key)
+    ]
+    held = f"; the file's model has {' '.join(other)}" if other else ""
+    name = model.name or model.family
+    return f"{plain(source.path)} does not fit {name}: {why}{held}"
+
+
+def _load(model: SwinTransformer, source: Pretrained, classes: list[str] | None) -> str:
     buffers = persistent_buffers(model)
     target = {**dict(model.named_parameters()), **buffers}
     state = {n: t for n, t in source.state.items() if n in target or not n.endswith(CHOICE_BIAS)}

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import glob
-import json
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -15,56 +13,70 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .. import checkpoint
-from ..config import Architecture, ConfigError, load_config, validate_architecture
+from ..config import Architecture, load_config
+from ..reading import read_json
+from ..text import plain
 from . import deepspeed_files
-from .pickled import State, WeightsError, read_pickled
+from .described import Described, beside, from_config, from_metadata, metadata
+from .dialects import State
+from .file_kind import WeightsError, kind_of, unreadable
+from .pickled import load_pickled, read_pickled, tensors_of
+from .wrappers import take_network
 
 PICKLED = (".pth", ".pt", ".bin", ".ckpt", ".tar")
-# What wrappers of modules put before every name: DDP, torch.compile, Lightning.
-_PREFIXES = ("module.", "_orig_mod.", "model.")
 _RANK_FILE = re.compile(r"\.(rank\d+|master|global)$")
-_METADATA_KEY = "swin_moe"
-_INDEX = "model.safetensors.index.json"
+_ADDRESS = re.compile(r"\w{2,}:/|hf-hub:")
+# Hugging Face's lists of shards.
+_INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 
 
 @dataclass
 class Weights:
-    """Tensors as a file names them.
-
-    Attributes:
-        config: the model that the file says it is, as ours do.
-        foreign: content of a ``config.json`` beside the weights (Hugging Face).
-    """
+    """Tensors as a file names them, and what else it says of them."""
 
     state: State
-    config: Architecture | None = None
-    foreign: dict[str, Any] = field(default_factory=dict)
+    about: Described = field(default_factory=Described)
 
 
-def read(path: Path) -> Weights:
+def read(path: Path, network: str = "") -> Weights:
     """Read a ``.pth``, a ``.safetensors``, a folder of shards, our checkpoint or run directory,
     DeepSpeed's, or an official Swin-MoE checkpoint (``X.pth`` for ``X.pth.master`` and
     ``X.pth.rank*``).
 
+    Args:
+        network: which one to take of a file that holds several, see :func:`take_network`.
+
     Raises:
         WeightsError: the file is missing, damaged, or holds something other than weights.
     """
-    weights = _read(path)
-    weights.state = _plain(weights.state, path)
+    try:
+        weights = _read(path)
+    except OSError as error:
+        raise WeightsError(f"{plain(path)}: cannot be read ({error.strerror or error})") from None
+    taken = take_network(weights.state, path, network)
+    _check_plain(taken.state, path)
+    weights.state = taken.state
+    weights.about.notes += taken.notes
     return weights
 
 
-def _plain(state: State, path: Path) -> State:
-    """Names without the prefixes of wrappers; refuses what is not a plain tensor on the CPU."""
+def _check_plain(state: State, path: Path) -> None:
+    """Refuse what is not a plain tensor on the CPU."""
     for name, tensor in state.items():
-        if not isinstance(name, str) or not name.isprintable():
-            raise WeightsError(f"{path}: {name!r:.80} is no name of a tensor")
+        if not name.isprintable():
+            raise WeightsError(f"{plain(path)}: {name!r:.80} is no name of a tensor")
         if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_quantized:
-            raise WeightsError(f"{path}: '{name}' is sparse, quantised or without content")
-    for prefix in _PREFIXES:
-        if all(name.startswith(prefix) for name in state):
-            state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
-    return state
+            raise WeightsError(f"{plain(path)}: '{name}' is sparse, quantised or without content")
+        if not tensor.numel():
+            raise WeightsError(
+                f"{plain(path)}: '{name}' is empty, as in one of many parts (ZeRO-3, FSDP): name "
+                "the checkpoint's folder"
+            )
+        size = tensor.numel() * tensor.element_size()
+        if size > (held := tensor.untyped_storage().nbytes()):
+            raise WeightsError(
+                f"{plain(path)}: '{name}' has {size:,} bytes, the file holds {held:,} of them"
+            )
 
 
 def _read(path: Path) -> Weights:
@@ -73,26 +85,63 @@ def _read(path: Path) -> Weights:
     if not path.exists() or _RANK_FILE.search(path.name):
         stem = path.with_name(_RANK_FILE.sub("", path.name))
         if not rank_files(stem):
-            raise WeightsError(f"{path}: no such file or folder")
-        return Weights(_read_ranks(stem))
-    foreign = {}
-    if path.stem in ("model", "pytorch_model"):  # of a Hugging Face folder
-        foreign = _foreign_config(path.parent)
-    if path.suffix == ".safetensors":
-        weights = _read_safetensors(path)
-        weights.foreign = foreign
-        return weights
-    if path.suffix in PICKLED:
-        return Weights(read_pickled(path), foreign=foreign)
-    raise WeightsError(f"{path}: expected .safetensors, {', '.join(PICKLED)} or a folder")
+            download = ": download the file" if _ADDRESS.match(str(path)) else ""
+            raise WeightsError(f"{plain(path)}: no such file or folder{download}")
+        try:
+            return _read_ranks(stem)
+        except (RuntimeError, LookupError, ArithmeticError, TypeError) as error:
+            raise WeightsError(
+                f"{plain(stem)}.rank*: the experts cannot be put together ({error})"
+            ) from None
+    # Only these names stand for the model that a config.json beside them is about.
+    about = beside(path.parent) if path.stem in ("model", "pytorch_model") else None
+    return _read_file(path, about)
 
 
-def write(path: Path, state: State, config: Architecture | None = None, wrapper: str = "") -> None:
+def _read_file(path: Path, about: Described | None = None) -> Weights:
+    """One file, by what it is and not by its suffix.
+
+    Args:
+        about: what files beside it say; what it says itself counts first.
+    """
+    if kind_of(path) == "safetensors":
+        state, texts = _read_safetensors(path)
+    else:
+        content = load_pickled(path)
+        state, texts = tensors_of(content, path), content if isinstance(content, dict) else {}
+    own = from_metadata(texts, path)
+    if about is not None:
+        own.classes, own.images = own.classes or about.classes, own.images or about.images
+        own.foreign, own.notes = about.foreign, own.notes + about.notes
+    return Weights(state, own)
+
+
+def _read_safetensors(path: Path) -> tuple[State, dict[str, str]]:
+    try:
+        with safe_open(path, framework="pt", device="cpu") as handle:
+            state = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
+            return state, handle.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise WeightsError(
+            f"{plain(path)}: truncated or not a safetensors file ({error})"
+        ) from None
+    except RuntimeError as error:
+        raise WeightsError(unreadable(path, error)) from None
+
+
+def write(
+    path: Path,
+    state: State,
+    config: Architecture | None = None,
+    wrapper: str = "",
+    about: Described | None = None,
+) -> None:
     """Write ``.safetensors``, or for tools that read nothing else a ``.pth``.
 
     Args:
-        config: kept in the metadata of a safetensors file, so that it knows its model.
+        config: kept in the file, so that it knows its model; a bare ``.pth`` has no place for it.
         wrapper: key of the ``.pth`` under which the weights stand; empty = they are all of it.
+        about: whose names of classes and preparation of images are kept in the same way.
 
     Raises:
         WeightsError: the name ends in neither.
@@ -101,95 +150,101 @@ def write(path: Path, state: State, config: Architecture | None = None, wrapper:
     tensors = {name: tensor.detach().clone().contiguous() for name, tensor in state.items()}
     pickled = path.suffix in PICKLED or bool(_RANK_FILE.search(path.name))
     if path.suffix != ".safetensors" and not pickled:
-        raise WeightsError(f"{path}: the name must end in .safetensors or .pth")
+        raise WeightsError(f"{plain(path)}: the name must end in .safetensors or .pth")
     if path.is_dir():
-        raise WeightsError(f"{path} is a folder")
+        raise WeightsError(f"{plain(path)} is a folder")
     partial = path.with_name(f".partial-{path.name}")
     path.parent.mkdir(parents=True, exist_ok=True)
+    texts = metadata(config, about or Described())
     try:
         if pickled:
-            torch.save({wrapper: tensors} if wrapper else tensors, partial)
+            torch.save({wrapper: tensors, **texts} if wrapper else tensors, partial)
         else:
-            save_file(tensors, partial, metadata=_metadata(config))
-            partial.chmod(0o644)  # safetensors keeps its files to their owner
+            partial.touch()  # takes the umask's mode, which safetensors does not
+            mode = partial.stat().st_mode
+            save_file(tensors, partial, metadata={"format": "pt", **texts})
+            partial.chmod(mode)
         partial.replace(path)
     except (OSError, RuntimeError, SafetensorError) as error:
         first = str(error).splitlines()[0]
-        raise WeightsError(f"{path}: cannot be written ({first:.100})") from None
+        raise WeightsError(f"{plain(path)}: cannot be written ({first:.100})") from None
     finally:
         partial.unlink(missing_ok=True)
 
 
-def _metadata(config: Architecture | None) -> dict[str, str]:
-    if config is None:
-        return {"format": "pt"}
-    sections = {"model": config.model.model_dump(), "moe": config.moe.model_dump()}
-    return {"format": "pt", _METADATA_KEY: json.dumps(sections)}
-
-
 # --------------------------------------------------------------------------------------------
-# safetensors and folders
-
-
-def _read_safetensors(path: Path) -> Weights:
-    try:
-        with safe_open(path, framework="pt", device="cpu") as handle:
-            metadata = handle.metadata() or {}
-            state = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise WeightsError(f"{path}: truncated or not a safetensors file ({error})") from None
-    return Weights(state, _own_config(metadata.get(_METADATA_KEY), path))
-
-
-def _own_config(text: str | None, path: Path) -> Architecture | None:
-    if text is None:
-        return None
-    try:
-        return validate_architecture(json.loads(text), source=str(path))
-    except (ConfigError, json.JSONDecodeError) as error:
-        raise WeightsError(f"{path}: its metadata cannot be read ({error})") from None
+# Folders
 
 
 def _read_folder(path: Path) -> Weights:
     if (path / "checkpoints").is_dir():  # a run directory
         newest = checkpoint.latest(path / "checkpoints")
         if newest is None:
-            raise WeightsError(f"{path}: the run has no checkpoint yet")
+            raise WeightsError(f"{plain(path)}: the run has no checkpoint yet")
         path = newest
     if (path / "manifest.json").exists():
         checkpoint.verify(path)
         reader = checkpoint.Reader(path)
         config = load_config(path / "config.yaml")
-        return Weights({name: reader.tensor(name) for name in reader.names()}, config)
+        about = Described(config, reader.class_names, from_config(config))
+        return Weights({name: reader.tensor(name) for name in reader.names()}, about)
     if deepspeed_files.found(path):
         return Weights(deepspeed_files.read(path))
-    shards = _shards(path)
-    if len(shards) > 1 and not (path / _INDEX).exists() and not _complete(shards):
+    first, *more = _files(path)
+    weights = _read_file(first, beside(path))
+    for file in more:
+        state = _read_file(file).state
+        if both := weights.state.keys() & state.keys():
+            raise WeightsError(f"{plain(file)}: '{min(both)}' is in another shard, too")
+        weights.state |= state
+    return weights
+
+
+def _files(folder: Path) -> list[Path]:
+    """The files that an index names; without an index the one there is, or a complete set."""
+    for index in (folder / name for name in _INDEXES):
+        if index.exists():
+            return _indexed(index)
+    here = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    shards = [path for path in here if path.suffix == ".safetensors"]
+    shards = shards or [path for path in here if re.match(r"pytorch_model.*\.bin$", path.name)]
+    if folder / "model.safetensors" in shards:  # the one that every program takes
+        return [folder / "model.safetensors"]
+    if len(shards) > 1 and not _complete(shards):
         raise WeightsError(
-            f"{path}: {len(shards)} safetensors files, no complete set: name the one to read"
+            f"{plain(folder)}: {len(shards)} {shards[0].suffix} files, no complete set: name the "
+            "one to read"
         )
-    elif not shards and (path / "pytorch_model.bin").is_file():
-        return Weights(read_pickled(path / "pytorch_model.bin"), foreign=_foreign_config(path))
     if not shards:
-        raise WeightsError(f"{path}: no *.safetensors and no checkpoint in this folder")
-    parts = [_read_safetensors(shard) for shard in shards]
-    merged = {name: tensor for part in parts for name, tensor in part.state.items()}
-    return Weights(merged, parts[0].config, _foreign_config(path))
+        what = _what_there_is(folder)
+        raise WeightsError(
+            f"{plain(folder)}: no *.safetensors and no checkpoint in this folder{what}"
+        )
+    return shards
 
 
-def _shards(folder: Path) -> list[Path]:
-    """The files that the index names, without an index all; others are not looked at."""
-    index = folder / _INDEX
-    if not index.exists():
-        return sorted(folder.glob("*.safetensors"))
+def _what_there_is(folder: Path) -> str:
+    """What another program's folder is, or the file in it that can be named."""
+    if (folder / ".metadata").exists():
+        return (
+            "; it is one of torch.distributed.checkpoint: make a file of it by `python -m "
+            "torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER FILE.pth`"
+        )
+    if (folder / "saved_model.pb").exists():
+        return "; it is a TensorFlow SavedModel, which is not read"
+    found = sorted(file.name for file in folder.iterdir() if file.suffix in PICKLED)
+    return f"; name the file: {plain(folder / found[0])}" if found else ""
+
+
+def _indexed(index: Path) -> list[Path]:
     try:
-        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        names = set(read_json(index)["weight_map"].values())
     except (ValueError, KeyError, AttributeError, TypeError):
-        raise WeightsError(f"{index}: not an index of shards") from None
-    shards = [folder / str(name) for name in sorted(map(str, names))]
+        raise WeightsError(f"{plain(index)}: not an index of shards") from None
+    shards = [index.parent / str(name) for name in sorted(map(str, names))]
     for shard in shards:
-        if shard.parent != folder or not shard.is_file():
-            raise WeightsError(f"{folder}: the shard {shard.name} is missing")
+        if shard.parent != index.parent or not shard.is_file():
+            raise WeightsError(f"{plain(index.parent)}: the shard {plain(shard.name)} is missing")
     return shards
 
 
@@ -200,43 +255,40 @@ def _complete(shards: list[Path]) -> bool:
     return all(found) and len(sets) == 1 and int(sets.pop()[1]) == len(shards)
 
 
-def _foreign_config(folder: Path) -> dict[str, Any]:
-    try:
-        content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
-
-
 # --------------------------------------------------------------------------------------------
 # Official Swin-MoE
 
 
-def _read_ranks(stem: Path) -> State:
+def _read_ranks(stem: Path) -> Weights:
     """Official Swin-MoE: dense weights in ``.master``, each rank's experts in ``.rank<r>``."""
     whole = stem.with_name(f"{stem.name}.global")
     if whole.exists():
-        return read_pickled(whole)
-    found = {int(p.suffix[5:]): p for p in stem.parent.glob(f"{stem.name}.rank*")}
+        return _read_file(whole)
+    found = {int(p.suffix[5:]): p for p in rank_files(stem) if p.suffix.startswith(".rank")}
     if sorted(found) != list(range(len(found))) or not found:
         missing = next(r for r in range(len(found) + 1) if r not in found)
-        raise WeightsError(f"{stem}.rank{missing} is missing: the experts it holds would be lost")
+        raise WeightsError(
+            f"{plain(stem)}.rank{missing} is missing: the experts it holds would be lost"
+        )
     ranks = [read_pickled(found[rank]) for rank in range(len(found))]
-    state = dict(ranks[0])
+    weights = Weights(dict(ranks[0]))
+    state = weights.state
     master = stem.with_name(f"{stem.name}.master")
     if master.exists():
-        state |= read_pickled(master)
+        dense = _read_file(master)
+        state |= dense.state
+        weights.about = dense.about
     for name in [name for name in state if ".experts." in name]:
         parts = [rank[name] for rank in ranks if name in rank]
         experts = state.get(name.split(".experts.")[0] + "._num_global_experts")
         if len(parts) != len(ranks) or experts is None:
-            raise WeightsError(f"{stem}.rank*: '{name}' is not in every rank's file")
-        state[name] = _join_experts(parts, int(experts), f"{stem}: {name}")
+            raise WeightsError(f"{plain(stem)}.rank*: '{name}' is not in every rank's file")
+        state[name] = _join_experts(parts, int(experts), f"{plain(stem)}: {name}")
     for name in [name for name in state if name.endswith("batched_fc2_bias")]:
         # Shards of a bias are rounded up.
         width = state[name.replace("batched_fc2_bias", "batched_fc2_w")].shape[2]
         state[name] = state[name][:, :width]
-    return state
+    return weights
 
 
 def rank_files(stem: Path) -> list[Path]:

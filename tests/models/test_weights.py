@@ -1,6 +1,7 @@
 """Files of weights: every form is read, nothing in them is executed, damage is told in one line."""
 
 import argparse
+import json
 import os
 import pathlib
 import sys
@@ -14,7 +15,8 @@ from safetensors.torch import save_file
 from swin_moe.models.weights import WeightsError, read, write
 from tests.golden import Golden
 
-STATE = {"a": torch.arange(6.0).view(2, 3), "b": torch.ones(4)}
+FIRST, BLOCK = "patch_embed.proj.weight", "layers.0.blocks.0.norm1.weight"
+STATE = {FIRST: torch.arange(6.0).view(2, 3), BLOCK: torch.ones(4)}
 
 
 def same(found, expected):
@@ -28,6 +30,24 @@ class Evil:
 
     def __reduce__(self):
         return (os.system, (f"touch {self.path}",))
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["mmengine.logging.history_buffer.HistoryBuffer",
+     "pytorch_lightning.utilities.parsing.AttributeDict"],
+)  # fmt: skip
+def test_records_of_other_programs_become_plain(tmp_path, monkeypatch, name):
+    *folders, kind = name.split(".")
+    cls = type(kind, (), {"__module__": ".".join(folders)})
+    held = cls()
+    held.history = np.arange(3.0)
+    with monkeypatch.context() as patch:
+        for count in range(1, len(folders) + 1):
+            patch.setitem(sys.modules, ".".join(folders[:count]), types.ModuleType("x"))
+        setattr(sys.modules[cls.__module__], kind, cls)
+        torch.save({"state_dict": STATE, "message_hub": {"loss": held}}, tmp_path / "x.pth")
+    same(read(tmp_path / "x.pth").state, STATE)
 
 
 @pytest.fixture
@@ -74,6 +94,7 @@ def test_an_official_file_with_its_config_object(tmp_path, config_class):
         "config": config_class({"MODEL": config_class({"DEPTHS": [2, 2]})}),
         "args": argparse.Namespace(lr=1.0),
         "max_accuracy": np.float64(81.2),
+        "history": {"loss": np.arange(3.0), "count": np.arange(3)},
         "optimizer": {"state": {0: {"step": 1}}, "param_groups": []},
     }
     torch.save({"model": STATE, **extra}, path)
@@ -101,7 +122,7 @@ def test_truncated_files(tmp_path, name, share):
     else:
         write(path, STATE)
     path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
-    with pytest.raises(WeightsError, match="truncated or not a") as error:
+    with pytest.raises(WeightsError, match=r"truncated or not a|empty") as error:
         read(path)
     assert "\n" not in str(error.value)
 
@@ -110,7 +131,7 @@ def test_other_mistakes(tmp_path):
     with pytest.raises(WeightsError, match="no such file"):
         read(tmp_path / "absent.pth")
     (tmp_path / "x.txt").write_text("weights")
-    with pytest.raises(WeightsError, match=r"expected \.safetensors"):
+    with pytest.raises(WeightsError, match="is text that begins 'weights'"):
         read(tmp_path / "x.txt")
     torch.save({"epoch": 3}, tmp_path / "none.pth")
     with pytest.raises(WeightsError, match="no weights found"):
@@ -121,6 +142,11 @@ def test_other_mistakes(tmp_path):
     (tmp_path / "folder").mkdir()
     with pytest.raises(WeightsError, match="no checkpoint in this folder"):
         read(tmp_path / "folder")
+    torch.save({FIRST: torch.ones(0), BLOCK: torch.ones(0)}, tmp_path / "part.pt")
+    with pytest.raises(WeightsError, match=f"'{FIRST}' is empty.*name the checkpoint's folder"):
+        read(tmp_path / "part.pt")
+    with pytest.raises(WeightsError, match="no such file or folder: download the file"):
+        read(pathlib.Path("https://example.com/swin.pth"))
     with pytest.raises(WeightsError, match="must end in"):
         write(tmp_path / "x.onnx", STATE)
 
@@ -130,18 +156,52 @@ def test_sharded_folder(tmp_path):
         save_file({name: STATE[name]}, tmp_path / f"model-0000{index + 1}-of-00002.safetensors")
     same(read(tmp_path).state, STATE)
     index = tmp_path / "model.safetensors.index.json"
-    index.write_text('{"weight_map": {"a": "model-00001-of-00002.safetensors", "c": "gone"}}')
+    first = "model-00001-of-00002.safetensors"
+    index.write_text(json.dumps({"weight_map": {FIRST: first, "c": "gone"}}))
     with pytest.raises(WeightsError, match="the shard gone is missing"):
         read(tmp_path)
-    save_file({"a": torch.zeros(1)}, tmp_path / "zz_old.safetensors")
-    index.write_text('{"weight_map": {"a": "model-00001-of-00002.safetensors"}}')
-    same(read(tmp_path).state, {"a": STATE["a"]})
+    save_file({FIRST: torch.zeros(1)}, tmp_path / "zz_old.safetensors")
+    index.write_text(json.dumps({"weight_map": {FIRST: first}}))
+    same(read(tmp_path).state, {FIRST: STATE[FIRST]})
     index.write_text('{"weight_map": {"a": "../outside.safetensors"}}')
     with pytest.raises(WeightsError, match="is missing"):
         read(tmp_path)
     index.write_text("[]")
     with pytest.raises(WeightsError, match="not an index"):
         read(tmp_path)
+
+
+def test_companions_in_a_folder_are_passed_over(tmp_path):
+    save_file(STATE, tmp_path / "model.safetensors")
+    (tmp_path / "._model.safetensors").write_bytes(b"\0\5\x16\7")
+    (tmp_path / "model.fp16.safetensors").write_bytes(b"")
+    same(read(tmp_path).state, STATE)
+    (tmp_path / "model.safetensors").rename(tmp_path / "x.safetensors")
+    (tmp_path / "model.fp16.safetensors").unlink()
+    same(read(tmp_path).state, STATE)
+
+
+def test_shards_of_pickles(tmp_path):
+    names = {name: f"pytorch_model-0000{i + 1}-of-00002.bin" for i, name in enumerate(STATE)}
+    for name, file in names.items():
+        torch.save({name: STATE[name]}, tmp_path / file)
+    same(read(tmp_path).state, STATE)
+    (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": names}))
+    same(read(tmp_path).state, STATE)
+    torch.save(STATE, tmp_path / names[BLOCK])
+    with pytest.raises(WeightsError, match=f"'{FIRST}' is in another shard, too"):
+        read(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["x.safetensors", "x.pth"])
+def test_files_follow_the_umask(tmp_path, name):
+    for mask in (0o027, 0o077):
+        before = os.umask(mask)
+        try:
+            write(tmp_path / name, STATE)
+        finally:
+            os.umask(before)
+        assert (tmp_path / name).stat().st_mode & 0o777 == 0o666 & ~mask
 
 
 def test_views_are_written_without_their_storage(tmp_path):

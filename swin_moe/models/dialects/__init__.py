@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from ...config import ModelConfig
-from .base import Dialect, Translation, read, write
-from .huggingface import HUGGINGFACE, huggingface_config
+from .base import Dialect, Images, Translation, read, write
+from .huggingface import HUGGINGFACE, huggingface_config, huggingface_processor
 from .mmseg import MMSEG
 from .official import OFFICIAL
 from .ours import OURS
 from .rules import DialectError, State
-from .timm import TIMM
+from .timm import TIMM, timm_config
 from .torchvision import TORCHVISION
 
 _ALL = {d.name: d for d in (OURS, OFFICIAL, TIMM, HUGGINGFACE, TORCHVISION, MMSEG)}
@@ -24,11 +24,14 @@ DIALECTS: tuple[str, ...] = tuple(_ALL)
 __all__ = [
     "DIALECTS",
     "DialectError",
+    "Images",
     "State",
     "Translation",
     "detect",
     "from_swin_moe",
     "huggingface_config",
+    "huggingface_processor",
+    "timm_config",
     "to_swin_moe",
 ]
 

@@ -29,6 +29,15 @@ class Translation(NamedTuple):
     unknown: list[str]
 
 
+class Images(NamedTuple):
+    """How images are prepared: ``data.mean`` and ``data.std``, and ``augment.eval_crop`` of the
+    shorter side cut out of the centre. The defaults are ImageNet's."""
+
+    mean: list[float] = [0.485, 0.456, 0.406]  # noqa: RUF012 - never changed
+    std: list[float] = [0.229, 0.224, 0.225]  # noqa: RUF012
+    crop: float = 0.875
+
+
 class Kind(NamedTuple):
     """What of a model decides its names: cosine attention (V2) or not, and the stages."""
 

@@ -6,6 +6,7 @@ modules are read too.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ...config import ModelConfig
-from .base import BUFFERS, Dialect, Kind, check
+from .base import BUFFERS, Dialect, Images, Kind, check
 from .ours import BLOCK, MERGING, has, same
 from .rules import Rule, renames
 from .windows import never_shrinks, shrinks_by_height
@@ -101,8 +102,11 @@ HUGGINGFACE = Dialect(
 )
 
 
-def huggingface_config(model: ModelConfig) -> dict[str, Any]:
+def huggingface_config(model: ModelConfig, classes: list[str] | None = None) -> dict[str, Any]:
     """The ``config.json`` that belongs beside a state dict written for ``huggingface``.
+
+    Args:
+        classes: names by label.
 
     Raises:
         DialectError: transformers cannot compute what the model does.
@@ -114,7 +118,7 @@ def huggingface_config(model: ModelConfig) -> dict[str, Any]:
         "image_size": model.img_size,
         "patch_size": model.patch_size,
         "num_channels": model.in_chans,
-        "num_labels": model.num_classes,
+        **_labels(model, classes),
         "embed_dim": model.embed_dim,
         "depths": model.depths,
         "num_heads": model.num_heads,
@@ -133,3 +137,40 @@ def huggingface_config(model: ModelConfig) -> dict[str, Any]:
     if model.family == "swinv2":
         config["pretrained_window_sizes"] = model.pretrained_window_sizes or [0] * len(model.depths)
     return config
+
+
+def _labels(model: ModelConfig, classes: list[str] | None) -> dict[str, Any]:
+    if classes is None:
+        return {"num_labels": model.num_classes}
+    return {
+        "id2label": {str(label): name for label, name in enumerate(classes)},
+        "label2id": {name: label for label, name in enumerate(classes)},
+    }
+
+
+def huggingface_processor(model: ModelConfig, images: Images) -> dict[str, Any] | None:
+    """The ``preprocessor_config.json`` that prepares images as our evaluation does.
+
+    CLIP's is the one that resizes the shorter side and crops the centre, in all versions. It cuts
+    one pixel beside ours where half the margin is an odd number and a half: it rounds that down.
+
+    Returns:
+        None for rectangles, which no processor of theirs prepares so.
+    """
+    height, width = model.image_sides
+    if height != width:
+        return None
+    return {
+        "image_processor_type": "CLIPImageProcessor",
+        "do_convert_rgb": model.in_chans == 3,
+        "do_resize": True,
+        "size": {"shortest_edge": math.floor(height / images.crop)},
+        "resample": 3,  # bicubic
+        "do_center_crop": True,
+        "crop_size": {"height": height, "width": width},
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": images.mean,
+        "image_std": images.std,
+    }

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from typing import Any
 
-from .base import Dialect, Kind
+from ...config import ModelConfig
+from .base import Dialect, Images, Kind, check
 from .ours import BODY, HEAD, MERGING, has_layers, same
 from .rules import Rule, renames
 from .windows import shrinks_by_axis
@@ -15,6 +17,7 @@ def _rules(kind: Kind) -> list[Rule]:
         *BODY,
         *renames(same(MERGING), "layers.{s}.downsample.", "layers.{s+1}.downsample."),
         *renames({HEAD: "head.fc.{p}"}),
+        *renames({HEAD: HEAD}),  # of a module that holds timm's as its backbone
     ]
 
 
@@ -37,3 +40,65 @@ TIMM = Dialect(
     only={"swin": ONLY, "swinv2": ONLY},
     windows={"swin": shrinks_by_axis, "swinv2": shrinks_by_axis},
 )
+
+
+def timm_config(
+    model: ModelConfig, images: Images | None, classes: list[str] | None = None
+) -> dict[str, Any]:
+    """The ``config.json`` beside ``model.safetensors`` that ``timm.create_model`` opens by
+    ``local-dir:FOLDER``.
+
+    Args:
+        classes: names by label.
+
+    Raises:
+        DialectError: timm cannot compute what the model does.
+    """
+    check(TIMM, model)
+    arguments: dict[str, Any] = {
+        "img_size": list(model.image_sides),
+        "patch_size": model.patch_size,
+        "in_chans": model.in_chans,
+        "embed_dim": model.embed_dim,
+        "depths": model.depths,
+        "num_heads": model.num_heads,
+        "window_size": model.window_size,
+        "mlp_ratio": model.mlp_ratio,
+        "qkv_bias": model.qkv_bias,
+    }
+    if model.family == "swinv2":
+        pretrained = model.pretrained_window_sizes or [0] * len(model.depths)
+        arguments["pretrained_window_sizes"] = pretrained
+    pretrained_cfg: dict[str, Any] = {
+        "input_size": [model.in_chans, *model.image_sides],
+        "fixed_input_size": True,
+        "interpolation": "bicubic",
+        "crop_mode": "center",
+        "num_classes": model.num_classes,
+        "pool_size": None,
+        "first_conv": "patch_embed.proj",
+        "classifier": "head.fc",
+    }
+    if images is not None:
+        pretrained_cfg |= {"crop_pct": images.crop, "mean": images.mean, "std": images.std}
+    return {
+        "architecture": _architecture(model),
+        "num_classes": model.num_classes,
+        "num_features": model.embed_dim << (len(model.depths) - 1),
+        "global_pool": "avg",
+        "model_args": arguments,
+        "pretrained_cfg": pretrained_cfg,
+        **({"label_names": classes} if classes is not None else {}),
+    }
+
+
+def _architecture(model: ModelConfig) -> str:
+    """timm's name of the model, or of one whose every size ``model_args`` replaces."""
+    import timm  # imports all its models
+
+    known = model.name.removesuffix("_22kto1k").removesuffix("_22k")
+    if timm.is_model(known):
+        return known
+    return {"swin": "swin_tiny_patch4_window7_224", "swinv2": "swinv2_tiny_window8_256"}[
+        model.family
+    ]

@@ -1,0 +1,189 @@
+"""Damaged and foreign files as weights: one line says what each is, before anything reads it."""
+
+import gzip
+import io
+import json
+import os
+import pickle
+import re
+import tarfile
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save
+
+from swin_moe.models import SwinTransformer
+from swin_moe.models.pretrained import read_pretrained
+from swin_moe.models.weights import WeightsError, read
+from tests.models.test_dialects import config
+
+torch.manual_seed(0)
+STATE = SwinTransformer(config("swin", depths=[1], num_heads=[2])).state_dict()
+
+
+def saved(content, **options):
+    file = io.BytesIO()
+    torch.save(content, file, **options)
+    return file.getvalue()
+
+
+def zipped(members, compression=zipfile.ZIP_STORED):
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", compression) as archive:
+        for name, data in members.items():
+            archive.writestr(name, data)
+    return file.getvalue()
+
+
+def edited(change, compression=zipfile.ZIP_STORED):
+    """A ``.pth`` of the weights whose records went through ``change(name, data)``."""
+    with zipfile.ZipFile(io.BytesIO(saved(STATE))) as archive:
+        members = {name: change(name, archive.read(name)) for name in archive.namelist()}
+    return zipped(members, compression)
+
+
+def array(what):
+    file = io.BytesIO()
+    what(file)
+    return file.getvalue()
+
+
+def tarred():
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w") as archive:
+        archive.addfile(tarfile.TarInfo("model.pth"))
+    return file.getvalue()
+
+
+def claiming(size):
+    """A zip whose list of entries says that one has so many bytes."""
+    data = bytearray(saved(STATE))
+    entry = data.rindex(b"PK\x01\x02")
+    data[entry + 20 : entry + 28] = size.to_bytes(4, "little") * 2
+    return bytes(data)
+
+
+WHOLE = saved(STATE)
+TENSORS = save(STATE)
+FILES = {
+    "empty.pth": (b"", "is empty"),
+    "empty.safetensors": (b"", "is empty"),
+    "page.pth": (b"<!DOCTYPE html><html>404</html>", "is a web page"),
+    "page.safetensors": (b"\n <html lang='en'>", "is a web page"),
+    "commented.bin": (b"<!-- sign in --><html>", "is a web page"),
+    "lfs.pth": (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n", "git lfs pull"),
+    "lfs.safetensors": (b"version https://git-lfs.github.com/spec/v1\n", "git-lfs pointer"),
+    "annex.pth": (b"/annex/objects/SHA256E-s1--00.pth\n", "git-annex pointer"),
+    "denied.xml": (b"<?xml version='1.0'?><Error><Code>AccessDenied</Code>", "is XML text"),
+    "error.json": (b'{"error": "Repository not found"}', "is JSON text that begins"),
+    "entry.pth": (b"Entry not found", "is text that begins 'Entry not found'"),
+    "x.yaml": ("größe: 3\n".encode(), "is text that begins 'größe: 3'"),
+    "x.pth.gz": (gzip.compress(WHOLE), "gzip archive"),
+    "x.tar": (tarred(), "is a tar archive"),
+    "x.h5": (b"\x89HDF\r\n\x1a\n" + bytes(99), "HDF5"),
+    "x.keras": (zipped({"config.json": "{}", "model.weights.h5": ""}), "Keras model"),
+    "x.npz": (array(lambda file: np.savez(file, a=np.ones(2))), "NumPy archive"),
+    "x.npy": (array(lambda file: np.save(file, np.ones(2))), "NumPy array"),
+    "x.msgpack": (b"\x81\xa6params\x81\xa4head\x90", "MessagePack"),
+    "x.onnx": (b"\x08\x08\x12\x07pytorch\x1a\x052.1.0", "ONNX"),
+    "saved_model.pb": (b"\x08\x01\x12\xff\x01\x0a\x02hi", "TensorFlow SavedModel"),
+    "x.tflite": (b"\x1c\0\0\0TFL3" + bytes(40), "TensorFlow Lite"),
+    "x.gguf": (b"GGUF\3\0\0\0", "GGUF"),
+    "x.png": (b"\x89PNG\r\n\x1a\n", "PNG image"),
+    "x.pkl": (pickle.dumps({"model": {"a": 1}}, 4), "plain Python pickle"),
+    "zeros.pth": (bytes(10_000), "all zeros"),
+    "noise.pth": (bytes(range(200, 256)), "neither PyTorch's nor safetensors"),
+    "outer.zip": (zipped({"weights/model.pth": WHOLE}), "unpack it and name that file"),
+    "x.docx": (zipped({"word/document.xml": ""}), "a zip archive of something else"),
+    "none.zip": (zipped({}), "empty zip"),
+    "jit.pt": (zipped({"x/data.pkl": b"", "x/constants.pkl": b""}),
+               "TorchScript"),
+    "cut.pth": (WHOLE[: len(WHOLE) // 2], "truncated or not a PyTorch file"),
+    "cut.safetensors": (TENSORS[: len(TENSORS) // 2], "truncated or not a safetensors file"),
+    "header.safetensors": (TENSORS[:100], "its header claims"),
+    "absurd.safetensors": ((1 << 62).to_bytes(8, "little") + b"{}",
+                           "header claims 4,611,686,018,427,387,904 bytes"),
+    "long.safetensors": ((99_000_000).to_bytes(8, "little") + b"{}", "truncated or not a"),
+    "cut-legacy.pth": (saved(STATE, _use_new_zipfile_serialization=False)[:2000], "truncated or"),
+    "claims.pth": (claiming(3_500_000_000), "claim 3,500,"),
+    "bomb.pth": (edited(lambda n, d: d + bytes(9 << 20) if n.endswith("data.pkl") else d,
+                        zipfile.ZIP_DEFLATED), "or made to fill the memory"),
+    "short.pth": (edited(lambda n, d: d[:4] if n.endswith("data/0") else d), "claims"),
+    "numbers.pth": (saved({"epoch": 3}), "no weights found"),
+    "list.pth": (saved([1, 2]), "it is a list"),
+    "expanded.pth": (saved({**STATE, "patch_embed.proj.weight": torch.ones(1).expand(24, 3, 4, 4)}),
+                     "the file holds 4 of them"),
+    "int8.pth": (saved({name: t.to(torch.int8) for name, t in STATE.items()}), "int8 numbers"),
+    "resnet.pth": (saved({"model": {"conv1.weight": torch.ones(2)}}), "no Swin state dict"),
+    "adapter.pth": (saved({**STATE, "layers.0.blocks.0.lora.weight": torch.ones(2)}), ""),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_one_line_says_what_a_file_is(tmp_path, name):
+    content, message = FILES[name]
+    path = tmp_path / name
+    path.write_bytes(content)
+    if not message:
+        assert read_pretrained(path).translation.unknown == ["layers.0.blocks.0.lora.weight"]
+        return
+    with pytest.raises(ValueError, match=re.escape(message)) as error:
+        read_pretrained(path)
+    said = str(error.value)
+    assert str(path) in said
+    assert len(said.splitlines()) == 1
+    assert "weights_only=False" not in said
+
+
+def test_weights_are_known_by_their_content(tmp_path):
+    packed = edited(lambda name, data: data, zipfile.ZIP_DEFLATED)
+    files = {"x.pth": TENSORS, "x.safetensors": WHOLE, "x.weights": WHOLE, "packed.pth": packed}
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+        state = read_pretrained(tmp_path / name).state
+        assert all(torch.equal(state[key], STATE[key]) for key in STATE)
+
+
+@pytest.mark.parametrize("name", ["x.pth", "x.safetensors"])
+def test_only_regular_files_are_read(tmp_path, name):
+    path = tmp_path / name
+    os.mkfifo(path)
+    with pytest.raises(WeightsError, match=f"{name} is a pipe, not a file"):
+        read_pretrained(path)
+    path.unlink()
+    path.symlink_to("/dev/zero")
+    with pytest.raises(WeightsError, match=f"{name} is a device, not a file"):
+        read_pretrained(path)
+    path.unlink()
+    path.symlink_to("gone")
+    with pytest.raises(WeightsError, match="no such file"):
+        read_pretrained(path)
+
+
+def test_a_large_file_is_looked_at_in_place(tmp_path):
+    entry = {"dtype": "F32", "shape": [1 << 30], "data_offsets": [0, 4 << 30]}
+    header = json.dumps({"optimizer.exp_avg": entry}).encode()
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header)
+    os.truncate(path, 8 + len(header) + (4 << 30))  # takes no room on the disk
+    assert list(read(path).state) == ["optimizer.exp_avg"]
+
+
+def test_folders_of_other_programs(tmp_path):
+    folder = tmp_path / "dcp"
+    folder.mkdir()
+    (folder / ".metadata").write_bytes(b"")
+    with pytest.raises(WeightsError, match="dcp_to_torch"):
+        read_pretrained(folder)
+    (folder / ".metadata").rename(folder / "saved_model.pb")
+    with pytest.raises(WeightsError, match="TensorFlow SavedModel"):
+        read_pretrained(folder)
+    (folder / "saved_model.pb").rename(folder / "best.pth")
+    with pytest.raises(WeightsError, match=f"name the file: {folder}/best.pth"):
+        read_pretrained(folder)
+    (folder / "best.pth").rename(folder / "latest")
+    (folder / "latest").write_text("../elsewhere")
+    with pytest.raises(WeightsError, match=f"{folder}/latest names"):
+        read_pretrained(folder)

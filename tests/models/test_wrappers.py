@@ -1,0 +1,99 @@
+"""One network's weights out of what training programs save around it; the rest is named."""
+
+import itertools
+from pathlib import Path
+
+import pytest
+import torch
+
+from swin_moe.models import SwinTransformer
+from swin_moe.models.pretrained import load_pretrained, read_pretrained
+from swin_moe.models.weights import WeightsError
+from swin_moe.models.wrappers import take_network
+from tests.models.test_dialects import config
+
+torch.manual_seed(0)
+MODEL = SwinTransformer(config("swinv2", depths=[1, 1], num_heads=[2, 4]))
+STATE = MODEL.state_dict()
+ZEROS = {name: torch.zeros_like(tensor) for name, tensor in STATE.items()}
+BODY = {name: tensor for name, tensor in STATE.items() if not name.startswith("head.")}
+HEAD = {name: tensor for name, tensor in STATE.items() if name.startswith("head.")}
+PATH = Path("x.pth")
+ONE = torch.ones(1)
+
+
+def named(prefix, state=STATE):
+    return {prefix + name: tensor for name, tensor in state.items()}
+
+
+def check(content, *notes, wanted=""):
+    """The content's network is ``STATE``, and the lines say the notes."""
+    state, said = take_network(content, PATH, wanted)
+    assert state.keys() == STATE.keys()
+    assert all(torch.equal(state[name], STATE[name]) for name in state)
+    assert len(said) == len(notes)
+    assert all(note in line for note, line in zip(notes, said, strict=True))
+
+
+WRAPPERS = ["module.", "_orig_mod.", "model.", "net.", "_forward_module.", "encoder.", "trunk."]
+
+
+def test_any_stack_of_prefixes():
+    for count in (1, 2, 3):
+        for stack in itertools.product(WRAPPERS, repeat=count):
+            check(named("".join(stack)))
+
+
+def test_prefixes_on_some_names_only():
+    cycle = itertools.cycle(["", "module.", "_orig_mod.module.", "model.", "backbone."])
+    check({next(cycle) + name: tensor for name, tensor in STATE.items()})
+    inner = itertools.cycle(["", "_orig_mod.", "module.", "_checkpoint_wrapped_module."])
+    check({n.replace("blocks.", next(inner) + "blocks."): t for n, t in STATE.items()})
+    check(named("img.backbone.", BODY) | named("img.", HEAD))
+    check(named("backbone.", BODY) | {n.replace("head", "fc"): t for n, t in HEAD.items()})
+
+
+def test_of_two_networks_the_one_in_training_is_taken():
+    said = "x.pth holds 2 networks: 'model' is taken, not 'model_ema.module'"
+    check(named("model_ema.module.", ZEROS) | named("model."), said)
+    check(named("model.", ZEROS) | named("model_ema.module."), "is taken", wanted="model_ema")
+    check(named("student.") | named("teacher.backbone.", ZEROS), "not 'teacher.backbone'")
+    check(named("model.", ZEROS) | STATE, "one without a prefix is taken, not 'model'")
+    check(named("net.") | named("model.", ZEROS), "'net' is taken", wanted="net")
+    with pytest.raises(WeightsError, match="no network 'ema'; it holds 'model', 'model_ema'"):
+        take_network(named("model.") | named("model_ema."), PATH, "ema")
+
+
+def test_what_is_beside_is_named():
+    average = torch.optim.swa_utils.AveragedModel(MODEL).state_dict()
+    check(average, "not read from x.pth: n_averaged")
+    check(named("ema_model.") | {"initted": ONE, "step": ONE}, "not read from x.pth: initted, step")
+    moments = {f"optimizer.state.{number}.exp_avg": ONE for number in range(1200)}
+    check(named("model.module.") | moments, "optimizer (1,200 tensors)")
+    check(STATE | {"teacher.conv1.weight": ONE, "loss_fn.center": ONE}, "teacher, loss_fn")
+    vit = {"teacher.patch_embed.proj.weight": ONE, "teacher.blocks.0.norm1.weight": ONE}
+    check(STATE | vit, "not read from x.pth: teacher (2 tensors)")
+    lightning = named("state_dict.model.") | {"state_dict.train_acc.total": ONE}
+    check(lightning, "not read from x.pth: state_dict.train_acc")
+
+
+def save_and_load(tmp_path, content):
+    torch.save(content, tmp_path / "x.pth")
+    return load_pretrained(MODEL, read_pretrained(tmp_path / "x.pth"))
+
+
+def test_what_may_matter_is_refused(tmp_path):
+    for name in ("adapter.weight", "layers.0.blocks.0.lora.weight"):
+        with pytest.raises(WeightsError, match=rf"x.pth does not fit swinv2: .*{name}"):
+            save_and_load(tmp_path, STATE | {name: ONE})
+
+
+def test_a_training_says_what_it_has_not_read(tmp_path):
+    odd = torch.eye(2).to_sparse()  # none of the network's business
+    content = {"model": STATE, "optimizer": [{"exp_avg": ONE}], "extra": odd, "epoch": 3}
+    content["itself"] = content
+    said = save_and_load(tmp_path, content)
+    assert "tensors of official names; not read from" in said
+    assert said.endswith("x.pth: optimizer, extra")
+    said = save_and_load(tmp_path, STATE | {"neck.fc.weight": ONE})
+    assert said.endswith("not read from " + str(tmp_path / "x.pth") + ": neck")
