@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
-from .config import Architecture, validate_architecture
+from .config import Architecture, refuse_dense, validate_architecture
 from .models import SwinTransformer
 from .models.dialects import Translation, from_swin_moe, huggingface_config
 from .models.pretrained import (
@@ -24,8 +24,9 @@ from .models.pretrained import (
     explain_difference,
     read_pretrained,
 )
-from .models.transfer import Fit, default_moe_blocks, fit, upcycle
+from .models.transfer import Fit, fit, upcycle
 from .models.weights import PICKLED, State, WeightsError, rank_files, write
+from .variants import default_moe_blocks
 
 # What each dialect's own programs look for in a .pth.
 _WRAPPER = {"official": "model", "timm": "state_dict", "mmseg": "state_dict", "torchvision": ""}
@@ -109,6 +110,7 @@ def convert(
         state = upcycle(
             state, config.model, config.moe, noise=upcycling.noise, random_gate=random_gate
         )
+    refuse_dense(config, {**overrides, "model": {"name": model_name}}, {}, "convert")
     target = _shapes(config)
     result = fit(state, target, source.config.model.token_grid, config.model.token_grid)
     console.print(_table(source.translation, result, target))
@@ -166,6 +168,8 @@ def _with_experts(config: Architecture, upcycling: Upcycle, stated: dict[str, An
         # The function stays what it was: gates sum to one, and nothing is dropped.
         "normalize_gate": True,
         "eval_capacity_factor": 0.0,
+        # Else the norm after the experts would take the gate, and the router would not learn.
+        "gate_after_norm": config.model.family == "swinv2",
         "fc2_bias": config.model.mlp_fc2_bias,
     }
     model = config.model.model_dump()
@@ -311,6 +315,7 @@ def _closing(output: Path, config: Architecture, dialect: str, window_known: boo
                 f"its config: moe.blocks={moe.blocks} moe.num_experts={moe.num_experts} "
                 f"moe.top_k={moe.top_k} moe.normalize_gate={str(moe.normalize_gate).lower()} "
                 f"moe.eval_capacity_factor={moe.eval_capacity_factor:g} "
-                f"moe.fc2_bias={str(moe.fc2_bias).lower()}"
+                f"moe.fc2_bias={str(moe.fc2_bias).lower()} "
+                f"moe.gate_after_norm={str(moe.gate_after_norm).lower()}"
             )
     return "\n".join(lines)

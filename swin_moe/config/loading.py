@@ -15,6 +15,7 @@ import yaml
 from pydantic import ValidationError
 
 from ..variants import FAMILIES, VARIANTS
+from .mixture import dense_by_mistake, written_by_a_run
 from .sections import Architecture, Config
 
 AnyArchitecture = TypeVar("AnyArchitecture", bound=Architecture)
@@ -190,7 +191,9 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     train = raw.setdefault("train", {})
     if isinstance(train, dict):
         train["output"] = train.get("output") or f"runs/{path.stem}"
-    return validate(raw, origins, str(path))
+    config = _validate(Config, raw, origins, str(path))
+    refuse_dense(config, raw, origins, str(path), written_by_a_run(path))
+    return config
 
 
 def parse_overrides(overrides: list[str] | tuple[str, ...]) -> dict[str, Any]:
@@ -203,12 +206,23 @@ def parse_overrides(overrides: list[str] | tuple[str, ...]) -> dict[str, Any]:
 
 def validate(raw: dict[str, Any], origins: Origins | None = None, source: str = "config") -> Config:
     """Fill in the variant that ``model.name`` names and validate nested plain values."""
-    return _validate(Config, raw, origins, source)
+    config = _validate(Config, raw, origins, source)
+    refuse_dense(config, raw, origins or {}, source)
+    return config
 
 
 def validate_architecture(raw: dict[str, Any], source: str) -> Architecture:
-    """The same for the sections ``model`` and ``moe`` alone."""
+    """The same for the sections ``model`` and ``moe`` alone, which weights may state, too."""
     return _validate(Architecture, raw, None, source)
+
+
+def refuse_dense(
+    config: Architecture, raw: dict[str, Any], origins: Origins, source: str, saved: bool = False
+) -> None:
+    """Raise :class:`ConfigError` for a mixture without MoE blocks, see :mod:`.mixture`."""
+    if found := dense_by_mistake(config, raw, origins, saved):
+        path, message = found
+        raise ConfigError(f"{origins.get(path, origins.get(path[:1], source))}: {message}")
 
 
 def _validate(
@@ -217,15 +231,19 @@ def _validate(
     origins = origins or {}
     model = raw.get("model")
     name = model.get("name") if isinstance(model, dict) else None
-    if isinstance(name, str):
-        if name not in KNOWN:
-            place = origins.get(("model", "name"), source)
-            raise ConfigError(f"{place}: model.name={unknown_model(name)}")
-        raw = _merge(KNOWN[name], raw)
+    if isinstance(name, str) and name not in KNOWN:
+        place = origins.get(("model", "name"), source)
+        raise ConfigError(f"{place}: model.name={unknown_model(name)}")
+    known = KNOWN.get(name, {}) if isinstance(name, str) else {}
     try:
-        return kind.model_validate(raw)
+        config = kind.model_validate(_merge(known, raw))
     except ValidationError as error:
         raise _explain(error, origins, source) from None
+    for section, keys in known.items():  # what is set is what the user stated, not the variant
+        getattr(config, section).model_fields_set.difference_update(
+            keys.keys() - (raw.get(section) or {}).keys()
+        )
+    return config
 
 
 def unknown_model(name: str) -> str:
