@@ -33,12 +33,13 @@ from .models.pretrained import (
     load_pretrained,
     read_pretrained,
 )
-from .moe import MoELayer, choose_overlap
+from .models.swin import FAMILIES
+from .moe import MoELayer, choose_overlap, lost_gate
 from .optim import build_schedule
 from .placement import Layout, expert_share
 from .precision import resolve_precision
 from .profiling import Profile, peak_flops
-from .run_directory import Run, prepare_folder, step_back
+from .run_directory import Run, keep_former_defaults, prepare_folder, step_back
 from .summary import draw_summary
 from .trainer import Plan, Position, RollBack, Trainer
 from .watchdog import Watchdog
@@ -90,6 +91,7 @@ def train(
         if verdict is not None:
             dtype = resolve_precision(config.precision, world.device)
             preflight.at_start(config, verdict, world, dtype, run.say)
+        keep_former_defaults(run, config, fresh)
         resolve_micro_batch(run, config, fresh)
         # All input is checked before anything is written.
         loaders = [
@@ -98,6 +100,8 @@ def train(
         plan = _plan(config, loaders[0])
         source = _starting_weights(run, config, fresh)
         reader = prepare_folder(run, config, fresh)
+        if warning := lost_gate(config.moe, FAMILIES[config.model.family].post_norm):
+            run.say(f"warning: {warning}")
         for loader in loaders:
             loader.bad.file = run.log_file.with_name(f"bad-samples-rank-{world.rank}.jsonl")
         job = _Job(

@@ -433,6 +433,7 @@ def test_a_dense_run_becomes_a_mixture(tmp_path):
     said = run(tmp_path / "dense", output, overrides={"moe": {"blocks": [[], [1]]}},
                upcycling=Upcycle(experts=4))  # fmt: skip
     assert "moe.num_experts=4 moe.top_k=1 moe.normalize_gate=true" in said
+    assert "moe.gate_after_norm=true" in said
     start = [f"model.pretrained={output}", "moe.normalize_gate=true"]
     done = train(tmp_path / "moe", *start, "train.max_steps=2", processes=2)
     assert done.returncode == 0, done.stderr

@@ -1,10 +1,16 @@
 """A config that says that it is a mixture of experts is one, and one that learns."""
 
+import io
+
 import pytest
+import torch
+from rich.console import Console
 
 from swin_moe import build_model
-from swin_moe.config import ConfigError, dump_config, load_config
-from swin_moe.variants import FAMILIES, VARIANTS
+from swin_moe.config import ConfigError, MoEConfig, dump_config, load_config
+from swin_moe.distributed import Group, World
+from swin_moe.moe import lost_gate
+from swin_moe.run_directory import Run, keep_former_defaults
 from tests.parallel import MICRO
 
 WRITE = (
@@ -81,10 +87,84 @@ def test_build_model_refuses_it_as_well(name, moe):
         build_model(name, moe=moe)
 
 
+# --------------------------------------------------------------------------------------------
+# The gate of Swin V2
+
+NAME = "swinv2_moe_base_8expert_window12_192_22k"
+
+
 def test_what_is_set_is_what_the_user_stated(tmp_path):
-    """Not what a variant fills in: a resume asks for that, see ``run_directory``."""
-    name = "swinv2_moe_small_8expert_window12_192_22k"
-    config = loaded(tmp_path, f"model: {{name: {name}, window_size: 12}}")
+    """Not what a variant fills in: a resume asks for that."""
+    config = loaded(tmp_path, f"model: {{name: {NAME}, window_size: 12}}")
     assert config.model.model_fields_set == {"name", "window_size"}
     assert not config.moe.model_fields_set
-    assert FAMILIES.keys().isdisjoint(VARIANTS)
+
+
+@pytest.mark.parametrize(
+    ("changes", "post_norm", "warned"),
+    [
+        ({}, True, True),
+        ({"score": "sigmoid", "balance": "gshard"}, True, True),
+        ({"normalize_gate": True}, True, True),
+        ({}, False, False),
+        ({"gate_after_norm": True}, True, False),
+        ({"top_k": 2}, True, False),
+        ({"num_shared_experts": 1}, True, False),
+        ({"routing": "soft"}, True, False),
+        ({"blocks": []}, True, False),
+    ],
+)
+def test_who_trains_a_router_without_a_gradient_is_warned(changes, post_norm, warned):
+    said = lost_gate(MoEConfig(**{"blocks": [[1]], **changes}), post_norm)
+    assert said.endswith("start new runs with moe.gate_after_norm=true") == warned
+    assert bool(said) == warned
+
+
+def kept(tmp_path, began, now, fresh=False):
+    """What a resume makes of a config, and what it says, where a checkpoint has another."""
+    text = io.StringIO()
+    run = Run(tmp_path, World(0, 0, 1, torch.device("cpu"), Group(), Group()),
+              Console(file=text, width=300))  # fmt: skip
+    folder = tmp_path / "checkpoints" / "step-00000005"
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text(dump_config(began))
+    (folder / "manifest.json").touch()
+    keep_former_defaults(run, now, fresh)
+    return now, text.getvalue()
+
+
+OLD = ("moe.gate_after_norm=false", "model.drop_path_rate=0.2")
+
+
+def test_a_run_keeps_the_defaults_that_it_began_with(tmp_path):
+    recipe = f"model: {{name: {NAME}}}"
+    config, said = kept(tmp_path, loaded(tmp_path, recipe, *OLD), loaded(tmp_path, recipe))
+    assert not config.moe.gate_after_norm
+    assert config.model.drop_path_rate == 0.2
+    assert said.startswith("as when the run began: model.drop_path_rate=0.2 moe.gate_after_norm=f")
+
+
+def test_what_the_user_states_wins_over_what_the_run_began_with(tmp_path):
+    recipe = f"model: {{name: {NAME}}}"
+    stated = loaded(tmp_path, recipe, "moe.gate_after_norm=true", "model.drop_path_rate=0.3")
+    config, said = kept(tmp_path, loaded(tmp_path, recipe, *OLD), stated)
+    assert config.moe.gate_after_norm
+    assert config.model.drop_path_rate == 0.3
+    assert not said
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "fresh"),
+    [
+        ((NAME, *OLD), NAME, True),  # it begins again
+        ((NAME,), NAME, False),  # it began with today's defaults
+        ((NAME, "model.drop_path_rate=0.25"), NAME, False),  # never a default
+        (("swinv2_moe_base_16expert_window12_192_22k", *OLD), NAME, False),
+    ],
+)
+def test_nothing_else_is_kept(tmp_path, before, now, fresh):
+    began = loaded(tmp_path, f"model: {{name: {before[0]}}}", *before[1:])
+    asked = loaded(tmp_path, f"model: {{name: {now}}}")
+    config, said = kept(tmp_path, began, asked.model_copy(deep=True), fresh)
+    assert config == asked
+    assert not said

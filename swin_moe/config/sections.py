@@ -123,7 +123,7 @@ class MoEConfig(Section):
     eval_top_k: NonNegative = 0  # 0 = top_k
     slots_per_expert: Positive = 1  # of soft routing, per image
     capacity_factor: NonNegativeFloat = 1.25  # 0 = dropless
-    eval_capacity_factor: NonNegativeFloat = 0.0  # dropless: a result never depends on the batch
+    eval_capacity_factor: NonNegativeFloat = 0.0  # dropless, see docs/moe.md
     route_per_image: bool = False  # token choice: each image has its own queues and capacity
     batch_prioritized: bool = True
     normalize_gate: bool = False
