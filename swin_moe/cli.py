@@ -123,10 +123,13 @@ def _train(arguments: argparse.Namespace, console: Any) -> int:
 
 def _doctor(arguments: argparse.Namespace, console: Any) -> int:
     from . import distributed
+    from .config import share_global_batch
     from .preflight.doctor import doctor
 
+    config = _config(arguments)
+    share_global_batch(config, ranks.environment_rank()[2])
     meeting = distributed.connect(arguments.timeout)
-    return DONE if doctor(_config(arguments), meeting, console, arguments.json) else WRONG_USE
+    return DONE if doctor(config, meeting, console, arguments.json) else WRONG_USE
 
 
 def _evaluate(arguments: argparse.Namespace, console: Any) -> int:

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from . import checkpoint, distributed, ops, preflight, ranks, report
 from .checkpoint import Saved, Writer
-from .config import Config, ZeroConfig, dump_config, load_config
+from .config import Config, ZeroConfig, dump_config, load_config, share_global_batch
 from .data import Loader, build_mixing, loader_of
 from .data.show import contact_sheet
 from .distributed import World
@@ -88,6 +88,8 @@ def train(
         _check(config, world)
         torch.set_flush_denormal(config.precision.flush_denormals)
         run = Run(Path(config.train.output), world, console)
+        if note := share_global_batch(config, world.size):
+            run.say(note)
         if verdict is not None:
             dtype = resolve_precision(config.precision, world.device)
             preflight.at_start(config, verdict, world, dtype, run.say)
@@ -372,7 +374,7 @@ def _plan(config: Config, loader: Loader) -> Plan:
     if updates == 0:
         raise ValueError(
             f"train.accumulation_steps={accumulation} is more than the {len(loader)} batches of an "
-            "epoch: lower it or data.batch_size"
+            "epoch: lower data.global_batch, or else it or data.batch_size"
         )
     return Plan(
         epochs=config.schedule.epochs,

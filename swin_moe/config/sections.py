@@ -206,6 +206,8 @@ class DataConfig(Section):
     train: str = "train"  # sub-folder, or prefix of the shards' names
     val: str = "val"
     batch_size: Positive = 128  # per process and micro-step, see train.accumulation_steps
+    # Images of an update on any number of processes; micro-steps follow. 0 = what they come to.
+    global_batch: NonNegative = 0
     eval_batch_size: NonNegative = 0  # 0 = batch_size
     num_workers: NonNegative = 4
     # 0 = shuffle all samples in each epoch. On network disks: shuffle the shards, and so many

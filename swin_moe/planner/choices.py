@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import torch
 
-from ..config import Config, ModelConfig
+from ..config import Config, ModelConfig, micro_batches
 from ..host import MARGIN
 from .flops import Flops, flops
 from .hardware import Cluster
@@ -101,11 +101,14 @@ class Planner:
             size = int(np.gcd.reduce([cluster.per_node, cluster.size, config.moe.num_experts]))
             size = size if shardable else 1
         steps = config.train.accumulation_steps
+        images, steps = config.data.batch_size, 1 if steps == "auto" else steps
+        if config.data.global_batch:
+            images, steps = micro_batches(config, cluster.size)
         return Choice(
             config.zero.stage,
             size,
-            config.data.batch_size,
-            1 if steps == "auto" else steps,
+            images,
+            steps,
             config.model.use_checkpoint,
             config.zero.offload,
             config.zero.offload_weights,
