@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import math
 import sys
 import time
 import traceback
@@ -228,6 +229,8 @@ def _plan(arguments: argparse.Namespace, console: Any) -> int:
         value = getattr(arguments, flag)
         if value is not None and value < 1:
             raise ValueError(f"--{flag.replace('_', '-')} {value} must be at least 1")
+    if arguments.price is not None and not 0 <= arguments.price < math.inf:
+        raise ValueError(f"--price {arguments.price:g} must be a number from 0 on")
     if not console.is_terminal:
         console.width = 120  # a pipe has none of its own
     plan(
@@ -236,6 +239,7 @@ def _plan(arguments: argparse.Namespace, console: Any) -> int:
         console,
         name=Path(arguments.config).stem,
         images=arguments.images,
+        price=arguments.price,
         simulate=arguments.simulate,
         output=arguments.output,
         json_path=arguments.json,
