@@ -7,8 +7,9 @@ import torch
 from rich.console import Console
 
 from swin_moe import build_model
-from swin_moe.config import ConfigError, MoEConfig, dump_config, load_config
+from swin_moe.config import Architecture, ConfigError, MoEConfig, dump_config, load_config
 from swin_moe.distributed import Group, World
+from swin_moe.models.weights import write
 from swin_moe.moe import lost_gate
 from swin_moe.run_directory import Run, keep_former_defaults
 from tests.parallel import MICRO
@@ -168,3 +169,15 @@ def test_nothing_else_is_kept(tmp_path, before, now, fresh):
     config, said = kept(tmp_path, began, asked.model_copy(deep=True), fresh)
     assert config == asked
     assert not said
+
+
+def test_weights_of_a_gate_before_the_norm_are_told_apart(tmp_path, caplog):
+    shape = {"img_size": 32, "window_size": 4, "num_classes": 3, "embed_dim": 8,
+             "depths": [2], "num_heads": [1]}  # fmt: skip
+    moe = {"blocks": [[1]], "num_experts": 2}
+    model = build_model("swinv2_moe", moe=moe, **shape)
+    config = Architecture(model=model.config, moe=model.moe)
+    write(tmp_path / "old.safetensors", model.state_dict(), config)
+    now = {**moe, "gate_after_norm": True}
+    build_model("swinv2_moe", moe=now, pretrained=str(tmp_path / "old.safetensors"), **shape)
+    assert "moe.gate_after_norm=True, but the pretrained model has False" in caplog.text
