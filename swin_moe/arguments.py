@@ -49,6 +49,11 @@ def build_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="start anew; an existing run directory is moved aside, never overwritten",
     )
+    train.add_argument(
+        "--accept-changes",
+        action="store_true",
+        help="resume although the data or its classes are others than the checkpoint's",
+    )
     doctor = _add_doctor(commands)
     evaluate = commands.add_parser(
         "evaluate",
@@ -277,6 +282,7 @@ def _add_launch(commands: Any) -> argparse.ArgumentParser:
         "--manifest", default="", metavar="FILE", help="kubernetes: instead of kubernetes.yaml"
     )
     launch.add_argument("--fresh", action="store_true", help="start anew, see train")
+    launch.add_argument("--accept-changes", action="store_true", help="of the data, see train")
     launch.add_argument(
         "--doctor", action="store_true", help="check the machines on this road; do not train"
     )

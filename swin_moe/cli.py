@@ -118,7 +118,14 @@ def _train(arguments: argparse.Namespace, console: Any) -> int:
     )
     from . import run  # imports DeepSpeed, which looks at the environment that init sets
 
-    run.train(config, world, console, arguments.fresh, verdict)
+    run.train(
+        config,
+        world,
+        console,
+        fresh=arguments.fresh,
+        verdict=verdict,
+        accept_changes=arguments.accept_changes,
+    )
     return DONE
 
 

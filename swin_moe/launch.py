@@ -58,6 +58,7 @@ class Request:
     experiments: str = ""
     manifest: str = ""
     fresh: bool = False
+    accept_changes: bool = False
     doctor: bool = False
 
     @property
@@ -67,6 +68,7 @@ class Request:
             self.config,
             *self.overrides,
             *(["--fresh"] if self.fresh and not self.doctor else []),
+            *(["--accept-changes"] if self.accept_changes and not self.doctor else []),
         ]
 
     def given(self) -> dict[str, Any]:

@@ -145,14 +145,18 @@ def heat_map(loads: list[list[float]]) -> np.ndarray:
 
 
 def read_metrics(folder: Path) -> list[Record]:
-    """The records of a run; a last line that a kill cut off is left out."""
+    """The records of a run; a line that is no record, such as half of one, is left out."""
     records = []
     path = folder / "metrics.jsonl"
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+    if not path.is_file():
+        return []
+    for line in path.read_bytes().splitlines():
         try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
             continue
+        if isinstance(record, dict) and type(record.get("step")) is int:
+            records.append(record)
     return records
 
 

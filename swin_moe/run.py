@@ -9,11 +9,13 @@ import time
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
 
 from . import checkpoint, distributed, ops, preflight, ranks, report
+from .changes import data_facts
 from .checkpoint import Saved, Writer
 from .config import Config, ZeroConfig, dump_config, load_config, share_global_batch
 from .data import Loader, build_mixing, loader_of
@@ -54,6 +56,7 @@ class _Job:
     run: Run
     config: Config
     plan: Plan
+    classes: list[str] | None  # names by label, where the data has any
     loaders: list[Loader]
     stop_signal: StopSignal
     writer: Writer
@@ -68,12 +71,14 @@ def train(
     console: Console,
     fresh: bool = False,
     verdict: preflight.Verdict | None = None,
+    accept_changes: bool = False,
 ) -> Path:
     """Train as the config says, from the last checkpoint of its run directory if there is one.
 
     Args:
         fresh: start anew; an existing run directory is moved aside, never overwritten.
         verdict: of the processes, that they are alike; None leaves the rest of the preflight out.
+        accept_changes: resume although the data or its classes are others.
 
     Returns:
         the run directory.
@@ -96,12 +101,10 @@ def train(
         keep_former_defaults(run, config, fresh)
         resolve_micro_batch(run, config, fresh)
         # All input is checked before anything is written.
-        loaders = [
-            loader_of(config, training, world.rank, world.size) for training in (True, False)
-        ]
+        classes, loaders = _open_data(run, config, fresh)
         plan = _plan(config, loaders[0])
         source = _starting_weights(run, config, fresh)
-        reader = prepare_folder(run, config, fresh)
+        reader = prepare_folder(run, config, fresh, loaders[0], accept_changes)
         if warning := lost_gate(config.moe, FAMILIES[config.model.family].post_norm):
             run.say(f"warning: {warning}")
         for loader in loaders:
@@ -110,6 +113,7 @@ def train(
             run=run,
             config=config,
             plan=plan,
+            classes=classes,
             loaders=loaders,
             stop_signal=stop_signal,
             writer=Writer(run.checkpoints, world, partial(_tell_of_save, run)),
@@ -158,7 +162,8 @@ def _assemble(
         model = build(config.model, config.moe, world.expert)
         if reader is not None:
             checkpoint.load_weights(model, reader, _layout(model, world))
-    started_from = load_pretrained(model, source) if source else ""
+    by_name = job.classes if config.data.match_classes == "name" else None
+    started_from = load_pretrained(model, source, by_name) if source else ""
     engine = _build_engine(config, model, world)
     position = Position()
     if reader is not None:
@@ -262,6 +267,18 @@ def _starting_weights(run: Run, config: Config, fresh: bool) -> Pretrained | Non
     return source
 
 
+def _open_data(run: Run, config: Config, fresh: bool) -> tuple[list[str] | None, list[Loader]]:
+    """Names of the model's classes, and the training and held-out data with labels to fit them.
+
+    The names are those of the checkpoint that the run will resume, else of the training data.
+    """
+    ranks_of = run.world.rank, run.world.size
+    known = None if fresh else checkpoint.known_classes(run.checkpoints)
+    train = loader_of(config, True, *ranks_of, known)
+    known = known or train.class_names
+    return known, [train, loader_of(config, False, *ranks_of, known)]
+
+
 def _check(config: Config, world: World) -> None:
     """What can be refused before anything is built."""
     if config.model.num_classes == 0:
@@ -349,7 +366,7 @@ def _build_trainer(job: _Job, engine: Engine, position: Position) -> Trainer:
         ),
         world=world,
         log=job.log,
-        save=partial(_save, config, world, engine, job.writer),
+        save=partial(_save, job, engine),
         saver=job.writer,
         faults=config.faults,
         watchdog=job.watchdog,
@@ -401,18 +418,23 @@ def _layout(model: SwinTransformer, world: World) -> Layout:
     return Layout(expert_parameter_names(model), experts, share)
 
 
-def _convert_position(position: Position, old_batch: int, new_batch: int, plan: Plan) -> None:
-    """Keep the place in the epoch when the global batch has changed since."""
-    if old_batch == new_batch:
+def _convert_position(position: Position, state: dict[str, Any], batch: int, plan: Plan) -> None:
+    """Keep the place in the epoch when the global batch or the number of samples has changed.
+
+    Args:
+        state: of the checkpoint. batch: the global batch now.
+    """
+    former, updates = state["global_batch"], plan.updates_per_epoch
+    length = state.get("updates_per_epoch", updates * batch // former)  # older ones lack it
+    if former != batch:
+        position.update = min(position.update * former // batch, updates - 1)
+        what = f"the global batch was {former} and is {batch}: rates follow it, and"
+    elif length != updates or position.update >= updates:
+        position.update = min(position.update * updates // length, updates - 1)
+        what = f"an epoch had {length:,} updates and has {updates:,}, for the data have changed:"
+    else:
         return
-    position.update = min(position.update * old_batch // new_batch, plan.updates_per_epoch - 1)
-    log.warning(
-        "the global batch was %d and is %d: rates follow it, and epoch %d goes on at update %d",
-        old_batch,
-        new_batch,
-        position.epoch + 1,
-        position.update,
-    )
+    log.warning("%s epoch %d goes on at update %d", what, position.epoch + 1, position.update)
 
 
 def _restore(
@@ -426,7 +448,7 @@ def _restore(
     position = Position(**reader.state["position"])
     if place is None:
         batch = _global_batch(config, world)
-        _convert_position(position, reader.state["global_batch"], batch, plan)
+        _convert_position(position, reader.state, batch, plan)
     else:
         made = position.step - position.skipped
         position = replace(place, skipped=place.step - made)
@@ -439,20 +461,24 @@ def _restore(
     return position
 
 
-def _save(config: Config, world: World, engine: Engine, writer: Writer, position: Position) -> None:
+def _save(job: _Job, engine: Engine, position: Position) -> None:
+    config, world = job.config, job.run.world
     state = {
         "position": position.state(),
         "global_batch": _global_batch(config, world),
+        "updates_per_epoch": job.plan.updates_per_epoch,
         "processes": world.size,
         "expert_parallel_size": world.expert.size,
         "zero_stage": config.zero.stage,
+        "data": data_facts(job.loaders[0]) | {"folder": str(Path(config.data.path).resolve())},
     }
-    writer.save(
+    job.writer.save(
         position.step,
         engine.fragments(),
         _layout(engine.model, world),
         state=state,
         config_text=dump_config(config),
+        class_names=job.classes,
         keep_last=config.checkpoint.keep_last,
         best_step=position.best_step,
         size=engine.saved_bytes,

@@ -20,7 +20,9 @@ import torch
 from rich.console import Console
 
 from . import __version__, checkpoint
+from .changes import changed_keys, other_data, summary
 from .config import Config, ConfigError, dump_config, load_config
+from .data import Loader
 from .distributed import World, broadcast_object, gather_objects
 from .models.pretrained import built_windows
 from .ranks import hostname, restarts, started_again
@@ -56,16 +58,56 @@ class Run:
         log.debug(text)
 
 
-def prepare_folder(run: Run, config: Config, fresh: bool) -> checkpoint.Reader | None:
-    """Choose the checkpoint to resume from and write ``config.yaml``; the same on every rank."""
+def prepare_folder(
+    run: Run,
+    config: Config,
+    fresh: bool,
+    train: Loader | None = None,
+    accept_changes: bool = False,
+) -> checkpoint.Reader | None:
+    """Choose the checkpoint to resume from and write ``config.yaml``; the same on every rank.
+
+    Args:
+        train: the training data, which must be the checkpoint's.
+        accept_changes: resume with other data or classes, too.
+    """
     reader = _chosen(run, partial(_adopt, run, fresh))
+    changes: list[str] = []
     if reader is not None:
-        _check_same_model(reader, config)
+        saved = load_config(reader.path / "config.yaml")
+        _check_same_model(reader, saved, config)
+        if train is not None and not accept_changes:
+            _check_same_data(reader, saved, config, train)
+        changes = changed_keys(saved, config)
     log_to_file(run.log_file)
     record_start(run, "" if reader is None else reader.path.name)
+    if reader is not None and changes:
+        run.say(summary(changes, int(reader.state["step"])))
+        log.debug("all changes: %s", ", ".join(changes))
     if run.world.is_main:
-        (run.folder / "config.yaml").write_text(dump_config(config), encoding="utf-8")
+        _write_config(run.folder, config, reader if changes else None)
     return reader
+
+
+def _write_config(folder: Path, config: Config, changed_since: checkpoint.Reader | None) -> None:
+    """Write ``config.yaml``; where it changes, the former one stays beside it."""
+    path, text = folder / "config.yaml", dump_config(config)
+    try:
+        if changed_since is not None and path.is_file():
+            path.replace(folder / f"config-until-{changed_since.path.name}.yaml")
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        log.warning("%s cannot be written (%s); training goes on", path, error.strerror)
+
+
+def _check_same_data(
+    reader: checkpoint.Reader, saved: Config, config: Config, train: Loader
+) -> None:
+    if why := other_data(saved, config, reader.state.get("data"), train):
+        raise ConfigError(
+            f"{why}: mend the data, set another train.output, or resume {reader.path.name} with "
+            "it by --accept-changes"
+        )
 
 
 def record_start(run: Run, resumed_from: str) -> None:
@@ -88,8 +130,11 @@ def record_start(run: Run, resumed_from: str) -> None:
             **{name: version(name) for name in packages},
         },
     }
-    with (run.folder / "starts.jsonl").open("a", encoding="utf-8") as file:
-        file.write(json.dumps(record) + "\n")
+    try:
+        with (run.folder / "starts.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+    except OSError as error:
+        log.warning("this start is not recorded in %s: %s", error.filename, error.strerror)
 
 
 def git_commit() -> str:
@@ -230,9 +275,8 @@ def _last_config(run: Run) -> Config | None:
     return None
 
 
-def _check_same_model(reader: checkpoint.Reader, config: Config) -> None:
+def _check_same_model(reader: checkpoint.Reader, saved: Config, config: Config) -> None:
     """The checkpoint's model must be the config's; everything else may change."""
-    saved = load_config(reader.path / "config.yaml")
     for section in ("model", "moe"):
         old, new = getattr(saved, section).model_dump(), getattr(config, section).model_dump()
         shape_keys = [key for key in new if old[key] != new[key] and key in _SHAPE_KEYS]

@@ -15,6 +15,7 @@ LAYERS = [
     {"config", "distributed", "ops", "elastic", "watchdog"},
     {"moe", "data", "checkpoint", "guard", "precision"},
     {"models", "metrics"},
+    {"changes"},
     {"optim", "evaluation", "run_directory", "launch", "convert", "catalog", "summary"},
     {"engine", "planner"},
     {"profiling"},

@@ -93,3 +93,13 @@ def test_summary_is_a_picture_with_panels_per_figure_and_a_heat_map_per_layer(tm
         rows = -(-layers // 4)
         assert image.size == (1600, 340 + (310 if layers else 0) + 260 * rows)
         assert len(set(image.convert("L").getdata())) > 20
+
+
+def test_garbage_among_the_records_is_left_out(tmp_path):
+    lines = [b'{"step": 1, "train/loss": 2.0}', b"\xff\xfe", b"[]", b'{"epoch": 1}', b"[" * 100_000]
+    (tmp_path / "metrics.jsonl").write_bytes(
+        b"\n".join([*lines, b'{"step": 2}', b'{"step": 3, "tr'])
+    )
+    assert [record["step"] for record in read_metrics(tmp_path)] == [1, 2]
+    (tmp_path / "folder" / "metrics.jsonl").mkdir(parents=True)
+    assert read_metrics(tmp_path / "folder") == []

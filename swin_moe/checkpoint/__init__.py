@@ -6,6 +6,7 @@ One folder per checkpoint, ``step-00000042``::
                               and their moments as <name>.exp_avg, <name>.exp_avg_sq), buffers as
                               they are, and the states of its generators
     state.json, config.yaml   position, metrics; the resolved config
+    classes.json              names of the classes by label, if the data has names
     manifest.json             size and SHA-256 of each file, and which file has which span
 
 Every element is written once, by the rank that updates it, so that nothing is gathered and the
@@ -22,8 +23,10 @@ from .folder import (
     CheckpointError,
     FormatError,
     choose,
+    class_names,
     clear_partial,
     find,
+    known_classes,
     latest,
     list_checkpoints,
     prune,
@@ -46,8 +49,10 @@ __all__ = [
     "Saved",
     "Writer",
     "choose",
+    "class_names",
     "clear_partial",
     "find",
+    "known_classes",
     "latest",
     "list_checkpoints",
     "load_buffers",

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-from .folder import CheckpointError, read_manifest
+from ..reading import read_json
+from .folder import CheckpointError, class_names, read_manifest
 from .fragments import Entry, from_json
 
 
@@ -18,6 +18,7 @@ class Contents:
 
     Attributes:
         state: content of ``state.json``.
+        class_names: of the model, by label; None if the data did not say them.
 
     Raises:
         CheckpointError: manifest or state cannot be read.
@@ -28,8 +29,9 @@ class Contents:
         manifest = read_manifest(path)
         self.files = set(manifest.files)
         try:
-            self.state: dict[str, Any] = json.loads((path / "state.json").read_text("utf-8"))
+            self.state: dict[str, Any] = read_json(path / "state.json")
             self.entries: dict[str, Entry] = from_json(manifest.tensors)
+            self.class_names = class_names(path)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"{path}: damaged ({error})") from None
 

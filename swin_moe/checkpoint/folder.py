@@ -13,10 +13,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..reading import read_json
+from ..text import plain
+
 log = logging.getLogger("swin_moe")
 
 FORMAT = 2
+CLASSES = "classes.json"  # a list of names by label; only where the data has names
+MANIFEST_LIMIT = 1 << 30  # bytes: it grows with tensors and processes
 REQUIRED = {"rank-00000.safetensors", "state.json", "config.yaml"}
+READS = 5  # of a run that goes on
 _NAME = re.compile(r"^step-(\d{8,})$")
 
 
@@ -54,13 +60,15 @@ def read_manifest(path: Path) -> Manifest:
         FormatError: another version wrote it.
     """
     try:
-        content = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+        content = read_json(path / "manifest.json", MANIFEST_LIMIT)
         digest, version = content.pop("sha256", ""), int(content["format"])
         files = {str(n): (int(e["bytes"]), str(e["sha256"])) for n, e in content["files"].items()}
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no manifest.json (the write did not finish)") from None
     except (ValueError, KeyError, TypeError, AttributeError):
         raise CheckpointError(f"{path}: manifest.json is damaged") from None
+    except OSError as error:
+        raise CheckpointError(f"{path}: manifest.json cannot be read ({error.strerror})") from None
     if version != FORMAT:
         newer = "a newer version of swin-moe wrote it" if version > FORMAT else "write it anew"
         raise FormatError(
@@ -71,6 +79,35 @@ def read_manifest(path: Path) -> Manifest:
     if not set(files) >= REQUIRED:
         raise CheckpointError(f"{path}: manifest.json names no {min(REQUIRED - set(files))}")
     return Manifest(files, content["tensors"])
+
+
+def class_names(path: Path) -> list[str] | None:
+    """Names of the classes that a checkpoint's model knows, by label; None if it has none.
+
+    Raises:
+        CheckpointError: ``classes.json`` is there and is no list of names.
+    """
+    try:
+        names = read_json(path / CLASSES)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: {CLASSES} cannot be read ({error})") from None
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise CheckpointError(f"{path}: {CLASSES} is no list of names")
+    return names
+
+
+def known_classes(folder: Path) -> list[str] | None:
+    """The names in a run's newest checkpoint that has any; damaged lists are passed over."""
+    for path in list_checkpoints(folder):
+        try:
+            names = class_names(path)
+        except CheckpointError:
+            continue
+        if names is not None:
+            return names
+    return None
 
 
 def _own_digest(content: dict[str, Any]) -> str:
@@ -124,7 +161,17 @@ def choose(path: Path) -> Path:
         CheckpointError: there is none, or all are damaged.
     """
     found = find(path)
-    return path if found == [path] else latest(path / "checkpoints") or path
+    if found == [path]:
+        return path
+    for _ in range(READS):
+        try:
+            return latest(path / "checkpoints") or path
+        except CheckpointError:
+            now = list_checkpoints(path / "checkpoints")
+            if now == found:
+                raise
+            found = now  # its training goes on, and has removed what was being read
+    raise CheckpointError(f"{path}: its checkpoints change while they are read: try again")
 
 
 def step_of(path: Path) -> int:
@@ -156,6 +203,22 @@ def _verify(path: Path) -> None:
         for (name, (_, digest)), found in zip(files.items(), digests, strict=True):
             if found != digest:
                 raise CheckpointError(f"{path}: the content of {name} has changed (SHA-256)")
+    _check_step(path)
+
+
+def _check_step(path: Path) -> None:
+    """The folder's name and its state must speak of the same update."""
+    if not _NAME.match(path.name):
+        return
+    try:
+        state = read_json(path / "state.json")
+        position = state.get("position", state)
+        said = {int(state["step"]), int(position["step"])}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path}: state.json is damaged ({error})") from None
+    if said != {step_of(path)}:
+        steps = " and ".join(map(str, sorted(said)))
+        raise CheckpointError(f"{path}: its state.json is of step {steps}, not of the folder's")
 
 
 def latest(folder: Path) -> Path | None:
@@ -177,7 +240,8 @@ def latest(folder: Path) -> Path | None:
         return path
     if found:
         raise CheckpointError(
-            f"{folder}: all {len(found)} checkpoints are damaged (--fresh starts anew)"
+            f"{folder}: all {len(found)} checkpoints are damaged (see the warnings above); "
+            "`swin-moe train --fresh` keeps them and starts from the beginning"
         )
     return None
 
@@ -193,7 +257,7 @@ def set_aside_newer(folder: Path, chosen: Path) -> None:
 def set_aside(path: Path) -> None:
     """Rename a checkpoint to damaged-…, so that it counts no longer."""
     aside = path.with_name(f"damaged-{path.name}")
-    shutil.rmtree(aside, ignore_errors=True)
+    remove(aside)
     path.rename(aside)
 
 
@@ -205,21 +269,37 @@ def prune(folder: Path, keep_last: int, best: Path | None) -> None:
             discard(path)
     for name, target in (("last", found[0] if found else None), ("best", best)):
         if target is not None and target.exists():
-            temporary = folder / f".{name}"
-            temporary.unlink(missing_ok=True)
-            temporary.symlink_to(target.name)
-            temporary.replace(folder / name)
+            _point(folder / name, target.name)
+
+
+def _point(link: Path, target: str) -> None:
+    """Make ``link`` a link to ``target``, whatever it was; a folder that took its name stays."""
+    if link.is_dir() and not link.is_symlink():
+        log.warning("%s is a folder where a link belongs: remove it", plain(link))
+        return
+    temporary = link.with_name(f".{link.name}")
+    remove(temporary)
+    temporary.symlink_to(target)
+    temporary.replace(link)
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a link or a folder with all that it holds; it need not be there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def discard(path: Path) -> None:
     """Remove a checkpoint: its name first, so that a kill meanwhile leaves no half of one."""
     gone = path.with_name(f"partial-{path.name}")
-    shutil.rmtree(gone, ignore_errors=True)
+    remove(gone)
     path.rename(gone)
-    shutil.rmtree(gone)
+    remove(gone)
 
 
 def clear_partial(folder: Path) -> None:
     """Remove what writes and removals that did not finish have left; none may be under way."""
     for path in folder.glob("partial-*") if folder.is_dir() else []:
-        shutil.rmtree(path)
+        remove(path)

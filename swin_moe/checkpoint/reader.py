@@ -108,6 +108,10 @@ class Reader(Contents):
                 raise CheckpointError(f"{self.path}: manifest.json names no {name}")
             try:
                 handle = safe_open(self.path / name, framework="pt", device="cpu")
+            except FileNotFoundError:
+                raise CheckpointError(
+                    f"{self.path / name}: is gone: its training has removed it meanwhile; try again"
+                ) from None
             except (SafetensorError, OSError) as error:
                 raise CheckpointError(
                     f"{self.path / name}: not a safetensors file ({error})"

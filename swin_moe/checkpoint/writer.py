@@ -30,7 +30,16 @@ from ..distributed import World, all_reduce_, broadcast_object, rng_state
 from ..host import free_memory
 from ..placement import Layout
 from ..ranks import local_world_size
-from .folder import CheckpointError, discard, file_digest, prune, rank_file, sync, write_manifest
+from .folder import (
+    CLASSES,
+    CheckpointError,
+    discard,
+    file_digest,
+    prune,
+    rank_file,
+    sync,
+    write_manifest,
+)
 from .fragments import Entry, Fragment, describe, from_json, key, merge, to_json
 from .reader import RNG
 from .stream import stream_file
@@ -98,6 +107,7 @@ class Writer:
         *,
         state: dict[str, Any],
         config_text: str,
+        class_names: list[str] | None = None,
         keep_last: int = 1,
         best_step: int | None = None,
         size: int = 0,
@@ -123,6 +133,8 @@ class Writer:
         if self.world.is_main:
             text = json.dumps({"step": step, **state}, indent=1)
             texts = {"config.yaml": config_text, "state.json": text}
+            if class_names is not None:
+                texts[CLASSES] = json.dumps(class_names)
         best = None if best_step is None else self.folder / f"step-{best_step:08d}"
         job = _Job(saved, partial, tensors, entries, texts, keep_last, best, problem, started)
         # Not a daemon: a program that ends lets it finish.

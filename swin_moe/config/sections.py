@@ -205,6 +205,8 @@ class DataConfig(Section):
     path: str = "fashion_mnist"
     train: str = "train"  # sub-folder, or prefix of the shards' names
     val: str = "val"
+    # How the samples' classes find the model's: by their names, or by number whatever the names.
+    match_classes: Literal["name", "number"] = "name"
     batch_size: Positive = 128  # per process and micro-step, see train.accumulation_steps
     # Images of an update on any number of processes; micro-steps follow. 0 = what they come to.
     global_batch: NonNegative = 0
@@ -215,6 +217,8 @@ class DataConfig(Section):
     shuffle_window: NonNegative = 0
     # Of the images of an epoch; more that cannot be read stop the run. Ten are always allowed.
     max_bad_share: Rate = 0.001
+    # Of one image; larger ones are not read. 0.5 GB of memory as RGB.
+    max_pixels: Positive = 178_956_970
     mean: list[float] = [0.485, 0.456, 0.406]
     std: list[Annotated[float, Field(gt=0)]] = [0.229, 0.224, 0.225]
 

@@ -16,8 +16,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from ..config import AugmentConfig, Config, DataConfig
+from ..text import plain
 from .bad_samples import BadSamples
-from .dataset import Batch, ImageDataset, collate, replace_unreadable
+from .classes import difference
+from .dataset import Batch, ImageDataset, Sample, collate, replace_unreadable
 from .normalise import Normalise
 from .sampler import Position, ResumableSampler
 from .source import empty_classes, open_source
@@ -25,6 +27,7 @@ from .transforms import build_transform
 
 log = logging.getLogger(__name__)
 
+TRIES = 100  # samples to look for one that can be read, where a whole batch cannot
 TERM_GRACE_S = 60  # workers outlive a SIGTERM for so long
 
 
@@ -34,6 +37,8 @@ class Loader:
     Attributes:
         num_samples: in the whole split, over all ranks.
         class_names: by label, where the data tells.
+        classes_seen: how many classes have a sample in the whole split.
+        missing_classes: names of those that have none.
         description: one line for the log.
         bad: unreadable samples met so far on this rank.
         workers: processes that load, 0 = the training's own.
@@ -49,6 +54,10 @@ class Loader:
     ) -> None:
         self.num_samples = len(dataset.source)
         self.class_names, self.description = dataset.source.class_names, description
+        counts = dataset.source.class_counts
+        self.classes_seen = int((counts > 0).sum())
+        names = enumerate(self.class_names or ())
+        self.missing_classes = [n for label, n in names if not counts[label : label + 1].any()]
         self._normalise = normalise
         self.bad, self.workers = BadSamples(), num_workers
         self._sampler, self._dataset = sampler, dataset
@@ -72,12 +81,12 @@ class Loader:
     def epoch(self, epoch: int, start_batch: int = 0) -> Iterator[Batch]:
         """Batches of ``epoch`` from ``start_batch`` on; a new call ends an unfinished former one.
 
-        In training, a readable sample of the same batch stands in for an unreadable one; in
-        evaluation the image is zero and its label −1. Either is logged and counted.
+        In training, a readable sample of the same batch stands in for an unreadable one, and those
+        that follow in the data set for a batch without any; in evaluation the image is zero and its
+        label −1. Each is logged and counted.
 
         Raises:
-            ValueError: ``start_batch`` is beyond the epoch, or in training no sample of a batch is
-                readable.
+            ValueError: ``start_batch`` is beyond the epoch, or in training no sample can be read.
         """
         self._sampler.set_position(epoch, start_batch)
         for batch in self._loader:
@@ -122,11 +131,38 @@ class Loader:
         if not self._sampler.training:
             return batch
         if len(batch.skipped) == len(batch.labels):
-            first = batch.skipped[0]
-            raise ValueError(
-                f"no image of a whole batch is readable, first {first.key} ({first.reason})"
-            )
+            batch = self._next_readable(batch)
         return replace_unreadable(batch)
+
+    def _next_readable(self, batch: Batch) -> Batch:
+        """The samples that follow in the data set, as many as a batch has; for its unreadable ones.
+
+        They depend on the batch alone, so that a resume takes the same.
+        """
+        first, wanted = int(batch.indices[0]), len(batch.labels)
+        found: list[Sample] = []
+        for place in range(first + 1, first + 1 + wanted + TRIES):
+            sample = self._dataset[Position(0, place % self.num_samples)]
+            if sample.skipped is None:
+                found.append(sample)
+            if len(found) == wanted:
+                return collate(found)._replace(skipped=batch.skipped)
+        if found:
+            found = (found * wanted)[:wanted]
+            return collate(found)._replace(skipped=batch.skipped)
+        bad = batch.skipped[0]
+        raise ValueError(
+            f"no image of a whole batch can be read, nor one of the {wanted + TRIES} that follow, "
+            f"first {plain(bad.key)} ({plain(bad.reason)})"
+        )
+
+
+def _workers(wanted: int, say: bool) -> int:
+    """More workers than cores only wait for each other; the batches are the same."""
+    cores = len(os.sched_getaffinity(0))
+    if wanted > max(cores, DataConfig().num_workers) and say:
+        log.warning("data.num_workers=%d: this machine has %d cores, so as many", wanted, cores)
+    return min(wanted, cores)
 
 
 def _defer_signals(_worker: int) -> None:
@@ -144,7 +180,13 @@ def _close(reference: weakref.ref[Loader]) -> None:
         loader.close()
 
 
-def loader_of(config: Config, training: bool, rank: int = 0, world_size: int = 1) -> Loader:
+def loader_of(
+    config: Config,
+    training: bool,
+    rank: int = 0,
+    world_size: int = 1,
+    classes: list[str] | None = None,
+) -> Loader:
     """Batches of a config's training or held-out split for one rank, see :func:`build_loader`."""
     return build_loader(
         config.data,
@@ -156,6 +198,7 @@ def loader_of(config: Config, training: bool, rank: int = 0, world_size: int = 1
         rank=rank,
         world_size=world_size,
         seed=config.train.seed,
+        classes=classes,
     )
 
 
@@ -170,6 +213,7 @@ def build_loader(
     rank: int,
     world_size: int,
     seed: int,
+    classes: list[str] | None = None,
 ) -> Loader:
     """Open the training or validation split and prepare its batches for one rank.
 
@@ -179,15 +223,24 @@ def build_loader(
     Args:
         image_sides: (height, width) in pixels.
         num_classes: labels must lie in [0, num_classes); 0 (a model without a head) allows any.
+        classes: names of the model's classes by label: the samples' are matched with them.
         training: shuffle, augment and drop the ragged tail; otherwise keep order and pad it.
 
     Raises:
         ValueError: one line naming the key, the path and the remedy, for data that cannot be used.
     """
-    transform = build_transform(augment, image_sides, in_chans, data.mean, training)
-    source = open_source(data, num_classes, training)
+    transform = build_transform(
+        augment, image_sides, in_chans, data.mean, training, data.max_pixels
+    )
+    source = open_source(data, num_classes, training, classes)
+    split = data.train if training else data.val
+    if rank == 0 and source.passed_over:
+        log.warning("%s: %s", plain(split), source.passed_over)
     if training and rank == 0 and (told := empty_classes(source, num_classes)):
         log.warning("data.train=%s: %s", data.train, told)
+    by_name = classes is not None and data.match_classes == "name"
+    if by_name and not training and rank == 0 and (note := difference(source, classes or [])):
+        log.warning("data.path=%s, data.val=%s: %s", plain(data.path), plain(data.val), note)
     sampler = ResumableSampler(
         len(source),
         data.batch_size if training else data.eval_batch_size or data.batch_size,
@@ -200,11 +253,9 @@ def build_loader(
         repeats=augment.repeats if training else 1,
     )
     dataset = ImageDataset(source, transform, (*image_sides, in_chans), seed)
-    split = data.train if training else data.val
     names = source.class_names
     count = len(names) if names else int((source.class_counts > 0).sum())
-    classes = f"{count:,} classes" + " without names" * (not names)
-    description = f"{split}: {len(source):,} samples, {classes}, {source.describe()}"
-    # More workers than cores only wait for each other; the batches are the same.
-    workers = min(data.num_workers, os.cpu_count() or 1)
-    return Loader(dataset, sampler, workers, Normalise(data.mean, data.std), description)
+    unnamed = " without names" * (not names)
+    content = f"{len(source):,} samples, {count:,} classes{unnamed}, {source.describe()}"
+    workers = _workers(data.num_workers, training and rank == 0)
+    return Loader(dataset, sampler, workers, Normalise(data.mean, data.std), f"{split}: {content}")

@@ -8,12 +8,13 @@ from pathlib import Path
 
 import torch
 
-from ..checkpoint import persistent_buffers
+from ..checkpoint import class_names, persistent_buffers
 from ..config import Architecture, ModelConfig, validate_architecture
 from ..moe.experts import ExpertLinear
+from ..text import plain
 from .dialects import Translation, detect, to_swin_moe
 from .swin import SwinTransformer
-from .transfer import fit, infer_model
+from .transfer import HEAD, fit, infer_model
 from .weights import State, WeightsError, read
 
 log = logging.getLogger("swin_moe")
@@ -29,6 +30,7 @@ class Pretrained:
         config: what the file tells of its model, defaults elsewhere.
         window_known: whether the file tells its window.
         own: whether the file is ours and knows its routing, too.
+        class_names: of the head's classes, by label; None where the file does not say them.
     """
 
     translation: Translation
@@ -36,6 +38,7 @@ class Pretrained:
     config: Architecture
     window_known: bool
     own: bool
+    class_names: list[str] | None = None
 
     @property
     def state(self) -> State:
@@ -61,7 +64,8 @@ def read_pretrained(path: Path, dialect: str = "auto") -> Pretrained:
     model["pretrained"] = ""  # a run's own beginning is of no interest to who goes on from it
     config = validate_architecture({"model": model, "moe": moe}, source=str(path))
     own = weights.config is not None
-    return Pretrained(translation, dialect, config, "window_size" in model, own)
+    names = class_names(path) if path.is_dir() else None
+    return Pretrained(translation, dialect, config, "window_size" in model, own, names)
 
 
 def _huggingface_model(stated: dict[str, object], path: Path) -> dict[str, object]:
@@ -115,8 +119,14 @@ def built_windows(model: ModelConfig) -> list[int]:
 
 
 @torch.no_grad()
-def load_pretrained(model: SwinTransformer, source: Pretrained) -> str:
+def load_pretrained(
+    model: SwinTransformer, source: Pretrained, classes: list[str] | None = None
+) -> str:
     """Copy weights into a model; of the experts what this rank holds.
+
+    Args:
+        classes: names of the model's classes: where the file names its own, the head's rows go by
+            name, and a head that lacks one of them is left as the model initialised it.
 
     The bias on the choice of experts is taken along where both have one, see
     ``moe.bias_update_rate``.
@@ -131,6 +141,7 @@ def load_pretrained(model: SwinTransformer, source: Pretrained) -> str:
     target = {**dict(model.named_parameters()), **buffers}
     state = {n: t for n, t in source.state.items() if n in target or not n.endswith(CHOICE_BIAS)}
     _warn_of_other_routing(model, source)
+    state, head = head_by_name(state, source.class_names, classes)
     for name in [name for name in state if ".experts." in name and name in target]:
         layer = model.get_submodule(name.rpartition(".")[0])
         if len(state[name]) != model.moe.num_experts:
@@ -152,9 +163,36 @@ def load_pretrained(model: SwinTransformer, source: Pretrained) -> str:
     notes = [f"{len(result.state)} tensors of {source.dialect} names"]
     if result.resized:
         notes.append(f"{len(result.resized)} resized")
-    if result.head:
-        notes.append(f"head {result.head}")
+    if head := head or result.head:
+        notes.append(f"head {head}")
     return ", ".join(notes)
+
+
+def head_by_name(
+    state: State, theirs: list[str] | None, ours: list[str] | None
+) -> tuple[State, str]:
+    """The head's rows in the order of our classes, or no head at all if it lacks one of them.
+
+    Returns:
+        the weights, and what became of the head; empty if names are unknown or the same.
+    """
+    if theirs is None or ours is None or theirs == ours or HEAD[0] not in state:
+        return state, ""
+    rows = {name: row for row, name in enumerate(theirs)}
+    without = {name: tensor for name, tensor in state.items() if name not in HEAD}
+    if (len(theirs), len(ours)) == (21841, 1000):
+        return state, ""  # their official map of rows knows one class more than the names
+    if unknown := [name for name in ours if name not in rows]:
+        way = "; data.match_classes=number takes it as it is" * (len(theirs) == len(ours))
+        return without, (
+            f"re-initialised for {len(ours):,} classes ({len(unknown):,} of them are not among the "
+            f"file's {len(theirs):,}, first '{plain(unknown[0])}'{way})"
+        )
+    if len(rows) < len(theirs):
+        return without, f"re-initialised for {len(ours):,} classes (the file names two alike)"
+    chosen = torch.tensor([rows[name] for name in ours])
+    head = {name: state[name][chosen] for name in HEAD if name in state}
+    return without | head, f"of {len(theirs):,} classes, {len(ours):,} taken by name"
 
 
 def _warn_of_other_routing(model: SwinTransformer, source: Pretrained) -> None:

@@ -69,6 +69,7 @@ def open_loader(
     world_size: int = 1,
     num_classes: int = 1000,
     seed: int = 5,
+    classes: list[str] | None = None,
     **values: Any,
 ) -> Loader:
     """A loader that the end of the test closes, see ``conftest.py``."""
@@ -82,6 +83,7 @@ def open_loader(
         rank=rank,
         world_size=world_size,
         seed=seed,
+        classes=classes,
     )
     OPENED.append(loader)
     return loader

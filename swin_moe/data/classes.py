@@ -1,0 +1,108 @@
+"""Labels by the names of their classes: what a model knows against what a data set holds."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ..text import plain
+
+if TYPE_CHECKING:
+    from .source import Source
+
+SHOWN = 3  # names in a message
+
+
+class Relabelled:
+    """A source whose labels are places in another list of classes.
+
+    Args:
+        classes: the other list.
+        place: [classes of the source] int32, the place of each of its classes in that list.
+    """
+
+    def __init__(self, source: Source, classes: list[str], place: np.ndarray) -> None:
+        self._source = source
+        self.class_names: list[str] | None = classes
+        self.labels = place[source.labels]
+        self.runs, self.passed_over = source.runs, source.passed_over
+        self.class_counts = np.zeros(len(classes), source.class_counts.dtype)
+        known = place[: len(source.class_counts)] >= 0
+        self.class_counts[place[: len(source.class_counts)][known]] = source.class_counts[known]
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def describe(self) -> str:
+        return self._source.describe()
+
+    def key(self, index: int) -> str:
+        return self._source.key(index)
+
+    def read(self, index: int) -> bytes:
+        return self._source.read(index)
+
+
+def match(source: Source, classes: list[str], split: str) -> Source:
+    """The source with labels that are places in ``classes``, matched by name.
+
+    A data set without names keeps its numbers, see :func:`difference`.
+
+    Args:
+        split: the config keys and their values, for messages.
+
+    Raises:
+        ValueError: it has samples of a class that is not among ``classes``, or two classes have
+            the same name.
+    """
+    theirs = source.class_names
+    if theirs is None or theirs == classes:
+        return source
+    counts = np.zeros(len(theirs), np.int64)
+    counts[: len(source.class_counts)] = source.class_counts
+    return Relabelled(source, classes, _places(theirs, counts, classes, split))
+
+
+def difference(source: Source, classes: list[str]) -> str:
+    """What to say of a held-out split that :func:`match` made; empty if it has all classes."""
+    if source.class_names is None:
+        return (
+            "its classes have no names, so its labels count as places in the model's list of "
+            f"{len(classes):,} classes"
+        )
+    there = set(np.flatnonzero(source.class_counts).tolist())
+    missing = [name for label, name in enumerate(classes) if label not in there]
+    if not missing:
+        return ""
+    return (
+        f"no sample of {len(missing):,} of the {len(classes):,} classes that the model knows "
+        f"({quoted(missing)}); the others are matched by name"
+    )
+
+
+def _places(theirs: list[str], counts: np.ndarray, classes: list[str], split: str) -> np.ndarray:
+    for names, whose in ((theirs, "its"), (classes, "the model's")):
+        if len(set(names)) < len(names):
+            twice = next(name for name in names if names.count(name) > 1)
+            raise ValueError(
+                f"{split}: its classes differ from the model's, and {whose} name '{plain(twice)}' "
+                "stands twice, so they cannot be matched: give each class a name of its own, or "
+                "set data.match_classes=number if the numbers agree"
+            )
+    known = {name: place for place, name in enumerate(classes)}
+    place = np.array([known.get(name, -1) for name in theirs], np.int32)
+    foreign = [theirs[label] for label in np.flatnonzero((place < 0) & (counts > 0))]
+    if foreign:
+        raise ValueError(
+            f"{split}: {len(foreign)} of its classes are unknown to the model: {quoted(foreign)}. "
+            f"It knows {len(classes)}: {quoted(classes)}. Rename or remove them, or set "
+            "data.match_classes=number if the numbers agree"
+        )
+    return place
+
+
+def quoted(names: list[str]) -> str:
+    """The first names in quotes, with an ellipsis if there are more."""
+    shown = ", ".join(f"'{plain(name)}'" for name in names[:SHOWN])
+    return shown + ", …" * (len(names) > SHOWN)

@@ -1,0 +1,66 @@
+"""Labels follow the names of classes, not their places in a sorted list."""
+
+import pytest
+
+from swin_moe.data.classes import match
+from tests.data.helpers import NO_AUGMENT, make_folder, open_loader
+
+
+def labels(loader):
+    return [label for batch in loader.epoch(0) for label in batch.labels.tolist() if label >= 0]
+
+
+def test_a_held_out_set_that_lacks_a_class_keeps_the_labels_of_the_others(tmp_path, caplog):
+    make_folder(tmp_path / "val", ["dog", "fox"])
+    loader = open_loader(tmp_path, training=False, classes=["cat", "dog", "fox"])
+    assert labels(loader) == [1, 1, 2, 2]
+    assert loader.class_names == ["cat", "dog", "fox"]
+    assert loader.missing_classes == ["cat"]
+    assert "no sample of 1 of the 3 classes that the model knows ('cat')" in caplog.text
+
+
+def test_another_order_is_mapped(tmp_path):
+    make_folder(tmp_path / "train", ["a", "b", "c"])
+    source = open_loader(tmp_path, NO_AUGMENT, classes=["c", "a", "b"])
+    assert [source.label(index) for index in range(6)] == [1, 1, 2, 2, 0, 0]
+    assert source.classes_seen == 3
+
+
+def test_unknown_classes_are_refused_by_name(tmp_path):
+    make_folder(tmp_path / "val", ["[cat]", "dog"])
+    message = (
+        r"data\.path=.*, data\.val=val: 1 of its classes are unknown to the model: '\[cat\]'\. "
+        r"It knows 2: 'cat', 'dog'\. Rename .* data\.match_classes=number"
+    )
+    with pytest.raises(ValueError, match=message):
+        open_loader(tmp_path, training=False, classes=["cat", "dog"])
+    loader = open_loader(tmp_path, training=False, classes=["cat", "dog"], match_classes="number")
+    assert labels(loader) == [0, 0, 1, 1]
+
+
+def test_two_classes_of_one_name_cannot_be_matched(tmp_path):
+    make_folder(tmp_path / "val", ["crane", "dog"])
+    with pytest.raises(ValueError, match="the model's name 'crane' stands twice"):
+        open_loader(tmp_path, training=False, classes=["crane", "crane", "dog"])
+
+
+def test_data_without_names_keep_their_numbers_and_say_so(tmp_path, caplog):
+    make_folder(tmp_path / "a", ["x", "y"])
+    (tmp_path / "val").write_text("a/y/0.png\t1\na/x/0.png\t0\n")
+    loader = open_loader(tmp_path, training=False, classes=["cat", "dog"])
+    assert labels(loader) == [1, 0]
+    assert "its classes have no names" in caplog.text
+
+
+def test_a_name_without_samples_may_be_unknown():
+    class Source:
+        runs, passed_over = None, ""
+
+    import numpy as np
+
+    source = Source()
+    source.class_names = ["a", "b", "z"]
+    source.labels, source.class_counts = np.array([1, 0, 1]), np.array([1, 2])
+    found = match(source, ["b", "a"], "data.val=val")
+    assert found.labels.tolist() == [0, 1, 0]
+    assert found.class_counts.tolist() == [2, 1]
