@@ -129,6 +129,7 @@ class _Report:
         self.planner, self.asked, self.ranked, self.curves = planner, asked, ranked, curves
         self.images, self.images_from, self.price = images, images_from, price
         config, cluster = planner.config, planner.cluster
+        self.unit = "process" if cluster.name == "cpu" else "GPU"
         self.cost = count(config.model, config.moe)
         choice = asked.choice
         self.per_rank = sum(g.elements for g in planner.groups(choice.expert_parallel_size))
@@ -255,15 +256,15 @@ class _Report:
             f"{1e3 * exposed:,.0f} waiting for messages, {1e3 * asked.update:,.0f} the optimizer"
         )
         console.print(
-            f"speed       {self.images_per_second(asked):,.0f} images/s a GPU, "
+            f"speed       {self.images_per_second(asked):,.0f} images/s a {self.unit}, "
             f"{self.batch / asked.seconds:,.0f} in all; MFU {100 * self.mfu(asked):.1f} %"
         )
         hours, cost = self.hours(asked), self.cost_of(asked)
-        bill = "" if cost is None else f", {cost:,.2f} at {self.price:g} a GPU-hour"
+        bill = "" if cost is None else f", {cost:,.2f} at {self.price:g} a {self.unit}-hour"
         console.print(
             f"the run     {self.updates:,} updates of {self.batch:,} images ({self.images:,} an "
-            f"epoch: {self.images_from}): {hours:,.1f} hours ({hours / 24:,.1f} days), "
-            f"{self.gpu_hours(asked):,.0f} GPU-hours{bill}"
+            f"epoch: {self.images_from}): {hours:,.2f} hours ({hours / 24:,.1f} days), "
+            f"{self.gpu_hours(asked):,.1f} {self.unit}-hours{bill}"
         )
         console.print(f"checkpoint  {self.checkpoint_bytes / GB:,.1f} GB: masters and moments")
         if asked.memory.host:
@@ -275,7 +276,7 @@ class _Report:
         table = Table(box=SIMPLE_HEAD, padding=(0, 1), title="layouts of the same global batch")
         for column in ("ZeRO", "EP", "images", "steps", "recompute", "offload", "GiB", "fits"):
             table.add_column(column, justify="right")
-        for column in ("ms", "img/s a GPU", "MFU", "hours"):
+        for column in ("ms", f"img/s a {self.unit}", "MFU", "hours"):
             table.add_column(column, justify="right")
         if self.price is not None:
             table.add_column("cost", justify="right")
@@ -294,7 +295,7 @@ class _Report:
                 f"{1e3 * layout.seconds:,.0f}",
                 f"{self.images_per_second(layout):,.0f}",
                 f"{100 * self.mfu(layout):.1f} %",
-                f"{self.hours(layout):,.1f}",
+                f"{self.hours(layout):,.2f}",
                 *([] if (cost := self.cost_of(layout)) is None else [f"{cost:,.2f}"]),
             )
         return table
