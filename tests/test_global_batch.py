@@ -26,7 +26,7 @@ def config(*overrides):
         (400, 16, [], (25, 1)),  # less than a micro-batch is left to each
         (400, 2, ["train.accumulation_steps=auto"], (200, 1)),  # which is still to be cut
         (400, 2, PAIRS, (50, 4)),
-        (10**9, 1, ["data.batch_size=1000"], (1000, 10**6)),
+        (10**6, 1, ["data.batch_size=1000"], (1000, 1000)),
     ],
 )
 def test_micro_batches_make_up_the_global_batch(total, processes, overrides, expected):

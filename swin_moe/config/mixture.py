@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from ..variants import VARIANTS, default_moe_blocks
@@ -52,12 +51,6 @@ def dense_by_mistake(
             what = f"{'.'.join(path)}={raw[path[0]][path[1]]}, but moe.blocks is empty"
             return path, f"{what} and the model would be dense: {mend}"
     return None
-
-
-def written_by_a_run(path: Path) -> bool:
-    """Whether a config file is one that a run or a checkpoint has beside it."""
-    beside = (path.parent / "manifest.json", path.parent / ".swin_moe")
-    return path.name == "config.yaml" and any(mark.is_file() for mark in beside)
 
 
 def _overridden(path: Key, raw: dict[str, Any], origins: dict[Key, str]) -> bool:

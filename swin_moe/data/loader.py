@@ -233,9 +233,9 @@ def build_loader(
         augment, image_sides, in_chans, data.mean, training, data.max_pixels
     )
     source = open_source(data, num_classes, training, classes)
-    split = data.train if training else data.val
+    name, split = ("train", data.train) if training else ("val", data.val)
     if rank == 0 and source.passed_over:
-        log.warning("%s: %s", plain(split), source.passed_over)
+        log.warning("%s (data.%s=%s)", source.passed_over, name, plain(split))
     if training and rank == 0 and (told := empty_classes(source, num_classes)):
         log.warning("data.train=%s: %s", data.train, told)
     by_name = classes is not None and data.match_classes == "name"

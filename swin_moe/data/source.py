@@ -73,7 +73,7 @@ def open_source(
             sample, the splits differ in classes, the model lacks a class, or a label is out of
             range.
     """
-    root = Path(data.path).expanduser()
+    root = Path(data.path)
     if data.path in BUNDLED and not root.exists():
         root = BUNDLED[data.path]
     if not root.is_dir() and not is_pattern(str(root)):

@@ -79,7 +79,9 @@ def test_folder_and_zip_have_the_same_samples_classes_and_rest(tmp_path):
 def test_what_is_passed_over_is_said_once_a_start(tmp_path, caplog):
     untidy(tmp_path / "train")
     open_loader(tmp_path, num_classes=3)
-    assert "train: 4 files passed over: 2 .txt" in caplog.text
+    assert (
+        "4 files passed over: 2 .txt, 1 .csv, 1 without a suffix (data.train=train)" in caplog.text
+    )
     line = PassedOver()
     for index in range(9):
         line.add(f"a.x{index % 6}")
