@@ -8,9 +8,9 @@ VENV := .venv
 # One more than there are cores: tests of launchers and faults mostly wait, and so they come first.
 SIDE_BY_SIDE = -n $$(($$(nproc) + 1)) --dist loadfile --no-loadscope-reorder
 BIN := $(VENV)/bin
-SOURCES := $(shell find swin_moe/csrc -type f) setup.py
+SOURCES := $(shell find swin_moe/csrc -type f 2>/dev/null) setup.py
 
-.PHONY: help setup train evaluate test test-all tensorboard check format lock clean
+.PHONY: help setup packages train evaluate test test-all tensorboard check format lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -37,6 +37,8 @@ $(VENV)/.built: $(STAMP) $(SOURCES)
 	@echo "building the compiled ops"
 	@$(BIN)/uv pip install --quiet --python $(BIN)/python --no-build-isolation --no-deps --editable .
 	@touch $@
+
+packages: $(STAMP) ## install the pinned packages alone, as an image's build does first
 
 setup: $(VENV)/.built ## make .venv, install the pinned packages, build the compiled ops
 

@@ -154,6 +154,9 @@ def _add_plan(commands: Any) -> argparse.ArgumentParser:
         "--images", type=int, metavar="N", help="of an epoch, where data.path is not here"
     )
     plan.add_argument(
+        "--price", type=float, metavar="P", help="of a GPU-hour: tells what the run costs"
+    )
+    plan.add_argument(
         "--simulate", action="store_true", help="weak and strong scaling up to 2,048 GPUs"
     )
     plan.add_argument("--output", type=Path, default=Path("plan.png"), metavar="FILE.png")

@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import io
 import logging
+import math
 import sys
 import time
 import traceback
@@ -156,10 +157,13 @@ def _train(arguments: argparse.Namespace, console: Any) -> int:
 
 def _doctor(arguments: argparse.Namespace, console: Any) -> int:
     from . import distributed
+    from .config import share_global_batch
     from .preflight.doctor import doctor
 
+    config = _config(arguments)
+    share_global_batch(config, ranks.environment_rank()[2])
     meeting = distributed.connect(arguments.timeout)
-    return DONE if doctor(_config(arguments), meeting, console, arguments.json) else WRONG_USE
+    return DONE if doctor(config, meeting, console, arguments.json) else WRONG_USE
 
 
 def _evaluate(arguments: argparse.Namespace, console: Any) -> int:
@@ -266,6 +270,8 @@ def _plan(arguments: argparse.Namespace, console: Any) -> int:
         value = getattr(arguments, flag)
         if value is not None and value < 1:
             raise ValueError(f"--{flag.replace('_', '-')} {value} must be at least 1")
+    if arguments.price is not None and not 0 <= arguments.price < math.inf:
+        raise ValueError(f"--price {arguments.price:g} must be a number from 0 on")
     if not console.is_terminal:
         console.width = 120  # a pipe has none of its own
     plan(
@@ -274,6 +280,7 @@ def _plan(arguments: argparse.Namespace, console: Any) -> int:
         console,
         name=Path(arguments.config).stem,
         images=arguments.images,
+        price=arguments.price,
         simulate=arguments.simulate,
         output=arguments.output,
         json_path=arguments.json,

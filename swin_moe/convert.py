@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-from .config import Architecture, validate_architecture
+from .config import Architecture, refuse_dense, validate_architecture
 from .models import SwinTransformer
 from .models.described import Described
 from .models.dialects import (
@@ -33,10 +33,11 @@ from .models.pretrained import (
     misfit,
     read_pretrained,
 )
-from .models.transfer import Fit, default_moe_blocks, fit, upcycle
+from .models.transfer import Fit, fit, upcycle
 from .models.weights import PICKLED, State, WeightsError, rank_files, write
 from .terminal import cell
 from .text import plain
+from .variants import default_moe_blocks
 
 # What each dialect's own programs look for in a .pth; the others take the weights to be all of it.
 _WRAPPER = {"swin_moe": "model", "official": "model", "timm": "state_dict", "mmseg": "state_dict"}
@@ -123,6 +124,7 @@ def convert(
         state = upcycle(
             state, config.model, config.moe, noise=upcycling.noise, random_gate=random_gate
         )
+    refuse_dense(config, {**overrides, "model": {"name": model_name}}, {}, "convert")
     target = _shapes(config)
     result = _fitted(source, state, target, config, allow_missing)
     console.print(_table(source.translation, result, target))
@@ -224,6 +226,8 @@ def _with_experts(config: Architecture, upcycling: Upcycle, stated: dict[str, An
         # The function stays what it was: gates sum to one, and nothing is dropped.
         "normalize_gate": True,
         "eval_capacity_factor": 0.0,
+        # Else the norm after the experts would take the gate, and the router would not learn.
+        "gate_after_norm": config.model.family == "swinv2",
         "fc2_bias": config.model.mlp_fc2_bias,
     }
     model = config.model.model_dump()
@@ -417,6 +421,7 @@ def _closing(output: Path, config: Architecture, dialect: str, window_known: boo
                 f"its config: moe.blocks={moe.blocks} moe.num_experts={moe.num_experts} "
                 f"moe.top_k={moe.top_k} moe.normalize_gate={str(moe.normalize_gate).lower()} "
                 f"moe.eval_capacity_factor={moe.eval_capacity_factor:g} "
-                f"moe.fc2_bias={str(moe.fc2_bias).lower()}"
+                f"moe.fc2_bias={str(moe.fc2_bias).lower()} "
+                f"moe.gate_after_norm={str(moe.gate_after_norm).lower()}"
             )
     return lines

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .config import Config, dump_plain, load_config, load_plain
+from .config import Config, dump_plain, load_config, load_plain, micro_batches
 from .host import count_gpus
 from .nodes import PORT, check_port
 from .ranks import check_world
@@ -160,6 +160,8 @@ def check(request: Request) -> Config:
     for processes in _worlds(request):
         if size != "auto":
             check_world(processes, size)
+        if config.data.global_batch:
+            micro_batches(config, processes)
     return config
 
 

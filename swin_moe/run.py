@@ -17,7 +17,7 @@ from rich.console import Console
 from . import checkpoint, distributed, ops, preflight, ranks, report
 from .changes import data_facts
 from .checkpoint import Saved, Writer
-from .config import Config, ZeroConfig, dump_config, load_config
+from .config import Config, ZeroConfig, dump_config, load_config, share_global_batch
 from .data import Loader, build_mixing, loader_of
 from .data.show import contact_sheet
 from .distributed import World
@@ -35,12 +35,13 @@ from .models.pretrained import (
     load_pretrained,
     read_pretrained,
 )
-from .moe import MoELayer, choose_overlap
+from .models.swin import FAMILIES
+from .moe import MoELayer, choose_overlap, lost_gate
 from .optim import build_schedule
 from .placement import Layout, expert_share
 from .precision import resolve_precision
 from .profiling import Profile, peak_flops
-from .run_directory import Run, prepare_folder, step_back
+from .run_directory import Run, keep_former_defaults, prepare_folder, step_back
 from .summary import draw_summary, show_picture
 from .trainer import Plan, Position, RollBack, Trainer
 from .watchdog import Watchdog
@@ -93,15 +94,20 @@ def train(
         _check(config, world)
         torch.set_flush_denormal(config.precision.flush_denormals)
         run = Run(Path(config.train.output), world, console)
+        if note := share_global_batch(config, world.size):
+            run.say(note)
         if verdict is not None:
             dtype = resolve_precision(config.precision, world.device)
             preflight.at_start(config, verdict, world, dtype, run.say)
+        keep_former_defaults(run, config, fresh)
         resolve_micro_batch(run, config, fresh)
         # All input is checked before anything is written.
         classes, loaders = _open_data(run, config, fresh)
         plan = _plan(config, loaders[0])
         source = _starting_weights(run, config, fresh)
         reader = prepare_folder(run, config, fresh, loaders[0], accept_changes)
+        if warning := lost_gate(config.moe, FAMILIES[config.model.family].post_norm):
+            run.say(f"warning: {warning}")
         for loader in loaders:
             loader.bad.file = Appender(
                 run.log_file.with_name(f"bad-samples-rank-{world.rank}.jsonl")
@@ -383,7 +389,7 @@ def _plan(config: Config, loader: Loader) -> Plan:
     if updates == 0:
         raise ValueError(
             f"train.accumulation_steps={accumulation} is more than the {len(loader)} batches of an "
-            "epoch: lower it or data.batch_size"
+            "epoch: lower data.global_batch, or else it or data.batch_size"
         )
     return Plan(
         epochs=config.schedule.epochs,

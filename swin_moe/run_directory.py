@@ -26,6 +26,7 @@ from .data import Loader
 from .distributed import World, broadcast_object, gather_objects
 from .models.pretrained import built_windows
 from .ranks import hostname, restarts, started_again
+from .variants import FORMER
 from .writing import LogFile, PlainFormatter
 
 log = logging.getLogger("swin_moe")
@@ -240,6 +241,39 @@ def _lock(marker: Path) -> None:
                 ) from None
             time.sleep(0.2)
     _held.append(handle)
+
+
+def keep_former_defaults(run: Run, config: Config, fresh: bool) -> None:
+    """Go on with what a variant's defaults were when the run began, where the config leaves them.
+
+    Weights that were trained with a gate before the norm, say, compute nonsense with one after it.
+    """
+    saved = None if fresh else _last_config(run)
+    if saved is None or saved.model.name != config.model.name:
+        return
+    kept = []
+    for section, keys in FORMER.get(config.model.name, {}).items():
+        then, now = getattr(saved, section), getattr(config, section)
+        for key, former in keys.items():
+            if key not in now.model_fields_set and getattr(then, key) == former:
+                if former != getattr(now, key):
+                    kept.append(f"{section}.{key}={str(former).lower()}")
+                setattr(now, key, former)
+    if kept:
+        run.say(
+            f"as when the run began: {' '.join(kept)} (the defaults of {config.model.name} have "
+            "changed since; a key that you state wins)"
+        )
+
+
+def _last_config(run: Run) -> Config | None:
+    """Of the newest checkpoint whose config can be read."""
+    for path in checkpoint.list_checkpoints(run.checkpoints):
+        try:
+            return load_config(path / "config.yaml")
+        except ValueError:  # what is wrong with it is said when it is to be resumed from
+            continue
+    return None
 
 
 def _check_same_model(reader: checkpoint.Reader, saved: Config, config: Config) -> None:

@@ -37,6 +37,8 @@ FAMILIES: dict[str, Sections] = {
 
 VARIANTS: dict[str, Sections] = {}
 PUBLISHED: dict[str, Published] = {}
+# What a variant had before its defaults changed: a run that began with them goes on with them.
+FORMER: dict[str, Sections] = {}
 
 _SHAPES: Sections = {
     "tiny": {"embed_dim": 96, "depths": [2, 2, 6, 2], "num_heads": [3, 6, 12, 24]},
@@ -49,8 +51,15 @@ _SHAPES: Sections = {
     "simmim_giant": {"embed_dim": 448, "depths": [2, 2, 18, 2], "num_heads": [14, 28, 56, 112]},
 }
 _22K: dict[str, Any] = {"num_classes": 21841}
-# Every second block of stage 2 and the last block of stage 3 (10 layers), as in the Swin-MoE paper.
-_MOE_BLOCKS = [[], [], list(range(1, 18, 2)), [1]]
+
+
+def default_moe_blocks(depths: list[int]) -> list[list[int]]:
+    """Every second block of the last stage but one, and the last block: Swin-MoE's placement."""
+    blocks: list[list[int]] = [[] for _ in depths]
+    blocks[-1] = [depths[-1] - 1]
+    if len(depths) > 1:
+        blocks[-2] = list(range(1, depths[-2], 2))
+    return blocks
 
 
 def _add(
@@ -155,7 +164,11 @@ def _add_mlp() -> None:
 
 
 def _add_moe() -> None:
-    """The official Swin-MoE, and ours: the same placement and recipe on Swin V2."""
+    """The official Swin-MoE, and ours: the same placement and recipe on Swin V2.
+
+    A block of Swin V2 has its norm after the experts, which undoes a token's only gate: there the
+    gate stands after the norm. Evaluation drops no token, see docs/moe.md.
+    """
     for size, experts, row in (
         ("small", 0, Published("65.8", top1=35.5)),
         ("small", 8, Published("173.3", top1=36.8)),
@@ -171,18 +184,24 @@ def _add_moe() -> None:
     ):
         kind = f"{experts}expert" if experts else "dense"
         name = f"{size}_{kind}_window12_192_22k"
+        drop = 0.3 if size == "base" and experts else 0.2
         moe: dict[str, Any] = {}
         model: dict[str, Any] = {**_22K, "mlp_fc2_bias": False}
         if experts:
-            moe = {"blocks": _MOE_BLOCKS, "num_experts": experts, "init_std": 0.005}
+            blocks = default_moe_blocks(_SHAPES[size]["depths"])
+            moe = {"blocks": blocks, "num_experts": experts, "init_std": 0.005}
             moe |= {"drop_rate": 0.1, "fc2_bias": False}
-            _add(f"swinv2_moe_{name}", "swinv2", size, 192, 12, 0.2, moe=moe, **_22K)
-            moe = moe | {"eval_capacity_factor": 1.25}
             model |= {"init_std": 0.005}
+            ours = {**moe, "gate_after_norm": True}
+            _add(f"swinv2_moe_{name}", "swinv2", size, 192, 12, drop, moe=ours, **_22K)
+            before = {"drop_path_rate": 0.2}
+            FORMER[f"swinv2_moe_{name}"] = {"model": before, "moe": {"gate_after_norm": False}}
+            official: Sections = {"model": before, "moe": {"eval_capacity_factor": 1.25}}
+            FORMER[f"swin_moe_{name}"] = FORMER[f"swin_moe_{name}_cosine"] = official
         if experts == 32:
             cosine = {**moe, "router": "cosine"}
-            _add(f"swin_moe_{name}_cosine", "swin_moe", size, 192, 12, 0.2, moe=cosine, **model)
-        _add(f"swin_moe_{name}", "swin_moe", size, 192, 12, 0.2, row, moe=moe, **model)
+            _add(f"swin_moe_{name}_cosine", "swin_moe", size, 192, 12, drop, moe=cosine, **model)
+        _add(f"swin_moe_{name}", "swin_moe", size, 192, 12, drop, row, moe=moe, **model)
 
 
 _add_v1()

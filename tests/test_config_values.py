@@ -83,6 +83,7 @@ def test_every_string_comes_back_from_a_file(tmp_path):
             section: {key: value for key, value in keys.items() if isinstance(value, str)}
             for section, keys in config.model_dump().items()
         }
+        del texts["moe"]  # without blocks its keys would be refused
         text = dump(texts, default_flow_style=None)
         assert load_config(write(tmp_path, text)) == config
     assert yaml.safe_load(text)["train"]["output"] == word  # other programs read it, too

@@ -18,8 +18,9 @@ from swin_moe.config import ModelConfig, MoEConfig
 from swin_moe.convert import Upcycle, convert
 from swin_moe.models import SwinTransformer
 from swin_moe.models.pretrained import read_pretrained
-from swin_moe.models.transfer import default_moe_blocks, rows_22k_to_1k, upcycle
+from swin_moe.models.transfer import rows_22k_to_1k, upcycle
 from swin_moe.models.weights import WeightsError, read, write
+from swin_moe.variants import default_moe_blocks
 from tests.golden import Golden
 from tests.parallel import one_error, swin_moe, train
 
@@ -226,8 +227,9 @@ def test_another_image_is_the_same_by_call_and_by_load(tmp_path, family, pixels)
         torch.nn.init.normal_(parameter, std=0.5)
     path = tmp_path / "x.safetensors"
     write(path, model.state_dict(), read_config(model))
-    built = build_model(family, pretrained=str(path), img_size=pixels, window_size=16,
-                        num_classes=5, **OURS).eval()  # fmt: skip
+    name = "swin_moe_small_dense_window12_192_22k" if family == "swin_moe" else family
+    built = build_model(name, pretrained=str(path), img_size=pixels, window_size=16,
+                        num_classes=5, mlp_fc2_bias=True, **OURS).eval()  # fmt: skip
     images = torch.randn(2, 3, pixels, pixels)
     torch.testing.assert_close(built(images), model(images), rtol=1e-4, atol=1e-5)
 
@@ -432,6 +434,7 @@ def test_a_dense_run_becomes_a_mixture(tmp_path):
     said = run(tmp_path / "dense", output, overrides={"moe": {"blocks": [[], [1]]}},
                upcycling=Upcycle(experts=4))  # fmt: skip
     assert "moe.num_experts=4 moe.top_k=1 moe.normalize_gate=true" in said
+    assert "moe.gate_after_norm=true" in said
     start = [f"model.pretrained={output}", "moe.normalize_gate=true"]
     done = train(tmp_path / "moe", *start, "train.max_steps=2", processes=2)
     assert done.returncode == 0, done.stderr

@@ -1,5 +1,6 @@
 """Typed configuration: strict YAML in, sections of typed keys out."""
 
+from .batch import micro_batches, share_global_batch
 from .loading import (
     KNOWN,
     ConfigError,
@@ -8,6 +9,7 @@ from .loading import (
     load_config,
     load_plain,
     parse_overrides,
+    refuse_dense,
     unknown_model,
     validate,
     validate_architecture,
@@ -56,7 +58,10 @@ __all__ = [
     "dump_plain",
     "load_config",
     "load_plain",
+    "micro_batches",
     "parse_overrides",
+    "refuse_dense",
+    "share_global_batch",
     "unknown_model",
     "validate",
     "validate_architecture",

@@ -18,6 +18,7 @@ from ..text import plain
 from ..variants import FAMILIES, VARIANTS
 from . import yaml_core
 from .kinds import check_path
+from .mixture import dense_by_mistake
 from .sections import Architecture, Config
 from .yaml_core import ConfigError, Key, NotOurYaml
 
@@ -250,8 +251,10 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     train = raw.setdefault("train", {})
     if isinstance(train, dict) and train.get("output") in (None, ""):
         train["output"] = f"runs/{path.stem}"
-    config = validate(raw, origins, str(path))
-    if not written_by_a_run(path):
+    saved = written_by_a_run(path)
+    config = _validate(Config, raw, origins, str(path))
+    refuse_dense(config, raw, origins, str(path), saved)
+    if not saved:
         _check_rates(config, origins, str(path))
     return config
 
@@ -282,12 +285,23 @@ def parse_overrides(overrides: list[str] | tuple[str, ...]) -> dict[str, Any]:
 
 def validate(raw: dict[str, Any], origins: Origins | None = None, source: str = "config") -> Config:
     """Fill in the variant that ``model.name`` names and validate nested plain values."""
-    return _validate(Config, raw, origins, source)
+    config = _validate(Config, raw, origins, source)
+    refuse_dense(config, raw, origins or {}, source)
+    return config
 
 
 def validate_architecture(raw: dict[str, Any], source: str) -> Architecture:
-    """The same for the sections ``model`` and ``moe`` alone."""
+    """The same for the sections ``model`` and ``moe`` alone, which weights may state, too."""
     return _validate(Architecture, raw, None, source)
+
+
+def refuse_dense(
+    config: Architecture, raw: dict[str, Any], origins: Origins, source: str, saved: bool = False
+) -> None:
+    """Raise :class:`ConfigError` for a mixture without MoE blocks, see :mod:`.mixture`."""
+    if found := dense_by_mistake(config, raw, origins, saved):
+        path, message = found
+        raise _error(origins.get(path, origins.get(path[:1], source)), message)
 
 
 def _validate(
@@ -298,15 +312,19 @@ def _validate(
         raise _error(source, f"expected sections such as 'model:', got {raw!r:.60}")
     model = raw.get("model")
     name = model.get("name") if isinstance(model, dict) else None
-    if isinstance(name, str):
-        if name not in KNOWN:
-            place = origins.get(("model", "name"), source)
-            raise _error(place, f"model.name={unknown_model(name)}")
-        raw = _merge(KNOWN[name], raw)
+    if isinstance(name, str) and name not in KNOWN:
+        place = origins.get(("model", "name"), source)
+        raise _error(place, f"model.name={unknown_model(name)}")
+    known = KNOWN.get(name, {}) if isinstance(name, str) else {}
     try:
-        return kind.model_validate(raw)
+        config = kind.model_validate(_merge(known, raw))
     except ValidationError as error:
         raise _explain(error, origins, source) from None
+    for section, keys in known.items():  # what is set is what the user stated, not the variant
+        getattr(config, section).model_fields_set.difference_update(
+            keys.keys() - (raw.get(section) or {}).keys()
+        )
+    return config
 
 
 def unknown_model(name: str) -> str:

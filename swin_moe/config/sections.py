@@ -120,7 +120,7 @@ class MoEConfig(Section):
     eval_top_k: NonNegative = 0  # 0 = top_k
     slots_per_expert: kinds.Size = 1  # of soft routing, per image
     capacity_factor: kinds.Factor = 1.25  # 0 = dropless
-    eval_capacity_factor: kinds.Factor = 0.0  # dropless: a result never depends on the batch
+    eval_capacity_factor: kinds.Factor = 0.0  # dropless, see docs/moe.md
     route_per_image: bool = False  # token choice: each image has its own queues and capacity
     batch_prioritized: bool = True
     normalize_gate: bool = False
@@ -205,6 +205,8 @@ class DataConfig(Section):
     # How the samples' classes find the model's: by their names, or by number whatever the names.
     match_classes: Literal["name", "number"] = "name"
     batch_size: kinds.Images = 128  # per process and micro-step, see train.accumulation_steps
+    # Images of an update on any number of processes; micro-steps follow. 0 = what they come to.
+    global_batch: kinds.ImagesOrNone = 0
     eval_batch_size: kinds.ImagesOrNone = 0  # 0 = batch_size
     num_workers: kinds.Workers = 4
     # 0 = shuffle all samples in each epoch. On network disks: shuffle the shards, and so many

@@ -14,6 +14,7 @@ from ..config import (
     ConfigError,
     ModelConfig,
     MoEConfig,
+    refuse_dense,
     unknown_model,
     validate_architecture,
 )
@@ -45,7 +46,9 @@ def build_model(name: str, **overrides: Any) -> SwinTransformer:
     if name not in KNOWN:
         raise ConfigError(unknown_model(name))
     moe = overrides.pop("moe", {})
-    config = validate_architecture({"model": {"name": name, **overrides}, "moe": moe}, source=name)
+    stated = {"model": {"name": name, **overrides}, "moe": moe}
+    config = validate_architecture(stated, source=name)
+    refuse_dense(config, stated, {}, source=name)
     if not config.model.pretrained:
         return build(config.model, config.moe)
     source = read_pretrained(Path(config.model.pretrained))

@@ -275,7 +275,7 @@ def _warn_of_other_routing(model: SwinTransformer, source: Pretrained) -> None:
     theirs = source.config.moe
     if not source.own or not theirs.enabled:
         return
-    for key in ("top_k", "normalize_gate"):
+    for key in ("top_k", "normalize_gate", "gate_after_norm"):
         if getattr(theirs, key) != getattr(model.moe, key):
             log.warning(
                 "moe.%s=%s, but the pretrained model has %s",

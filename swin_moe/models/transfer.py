@@ -310,15 +310,6 @@ def _pretrained_windows(dropped: State, stages: int) -> list[int]:
 # Dense to mixture of experts
 
 
-def default_moe_blocks(depths: list[int]) -> list[list[int]]:
-    """Every second block of the last stage but one, and the last block: Swin-MoE's placement."""
-    blocks: list[list[int]] = [[] for _ in depths]
-    blocks[-1] = [depths[-1] - 1]
-    if len(depths) > 1:
-        blocks[-2] = list(range(1, depths[-2], 2))
-    return blocks
-
-
 def upcycle(
     state: State,
     model: ModelConfig,

@@ -1,7 +1,7 @@
 """Mixture-of-Experts layers: plan, router, routing modes, balance, exchange, experts, layer."""
 
 from .backends import build as build_moe
-from .health import RouterWatch
+from .health import RouterWatch, lost_gate
 from .layer import MoELayer, MoEResult
 from .meter import ChoiceCounter, LayerTotals, RouterMeter
 from .plan import Routing, RoutingPlan, RoutingStats
@@ -19,4 +19,5 @@ __all__ = [
     "RoutingStats",
     "build_moe",
     "choose_overlap",
+    "lost_gate",
 ]

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import astuple, dataclass, field, replace
 
 import numpy as np
 import torch
 
-from ..config import Config, ModelConfig
+from ..config import Config, ModelConfig, micro_batches
 from ..host import MARGIN
 from .flops import Flops, flops
 from .hardware import Cluster
@@ -21,6 +21,7 @@ from .traffic import Message, exchanged, traffic
 # only constants, with the time that a GPU needs from one kernel to the next in eager PyTorch.
 OF_PRODUCTS, OF_MEMORY, OF_LINKS = 0.6, 0.8, 0.7
 LAUNCH = 5e-6  # seconds per op
+CLOSE = 1.05  # times so near to one another that the roofline cannot tell which is less
 HOST_LINK = 2e10  # bytes/s to host memory, per GPU
 
 
@@ -101,11 +102,14 @@ class Planner:
             size = int(np.gcd.reduce([cluster.per_node, cluster.size, config.moe.num_experts]))
             size = size if shardable else 1
         steps = config.train.accumulation_steps
+        images, steps = config.data.batch_size, 1 if steps == "auto" else steps
+        if config.data.global_batch:
+            images, steps = micro_batches(config, cluster.size)
         return Choice(
             config.zero.stage,
             size,
-            config.data.batch_size,
-            1 if steps == "auto" else steps,
+            images,
+            steps,
             config.model.use_checkpoint,
             config.zero.offload,
             config.zero.offload_weights,
@@ -291,11 +295,12 @@ def fits(layout: Layout, cluster: Cluster) -> bool:
     return layout.memory.total <= cluster.memory
 
 
-def rank_layouts(planner: Planner, cluster: Cluster) -> list[Layout]:
-    """The best of each ZeRO stage, expert group, checkpointing and offload, the fastest first.
+def rank_layouts(planner: Planner, asked: Layout, cluster: Cluster) -> list[Layout]:
+    """The best of each ZeRO stage, expert group, checkpointing and offload, and the config's own.
 
-    Where none of them fits, its smallest micro-batch stands for it; those come last. One more
-    recomputes only some of the blocks, where that may be the fastest.
+    The one to take comes first, see :func:`_to_take`, then the fastest. Where none of a kind fits,
+    its smallest micro-batch stands for it; those come last. One more recomputes only some of the
+    blocks, where that may be the fastest.
     """
     best: dict[tuple[object, ...], Layout] = {}
     for choice in planner.alternatives():
@@ -309,9 +314,31 @@ def rank_layouts(planner: Planner, cluster: Cluster) -> list[Layout]:
             best[key] = layout
     ranked = sorted(best.values(), key=lambda layout: _order(layout, cluster))
     spared = _recompute_less(planner, ranked, cluster)
-    if spared is not None:
-        ranked = sorted([spared, *ranked], key=lambda layout: _order(layout, cluster))
-    return ranked
+    more = [] if spared is None else [spared]
+    if fits(asked, cluster) and all(asked.choice != layout.choice for layout in ranked + more):
+        more.append(asked)
+    ranked = sorted(ranked + more, key=lambda layout: _order(layout, cluster))
+    first = _to_take(ranked, asked.choice, cluster)
+    return [first, *(layout for layout in ranked if layout is not first)]
+
+
+def _to_take(ranked: list[Layout], asked: Choice, cluster: Cluster) -> Layout:
+    """The config as it is, if no layout is clearly faster; else of the fastest ones the simplest.
+
+    That is the lowest ZeRO stage, then what changes least of the config, then the fastest.
+    """
+    close = [
+        layout
+        for layout in ranked
+        if fits(layout, cluster) and layout.seconds <= CLOSE * ranked[0].seconds
+    ]
+
+    def changes(layout: Layout) -> tuple[bool, int, int, float]:
+        choice = layout.choice
+        changed = sum(a != b for a, b in zip(astuple(choice), astuple(asked), strict=True))
+        return changed > 0, choice.stage, changed, layout.seconds
+
+    return min(close, key=changes, default=ranked[0])
 
 
 def _recompute_less(planner: Planner, ranked: list[Layout], cluster: Cluster) -> Layout | None:

@@ -15,7 +15,7 @@ from ..config import Config, load_config
 from ..models.cost import count
 from ..ranks import check_world
 from ..text import plain
-from .choices import Layout, Planner, fits, rank_layouts
+from .choices import CLOSE, Layout, Planner, fits, rank_layouts
 from .draw import draw, label
 from .hardware import GB, GIB, Cluster
 from .scaling import PUBLISHED, Point, strong, weak
@@ -34,6 +34,7 @@ def plan(
     *,
     name: str,
     images: int | None = None,
+    price: float | None = None,
     simulate: bool = False,
     output: Path = Path("plan.png"),
     json_path: Path | None = None,
@@ -42,6 +43,7 @@ def plan(
 
     Args:
         images: of an epoch; default: the data set's, or ImageNet's of as many classes.
+        price: of a GPU for an hour, in whatever currency; None = no cost is told.
 
     Raises:
         ValueError: the config cannot be laid out on so many ranks.
@@ -53,7 +55,7 @@ def plan(
     check_world(cluster.size, asked_choice.expert_parallel_size)
     with console.status("tracing the model"):
         asked = planner.lay_out(asked_choice)
-        ranked = rank_layouts(planner, cluster)
+        ranked = rank_layouts(planner, asked, cluster)
         curves: dict[str, list[Point]] = {}
         chosen = asked if fits(asked, cluster) or not ranked else ranked[0]
         if simulate:
@@ -61,7 +63,7 @@ def plan(
                 "weak: same batch per GPU": weak(planner, chosen),
                 "strong: same global batch": strong(planner, chosen),
             }
-    report = _Report(planner, asked, ranked, curves, *_images(config, images))
+    report = _Report(planner, asked, ranked, curves, *_images(config, images), price)
     report.print(console, name)
     if simulate:
         console.print(_published(console))
@@ -123,10 +125,12 @@ class _Report:
         curves: dict[str, list[Point]],
         images: int,
         images_from: str,
+        price: float | None,
     ) -> None:
         self.planner, self.asked, self.ranked, self.curves = planner, asked, ranked, curves
-        self.images, self.images_from = images, images_from
+        self.images, self.images_from, self.price = images, images_from, price
         config, cluster = planner.config, planner.cluster
+        self.unit = "process" if cluster.name == "cpu" else "GPU"
         self.cost = count(config.model, config.moe)
         choice = asked.choice
         self.per_rank = sum(g.elements for g in planner.groups(choice.expert_parallel_size))
@@ -136,8 +140,25 @@ class _Report:
         limit = config.train.max_steps
         self.updates = min(updates, limit) if limit else updates
 
-    def seconds(self, layout: Layout) -> float:
-        return self.updates * layout.seconds
+    def hours(self, layout: Layout) -> float:
+        """Of the run."""
+        return self.updates * layout.seconds / 3600
+
+    def gpu_hours(self, layout: Layout) -> float:
+        return self.hours(layout) * self.planner.cluster.size
+
+    def images_per_second(self, layout: Layout) -> float:
+        """Of each GPU."""
+        return layout.choice.images * layout.choice.accumulation / layout.seconds
+
+    def mfu(self, layout: Layout) -> float:
+        """Model FLOPs, six a multiply-accumulate and nothing twice, over the device's peak."""
+        device = self.planner.cluster.device
+        peak = device.bf16 if self.planner.bf16 else device.fp32
+        return 6.0 * self.cost.macs * self.images_per_second(layout) / peak
+
+    def cost_of(self, layout: Layout) -> float | None:
+        return None if self.price is None else self.price * self.gpu_hours(layout)
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -147,6 +168,7 @@ class _Report:
             "checkpoint_bytes": self.checkpoint_bytes,
             "epoch_images": self.images,
             "updates": self.updates,
+            "price": self.price,
             "config": self._layout(self.asked),
             "layouts": [self._layout(layout) for layout in self.ranked],
             "scaling": {
@@ -178,7 +200,12 @@ class _Report:
             "compute": layout.compute,
             "exposed": layout.exposed,
             "update": layout.update,
-            "days": self.seconds(layout) / 86400,
+            "mfu": self.mfu(layout),
+            "images_per_second_per_gpu": self.images_per_second(layout),
+            "hours": self.hours(layout),
+            "days": self.hours(layout) / 24,
+            "gpu_hours": self.gpu_hours(layout),
+            "cost": self.cost_of(layout),
         }
 
     # ----------------------------------------------------------------------------------------
@@ -207,26 +234,39 @@ class _Report:
         console.print(_message_table(asked))
         self._print_time(console)
         console.print(self._ranking())
-        best = self.ranked[0]
-        if fits(best, cluster):
-            console.print("the fastest that fits, at the same global batch:", style="bold")
-            console.print("  " + " ".join(best.choice.overrides()), soft_wrap=True)
+        self._print_suggestion(console)
         for title, points in self.curves.items():
             console.print(_curve_table(title, points))
+
+    def _print_suggestion(self, console: Console) -> None:
+        best = self.ranked[0]
+        if not fits(best, self.planner.cluster):
+            return
+        near = f"within {100 * (CLOSE - 1):.0f} % of the fastest that fits"
+        if best.choice == self.asked.choice:
+            text = f"take the config as it is: it is {near}:"
+        else:
+            text = f"the lowest ZeRO stage {near}, at the same global batch:"
+        console.print(text, style="bold")
+        console.print("  " + " ".join(best.choice.overrides()), soft_wrap=True)
 
     def _print_time(self, console: Console) -> None:
         asked, cluster = self.asked, self.planner.cluster
         exposed = sum(asked.exposed.values())
         console.print(
             f"an update   {1e3 * asked.seconds:,.0f} ms: {1e3 * asked.compute:,.0f} computing, "
-            f"{1e3 * exposed:,.0f} waiting for messages, {1e3 * asked.update:,.0f} the optimizer; "
-            f"{self.batch / asked.seconds:,.0f} images/s"
+            f"{1e3 * exposed:,.0f} waiting for messages, {1e3 * asked.update:,.0f} the optimizer"
         )
-        total = self.seconds(asked)
+        console.print(
+            f"speed       {self.images_per_second(asked):,.0f} images/s a {self.unit}, "
+            f"{self.batch / asked.seconds:,.0f} in all; MFU {100 * self.mfu(asked):.1f} %"
+        )
+        hours, cost = self.hours(asked), self.cost_of(asked)
+        bill = "" if cost is None else f", {cost:,.2f} at {self.price:g} a {self.unit}-hour"
         console.print(
             f"the run     {self.updates:,} updates of {self.batch:,} images ({self.images:,} an "
-            f"epoch: {self.images_from}): {total / 86400:,.1f} days, "
-            f"{total / 3600 * cluster.size:,.0f} GPU-hours"
+            f"epoch: {self.images_from}): {hours:,.2f} hours ({hours / 24:,.1f} days), "
+            f"{self.gpu_hours(asked):,.1f} {self.unit}-hours{bill}"
         )
         console.print(f"checkpoint  {self.checkpoint_bytes / GB:,.1f} GB: masters and moments")
         if asked.memory.host:
@@ -238,8 +278,10 @@ class _Report:
         table = Table(box=SIMPLE_HEAD, padding=(0, 1), title="layouts of the same global batch")
         for column in ("ZeRO", "EP", "images", "steps", "recompute", "offload", "GiB", "fits"):
             table.add_column(column, justify="right")
-        for column in ("ms", "img/s", "days"):
+        for column in ("ms", f"img/s a {self.unit}", "MFU", "hours"):
             table.add_column(column, justify="right")
+        if self.price is not None:
+            table.add_column("cost", justify="right")
         for layout in self.ranked[:16]:
             choice, total = layout.choice, layout.memory.total
             over = (total - cluster.memory) / GIB
@@ -253,8 +295,10 @@ class _Report:
                 f"{total / GIB:.1f}",
                 "yes" if over <= 0 else f"+{over:.1f}",
                 f"{1e3 * layout.seconds:,.0f}",
-                f"{self.batch / layout.seconds:,.0f}",
-                f"{self.seconds(layout) / 86400:,.1f}",
+                f"{self.images_per_second(layout):,.0f}",
+                f"{100 * self.mfu(layout):.1f} %",
+                f"{self.hours(layout):,.2f}",
+                *([] if (cost := self.cost_of(layout)) is None else [f"{cost:,.2f}"]),
             )
         return table
 

@@ -15,7 +15,7 @@ BLOCKS = re.findall(r"```python\n(.*?)```", DOC.read_text(encoding="utf-8"), re.
 SMALL = {"embed_dim": 8, "depths": [2, 1, 1, 1], "num_heads": [1, 1, 2, 2], "window_size": 4,
          "img_size": 64, "drop_path_rate": 0.0}  # fmt: skip
 MOE = {"blocks": [[1], [], [0], [0]], "num_experts": 4}
-FAMILIES = ["swin", "swinv2", "swin_mlp", "swin_moe"]
+FAMILIES = ["swin", "swinv2", "swin_mlp", "swin_moe_small_dense_window12_192_22k"]
 
 
 def step(features, images):

@@ -26,7 +26,8 @@ SHAPE = {
 def small(family):
     """A model in which every part matters: the zeros that training starts from are drawn."""
     torch.manual_seed(0)
-    model = build_model(family, **SHAPE)
+    name = "swin_moe_small_dense_window12_192_22k" if family == "swin_moe" else family
+    model = build_model(name, **SHAPE)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" in name:

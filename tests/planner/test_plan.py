@@ -1,14 +1,16 @@
 """The command: what it prints, writes and refuses; and that the large recipes pass it."""
 
 import json
+import re
 from dataclasses import replace
 
 import pytest
 from rich.console import Console
 
 from swin_moe.config import load_config
+from swin_moe.models.cost import count
 from swin_moe.planner import Cluster, DoesNotFit, command, plan
-from swin_moe.planner.choices import Planner, fits
+from swin_moe.planner.choices import Planner, _to_take, fits
 from tests.parallel import MICRO, ROOT, SMALL, one_error, swin_moe
 
 
@@ -34,8 +36,9 @@ def test_plan_ranks_layouts_of_the_same_global_batch(tmp_path):
     assert (tmp_path / "plan.png").stat().st_size > 10_000
     assert figures["config"]["fits"]
     fitting = [layout for layout in figures["layouts"] if layout["fits"]]
-    times = [layout["seconds"] for layout in fitting]
+    first, *times = [layout["seconds"] for layout in fitting]
     assert times == sorted(times)
+    assert first <= 1.05 * times[0]
     for layout in figures["layouts"]:
         keys = dict(part.split("=") for part in layout["overrides"])
         assert int(keys["data.batch_size"]) * int(keys["train.accumulation_steps"]) == 8
@@ -43,6 +46,65 @@ def test_plan_ranks_layouts_of_the_same_global_batch(tmp_path):
         load_config(MICRO, [*SMALL, *layout["overrides"]])
     assert "GPU-hours" in text
     assert "all_reduce" in text
+
+
+@pytest.mark.parametrize("price", [None, 2.5])
+def test_speed_hours_and_cost(tmp_path, price):
+    cluster, overrides = Cluster("a100-40", 2, 2), [*SMALL, "data.batch_size=8", "zero.stage=1"]
+    figures, text, _ = planned(tmp_path, MICRO, overrides, cluster, images=3200, price=price)
+    config = load_config(MICRO, overrides)
+    for found in [figures["config"], *figures["layouts"]]:
+        each = found["images_per_second_per_gpu"]
+        assert each == pytest.approx(8 / found["seconds"])
+        flops = 6 * count(config.model, config.moe).macs * each
+        peak = cluster.device.bf16 if "bf16" in text else cluster.device.fp32
+        assert found["mfu"] == pytest.approx(flops / peak)
+        assert found["hours"] == pytest.approx(100 * found["seconds"] / 3600)
+        assert found["gpu_hours"] == pytest.approx(4 * found["hours"])
+        expected = None if price is None else pytest.approx(2.5 * found["gpu_hours"])
+        assert found["cost"] == expected
+    assert figures["price"] == price
+    assert re.search(r"speed +[\d,]+ images/s a GPU, [\d,]+ in all; MFU [\d.]+ %", text)
+    assert (" at 2.5 a GPU-hour" in text) == (price is not None)
+
+
+def laid_out(**times):
+    """Layouts on one GPU that take so many seconds by ZeRO stage: `z1=1.0`."""
+    planner = Planner(load_config(MICRO, SMALL), Cluster("h100", 1, 1), fused=True)
+    some = planner.lay_out(planner.asked())
+    return [
+        replace(some, choice=replace(some.choice, stage=int(name[1])), compute=seconds,
+                exposed={}, update=0.0)
+        for name, seconds in sorted(times.items(), key=lambda item: item[1])
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("times", "asked", "taken"),
+    [
+        ({"z3": 1.0, "z1": 1.04, "z2": 1.02}, 2, 2),  # the config as it is
+        ({"z3": 1.0, "z1": 1.04, "z2": 1.06}, 2, 1),  # the lowest stage
+        ({"z3": 1.0, "z1": 1.06, "z2": 1.06}, 1, 3),  # clearly faster
+        ({"z3": 1.0, "z2": 1.01}, 0, 2),
+    ],
+)
+def test_what_is_about_as_fast_is_not_worth_a_higher_stage(times, asked, taken):
+    ranked = laid_out(**times)
+    choice = replace(ranked[0].choice, stage=asked)
+    assert _to_take(ranked, choice, Cluster("h100", 1, 1)).choice.stage == taken
+
+
+def test_of_one_stage_what_changes_least_is_taken():
+    (plain,) = laid_out(z1=1.0)
+    moved = replace(plain, choice=replace(plain.choice, checkpoint=True), compute=0.99)
+    choice = replace(plain.choice, stage=3)
+    assert _to_take([moved, plain], choice, Cluster("h100", 1, 1)) == plain
+
+
+def test_a_small_model_stays_as_it_is(tmp_path):
+    figures, text, _ = planned(tmp_path, MICRO, SMALL, Cluster("h100", 1, 8), images=10_000)
+    assert figures["layouts"][0]["overrides"] == figures["config"]["overrides"]
+    assert "take the config as it is: it is within 5 % of the fastest that fits" in text
 
 
 def test_no_more_is_recomputed_than_must_be(tmp_path):
@@ -110,6 +172,8 @@ def test_large_recipes_pass(recipe, tmp_path):
     ("arguments", "expected"),
     [
         (["--gpu", "h1000"], "--gpu h1000: unknown; there are v100"),
+        (["--price", "-1"], "--price -1 must be a number from 0 on"),
+        (["--price", "nan"], "--price nan must be a number from 0 on"),
         (["--nodes", "0"], "--nodes 0 must be at least 1"),
         (
             ["parallel.expert_parallel_size=4", "--gpus-per-node", "6"],

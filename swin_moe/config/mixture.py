@@ -1,0 +1,60 @@
+"""A config that says that it is a mixture of experts is one, or it is refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..variants import VARIANTS, default_moe_blocks
+from .sections import Architecture, MoEConfig
+
+Key = tuple[str, ...]
+
+_DENSE_SWIN_MOE = "swin_moe_small_dense_window12_192_22k"
+
+
+def dense_by_mistake(
+    config: Architecture, raw: dict[str, Any], origins: dict[Key, str], saved: bool = False
+) -> tuple[Key, str] | None:
+    """What says that the model is a mixture of experts, although no block is one.
+
+    These say so: a name or family of such models, and every key of ``moe`` that is stated. Beside
+    a stated ``moe.blocks`` a file's keys may have their defaults, for a run writes all keys of a
+    dense model. ``moe.blocks=[]`` on the command line makes a model dense on purpose.
+
+    Args:
+        raw: what the user stated. origins: where, as far as known.
+        saved: a run wrote the file, with all keys: only overrides count.
+
+    Returns:
+        the key and what is wrong with it; None where nothing is.
+    """
+    if config.moe.enabled or _overridden(("moe", "blocks"), raw, origins):
+        return None
+    model, moe = raw.get("model") or {}, raw.get("moe") or {}
+    defaults = MoEConfig()
+    blocks = f"write moe.blocks: {default_moe_blocks(config.model.depths)}"
+    mends: dict[Key, str] = {}
+    for key in [key for key in moe if key != "blocks"]:
+        changed = getattr(config.moe, key) != getattr(defaults, key)
+        if changed or "blocks" not in moe or _overridden(("moe", key), raw, origins):
+            mends["moe", key] = f"{blocks}, or leave moe.{key} out"
+    name = model.get("name")
+    if name == "swinv2_moe":
+        mends["model", "name"] = f"{blocks}, or model.name: swinv2"
+    elif name in VARIANTS and VARIANTS[name]["moe"]:
+        mends["model", "name"] = "leave moe.blocks out, or choose a dense model.name"
+    elif name == "swin_moe" or (model.get("family") == "swin_moe" and name not in VARIANTS):
+        key = "name" if name == "swin_moe" else "family"
+        mends["model", key] = f"{blocks}, or model.name: {_DENSE_SWIN_MOE} with this shape"
+    for path, mend in mends.items():
+        if not saved or _overridden(path, raw, origins):
+            what = f"{'.'.join(path)}={raw[path[0]][path[1]]}, but moe.blocks is empty"
+            return path, f"{what} and the model would be dense: {mend}"
+    return None
+
+
+def _overridden(path: Key, raw: dict[str, Any], origins: dict[Key, str]) -> bool:
+    """Whether the command line states a key, or the whole section that holds it."""
+    stated = path[1] in (raw.get(path[0]) or {})
+    places = (origins.get(path, ""), origins.get(path[:1], ""))
+    return stated and any(place.startswith("override") for place in places)
