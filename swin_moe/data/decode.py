@@ -106,8 +106,8 @@ class EncodedImage:
         if height * width > self._max_pixels:
             raise UnreadableImage(
                 "too large",
-                f"{width} × {height} pixels are {height * width:,}; data.max_pixels is "
-                f"{self._max_pixels:,}",
+                f"{width} × {height} pixels; raise data.max_pixels={self._max_pixels} to at least "
+                f"{height * width}, or shrink it",
             )
 
     def _decode_jpeg(self, at_least: tuple[int, int]) -> np.ndarray:
@@ -134,6 +134,8 @@ def _telling_kind() -> Iterator[None]:
         raise
     except UnidentifiedImageError:  # its message names an address in memory
         raise UnreadableImage("not an image", f"not a {', '.join(FORMATS)} image") from None
+    except MemoryError:
+        raise UnreadableImage("too large", "it does not fit into this machine's memory") from None
     except Exception as error:
         kind = "truncated" if "truncated" in str(error) else "damaged"
         raise UnreadableImage(kind, f"{type(error).__name__}: {error}") from error
