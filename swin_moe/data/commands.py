@@ -76,7 +76,7 @@ def prepare_data(
         if skipped:
             console.print(
                 f"{len(skipped):,} samples could not be read and are left out: "
-                f"{output / f'bad-samples-{split}.jsonl'}",
+                f"{plain(output / f'bad-samples-{split}.jsonl')}",
                 highlight=False,
                 markup=False,
                 soft_wrap=True,
@@ -85,7 +85,10 @@ def prepare_data(
     for split, source in open_splits(output).items():
         _tell_source(split, source, console)
     console.print(
-        f"train on it with data.path={output}", highlight=False, markup=False, soft_wrap=True
+        f"train on it with data.path={plain(output)}",
+        highlight=False,
+        markup=False,
+        soft_wrap=True,
     )
 
 
@@ -120,7 +123,7 @@ def _tell_source(split: str, source: Source, console: Console) -> None:
     passed = f"; {source.passed_over}" if source.passed_over else ""
     console.print(
         f"{split}: {len(source):,} samples of {classes:,} classes{told}, "
-        f"{source.describe()}{passed}",
+        f"{plain(source.describe())}{passed}",
         highlight=False,
         markup=False,
         soft_wrap=True,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -169,7 +170,9 @@ def _plain_jpeg_size(data: bytes) -> tuple[int, int] | None:
 def _orientation(image: Image.Image) -> int:
     """EXIF's orientation, 1 to 8; metadata that cannot be read turn nothing."""
     try:
-        return int(image.getexif().get(ORIENTATION, 1))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return int(image.getexif().get(ORIENTATION, 1))
     except Exception:  # Pillow's parsers may raise anything
         return 1
 

@@ -161,7 +161,10 @@ class Loader:
 def _workers(wanted: int, batches: int, say: bool) -> int:
     """More workers than cores or batches only wait; the batches are the same."""
     cores = len(os.sched_getaffinity(0))
-    places = (cores, f"this machine has {cores} cores"), (batches, f"an epoch has {batches} batches")
+    places = (
+        (cores, f"this machine has {cores} cores"),
+        (batches, f"an epoch has {batches} batches"),
+    )
     most, why = min(places)
     if wanted > max(most, DataConfig().num_workers) and say:
         log.warning("data.num_workers=%d: %s, so %d of them work", wanted, why, most)

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from rich.console import Console
 
+from ..text import plain
 from .bad_samples import Skipped
 from .decode import EncodedImage, UnreadableImage
 from .index import Manifest, read_index
@@ -95,13 +96,21 @@ def _tell(
     count: int, skipped: list[Skipped], changed: list[str], output: Path, console: Console
 ) -> None:
     for name in changed:
-        console.print(f"{name}: its content is not what was written: copy it again", markup=False)
+        console.print(
+            f"{plain(name)}: its content is not what was written: copy it again",
+            highlight=False,
+            markup=False,
+            soft_wrap=True,
+        )
     for kind, number in Counter(sample.kind for sample in skipped).most_common():
         first = next(sample for sample in skipped if sample.kind == kind)
         console.print(
-            f"{number:,} {kind}, first {first.key} ({first.reason})",
+            f"{number:,} {kind}, first {plain(first.key)} ({plain(first.reason)})",
             highlight=False,
+            markup=False,
             soft_wrap=True,
         )
-    found = f"{len(skipped):,} bad ones are listed in {output}" if skipped else "all can be read"
+    found = (
+        f"{len(skipped):,} bad ones are listed in {plain(output)}" if skipped else "all can be read"
+    )
     console.print(f"{count:,} samples: {found}", highlight=False, markup=False, soft_wrap=True)

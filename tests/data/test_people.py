@@ -180,7 +180,7 @@ def test_too_large_is_no_damage_and_names_the_key(tmp_path):
         tmp_path, Console(file=printed, width=1000), tmp_path / "bad.jsonl", 1, max_pixels=100
     )
     assert "4 too large" in printed.getvalue()
-    assert "data.max_pixels=100: raise it" in (tmp_path / "bad.jsonl").read_text()
+    assert "data.max_pixels=100: raise it" in (tmp_path / "bad-train.jsonl").read_text()
 
 
 def test_an_entry_that_claims_more_than_the_table_holds(tmp_path):
