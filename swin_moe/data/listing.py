@@ -48,8 +48,8 @@ def open_list(listing: Path) -> FileSource:
     root = listing.parent
     if len(labels) and not (root / names[0]).is_file():
         raise ValueError(
-            f"{plain(listing)}: its first file, {plain(root / names[0])}, is not there: the paths of "
-            "a list are relative to its own folder"
+            f"{plain(listing)}: its first file, {plain(root / names[0])}, is not there: the paths "
+            "of a list are relative to its own folder"
         )
     kind = f"list of image files ({listing})"
     return FileSource(root, names, np.array(labels, np.int32), np.array(runs, np.int64), None, kind)
