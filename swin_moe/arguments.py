@@ -262,6 +262,10 @@ def _add_data(commands: Any) -> list[argparse.ArgumentParser]:
         command.add_argument(
             "--workers", type=int, default=0, metavar="N", help="processes (default: all cores)"
         )
+        command.add_argument(
+            "--max-pixels", type=int, default=178_956_970, metavar="N",
+            help="of an image, as data.max_pixels in a config",
+        )  # fmt: skip
     return [prepare, show, verify]
 
 

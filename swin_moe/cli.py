@@ -243,6 +243,7 @@ def _prepare_data(arguments: argparse.Namespace, console: Any) -> int:
         classes=arguments.classes,
         seed=arguments.seed,
         workers=arguments.workers,
+        max_pixels=arguments.max_pixels,
     )
     return DONE
 
@@ -252,7 +253,7 @@ def _data(arguments: argparse.Namespace, console: Any) -> int:
         from .data.commands import verify_data
 
         path = Path(arguments.path)
-        well = verify_data(path, console, arguments.output, arguments.workers)
+        well = verify_data(path, console, arguments.output, arguments.workers, arguments.max_pixels)
         return DONE if well else FAILED
     else:
         from .config import load_config

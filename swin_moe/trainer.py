@@ -19,6 +19,7 @@ from torch.profiler import record_function
 from .checkpoint import Writer
 from .config import FaultsConfig
 from .data import Batch, Loader
+from .data.bad_samples import allowed_bad
 from .data.mixing import Mixing
 from .data.watch import LoaderWatch
 from .distributed import World, all_reduce_
@@ -33,8 +34,6 @@ from .profiling import Profile
 from .watchdog import Watchdog
 
 logger = logging.getLogger("swin_moe")
-
-ALLOWED_BAD = 10  # images of an epoch, however few it has
 
 
 class RollBack(Exception):
@@ -306,7 +305,7 @@ class Trainer:
 
     def _check_bad_samples(self) -> None:
         bad = self.position.unreadable - self.position.unreadable_before
-        if bad > max(self.plan.max_bad_share * self.train_loader.num_samples, ALLOWED_BAD):
+        if bad > allowed_bad(self.train_loader.num_samples, self.plan.max_bad_share):
             raise TrainingError(
                 f"{bad} of {self.train_loader.num_samples} training images could not be read in "
                 f"this epoch, more than data.max_bad_share={self.plan.max_bad_share}: "

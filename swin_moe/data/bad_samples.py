@@ -13,6 +13,12 @@ from ..writing import Appender
 log = logging.getLogger(__name__)
 
 TOLD = 10  # one by one; of further ones the list knows
+ALLOWED_BAD = 10  # images of an epoch, however few it has
+
+
+def allowed_bad(samples: int, share: float) -> float:
+    """How many images of an epoch may be unreadable, see ``data.max_bad_share``."""
+    return max(share * samples, ALLOWED_BAD)
 
 
 class Skipped(NamedTuple):
@@ -32,6 +38,7 @@ class BadSamples:
     """
 
     def __init__(self) -> None:
+        self._known: set[str] = set()
         self.kinds: Counter[str] = Counter()
         self.file: Appender | None = None
 
@@ -40,7 +47,10 @@ class BadSamples:
         return self.kinds.total()
 
     def add(self, skipped: list[Skipped]) -> None:
-        """Count, tell and list them."""
+        """Count, tell and list them, each once however often it comes."""
+        new = {sample.key: sample for sample in skipped if sample.key not in self._known}
+        self._known.update(new)
+        skipped = list(new.values())
         for sample in skipped:
             self.kinds[sample.kind] += 1
             level = logging.WARNING if self.total <= TOLD else logging.DEBUG

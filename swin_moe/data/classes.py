@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..text import plain
+from .files import Bounded
 
 if TYPE_CHECKING:
     from .source import Source
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
 SHOWN = 3  # names in a message
 
 
-class Relabelled:
+class Relabelled(Bounded):
     """A source whose labels are places in another list of classes.
 
     Args:

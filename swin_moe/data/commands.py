@@ -8,8 +8,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
-from ..reading import read_text
 from ..text import plain
+from .decode import MAX_PIXELS
+from .names import read_classes
 from .prepare import Settings, finish, prepare
 from .shards import ShardSource
 from .source import Source, open_splits
@@ -27,12 +28,14 @@ def prepare_data(
     classes: Path | None = None,
     seed: int = 0,
     workers: int = 0,
+    max_pixels: int = MAX_PIXELS,
 ) -> None:
     """Write tar shards with an index from any data set that can be read.
 
     Args:
         path: what :func:`.source.open_splits` takes.
         workers: processes; 0 = one per core.
+        max_pixels: of an image; a larger one is not decoded.
 
     Raises:
         ValueError: one line, naming the option, the file or the folder.
@@ -54,13 +57,14 @@ def prepare_data(
         )
     kept = None
     if classes is not None:
-        kept = [line.strip() for line in read_text(classes).strip().splitlines()]
+        kept = [line.strip() for line in "\n".join(read_classes(classes)).strip().split("\n")]
         if "" in kept:
             raise ValueError(f"{classes}: line {kept.index('') + 1} is empty: labels are lines")
     for split, source in sources.items():
+        source.max_pixels = max_pixels
         _tell_source(split, source, console)
         settings = Settings(
-            source=str(path.resolve()),
+            source=plain(path.resolve()),
             seed=seed,
             shard_bytes=shard_megabytes * 1_000_000,
             resize=resize,
@@ -89,7 +93,9 @@ def prepare_data(
     )
 
 
-def verify_data(path: Path, console: Console, output: Path, workers: int = 0) -> bool:
+def verify_data(
+    path: Path, console: Console, output: Path, workers: int = 0, max_pixels: int = MAX_PIXELS
+) -> bool:
     """Read and decode every sample of all splits at ``path``; whether all are well.
 
     Raises:
@@ -97,6 +103,7 @@ def verify_data(path: Path, console: Console, output: Path, workers: int = 0) ->
     """
     well = True
     for split, source in open_splits(path).items():
+        source.max_pixels = max_pixels
         _tell_source(split, source, console)
         listed = output.with_name(f"{output.stem}-{split}{output.suffix}")
         found = verify(

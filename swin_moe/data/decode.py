@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -106,8 +107,8 @@ class EncodedImage:
         if height * width > self._max_pixels:
             raise UnreadableImage(
                 "too large",
-                f"{width} × {height} pixels are {height * width:,}; data.max_pixels is "
-                f"{self._max_pixels:,}",
+                f"{width} × {height} pixels; raise data.max_pixels={self._max_pixels} to at least "
+                f"{height * width}, or shrink it",
             )
 
     def _decode_jpeg(self, at_least: tuple[int, int]) -> np.ndarray:
@@ -134,6 +135,8 @@ def _telling_kind() -> Iterator[None]:
         raise
     except UnidentifiedImageError:  # its message names an address in memory
         raise UnreadableImage("not an image", f"not a {', '.join(FORMATS)} image") from None
+    except MemoryError:
+        raise UnreadableImage("too large", "it does not fit into this machine's memory") from None
     except Exception as error:
         kind = "truncated" if "truncated" in str(error) else "damaged"
         raise UnreadableImage(kind, f"{type(error).__name__}: {error}") from error
@@ -167,7 +170,9 @@ def _plain_jpeg_size(data: bytes) -> tuple[int, int] | None:
 def _orientation(image: Image.Image) -> int:
     """EXIF's orientation, 1 to 8; metadata that cannot be read turn nothing."""
     try:
-        return int(image.getexif().get(ORIENTATION, 1))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return int(image.getexif().get(ORIENTATION, 1))
     except Exception:  # Pillow's parsers may raise anything
         return 1
 

@@ -8,35 +8,39 @@ from pathlib import Path
 
 import numpy as np
 
+from .decode import MAX_PIXELS, UnreadableImage
 from .names import Names
 
-MAX_FILE = 1 << 30  # bytes of one encoded image: what claims more is no sample
+BYTES_PER_PIXEL = 4  # of the largest file that is read: 8-bit RGBA, not compressed
+SMALL = 64 << 20  # bytes that are read in any case: metadata may be larger than the pixels
 
 
-def read_image_file(path: str) -> bytes:
-    """The content of a regular file.
+class Bounded:
+    """What all readers share.
 
-    Raises:
-        OSError: it cannot be read.
-        ValueError: it is a pipe or a device, which may never end, or larger than any image.
+    Attributes:
+        max_pixels: of an image, see ``data.max_pixels``; it bounds the bytes of a file, too.
     """
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    with os.fdopen(descriptor, "rb") as file:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
-            raise ValueError("not a regular file")
-        checked_size(status.st_size)
-        return file.read(MAX_FILE)
+
+    max_pixels = MAX_PIXELS
+
+    def checked_size(self, size: int) -> int:
+        """The size in bytes of an encoded image.
+
+        Raises:
+            UnreadableImage: no image within the bounds is as large.
+        """
+        most = max(BYTES_PER_PIXEL * self.max_pixels, SMALL)
+        if size > most:
+            raise UnreadableImage(
+                "too large",
+                f"a file of {size:,} bytes; at most {most:,} are read with data.max_pixels="
+                f"{self.max_pixels}: raise it, or shrink the image",
+            )
+        return size
 
 
-def checked_size(size: int) -> int:
-    """The size in bytes of an encoded image; ValueError if it is none's."""
-    if size > MAX_FILE:
-        raise ValueError(f"{size:,} bytes, more than the {MAX_FILE:,} of one image that are read")
-    return size
-
-
-class FileSource:
+class FileSource(Bounded):
     """Random access to image files, by their names below ``root``; see :class:`~.source.Source`."""
 
     def __init__(
@@ -69,5 +73,12 @@ class FileSource:
 
         Raises:
             OSError: the file cannot be read.
+            ValueError: it is a pipe or a device, which may never end, or too large.
         """
-        return read_image_file(self.key(index))
+        descriptor = os.open(self.key(index), os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        with os.fdopen(descriptor, "rb", buffering=0) as file:
+            status = os.fstat(descriptor)
+            if not stat.S_ISREG(status.st_mode):
+                raise ValueError("not a regular file")
+            self.checked_size(status.st_size)
+            return file.readall()

@@ -14,14 +14,23 @@ from .names import Names
 from .which import PassedOver, is_companion, is_image
 
 
-def class_folders(root: Path) -> list[str]:
+def class_folders(root: Path, passed: PassedOver | None = None) -> list[str]:
     """Sorted names of the class folders; empty if there are none.
+
+    Args:
+        passed: counts the files beside them.
 
     Raises:
         ValueError: the folder cannot be read, or a link in it leads nowhere: it may be a class.
     """
     here = os.path.realpath(root)
-    return [entry.name for entry in _entries(str(root)) if _is_class(entry, here)]
+    names = []
+    for entry in _entries(str(root)):
+        if _is_class(entry, here):
+            names.append(entry.name)
+        elif passed is not None and not entry.is_dir():
+            passed.add(entry.name)
+    return names
 
 
 def _is_class(entry: os.DirEntry[str], root: str) -> bool:
@@ -53,9 +62,9 @@ def open_folder(root: Path) -> FileSource:
     Raises:
         ValueError: a folder cannot be read.
     """
-    classes = class_folders(root)
-    runs = np.zeros(len(classes), np.int64)
     names, passed = Names(), PassedOver()
+    classes = class_folders(root, passed)
+    runs = np.zeros(len(classes), np.int64)
     for label, name in enumerate(classes):
         for file in _image_files(str(root), name, passed, [str(root)]):
             names.append(file)

@@ -34,6 +34,7 @@ RECORD = np.dtype(
     ]
 )
 MAX_CLASSES = 1 << 24  # what is beyond is no class number, but some other id
+RULE = "2"  # how shards are understood: indexes that were kept under another are not used
 CACHES = (".swin_moe_index", "~/.cache/swin_moe/index")  # beside the shards, or else there
 
 
@@ -157,9 +158,9 @@ def check_sizes(path: Path, manifest: Manifest, paths: Sequence[Path]) -> None:
 
 def cache_path(paths: Sequence[Path], kind: str, folder: str) -> Path:
     """Where the index of these shards, so understood, is kept in a folder of ``CACHES``."""
-    names = "\n".join([kind, *(str(path.resolve()) for path in paths)])
+    names = "\n".join([RULE, kind, *(str(path.resolve()) for path in paths)])
     root = paths[0].parent / os.path.expanduser(folder)
-    return root / f"{hashlib.sha256(names.encode()).hexdigest()[:16]}.json"
+    return root / f"{hashlib.sha256(os.fsencode(names)).hexdigest()[:16]}.json"
 
 
 def _cache_paths(paths: Sequence[Path], kind: str) -> list[Path]:

@@ -8,12 +8,16 @@ import re
 from array import array
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
+from typing import TextIO
 
 import numpy as np
 
+from ..reading import check_regular
+from ..text import plain
 from .files import FileSource
 from .index import MAX_CLASSES
 from .names import Names
+from .which import is_companion
 
 CHUNK = 1 << 20  # characters of a JSON list that are read at a time
 MAX_ENTRY = 1 << 20  # characters of one entry of a JSON list
@@ -44,8 +48,8 @@ def open_list(listing: Path) -> FileSource:
     root = listing.parent
     if len(labels) and not (root / names[0]).is_file():
         raise ValueError(
-            f"{listing}: its first file, {root / names[0]}, is not there: the paths of a list are "
-            "relative to its own folder"
+            f"{plain(listing)}: its first file, {plain(root / names[0])}, is not there: the paths "
+            "of a list are relative to its own folder"
         )
     kind = f"list of image files ({listing})"
     return FileSource(root, names, np.array(labels, np.int32), np.array(runs, np.int64), None, kind)
@@ -57,20 +61,30 @@ def read_list(path: Path) -> Iterator[tuple[str, int]]:
     Raises:
         ValueError: one line naming the file and the line or entry.
     """
-    try:
-        with path.open(encoding="utf-8-sig") as file:  # Windows may put a mark first
-            is_json = file.read(1024).lstrip().startswith("[")
-        entries = _json_entries(path) if is_json else _lines(path)
-        what = "entry" if is_json else "line"
-        for number, (name, label) in entries:
-            yield _checked(path, f"{what} {number}", name, label)
-    except UnicodeDecodeError:
-        raise ValueError(f"{path}: not a list of files: it is no UTF-8 text") from None
+    check_regular(path)
+    with _open(path) as file:
+        start = file.read(1024)
+    if "\0" in start:
+        raise ValueError(f"{plain(path)}: not a list of files: it is no UTF-8 text")
+    is_json = start.lstrip().startswith("[")
+    entries = _json_entries(path) if is_json else _lines(path)
+    what = "entry" if is_json else "line"
+    for number, entry in entries:
+        name, label = _checked(path, f"{what} {number}", *entry)
+        # Who lists files by a program lists its companions, too; a listed folder is meant.
+        if not is_companion(name.rpartition("/")[2]):
+            yield name, label
+
+
+def _open(path: Path) -> TextIO:
+    """A text in UTF-8, but names of files may be any bytes; Windows may put a mark first."""
+    return path.open(encoding="utf-8-sig", errors="surrogateescape")
 
 
 def _checked(path: Path, where: str, name: object, label: object) -> tuple[str, int]:
     digits = label if isinstance(label, str) else str(label) if type(label) is int else ""
-    number = int(digits) if digits.isascii() and digits.isdecimal() else -1
+    is_number = digits.isascii() and digits.isdecimal() and len(digits) < 20
+    number = int(digits) if is_number else -1
     if not isinstance(name, str) or not 0 <= number < MAX_CLASSES:
         raise ValueError(
             f"{path}, {where}: {name!r:.60} with {label!r:.20} is not a path with a class number "
@@ -87,7 +101,7 @@ def _checked(path: Path, where: str, name: object, label: object) -> tuple[str, 
 
 
 def _lines(path: Path) -> Iterator[tuple[int, tuple[object, object]]]:
-    with path.open(encoding="utf-8-sig") as file:
+    with _open(path) as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
@@ -99,7 +113,7 @@ def _lines(path: Path) -> Iterator[tuple[int, tuple[object, object]]]:
 
 def _json_entries(path: Path) -> Iterator[tuple[int, tuple[object, object]]]:
     decoder, number = json.JSONDecoder(), 0
-    with path.open(encoding="utf-8-sig") as file:
+    with _open(path) as file:
         buffer, at = file.read(CHUNK).lstrip()[1:], 0
         while True:
             at = _after_gap(buffer, at)

@@ -11,15 +11,16 @@ import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from ..config import AugmentConfig, Config, DataConfig
 from ..text import plain
-from .bad_samples import BadSamples
+from .bad_samples import BadSamples, allowed_bad
 from .classes import difference
-from .dataset import Batch, ImageDataset, Sample, collate, replace_unreadable
+from .dataset import Batch, ImageDataset, collate, replace_unreadable
 from .normalise import Normalise
 from .sampler import Position, ResumableSampler
 from .source import empty_classes, open_source
@@ -27,7 +28,6 @@ from .transforms import build_transform
 
 log = logging.getLogger(__name__)
 
-TRIES = 100  # samples to look for one that can be read, where a whole batch cannot
 TERM_GRACE_S = 60  # workers outlive a SIGTERM for so long
 
 
@@ -51,6 +51,7 @@ class Loader:
         num_workers: int,
         normalise: Normalise,
         description: str,
+        most_bad: float,
     ) -> None:
         self.num_samples = len(dataset.source)
         self.class_names, self.description = dataset.source.class_names, description
@@ -60,7 +61,7 @@ class Loader:
         self.missing_classes = [n for label, n in names if not counts[label : label + 1].any()]
         self._normalise = normalise
         self.bad, self.workers = BadSamples(), num_workers
-        self._sampler, self._dataset = sampler, dataset
+        self._sampler, self._dataset, self._most_bad = sampler, dataset, most_bad
         self._loader = DataLoader(
             dataset,
             batch_sampler=sampler,
@@ -81,12 +82,13 @@ class Loader:
     def epoch(self, epoch: int, start_batch: int = 0) -> Iterator[Batch]:
         """Batches of ``epoch`` from ``start_batch`` on; a new call ends an unfinished former one.
 
-        In training, a readable sample of the same batch stands in for an unreadable one, and those
-        that follow in the data set for a batch without any; in evaluation the image is zero and its
-        label −1. Each is logged and counted.
+        In training, a readable sample of the same batch stands in for an unreadable one, and others
+        of the data set for a batch without any; in evaluation the image is zero and its label −1.
+        Each is logged and counted.
 
         Raises:
-            ValueError: ``start_batch`` is beyond the epoch, or in training no sample can be read.
+            ValueError: ``start_batch`` is beyond the epoch, or in training more samples cannot be
+                read than are allowed.
         """
         self._sampler.set_position(epoch, start_batch)
         for batch in self._loader:
@@ -131,38 +133,42 @@ class Loader:
         if not self._sampler.training:
             return batch
         if len(batch.skipped) == len(batch.labels):
-            batch = self._next_readable(batch)
+            batch = self._others(batch)
         return replace_unreadable(batch)
 
-    def _next_readable(self, batch: Batch) -> Batch:
-        """The samples that follow in the data set, as many as a batch has; for its unreadable ones.
+    def _others(self, batch: Batch) -> Batch:
+        """Other samples of the split in place of a batch without any that can be read.
 
-        They depend on the batch alone, so that a resume takes the same.
+        They are drawn, for neighbours are damaged together, by seed, epoch and the batch's own
+        samples alone, so that a resume takes the same.
         """
-        first, wanted = int(batch.indices[0]), len(batch.labels)
-        found: list[Sample] = []
-        for place in range(first + 1, first + 1 + wanted + TRIES):
-            sample = self._dataset[Position(0, place % self.num_samples)]
-            if sample.skipped is None:
-                found.append(sample)
-            if len(found) == wanted:
-                return collate(found)._replace(skipped=batch.skipped)
-        if found:
-            found = (found * wanted)[:wanted]
-            return collate(found)._replace(skipped=batch.skipped)
-        bad = batch.skipped[0]
-        raise ValueError(
-            f"no image of a whole batch can be read, nor one of the {wanted + TRIES} that follow, "
-            f"first {plain(bad.key)} ({plain(bad.reason)})"
-        )
+        epoch, wanted = self._sampler.epoch, len(batch.labels)
+        draw = np.random.default_rng([self._dataset.seed, epoch, *batch.indices.tolist()])
+        tries = min(self.num_samples, int(self._most_bad) + wanted)
+        drawn = draw.choice(self.num_samples, tries, replace=False).tolist()
+        samples = (self._dataset[Position(epoch, place)] for place in drawn)
+        found = list(itertools.islice((s for s in samples if s.skipped is None), wanted))
+        if not found:
+            bad = batch.skipped[0]
+            raise ValueError(
+                f"none of {tries:,} training images can be read, more than data.max_bad_share "
+                f"allows, first {plain(bad.key)} ({plain(bad.reason)})"
+            )
+        filled = [found[i % len(found)] for i in range(wanted)]
+        return collate(filled)._replace(skipped=batch.skipped)
 
 
-def _workers(wanted: int, say: bool) -> int:
-    """More workers than cores only wait for each other; the batches are the same."""
+def _workers(wanted: int, batches: int, say: bool) -> int:
+    """More workers than cores or batches only wait; the batches are the same."""
     cores = len(os.sched_getaffinity(0))
-    if wanted > max(cores, DataConfig().num_workers) and say:
-        log.warning("data.num_workers=%d: this machine has %d cores, so as many", wanted, cores)
-    return min(wanted, cores)
+    places = (
+        (cores, f"this machine has {cores} cores"),
+        (batches, f"an epoch has {batches} batches"),
+    )
+    most, why = min(places)
+    if wanted > max(most, DataConfig().num_workers) and say:
+        log.warning("data.num_workers=%d: %s, so %d of them work", wanted, why, most)
+    return min(wanted, most)
 
 
 def _defer_signals(_worker: int) -> None:
@@ -257,5 +263,12 @@ def build_loader(
     count = len(names) if names else int((source.class_counts > 0).sum())
     unnamed = " without names" * (not names)
     content = f"{len(source):,} samples, {count:,} classes{unnamed}, {source.describe()}"
-    workers = _workers(data.num_workers, training and rank == 0)
-    return Loader(dataset, sampler, workers, Normalise(data.mean, data.std), f"{split}: {content}")
+    workers = _workers(data.num_workers, len(sampler), training and rank == 0)
+    return Loader(
+        dataset,
+        sampler,
+        workers,
+        Normalise(data.mean, data.std),
+        f"{split}: {content}",
+        allowed_bad(len(source), data.max_bad_share),
+    )

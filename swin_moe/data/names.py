@@ -1,11 +1,16 @@
-"""Millions of file names in two blocks of memory."""
+"""Millions of file names in two blocks of memory, and the lists of the classes' names."""
 
 from __future__ import annotations
 
 import os
 from array import array
+from collections.abc import Iterable
+from pathlib import Path
 
 import numpy as np
+
+from ..reading import LIMIT, check_regular
+from ..text import plain
 
 
 class Names:
@@ -39,3 +44,23 @@ class Names:
     def __getitem__(self, index: int) -> str:
         start, stop = self._bounds[index], self._bounds[index + 1]
         return os.fsdecode(self._bytes[start:stop].tobytes())
+
+
+def read_classes(path: Path) -> list[str]:
+    """Names of the classes, a line each; bytes that are not UTF-8 stay as file names have them.
+
+    Raises:
+        ValueError: it is no regular file, or too large.
+    """
+    if (size := check_regular(path)) > LIMIT:
+        raise ValueError(f"{plain(path)} has {size:,} bytes; at most {LIMIT:,} are read here")
+    text = path.read_bytes().removeprefix(b"\xef\xbb\xbf").decode("utf-8", "surrogateescape")
+    lines = text.replace("\r\n", "\n").split("\n")
+    return lines[:-1] if lines[-1] == "" else lines
+
+
+def write_classes(path: Path, names: Iterable[str]) -> None:
+    """What :func:`read_classes` reads; a line break in a name is written as ``\\n``."""
+    lines = (plain(name) if "\n" in name or "\r" in name else name for name in names)
+    text = "".join(f"{line}\n" for line in lines)
+    path.write_bytes(text.encode("utf-8", "surrogateescape"))

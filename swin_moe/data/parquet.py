@@ -15,7 +15,7 @@ from rich.filesize import decimal
 
 from ..reading import parse_json
 from ..text import plain, reason
-from .files import checked_size
+from .files import Bounded
 from .index import MAX_CLASSES
 
 KEPT_BYTES = 256 << 20  # of row groups
@@ -24,7 +24,7 @@ THREADS = 8
 IMAGES, LABELS = ("image", "img", "jpg"), ("label", "labels", "fine_label", "cls")
 
 
-class ParquetSource:
+class ParquetSource(Bounded):
     """Samples of parquet shards; see :class:`~.source.Source`.
 
     A read takes its whole row group, of which the last few are kept: shuffle in a window
@@ -87,7 +87,7 @@ class ParquetSource:
         data = self._row_group(group)[row]
         if data is None:
             raise ValueError("the row has no image")
-        checked_size(len(data))
+        self.checked_size(len(data))
         return data
 
     def _row_group(self, group: int) -> list[bytes | None]:
@@ -171,7 +171,8 @@ def _open(path: Path) -> Any:
             f"{path}: reading parquet needs pyarrow: pip install 'swin_moe[parquet]'"
         ) from None
     with _naming(path):
-        return pyarrow.parquet.ParquetFile(path)
+        # pyarrow takes names of UTF-8 alone.
+        return pyarrow.parquet.ParquetFile(path if plain(path) == str(path) else path.open("rb"))
 
 
 def _column(path: Path, file: Any, names: Sequence[str]) -> str:

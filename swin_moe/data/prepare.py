@@ -26,6 +26,7 @@ from ..text import plain
 from .bad_samples import Skipped
 from .decode import EncodedImage, UnreadableImage
 from .index import Manifest, Shard, replacing, write_index
+from .names import write_classes
 from .parallel import in_processes
 from .progress import sample_progress
 from .rng import permutation
@@ -123,7 +124,7 @@ def prepare(
         job = _Job(source, labels, order, samples, output / name, settings.resize)
         skipped += _write_split(job, settings, console, workers)
     if names is not None:
-        (output / "classes.txt").write_text("".join(f"{n}\n" for n in names), encoding="utf-8")
+        write_classes(output / "classes.txt", names)
     if skipped:
         lines = "".join(json.dumps(sample._asdict()) + "\n" for sample in skipped)
         (output / f"bad-samples-{split}.jsonl").write_text(lines, encoding="utf-8")
@@ -196,7 +197,9 @@ def _plan(
     sizes = []
     for index in order[:PROBED]:
         try:
-            sizes.append(len(_encoded(source.read(int(index)), settings.resize)[0]) + 2048)
+            sizes.append(
+                len(_encoded(source.read(int(index)), settings.resize, source.max_pixels)[0]) + 2048
+            )
         except (OSError, ValueError):
             continue
     if not sizes:
@@ -245,7 +248,8 @@ def _write_shard(shard: int) -> tuple[int, int]:
         with tarfile.open(temporary, "w", format=tarfile.PAX_FORMAT) as tar:
             for index in job.members(shard).tolist():
                 try:
-                    data, extension = _encoded(job.source.read(index), job.resize)
+                    encoded = job.source.read(index)
+                    data, extension = _encoded(encoded, job.resize, job.source.max_pixels)
                 # An OSError ends the run, which may go on later: the disk may be at fault.
                 except ValueError as error:
                     kind = error.kind if isinstance(error, UnreadableImage) else "cannot be read"
@@ -279,10 +283,10 @@ def _key(source: Source, index: int) -> str:
     """Unique, and still telling: the place in the source and the image's name there."""
     stem = source.key(index).replace("\\", "/").rsplit("/", 1)[-1].rsplit(":", 1)[-1]
     stem = stem.rsplit(".", 1)[0] if "." in stem else stem
-    return f"{index:09d}-{stem.replace('.', '_')}"
+    return f"{index:09d}-{plain(stem).replace('.', '_')}"
 
 
-def _encoded(data: bytes, shorter_side: int) -> tuple[bytes, str]:
+def _encoded(data: bytes, shorter_side: int, max_pixels: int) -> tuple[bytes, str]:
     """An image as it is to be stored, and its extension.
 
     Raises:
@@ -290,9 +294,11 @@ def _encoded(data: bytes, shorter_side: int) -> tuple[bytes, str]:
     """
     extension = image_extension(data)
     if extension is None:
-        raise UnreadableImage("not an image", "neither JPEG, PNG, WebP, GIF, BMP, TIFF nor PPM")
+        raise UnreadableImage(
+            "not an image", "neither JPEG, PNG, WebP, AVIF, GIF, BMP, TIFF nor PPM"
+        )
     if shorter_side:
-        image = EncodedImage(data, "RGB")
+        image = EncodedImage(data, "RGB", max_pixels)
         height, width = image.height, image.width
         if min(height, width) > shorter_side:
             scale = shorter_side / min(height, width)
@@ -309,10 +315,14 @@ def image_extension(data: bytes) -> str | None:
     """What an image file begins with, as an extension."""
     for start, extension in (
         (b"\xff\xd8\xff", "jpg"), (b"\x89PNG\r\n", "png"), (b"GIF8", "gif"), (b"BM", "bmp"),
-        (b"II*\0", "tif"), (b"MM\0*", "tif"), (b"P6", "ppm"), (b"P5", "ppm"),
+        (b"II*\0", "tif"), (b"MM\0*", "tif"),
     ):  # fmt: skip
         if data.startswith(start):
             return extension
+    if data[:1] == b"P" and data[1:2] in b"123456" and data[2:3].isspace():
+        return "ppm"
+    if data[4:8] == b"ftyp" and any(b in data[8:64] for b in (b"avif", b"avis")):
+        return "avif"
     return "webp" if data[:4] == b"RIFF" and data[8:12] == b"WEBP" else None
 
 

@@ -83,6 +83,11 @@ class ResumableSampler(Sampler[list[Position]]):
             raise ValueError(f"cannot start at batch {batch}: an epoch has {len(self)} batches")
         self._start = (epoch, batch)
 
+    @property
+    def epoch(self) -> int:
+        """Of the next iteration, or of the one that goes on."""
+        return self._start[0]
+
     def __iter__(self) -> Iterator[list[Position]]:
         return self._iterate(*self._start)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import itertools
+import json
 import re
 import tarfile
 import zlib
@@ -18,11 +19,13 @@ import numpy as np
 
 from ..text import plain
 from .index import MAX_CLASSES, RECORD
-from .which import SUFFIXES, among_companions, suffix
+from .which import SUFFIXES, among_companions, suffix, walk_order
 
 KNOWN = SUFFIXES | {"cls"}
 LOOKED_AT = 20  # members of a tar, to tell what it is
 LABEL_BYTES = 64  # of a .cls: a number has fewer
+JSON_BYTES = 1 << 16  # of a .json that is looked into for a number
+MAX_SIZE = 0xFFFFFFFF  # bytes that the table can hold: more than any image has
 MAX_UNPACKED = 1 << 30  # bytes of one .gz shard
 
 _REMEDY = "mend the shard, or write the set anew with `swin-moe prepare-data`"
@@ -102,7 +105,9 @@ def has_labels(path: Path) -> bool:
     """
     try:
         with tarfile.open(path) as tar:
-            names = [member.name for member in itertools.islice(_members(tar), LOOKED_AT)]
+            found = list(itertools.islice(_members(tar), LOOKED_AT))
+            names = [member.name for member in found]
+            number = next((n for member in found if (n := _number_in(tar, member))), "")
     except (OSError, EOFError, zlib.error, tarfile.TarError) as error:
         raise ValueError(f"{plain(path)}: not a tar file, or a damaged one ({error})") from None
     kinds = {suffix(name) for name in names}
@@ -113,9 +118,24 @@ def has_labels(path: Path) -> bool:
     if beside:
         raise ValueError(
             f"{plain(path)}: its images have .{' and .'.join(sorted(beside))} beside them, but no "
-            "label: put a class number from 0 on into a .cls beside each image"
+            f"label: put a class number from 0 on into a .cls beside each image{number}"
         )
     return False
+
+
+def _number_in(tar: tarfile.TarFile, member: tarfile.TarInfo) -> str:
+    """What may be said of a label that a ``.json`` holds."""
+    content = tar.extractfile(member) if suffix(member.name) == "json" else None
+    if content is None:
+        return ""
+    try:
+        values = json.loads(content.read(JSON_BYTES))
+    except (ValueError, RecursionError):
+        return ""
+    for name in ("label", "cls", "class", "class_id", "target"):
+        if isinstance(values, dict) and type(values.get(name)) is int:
+            return f' (its .json has "{name}": {str(values[name])[:20]}, which may be that number)'
+    return ""
 
 
 def _members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
@@ -163,6 +183,7 @@ class _Scanner:
     seen: set[str] = field(default_factory=set)
     group: _Group | None = None
     dotted: _Group | None = None
+    names: list[str] = field(default_factory=list)  # of the images in a tar per class
     # Typed: a million tuples would be 100 MB.
     fields: tuple[array, ...] = field(default_factory=lambda: tuple(array("q") for _ in range(4)))
 
@@ -173,6 +194,8 @@ class _Scanner:
             if extension == "cls":
                 raise self._wrong("it has labels (.cls), but others beside it do not")
         if extension not in KNOWN:
+            if self.class_label is not None and self.group is not None:
+                self._check_alone(member)
             return
         dotted = self.class_label is None and base_plus_ext(member.name)[0] != key
         group = self.dotted if dotted else self.group
@@ -195,6 +218,15 @@ class _Scanner:
             assert content is not None  # it is a file
             group.label = self._parse(key, content.read(LABEL_BYTES))
 
+    def _check_alone(self, member: tarfile.TarInfo) -> None:
+        """In a tar per class, an image has no text or JSON of its own beside it."""
+        assert self.group is not None
+        if self.group.key.rpartition(".")[0] == member.name.rpartition(".")[0]:
+            raise self._wrong(
+                f"'{plain(self.group.key)}' has '{plain(member.name)}' beside it and no label "
+                f"(.cls){_number_in(self.tar, member)}"
+            )
+
     def finish(self) -> None:
         """No more members follow."""
         self._finish(self.group, dotted=False)
@@ -211,7 +243,10 @@ class _Scanner:
             lack = "label (.cls)" if group.label is None else "image (.jpg, .png, .webp, …)"
             raise self._wrong(f"sample '{plain(group.key)}' has no {lack}")
         image = group.image
-        values = group.label, image.offset_data, image.size, image.offset_data - image.offset
+        size, header = min(image.size, MAX_SIZE), image.offset_data - image.offset
+        values = group.label, image.offset_data, size, header
+        if self.class_label is not None:
+            self.names.append(group.key)
         for column, value in zip(self.fields, values, strict=True):
             column.append(value)
 
@@ -225,6 +260,8 @@ class _Scanner:
         table["shard"] = number
         for name, column in zip(("label", "offset", "size", "header"), self.fields, strict=True):
             table[name] = column
+        if self.names:  # as a folder of them is walked
+            table = table[sorted(range(len(table)), key=lambda i: walk_order(self.names[i]))]
         return table
 
     def _parse(self, key: str, text: bytes) -> int:

@@ -18,7 +18,7 @@ from rich.progress import track
 
 from ..terminal import Terminal
 from ..text import plain
-from .files import checked_size
+from .files import Bounded
 from .index import (
     Manifest,
     Shard,
@@ -52,11 +52,16 @@ def find_shards(pattern: str) -> list[Path]:
         ValueError: a brace range names a file that does not exist.
     """
     folder, rest = literal_part(pattern)
-    if not has_wildcard(rest):
-        ends = [f"{escape(rest)}-*{suffix}" for suffix in SUFFIXES]
-        return sorted(folder / path for end in ends for path in glob(end, root_dir=folder))
+    ends = [f"{escape(rest)}-*{suffix}" for suffix in SUFFIXES]
+    found = sorted(folder / path for end in ends for path in glob(end, root_dir=folder))
+    if found or not has_wildcard(rest):
+        return found
+    try:
+        parts = list(braceexpand(rest)) if "{" in rest else [rest]
+    except ValueError as error:
+        raise ValueError(f"{plain(pattern)} is not a pattern of shards: {error}") from None
     paths: list[str] = []
-    for part in braceexpand(rest):
+    for part in parts:
         if has_wildcard(part.replace("{", "")):
             paths += sorted(p for p in glob(part, root_dir=folder) if p.endswith(SUFFIXES))
         elif (folder / part).is_file():
@@ -71,8 +76,16 @@ def find_shards(pattern: str) -> list[Path]:
 def find_parquets(pattern: str) -> list[Path]:
     """The same for parquet files: a pattern, or what comes before ``-*.parquet``."""
     folder, rest = literal_part(pattern)
-    wanted = rest if has_wildcard(rest) else f"{escape(rest)}-*.parquet"
-    return [folder / path for path in sorted(glob(wanted, root_dir=folder))]
+    found = glob(f"{escape(rest)}-*.parquet", root_dir=folder)
+    if not found and has_wildcard(rest):
+        found = [path for path in glob(rest, root_dir=folder) if path.endswith(".parquet")]
+    return [folder / path for path in sorted(found)]
+
+
+def class_of(shard: Path) -> str:
+    """The class of a tar per class: its name without the suffix."""
+    suffix = next(end for end in SUFFIXES if shard.name.endswith(end))
+    return shard.name.removesuffix(suffix)
 
 
 def literal_part(pattern: str) -> tuple[Path, str]:
@@ -95,7 +108,7 @@ def is_pattern(path: str) -> bool:
     return not os.path.exists(path) and has_wildcard(literal_part(path)[1])
 
 
-class ShardSource:
+class ShardSource(Bounded):
     """Random access to the samples of tar shards; see :class:`~.source.Source`.
 
     A plain ``.tar`` is read in place at the offsets of its members; a compressed one is unpacked
@@ -172,7 +185,7 @@ class ShardSource:
             ValueError: the member is larger than any image.
         """
         record = self._table[index]
-        size = checked_size(int(record["size"]))
+        size = self.checked_size(int(record["size"]))
         return self._bytes_at(int(record["shard"]), int(record["offset"]), size)
 
     def _bytes_at(self, shard: int, offset: int, size: int) -> bytes:
@@ -251,7 +264,7 @@ def _scanned(
     manifest = Manifest(
         shards=[
             Shard(
-                name=path.name,
+                name=plain(path.name).replace("\\", "_"),
                 samples=len(scan.table),
                 bytes=stat.st_size,
                 mtime_ns=stat.st_mtime_ns,

@@ -10,16 +10,17 @@ from typing import Protocol
 import numpy as np
 
 from ..config import DataConfig
-from ..reading import read_text
 from ..text import plain
 from .classes import match
 from .folder import class_folders, open_folder
 from .index import is_manifest, read_timm_info
 from .listing import open_list
+from .names import read_classes
 from .parquet import ParquetSource
 from .scan import has_labels
 from .shards import (
     SUFFIXES,
+    class_of,
     find_parquets,
     find_shards,
     is_pattern,
@@ -43,9 +44,11 @@ class Source(Protocol):
         class_counts: int64 [classes], how many samples each has.
         class_names: by label, where the data tells.
         passed_over: one line on files that are no samples; empty if there are none.
+        max_pixels: of an image, see ``data.max_pixels``.
     """
 
     passed_over: str
+    max_pixels: int
     runs: np.ndarray
     class_counts: np.ndarray
     class_names: list[str] | None
@@ -88,11 +91,13 @@ def open_source(
                 "or to the files' prefix"
             )
         if not len(source):
-            raise ValueError(f"{root / split} holds no images")
+            said = f" ({source.passed_over})" if source.passed_over else ""
+            raise ValueError(f"{root / split} holds no images{said}")
         if classes is None and not training:
             _check_same_classes(root / split, root / data.train)
     except ValueError as error:
         raise ValueError(f"{name}={split}: {error}") from None
+    source.max_pixels = data.max_pixels
     if classes is not None and data.match_classes == "name":
         source = match(source, classes, f"data.path={plain(data.path)}, {name}={plain(split)}")
     try:
@@ -168,7 +173,9 @@ def open_splits(path: Path) -> dict[str, Source]:
 def _is_flat(folder: Path) -> bool:
     """Whether it is a folder of files only: a class that happens to be called so."""
     return folder.is_dir() and not any(
-        entry.is_dir() or entry.name.endswith((*SUFFIXES, ".parquet")) for entry in folder.iterdir()
+        entry.is_dir() or entry.name.endswith((*SUFFIXES, ".parquet"))
+        for entry in folder.iterdir()
+        if not is_companion(entry.name)
     )
 
 
@@ -201,8 +208,8 @@ def _open_folder(root: Path) -> Source:
     if shards and has_labels(shards[0]):
         return open_shards(shards, _class_names(root) or _class_names(root.parent))
     if shards:
-        names = [path.name.split(".")[0] for path in shards]
-        return open_shards(shards, names, range(len(shards)))
+        shards.sort(key=class_of)  # as class folders would come
+        return open_shards(shards, [class_of(path) for path in shards], range(len(shards)))
     if parquets := _files(root, ".parquet"):
         return ParquetSource(parquets)
     if not class_folders(root):
@@ -229,7 +236,7 @@ def _no_such_folder(path: str) -> str:
 
 def _class_names(folder: Path) -> list[str] | None:
     path = folder / "classes.txt"
-    return read_text(path).splitlines() if path.is_file() else None
+    return read_classes(path) if path.is_file() else None
 
 
 def _check_same_classes(val: Path, train: Path) -> None:
@@ -251,7 +258,7 @@ def _named_by_place(split: Path) -> list[str] | None:
         tars = _files(split, SUFFIXES)
         if not tars:
             return class_folders(split)
-        return None if has_labels(tars[0]) else [path.name.split(".")[0] for path in tars]
+        return None if has_labels(tars[0]) else sorted(map(class_of, tars))
     archive = split if split.suffix == ".zip" else split.with_name(f"{split.name}.zip")
     if archive.is_file() and not archive.with_name(f"{archive.stem}_map.txt").is_file():
         return zipped_class_folders(archive)

@@ -66,7 +66,7 @@ def _decode(part: range) -> tuple[int, int, list[Skipped]]:
         try:
             data = source.read(index)
             size += len(data)
-            EncodedImage(data, "RGB").pixels()
+            EncodedImage(data, "RGB", source.max_pixels).pixels()
         except (OSError, ValueError) as error:
             kind = error.kind if isinstance(error, UnreadableImage) else "cannot be read"
             bad.append(Skipped(source.key(index), kind, str(error)))

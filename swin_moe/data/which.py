@@ -30,7 +30,8 @@ SHOWN = 4  # kinds in one line
 
 def suffix(name: str) -> str:
     """The part after the last dot, in lower case; empty if there is none."""
-    return name.rpartition("/")[2].rpartition(".")[2].lower() if "." in name else ""
+    stem, _, end = name.rpartition("/")[2].rpartition(".")
+    return end.lower() if stem else ""
 
 
 def is_image(name: str) -> bool:
@@ -41,6 +42,12 @@ def is_image(name: str) -> bool:
 def is_companion(name: str) -> bool:
     """Whether one part of a path is hidden or belongs to a system: no sample and no class."""
     return (name.startswith(".") and name not in (".", "..")) or name.lower() in COMPANIONS
+
+
+def walk_order(path: str) -> tuple[list[str], str]:
+    """Sorts paths as a folder is walked: its files by name, then its folders by name."""
+    folder, _, name = path.rpartition("/")
+    return folder.split("/") if folder else [], name
 
 
 def among_companions(path: str) -> bool:
@@ -62,7 +69,8 @@ class PassedOver:
                 self.kinds["hidden"] += 1
         elif not is_companion(base):
             end = suffix(base)
-            self.kinds[f".{end}" if end.isalnum() and len(end) < 12 else "without a suffix"] += 1
+            kind = f".{end}" if end.isalnum() and len(end) < 12 else "without a suffix"
+            self.kinds["images in no class folder" if is_image(base) else kind] += 1
 
     def line(self) -> str:
         """``12 files passed over: 8 .txt, 4 hidden``; empty if there are none."""

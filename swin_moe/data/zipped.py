@@ -7,6 +7,7 @@ import struct
 import zlib
 from array import array
 from collections.abc import Iterable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -14,7 +15,7 @@ import numpy as np
 from rich.filesize import decimal
 
 from ..text import plain
-from .files import checked_size
+from .files import Bounded
 from .listing import read_list
 from .names import Names
 from .which import PassedOver, among_companions, is_image
@@ -40,7 +41,7 @@ class _Entry(NamedTuple):
     method: int
 
 
-class ZipSource:
+class ZipSource(Bounded):
     """Random access to images of a zip archive; see :class:`~.source.Source`.
 
     Only the places of the entries are kept: the stdlib's ``zipfile`` holds a kilobyte for each.
@@ -66,26 +67,32 @@ class ZipSource:
         self._file: IO[bytes] | None = None
 
     def _by_folder(self) -> None:
-        self._names, records, parents = Names(), array("Q"), array("i")
+        names, records, parents = Names(), array("Q"), array("i")
         number: dict[str, int] = {}
-        folders, passed = [], PassedOver()
+        folders, passed = set(), PassedOver()
         for entry in _entries(self.archive):
-            if entry.name.endswith("/"):
-                folders.append(entry.name.rstrip("/"))
-            elif (parent := _class_folder(entry.name)) is not None:
-                self._names.append(entry.name)
+            if (parent := _class_folder(entry.name)) is not None:
+                names.append(entry.name)
                 records.extend(entry[1:])
                 parents.append(number.setdefault(parent, len(number)))
-            elif not among_companions(entry.name.rpartition("/")[0]):
+                continue
+            folders.add(folder := entry.name.rpartition("/")[0])
+            if not entry.name.endswith("/") and not among_companions(folder):
                 passed.add(entry.name)
-        self._names.freeze()
+        names.freeze()
         self.passed_over = passed.line()
-        self._table = _table(records)
         class_of, all_classes = _class_names(number, folders)
         self.class_names: list[str] | None = all_classes
         ranks = {name: rank for rank, name in enumerate(self.class_names)}
         label_of = np.array([ranks[name] for name in class_of], np.int32)
-        self.labels = label_of[np.array(parents, np.int64)]
+        places = np.array(parents, np.int64)
+        order = _walk(names, places, list(number))
+        self._names = Names()
+        for place in order.tolist():
+            self._names.append(names[place])
+        self._names.freeze()
+        self._table = _table(records)[order]
+        self.labels = label_of[places[order]]
 
     def _by_list(self, listing: Path) -> None:
         self._names, labels = Names(), array("i")
@@ -106,7 +113,7 @@ class ZipSource:
         for entry in _entries(self.archive):
             at = int(np.searchsorted(ordered, _hash(entry.name)))
             if at < len(order) and self._names[place := int(order[at])] == entry.name:
-                self._table[place] = entry[1:]
+                self._table[place] = _table(array("Q", entry[1:]))[0]
                 found[place] = True
         if not found.all():
             name = self._names[int(np.argmin(found))]
@@ -141,7 +148,7 @@ class ZipSource:
             self._file = self.archive.open("rb", buffering=0)
         record = self._table[index]
         offset, packed, size = (int(record[name]) for name in ("offset", "packed", "size"))
-        checked_size(max(packed, size))
+        self.checked_size(max(packed, size))
         # pread leaves the file position alone, so that forked workers may share the open file.
         header = os.pread(self._file.fileno(), LOCAL.size, offset)
         if len(header) < LOCAL.size or header[:4] != b"PK\x03\x04":
@@ -162,12 +169,12 @@ class ZipSource:
 def zipped_class_folders(archive: Path) -> list[str]:
     """Sorted names of the class folders in an archive without a map."""
     parents: dict[str, int] = {}
-    folders = []
+    folders = set()
     for entry in _entries(archive):
-        if entry.name.endswith("/"):
-            folders.append(entry.name.rstrip("/"))
-        elif parent := _class_folder(entry.name):
+        if parent := _class_folder(entry.name):
             parents[parent] = 0
+        else:
+            folders.add(entry.name.rpartition("/")[0])
     return _class_names(parents, folders)[1]
 
 
@@ -185,7 +192,7 @@ def _class_names(parents: Iterable[str], folders: Iterable[str]) -> tuple[list[s
     The class is the first part of the path below what all folders of images have in common.
 
     Args:
-        folders: that the archive lists, for a class may be empty.
+        folders: without images, for a class may be empty.
     """
     split = [parent.split("/") for parent in parents]
     shortest, common = min(map(len, split), default=0), 0
@@ -196,8 +203,23 @@ def _class_names(parents: Iterable[str], folders: Iterable[str]) -> tuple[list[s
         parts[common]
         for parts in (folder.split("/") for folder in folders if not among_companions(folder))
         if split and len(parts) > common and parts[:common] == split[0][:common]
-    }
+    } - {""}
     return class_of, sorted(empty.union(class_of))
+
+
+def _walk(names: Names, parents: np.ndarray, folders: list[str]) -> np.ndarray:
+    """The order in which the same files are found in a folder: places in ``names``.
+
+    Args:
+        parents: of each name, its place in ``folders``.
+    """
+    ranks = np.empty(len(folders), np.int64)
+    ranks[sorted(range(len(folders)), key=lambda i: folders[i].split("/"))] = range(len(folders))
+    order = np.argsort(ranks[parents], kind="stable")
+    ends = np.cumsum(np.bincount(ranks[parents], minlength=len(folders)))
+    for start, end in pairwise([0, *ends.tolist()]):
+        order[start:end] = sorted(order[start:end].tolist(), key=names.__getitem__)
+    return order
 
 
 def _hash(name: str) -> int:
@@ -208,7 +230,8 @@ def _table(records: array) -> np.ndarray:
     columns = np.array(records, np.uint64).reshape(-1, len(RECORD.names or ()))
     table = np.empty(len(columns), RECORD)
     for place, name in enumerate(RECORD.names or ()):
-        table[name] = columns[:, place]
+        most = np.uint64(np.iinfo(RECORD[name]).max)  # of bytes: more than any image has
+        table[name] = np.minimum(columns[:, place], most)
     return table
 
 

@@ -204,7 +204,9 @@ def test_evaluation_marks_unreadable_images(tmp_path):
 def test_a_wholly_unreadable_batch_is_an_error_in_training(tmp_path, workers):
     _with_faults(tmp_path, range(12), "train")
     loader = open_loader(tmp_path, num_workers=workers)
-    with pytest.raises(ValueError, match=r"^no image of a whole batch .*key00\d\d \(") as error:
+    with pytest.raises(
+        ValueError, match=r"^none of 12 training images can .*key00\d\d \("
+    ) as error:
         list(loader.epoch(0))
     assert "\n" not in str(error.value)
     loader.close()

@@ -20,6 +20,7 @@ from .test_shards import _write_members
 
 FILES = [f"n0{i % 3}/n0{i % 3}_{i}.JPEG" for i in range(12)] + ["n01/Größe.png"]
 LABELS = [int(name[2]) for name in FILES]
+WALKED = sorted(range(len(FILES)), key=FILES.__getitem__)  # as a folder of them is walked
 
 
 def _content(index: int) -> bytes:
@@ -82,8 +83,8 @@ def test_zip_with_its_map(tmp_path, compression, end):
 def test_zip_without_a_map_is_of_class_folders(tmp_path):
     source = ZipSource(_make_zip(tmp_path / "train.zip"), None)
     assert source.class_names == ["empty", "n00", "n01", "n02"]  # as a folder would have it
-    assert source.labels.tolist() == [label + 1 for label in LABELS]
-    assert _read_all(source) == [_content(i) for i in range(len(FILES))]
+    assert source.labels.tolist() == [LABELS[i] + 1 for i in WALKED]
+    assert _read_all(source) == [_content(i) for i in WALKED]
 
 
 def test_folders_around_the_classes_of_a_zip(tmp_path):
@@ -115,7 +116,7 @@ def test_a_list_may_begin_with_a_mark(tmp_path):
 def test_zip64_and_many_chunks(tmp_path, monkeypatch):
     """Above 65,535 entries an archive has the large form of its directory."""
     monkeypatch.setattr(zipped, "CHUNK", 1000)
-    names = [f"a/{i}.jpg" for i in range(66_000)]
+    names = [f"a/{i:05d}.jpg" for i in range(66_000)]
     with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
         for index, name in enumerate(names):
             archive.writestr(name, struct.pack("<I", index))
@@ -161,13 +162,13 @@ def test_a_damaged_entry_is_refused_when_it_is_read(tmp_path, compression):
     archive = _make_zip(tmp_path / "train.zip", compression)
     source = ZipSource(archive, None)
     content = bytearray(archive.read_bytes())
-    content[int(source._table["offset"][2]) + 30 + len(FILES[2]) + 2] ^= 255
+    content[int(source._table["offset"][2]) + 30 + len(FILES[WALKED[2]]) + 2] ^= 255
     content[int(source._table["offset"][4])] ^= 255
     archive.write_bytes(content)
     for index, reason in ((2, "damaged"), (4, "no entry of the archive begins")):
         with pytest.raises(ValueError, match=reason):
             source.read(index)
-    assert source.read(3) == _content(3)
+    assert source.read(3) == _content(WALKED[3])
 
 
 # ---------------------------------------------------------------------------------------------
@@ -233,7 +234,7 @@ def test_a_list_far_from_its_files(tmp_path):
     )
     path = tmp_path / "latin.txt"
     path.write_bytes("Größe.jpg\t0\n".encode("latin-1"))
-    _refused(r"latin\.txt: not a list", open_list, path)
+    _refused(r"latin\.txt: its first file, .*Gr\\xf6\\xdfe\.jpg, is not there", open_list, path)
 
 
 # ---------------------------------------------------------------------------------------------

@@ -167,7 +167,7 @@ def test_a_zip_entry_that_claims_gigabytes_is_not_unpacked(tmp_path):
         archive.writestr("a/1.png", encode(1))
     source = ZipSource(tmp_path / "x.zip", None)
     source._table["size"] = 3_500_000_000
-    with pytest.raises(ValueError, match=r"3,500,000,000 bytes, more than"):
+    with pytest.raises(ValueError, match=r"3,500,000,000 bytes; at most"):
         source.read(0)
 
 
@@ -180,11 +180,13 @@ def test_a_user_without_a_home_has_no_cache_there(tmp_path, monkeypatch):
     )
 
 
-def test_a_batch_without_a_readable_image_takes_the_next(tmp_path):
+def test_a_batch_without_a_readable_image_takes_another(tmp_path):
     folder = make_folder(tmp_path / "train", ["a", "b"], per_class=4)
     (folder / "a" / "0.png").write_bytes(b"broken")
     runs = [
         [b.indices.tolist() for b in open_loader(tmp_path, batch_size=1).epoch(0)] for _ in range(2)
     ]
     assert runs[0] == runs[1]
-    assert sorted(index for (index,) in runs[0]) == [1, 1, 2, 3, 4, 5, 6, 7]
+    taken = [index for (index,) in runs[0]]
+    assert set(taken) == {1, 2, 3, 4, 5, 6, 7}
+    assert len(taken) == 8

@@ -1,0 +1,236 @@
+"""Names, sizes and layouts as people have them: no sample is lost, doubled or mislabelled."""
+
+import io
+import json
+import os
+import tarfile
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from rich.console import Console
+
+from swin_moe.config import DataConfig
+from swin_moe.data import index
+from swin_moe.data.bad_samples import BadSamples, Skipped
+from swin_moe.data.commands import prepare_data, verify_data
+from swin_moe.data.decode import EncodedImage, UnreadableImage
+from swin_moe.data.folder import open_folder
+from swin_moe.data.listing import open_list
+from swin_moe.data.names import read_classes, write_classes
+from swin_moe.data.prepare import image_extension
+from swin_moe.data.shards import class_of, find_shards
+from swin_moe.data.source import open_path, open_source
+from swin_moe.data.which import is_image
+from swin_moe.data.zipped import ZipSource
+from swin_moe.text import plain
+from tests.data.helpers import encode, make_folder, open_loader
+
+LATIN = "caf\udce9"  # a name whose bytes are not UTF-8
+
+
+def contents(source):
+    return [source.read(i) for i in range(len(source))]
+
+
+def add(tar, name, data):
+    member = tarfile.TarInfo(name)
+    member.size = len(data)
+    tar.addfile(member, io.BytesIO(data))
+
+
+def test_folder_zip_and_tar_per_class_are_one_data_set(tmp_path):
+    root = tmp_path / "folder"
+    names = ["b/2.png", "b/10.png", "b/a/1.png", "b-c/1.png", "a.v1/0.png", "a.v2/1.png", "b/z.png"]
+    for number, name in enumerate(names):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(encode(number))
+    with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
+        for name in names:  # in the order of the list, not of a folder
+            archive.write(root / name, name)
+    (tmp_path / "tars").mkdir()
+    for name in os.listdir(root):
+        with tarfile.open(tmp_path / "tars" / f"{name}.tar", "w") as tar:
+            for file in names:
+                if file.startswith(f"{name}/"):
+                    tar.add(root / file, file.removeprefix(f"{name}/"))
+    sources = [open_path(path) for path in (root, tmp_path / "x.zip", tmp_path / "tars")]
+    for source in sources:
+        assert source.class_names == ["a.v1", "a.v2", "b", "b-c"]
+        assert source.labels.tolist() == sources[0].labels.tolist() == [0, 1, 2, 2, 2, 2, 3]
+        assert contents(source) == contents(sources[0])
+
+
+def test_a_class_is_named_like_its_tar():
+    names = ["v1.3.tar", "b.tar.gz", "c.tgz"]
+    assert [class_of(Path(name)) for name in names] == ["v1.3", "b", "c"]
+
+
+def test_images_beside_the_class_folders_are_counted(tmp_path):
+    root = make_folder(tmp_path / "train", ["a", "b"])
+    (root / "stray.png").write_bytes(encode(1))
+    (root / "classes.csv").write_text("a")
+    with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
+        for path in sorted(root.rglob("*")):
+            archive.write(path, path.relative_to(root))
+    said = "2 files passed over: 1 .csv, 1 images in no class folder"
+    assert open_folder(root).passed_over == said
+    assert ZipSource(tmp_path / "x.zip", None).passed_over.startswith("2 files passed over")
+
+
+def test_a_folder_with_dots_gives_no_suffix():
+    assert not is_image("v1.0/jpg")
+    assert not is_image("png")
+    assert not is_image(".png")
+
+
+@pytest.mark.parametrize("place", [0, 30])
+def test_the_number_in_a_json_is_named(tmp_path, place):
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        for number in range(place):
+            add(tar, f"plain{number}.jpg", b"")
+        add(tar, "7.jpg", b"")
+        add(tar, "7.json", json.dumps({"label": 3, "url": "x"}).encode())
+    with pytest.raises(ValueError, match=r'\.cls.*"label": 3, which may be that number'):
+        open_path(tmp_path)
+
+
+def test_a_prefix_with_brackets_is_no_pattern(tmp_path):
+    for name in ("[a]-0.tar", "a-0.tar", "x{1-0.tar"):
+        (tmp_path / name).touch()
+    assert [path.name for path in find_shards(str(tmp_path / "[a]"))] == ["[a]-0.tar"]
+    assert [path.name for path in find_shards(str(tmp_path / "x{1"))] == ["x{1-0.tar"]
+    with pytest.raises(ValueError, match=r"y\{1.*not a pattern of shards|no such shard"):
+        find_shards(str(tmp_path / "y{1"))
+
+
+def test_an_index_of_another_rule_is_not_used(tmp_path, monkeypatch):
+    path = [tmp_path / "train-0.tar"]
+    now = index.cache_path(path, "tar shards", "x")
+    monkeypatch.setattr(index, "RULE", "1")
+    assert index.cache_path(path, "tar shards", "x") != now
+    index.cache_path([tmp_path / f"{LATIN}.tar"], "tar shards", "x")
+
+
+def test_names_that_are_not_utf8(tmp_path):
+    root = tmp_path / f"root {LATIN}"
+    for name, seed in ((LATIN, 1), ("tea", 2)):
+        (root / "train" / name).mkdir(parents=True)
+        (root / "train" / name / f"{LATIN}{seed}.png").write_bytes(encode(seed))
+        (root / "train" / name / f"{LATIN} bad.png").write_bytes(b"no image")
+    out, printed = tmp_path / "out", io.StringIO()
+    console = Console(file=printed, width=1000)
+    assert not verify_data(root, console, tmp_path / "bad.jsonl", 1)
+    prepare_data(root, out, console, workers=1)
+    printed.getvalue().encode()
+    shards = open_source(DataConfig(path=str(out)), 0, training=True)
+    assert shards.class_names == [LATIN, "tea"]
+    assert len(shards) == 2
+    assert all("caf\\xe9" in shards.key(i) for i in range(2))
+    assert verify_data(out, console, tmp_path / "bad.jsonl", 1)
+    train = tmp_path / LATIN
+    train.mkdir()
+    os.rename(out / "train-000000.tar", train / f"{LATIN}-0.tar")
+    assert len(open_path(train / LATIN)) == 2
+
+
+def test_a_list_names_files_of_any_bytes_and_no_companions(tmp_path):
+    make_folder(tmp_path, ["a"], per_class=1)
+    (tmp_path / "a" / f"{LATIN}.png").write_bytes(encode(5))
+    lines = [b"a/._0.png\t0", b"a/0.png\t0", f"a/{LATIN}.png\t1".encode("utf-8", "surrogateescape")]
+    (tmp_path / "train_map.txt").write_bytes(b"\n".join(lines))
+    source = open_list(tmp_path / "train_map.txt")
+    assert source.labels.tolist() == [0, 1]
+    assert source.read(1) == encode(5)
+    (tmp_path / "other.txt").write_bytes("a/0.png\t0".encode("utf-16"))
+    with pytest.raises(ValueError, match="no UTF-8 text"):
+        open_list(tmp_path / "other.txt")
+
+
+def test_class_names_survive_their_file(tmp_path):
+    names = [LATIN, "a b ", "x\x85y", "ünï", "", "z"]
+    write_classes(tmp_path / "classes.txt", names)
+    assert read_classes(tmp_path / "classes.txt") == names
+    (tmp_path / "dos.txt").write_bytes(b"\xef\xbb\xbfa\r\nb\r\n")
+    assert read_classes(tmp_path / "dos.txt") == ["a", "b"]
+
+
+@pytest.mark.parametrize("kind", ["AVIF", "PPM", "PNG", "WEBP"])
+def test_prepared_are_all_formats_that_are_read(kind):
+    buffer = io.BytesIO()
+    Image.new("1" if kind == "PPM" else "RGB", (16, 16)).save(buffer, kind)
+    assert image_extension(buffer.getvalue()) == kind.lower()
+    assert EncodedImage(buffer.getvalue(), "RGB").pixels().shape == (16, 16, 3)
+
+
+def test_too_large_is_no_damage_and_names_the_key(tmp_path):
+    with pytest.raises(UnreadableImage, match=r"data\.max_pixels=100 to at least 144") as error:
+        EncodedImage(encode(1), "RGB", 100)
+    assert error.value.kind == "too large"
+    root = make_folder(tmp_path / "train", ["a", "b"])
+    with (root / "a/0.png").open("wb") as file:
+        file.truncate(3_500_000_000)  # takes no room on the disk
+    loader = open_loader(tmp_path)
+    list(loader.epoch(0))
+    assert dict(loader.bad.kinds) == {"too large": 1}
+    printed = io.StringIO()
+    assert not verify_data(
+        tmp_path, Console(file=printed, width=1000), tmp_path / "bad.jsonl", 1, max_pixels=100
+    )
+    assert "4 too large" in printed.getvalue()
+    assert "data.max_pixels=100: raise it" in (tmp_path / "bad-train.jsonl").read_text()
+
+
+def test_an_entry_that_claims_more_than_the_table_holds(tmp_path):
+    with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
+        archive.writestr("a/1.png", encode(1))
+    source = ZipSource(tmp_path / "x.zip", None)
+    from swin_moe.data.zipped import _table, array
+
+    record = _table(array("Q", [0, 2**33 + 5, 2**33 + 5, 0, 0]))
+    source._table[0] = record[0]
+    with pytest.raises(UnreadableImage, match=r"data\.max_pixels"):
+        source.read(0)
+
+
+def test_an_unreadable_image_is_told_once(caplog, tmp_path):
+    bad = BadSamples()
+    for _ in range(3):
+        bad.add([Skipped("x.png", "damaged", "why"), Skipped("x.png", "damaged", "why")])
+    assert caplog.text.count("x.png") == 1
+    assert bad.total == 1
+
+
+def test_whole_batches_of_bad_images_are_replaced_up_to_the_share(tmp_path):
+    root = make_folder(tmp_path / "train", ["a", "b"], per_class=20)
+    for number in range(20):
+        (root / "a" / f"{number}.png").write_bytes(b"broken")
+
+    def epochs():
+        loader = open_loader(tmp_path, batch_size=2, max_bad_share=1.0)
+        return [[batch.indices.tolist() for batch in loader.epoch(e)] for e in (0, 1)]
+
+    first, again = epochs(), epochs()
+    assert first == again
+    assert first[0] != first[1]
+    taken = np.array(first)
+    assert (taken >= 20).all()
+    (root / "b").rename(tmp_path / "aside")
+    (root / "b").mkdir()
+    with pytest.raises(ValueError, match=r"none of 12 training images can be read.*max_bad_share"):
+        list(open_loader(tmp_path, batch_size=2, max_bad_share=0.0).epoch(0))
+
+
+def test_too_many_workers_is_one_line(tmp_path, caplog):
+    make_folder(tmp_path / "train", ["a", "b"], per_class=4)
+    assert open_loader(tmp_path, batch_size=8, num_workers=64).workers == 1
+    assert caplog.text.count("data.num_workers=64") == 1
+    assert "an epoch has 1 batches, so 1 of them work" in caplog.text
+
+
+def test_a_relative_path_names_the_working_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=f"no such folder in {plain(tmp_path)}, where you are"):
+        open_source(DataConfig(path="nowhere"), 0, training=True)
