@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .. import checkpoint
 from ..config import Architecture, ConfigError, load_config, validate_architecture
+from ..reading import openable
 from . import deepspeed_files
 from .pickled import State, WeightsError, read_pickled
 
@@ -133,7 +134,7 @@ def _metadata(config: Architecture | None) -> dict[str, str]:
 
 def _read_safetensors(path: Path) -> Weights:
     try:
-        with safe_open(path, framework="pt", device="cpu") as handle:
+        with openable(path) as file, safe_open(file, framework="pt", device="cpu") as handle:
             metadata = handle.metadata() or {}
             state = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
