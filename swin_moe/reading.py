@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +60,19 @@ def read_text(path: str | os.PathLike[str], limit: int = LIMIT) -> str:
         raise ValueError(
             f"{plain(path)} is not UTF-8 text (byte {error.start:,}): save it as UTF-8"
         ) from None
+
+
+@contextmanager
+def openable(path: str | os.PathLike[str]) -> Iterator[str]:
+    """A name for a file by which libraries open it that take only names in UTF-8."""
+    name = os.fspath(path)
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        with open(path, "rb") as file:
+            yield f"/proc/self/fd/{file.fileno()}"
+    else:
+        yield name
 
 
 def read_json(path: str | os.PathLike[str], limit: int = LIMIT) -> Any:

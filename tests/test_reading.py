@@ -3,8 +3,11 @@
 import os
 
 import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
-from swin_moe.reading import parse_json, read_json, read_text
+from swin_moe.reading import openable, parse_json, read_json, read_text
 from swin_moe.text import plain
 
 
@@ -48,3 +51,14 @@ def test_size_encoding_and_depth_have_bounds(tmp_path):
     for text in ("[" * 40 + "]" * 40, "[" * 100_000, "{", "9" * 5000):
         with pytest.raises(ValueError, match=r"^here is n"):
             parse_json(text, "here")
+
+
+def test_safetensors_are_read_in_a_folder_that_is_not_utf8(tmp_path):
+    file = tmp_path / os.fsdecode(b"caf\xe9.safetensors")
+    save_file({"a": torch.arange(3)}, file)
+    with openable(file) as name:
+        name.encode()
+        handle = safe_open(name, framework="pt")
+    assert handle.get_tensor("a").tolist() == [0, 1, 2]
+    with openable(tmp_path / "猫") as name:
+        assert name == str(tmp_path / "猫")

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..distributed import set_rng_state
 from ..placement import ExpertShare, Layout, shard_axis
+from ..reading import openable
 from .contents import Contents
 from .folder import CheckpointError, rank_file
 from .fragments import Entry, key
@@ -107,7 +108,8 @@ class Reader(Contents):
             if name not in self.files:
                 raise CheckpointError(f"{self.path}: manifest.json names no {name}")
             try:
-                handle = safe_open(self.path / name, framework="pt", device="cpu")
+                with openable(self.path / name) as file:
+                    handle = safe_open(file, framework="pt", device="cpu")
             except FileNotFoundError:
                 raise CheckpointError(
                     f"{self.path / name}: is gone: its training has removed it meanwhile; try again"

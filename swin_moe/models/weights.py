@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .. import checkpoint
 from ..config import Architecture, load_config
-from ..reading import read_json
+from ..reading import openable, read_json
 from ..text import plain
 from . import deepspeed_files
 from .described import Described, beside, from_config, from_metadata, metadata
@@ -118,7 +118,7 @@ def _read_file(path: Path, about: Described | None = None) -> Weights:
 
 def _read_safetensors(path: Path) -> tuple[State, dict[str, str]]:
     try:
-        with safe_open(path, framework="pt", device="cpu") as handle:
+        with openable(path) as file, safe_open(file, framework="pt", device="cpu") as handle:
             state = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
             return state, handle.metadata() or {}
     except (SafetensorError, OSError) as error:
