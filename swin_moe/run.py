@@ -30,6 +30,7 @@ from .models.parts import build_in_parts
 from .models.pretrained import (
     Pretrained,
     adopt_pretrained_window,
+    as_it_is,
     load_pretrained,
     read_pretrained,
 )
@@ -117,6 +118,7 @@ def train(
             run.say(f"started again by the launcher after a failure ({restart} of {allowed})")
         try:
             trainer = _assemble(job, reader, source)
+            del source  # as large as the model
             _show_data(job, reader)
             trainer = _fit(job, trainer)
         finally:
@@ -153,7 +155,10 @@ def _assemble(
         if reader is not None:
             checkpoint.load_weights(model, reader, _layout(model, world))
     started_from = load_pretrained(model, source) if source else ""
+    exact = as_it_is(model) if source else None
     engine = _build_engine(config, model, world)
+    if exact is not None:
+        engine.load(exact, updates=0)
     position = Position()
     if reader is not None:
         position = _restore(reader, engine, config, world, job.plan, place)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from ..checkpoint import persistent_buffers
 from ..config import Architecture, ModelConfig, validate_architecture
@@ -155,6 +157,20 @@ def load_pretrained(model: SwinTransformer, source: Pretrained) -> str:
     if result.head:
         notes.append(f"head {result.head}")
     return ", ".join(notes)
+
+
+def as_it_is(model: SwinTransformer) -> Callable[[str, str, int, int], Tensor]:
+    """A reader of the model's weights as they are now, and of moments that are zero.
+
+    ``Engine.load`` reads masters from it. DeepSpeed makes them from weights that it has rounded to
+    bf16 before.
+    """
+    weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+    def read(name: str, kind: str, start: int, stop: int) -> Tensor:
+        return weights[name].flatten()[start:stop] if kind == "weight" else torch.zeros(stop - start)
+
+    return read
 
 
 def _warn_of_other_routing(model: SwinTransformer, source: Pretrained) -> None:
