@@ -168,7 +168,9 @@ def as_it_is(model: SwinTransformer) -> Callable[[str, str, int, int], Tensor]:
     weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
 
     def read(name: str, kind: str, start: int, stop: int) -> Tensor:
-        return weights[name].flatten()[start:stop] if kind == "weight" else torch.zeros(stop - start)
+        if kind != "weight":
+            return torch.zeros(stop - start)
+        return weights[name].flatten()[start:stop]
 
     return read
 

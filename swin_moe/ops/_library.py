@@ -12,6 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from swin_moe.ops.leaving import is_leaving
+
 logger = logging.getLogger("swin_moe")
 
 BUILD_HINT = "build them with `pip install --no-build-isolation -e .`"
@@ -182,9 +184,9 @@ def require_fused(device_type: str) -> None:
 
 
 def has_kernel(op: str, tensor: Tensor) -> bool:
-    """Whether a compiled kernel of an op may serve a tensor of this device and dtype."""
+    """Whether a compiled kernel of an op may serve a tensor of this device and dtype, here."""
     kind = tensor.device.type
-    return tensor.dtype in KERNEL_DTYPES.get(kind, ()) and _serves(op, kind)
+    return not is_leaving() and tensor.dtype in KERNEL_DTYPES.get(kind, ()) and _serves(op, kind)
 
 
 def _serves(op: str, device_type: str) -> bool:
