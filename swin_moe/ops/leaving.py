@@ -42,7 +42,7 @@ def of_one_size(images: Tensor) -> Tensor:
     """Images [B, C, H, W] as they are, in a graph that leaves: one that holds for this H and W.
 
     Raises:
-        ValueError: the graph is for ONNX, which checks nothing, and is to take other sizes.
+        ValueError: the graph is to take other sizes, and may be for ONNX, which checks nothing.
     """
     if torch.jit.is_tracing():
         # Everything below that decides by a size decides by one that is checked here.
@@ -54,12 +54,16 @@ def of_one_size(images: Tensor) -> Tensor:
             warnings.simplefilter("ignore", FutureWarning)  # torch.jit is deprecated
             check = torch.jit.script(_of_size)
         return check(images, height, width)
-    exporting = torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export()
-    if exporting and not all(type(side) is int for side in images.shape[2:]):
-        raise ValueError(
-            "a model in ONNX takes images of one size: leave height and width out of "
-            "dynamic_shapes, and export it once for each size"
-        )
+    # ONNX tries it again with strict=True, where dynamo does not know that it is for ONNX.
+    strict = torch.compiler.is_dynamo_compiling()
+    if torch.compiler.is_exporting() and (strict or torch.onnx.is_in_onnx_export()):
+        from torch.fx.experimental.symbolic_shapes import has_static_value  # imports sympy
+
+        if not (has_static_value(images.shape[2]) and has_static_value(images.shape[3])):
+            raise ValueError(
+                "a model in ONNX, or exported with strict=True, takes images of one size: leave "
+                "height and width out of dynamic_shapes, and export it once for each size"
+            )
     return images
 
 
