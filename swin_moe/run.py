@@ -32,6 +32,7 @@ from .models.parts import build_in_parts
 from .models.pretrained import (
     Pretrained,
     adopt_pretrained_window,
+    as_it_is,
     load_pretrained,
     read_pretrained,
 )
@@ -130,6 +131,7 @@ def train(
             run.say(f"started again by the launcher after a failure ({restart} of {allowed})")
         try:
             trainer = _assemble(job, reader, source)
+            del source  # as large as the model
             _show_data(job, reader)
             trainer = _fit(job, trainer)
         finally:
@@ -167,7 +169,10 @@ def _assemble(
             checkpoint.load_weights(model, reader, _layout(model, world))
     by_name = job.classes if config.data.match_classes == "name" else None
     started_from = load_pretrained(model, source, by_name) if source else ""
+    exact = as_it_is(model) if source else None
     engine = _build_engine(config, model, world)
+    if exact is not None:
+        engine.load(exact, updates=0)
     position = Position()
     if reader is not None:
         position = _restore(reader, engine, config, world, job.plan, place)

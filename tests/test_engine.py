@@ -38,3 +38,8 @@ def test_another_deepspeed_is_refused_in_one_line(monkeypatch):
 def test_layer_decay_at_every_stage_equals_plain_adamw(tmp_path, processes):
     run_worker("layer_decay", tmp_path, processes)
     assert (tmp_path / "passed").exists()
+
+
+def test_pretrained_weights_reach_the_masters_unrounded(tmp_path):
+    run_worker("pretrained", tmp_path, processes=2)
+    assert (tmp_path / "passed").exists()

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops import window_attention
+from ..ops import is_leaving, sides, window_attention
 from .layers import Fp32Linear
 from .position import relative_coords, resize_bias_table, spread_bias_table
 
@@ -98,7 +98,8 @@ class WindowAttention(nn.Module):
         In evaluation without gradients it is computed once, and anew when weights have changed in
         place or the module was put in training or evaluation mode again.
         """
-        if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        graph = torch.compiler.is_compiling() or is_leaving()
+        if self.training or torch.is_grad_enabled() or graph:
             return self._position_bias(window_size)
         table = self.kind == "table"
         sources = [self.relative_position_bias_table] if table else [*self.cpb_mlp.parameters()]
@@ -136,13 +137,12 @@ class WindowAttention(nn.Module):
 
     def forward(self, x: Tensor, window_size: int, shift_size: int) -> Tensor:
         """x [B, H, W, C] to [B, H, W, C]; window and shift are the block's for this resolution."""
-        B, H, W, C = x.shape
         if self.cosine:
             scale: Tensor = self.logit_scale
         else:
             scale = x.new_full((self.num_heads, 1, 1), self.scale, dtype=torch.float32)
         out = window_attention(
-            self._qkv(x).view(B, H, W, 3, self.num_heads, C // self.num_heads),
+            self._qkv(x).unflatten(3, (3, self.num_heads, -1)),
             self.position_bias(window_size),
             scale,
             window_size=window_size,
@@ -169,7 +169,7 @@ class SpatialMlp(nn.Conv1d):
 
     def mix(self, x: Tensor, shift_size: int) -> Tensor:
         """x [B, H, W, C] to [B, H, W, C], windows shifted by ``shift_size``."""
-        B, H, W, C = x.shape
+        (B, _, _, C), (H, W) = x.shape, sides(x)
         w, heads = self.window_size, self.num_heads
         before = w - shift_size if shift_size else 0
         rows, cols = -(-(H + before) // w), -(-(W + before) // w)

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..ops import fixed, sides
+
 
 class Fp32Linear(nn.Linear):
     """Linear layer that computes in fp32 (fp64 for fp64 weights), whatever the precision around."""
@@ -27,7 +29,7 @@ class PatchEmbed(nn.Module):
         self.norm = nn.LayerNorm(embed_dim) if norm else nn.Identity()
 
     def forward(self, images: Tensor) -> Tensor:
-        height, width = images.shape[-2:]
+        height, width = fixed(images.shape[2]), fixed(images.shape[3])
         p = self.patch_size
         if height % p or width % p:
             images = F.pad(images, (0, -width % p, 0, -height % p))
@@ -49,7 +51,7 @@ class PatchMerging(nn.Module):
         self.norm = nn.LayerNorm(2 * dim if post_norm else 4 * dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        height, width = x.shape[1:3]
+        height, width = sides(x)
         if height % 2 or width % 2:
             x = F.pad(x, (0, 0, 0, width % 2, 0, height % 2))
         # (row, column) offsets (0, 0), (1, 0), (0, 1), (1, 1)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from ..checkpoint import persistent_buffers
 from ..config import Architecture, ModelConfig, validate_architecture
@@ -268,6 +270,22 @@ def head_by_name(
     chosen = torch.tensor([rows[name] for name in ours])
     head = {name: state[name][chosen] for name in HEAD if name in state}
     return without | head, f"of {len(theirs):,} classes, {len(ours):,} taken by name"
+
+
+def as_it_is(model: SwinTransformer) -> Callable[[str, str, int, int], Tensor]:
+    """A reader of the model's weights as they are now, and of moments that are zero.
+
+    ``Engine.load`` reads masters from it. DeepSpeed makes them from weights that it has rounded to
+    bf16 before.
+    """
+    weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+    def read(name: str, kind: str, start: int, stop: int) -> Tensor:
+        if kind != "weight":
+            return torch.zeros(stop - start)
+        return weights[name].flatten()[start:stop]
+
+    return read
 
 
 def _warn_of_other_routing(model: SwinTransformer, source: Pretrained) -> None:

@@ -14,12 +14,14 @@ from typing import NamedTuple
 import torch
 from timm.layers.drop import DropPath
 from torch import Tensor, nn
+from torch.utils._pytree import _register_namedtuple
 
 from ..config import ModelConfig, MoEConfig, check_moe_blocks
 from ..distributed import Group
 from ..moe import MoELayer, MoEResult, RoutingStats, build_moe
 from ..moe.experts import ExpertLinear
 from ..moe.router import CosineRouter, LinearRouter, SoftRouter
+from ..ops import of_one_size, sides
 from .attention import SpatialMlp, WindowAttention
 from .layers import Mlp, PatchEmbed, PatchMerging
 from .position import resize_position_embedding
@@ -66,6 +68,11 @@ class MoEOutput(NamedTuple):
     stats: RoutingStats
 
 
+# A program of torch.export is saved with the structure of its output.
+for _output in (MoEOutput, RoutingStats):
+    _register_namedtuple(_output, serialized_type_name=f"swin_moe.{_output.__name__}")
+
+
 def effective_window(height: int, width: int, window_size: int, shifted: bool) -> tuple[int, int]:
     """(window, shift) of a block at a resolution in tokens: clipped to the smaller side."""
     if height <= window_size or width <= window_size:
@@ -106,7 +113,7 @@ class SwinBlock(nn.Module):
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
 
     def _mix(self, x: Tensor) -> Tensor:
-        window, shift = effective_window(x.shape[1], x.shape[2], self.window_size, self.shifted)
+        window, shift = effective_window(*sides(x), self.window_size, self.shifted)
         if self.attn is not None:
             return self.attn(x, window, shift)
         assert self.spatial_mlp is not None
@@ -322,16 +329,16 @@ class SwinTransformer(nn.Module):
     def add_position(self, x: Tensor) -> Tensor:
         """Patches [B, H, W, C] with the absolute position embedding, where there is one."""
         if self.absolute_pos_embed is not None:
-            sides = (x.shape[1], x.shape[2])
+            grid = sides(x)
             embedding = resize_position_embedding(
-                self.absolute_pos_embed, self.config.token_grid, sides
+                self.absolute_pos_embed, self.config.token_grid, grid
             )
-            x = x + embedding.unflatten(1, sides).to(x.dtype)
+            x = x + embedding.unflatten(1, grid).to(x.dtype)
         return self.pos_drop(x)
 
     def embed(self, images: Tensor) -> Tensor:
         """Images [B, in_chans, H, W] to tokens [B, H/p, W/p, embed_dim]."""
-        return self.add_position(self.patch_embed(images))
+        return self.add_position(self.patch_embed(of_one_size(images)))
 
     def forward_stages(self, x: Tensor) -> tuple[Tensor, list[MoEResult]]:
         """Tokens [B, h, w, embed_dim] to normed tokens [B, h', w', num_features]."""

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from ..config import MoEConfig
-from ..ops import finite_range, moe_choose
-from .plan import RouteContext, Routing, RoutingPlan, expert_capacity, make_stats
+from ..ops import finite_range, fixed, moe_choose
+from .plan import RouteContext, Routing, RoutingPlan, expert_capacity, group_size, make_stats
 from .token_choice import draw_noise
 
 
@@ -21,7 +21,7 @@ def route(logits: Tensor, moe: MoEConfig, context: RouteContext) -> Routing:
     Args:
         logits: [T, E], fp32 or wider. A token whose logits are not finite is never chosen.
     """
-    T, E = logits.shape
+    T, E = logits.shape[0], fixed(logits.shape[1])
     groups = context.groups
     finite = logits.isfinite().all(1)
     clean = logits.masked_fill(~finite[:, None], 0.0)
@@ -30,7 +30,8 @@ def route(logits: Tensor, moe: MoEConfig, context: RouteContext) -> Routing:
     scores = noisy.sigmoid() if moe.score == "sigmoid" else noisy.softmax(1)
     factor = moe.capacity_factor if context.training else moe.eval_capacity_factor
     factor = factor or moe.capacity_factor
-    capacity = min(T // groups, expert_capacity(T // groups, E, moe.top_k, factor))
+    own = group_size(T, groups)
+    capacity = min(own, expert_capacity(own, E, moe.top_k, factor))
     source, destination, used = moe_choose(scores, finite, groups, capacity)
     expert = torch.arange(E, device=logits.device).expand(T, E)
     chosen = destination >= 0

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..config import MoEConfig
 from ..distributed import Group
+from ..ops import fixed, is_leaving
 from ..placement import expert_share
 from . import expert_choice, soft, token_choice
 from .balance import ChoiceBias
@@ -96,6 +97,10 @@ class MoELayer(nn.Module):
         """x [..., D], or [B, H, W, D] where images are routed apart, to a result like x."""
         if x.shape[-1] != self.dim:
             raise ValueError(f"tokens have width {x.shape[-1]}, the layer has {self.dim}")
+        if torch.jit.is_tracing() and torch.onnx.is_in_onnx_export():
+            raise ValueError(
+                "a mixture of experts goes to ONNX by torch.onnx.export(dynamo=True) only"
+            )
         tokens = x.reshape(-1, self.dim)
         routing = self.route(tokens, self._groups(x))  # 1 gate, 2 balance
         if torch.is_autocast_enabled(x.device.type):
@@ -123,14 +128,19 @@ class MoELayer(nn.Module):
         return ROUTINGS[self.moe.routing](self.router(tokens), self.moe, context)
 
     def _groups(self, x: Tensor) -> int:
-        if self.moe.routes_images_apart and x.dim() == 4:
-            return max(x.shape[0], 1)
+        if self.moe.routes_images_apart and x.dim() == 4 and fixed(x.shape[0]) > 0:
+            return x.shape[0]
         return 1
 
     def _apply_experts(self, rows: Tensor, plan: Plan) -> tuple[Tensor, float]:
         """Rows of this rank's tokens through the experts wherever those are; seconds waited."""
         if self.group.size == 1:
             return self.experts(rows, plan.used, plan.stride), 0.0
+        if is_leaving():
+            raise ValueError(
+                f"the experts are spread over {self.group.size} processes, so that no graph holds "
+                "the model: build it in one process, by swin_moe.build_model(NAME, pretrained=RUN)"
+            )
         exchange = Exchange(plan, self.group, self.kernels, self.overlap_degree)
         weights = self.experts.weights_as(rows.dtype)
         out = exchange.run(rows, partial(self.experts, weights=weights))

@@ -9,7 +9,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from ..ops import Route
+from ..ops import Route, is_leaving
 
 
 class Kernels(NamedTuple):
@@ -164,6 +164,28 @@ class RouteContext:
     padded: bool = False
     bias: Tensor | None = None
     noise: Tensor | None = None
+
+
+def group_size(tokens: int, groups: int) -> int:
+    """Tokens of a group that is to have a capacity.
+
+    Raises:
+        ValueError: a graph is made for any number of images, on which it depends.
+    """
+    size = tokens // groups
+    if not is_leaving():
+        return size
+    from torch.fx.experimental.symbolic_shapes import is_concrete_int  # imports sympy
+
+    # Of a trace's tensors nothing is known, but a map is of one size in it, and groups are images.
+    constant = type(groups) is not int if torch.jit.is_tracing() else is_concrete_int(size)
+    if not constant:
+        raise ValueError(
+            "an expert's capacity depends on the number of images, which this graph leaves open: "
+            "set moe.eval_capacity_factor=0 or moe.route_per_image=true, or export for a fixed "
+            "number (torch.export without dynamic_shapes)"
+        )
+    return int(size)
 
 
 def expert_capacity(num_tokens: int, num_experts: int, top_k: int, factor: float) -> int:

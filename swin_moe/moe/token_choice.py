@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..config import MoEConfig
-from ..ops import Route, RouteOptions
+from ..ops import Route, RouteOptions, fixed
 from .balance import balance_loss
 from .plan import (
     RouteContext,
@@ -14,6 +14,7 @@ from .plan import (
     RoutingPlan,
     RoutingStats,
     expert_capacity,
+    group_size,
     make_stats,
 )
 
@@ -24,7 +25,7 @@ def route(logits: Tensor, moe: MoEConfig, context: RouteContext) -> Routing:
     Args:
         logits: [T, E], fp32 or wider.
     """
-    T, E = logits.shape
+    T, E = logits.shape[0], fixed(logits.shape[1])
     training, groups = context.training, context.groups
     top_k = moe.top_k if training else moe.eval_top_k or moe.top_k
     factor = moe.capacity_factor if training else moe.eval_capacity_factor
@@ -34,7 +35,7 @@ def route(logits: Tensor, moe: MoEConfig, context: RouteContext) -> Routing:
         normalize=moe.normalize_gate,
         prioritized=moe.batch_prioritized,
         groups=groups,
-        capacity=expert_capacity(T // groups, E, top_k, factor),
+        capacity=expert_capacity(group_size(T, groups), E, top_k, factor) if factor else 0,
         padded=context.padded and factor > 0,
         load_sigma=moe.gate_noise / E if moe.balance == "importance_load" else 0.0,
     )

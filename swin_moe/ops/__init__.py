@@ -16,6 +16,7 @@ from swin_moe.ops._library import (
     status,
     use_references,
 )
+from swin_moe.ops.leaving import fixed, is_leaving, of_one_size, sides
 from swin_moe.ops.moe_choose import moe_choose
 from swin_moe.ops.moe_dispatch import (
     moe_combine,
@@ -48,6 +49,8 @@ __all__ = [
     "assume_fused",
     "cpu_instruction_set",
     "finite_range",
+    "fixed",
+    "is_leaving",
     "library_digest",
     "moe_choose",
     "moe_combine",
@@ -58,7 +61,9 @@ __all__ = [
     "moe_experts_reference",
     "moe_route",
     "moe_route_reference",
+    "of_one_size",
     "require_fused",
+    "sides",
     "status",
     "use_references",
     "window_attention",

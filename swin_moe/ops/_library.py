@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..text import reason
+from .leaving import is_leaving
 
 logger = logging.getLogger("swin_moe")
 
@@ -184,9 +185,9 @@ def require_fused(device_type: str) -> None:
 
 
 def has_kernel(op: str, tensor: Tensor) -> bool:
-    """Whether a compiled kernel of an op may serve a tensor of this device and dtype."""
+    """Whether a compiled kernel of an op may serve a tensor of this device and dtype, here."""
     kind = tensor.device.type
-    return tensor.dtype in KERNEL_DTYPES.get(kind, ()) and _serves(op, kind)
+    return not is_leaving() and tensor.dtype in KERNEL_DTYPES.get(kind, ()) and _serves(op, kind)
 
 
 def _serves(op: str, device_type: str) -> bool:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from swin_moe.ops import _library
+from swin_moe.ops.leaving import is_leaving, stable_order
 
 
 def moe_choose(
@@ -21,7 +22,8 @@ def moe_choose(
         source [E·groups·capacity] and destination [T, E], both int32, as in ``moe_dispatch`` with
         k = E; used [E] int64.
     """
-    return torch.ops.swin_moe.moe_choose(scores.detach(), finite, groups, capacity)
+    choose = _choose if is_leaving() else torch.ops.swin_moe.moe_choose
+    return choose(scores.detach(), finite, groups, capacity)
 
 
 def _choose(
@@ -30,10 +32,10 @@ def _choose(
     T, E = scores.shape
     # The experts' view: [E, groups, tokens of a group]; what is not finite goes last.
     ranked = scores.masked_fill(~finite[:, None], -torch.inf).t().reshape(E, groups, T // groups)
-    best = ranked.sort(dim=2, descending=True, stable=True).indices[..., :capacity]
+    best = stable_order(ranked, 2, descending=True)[..., :capacity]
     first = torch.arange(groups, device=scores.device)[:, None] * (T // groups)
     token = (best + first).flatten()  # [E · groups · capacity], row by row
-    expert = torch.arange(E, device=scores.device).repeat_interleave(groups * capacity)
+    expert = torch.arange(E, device=scores.device)[:, None].expand(E, groups * capacity).flatten()
     taken = finite[token]
     source = torch.where(taken, token * E + expert, -1).to(torch.int32)
     destination = torch.full((T * E + 1,), -1, dtype=torch.int32, device=scores.device)

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from swin_moe.ops import _library
 from swin_moe.ops.dropout import draw_seed, keep_mask
+from swin_moe.ops.leaving import fixed, is_leaving
 
 
 def moe_experts(
@@ -87,6 +88,9 @@ def moe_experts_reference(
     """
     if dropout_p > 0 and seed is None:
         seed = draw_seed(rows.device)
+    if is_leaving():
+        weights = (fc1_weight, fc1_bias, fc2_weight, fc2_bias)
+        return _experts_by_index(rows, used, *weights, stride, dropout_p, seed)
     parts = []
     for expert, own, empty in _slices(rows, used, stride):
         hidden = F.gelu(F.linear(rows[own], fc1_weight[expert], fc1_bias[expert]))
@@ -98,6 +102,35 @@ def moe_experts_reference(
             rows.new_zeros(empty, rows.shape[1]),
         ]
     return torch.cat(parts)
+
+
+def _experts_by_index(
+    rows: Tensor,
+    used: Tensor,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor | None,
+    stride: int,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> Tensor:
+    """The reference in a graph, which cannot look how many rows an expert has: it finds them."""
+    start = used.cumsum(0) - used
+    if stride:
+        start = torch.arange(used.shape[0], device=used.device) * stride
+    number = torch.arange(rows.shape[0], device=rows.device)
+    out = torch.zeros_like(rows)
+    for expert in range(fixed(used.shape[0])):
+        past = number - start[expert]
+        own = ((past >= 0) & (past < used[expert])).nonzero().squeeze(1)
+        hidden = F.gelu(F.linear(rows.index_select(0, own), fc1_weight[expert], fc1_bias[expert]))
+        if dropout_p > 0:
+            assert seed is not None
+            hidden = hidden * keep_mask(seed, own, hidden.shape[1], dropout_p).to(hidden.dtype)
+        bias = None if fc2_bias is None else fc2_bias[expert]
+        out = out.index_put((own,), F.linear(hidden, fc2_weight[expert], bias))
+    return out
 
 
 def _experts(

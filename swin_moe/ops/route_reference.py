@@ -13,6 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from swin_moe.ops.leaving import fixed, is_leaving, stable_order
+
 
 class RouteOptions(NamedTuple):
     """How to route; the same for every token of a call.
@@ -45,7 +47,7 @@ class RouteOptions(NamedTuple):
         if self.padded:
             return places
         wanted = tokens * self.top_k
-        return min(wanted, places) if self.capacity else wanted
+        return places if self.capacity and fixed(places) < fixed(wanted) else wanted
 
 
 class Route(NamedTuple):
@@ -89,7 +91,9 @@ def moe_route_reference(
     scores, probabilities = _scores(noisy, options.sigmoid)
     chosen_by = scores.detach() if bias is None else scores.detach() + bias
     priority = scores.detach().amax(1)
-    plan = torch.ops.swin_moe.moe_assign(chosen_by, priority, finite, *options)
+    # A graph that leaves has no op of ours. The op is what a recompute knows a route by.
+    assign = assign_reference if is_leaving() else torch.ops.swin_moe.moe_assign
+    plan = assign(chosen_by, priority, finite, *options)
     expert = plan[0]
     gate = scores.gather(1, expert)
     if options.normalize:
@@ -133,8 +137,8 @@ def finite_range(logits: Tensor, finite: Tensor) -> tuple[Tensor, Tensor]:
     """Least and greatest logit of the tokens that are finite [T]; inf and −inf without any."""
     bad = ~finite[:, None]
     infinity = logits.new_full((1,), math.inf)
-    least = torch.cat((logits.masked_fill(bad, math.inf).flatten(), infinity)).amin()
-    greatest = torch.cat((logits.masked_fill(bad, -math.inf).flatten(), -infinity)).amax()
+    least = torch.cat((logits.masked_fill(bad, math.inf).flatten(), infinity)).amin(0)
+    greatest = torch.cat((logits.masked_fill(bad, -math.inf).flatten(), -infinity)).amax(0)
     return least, greatest
 
 
@@ -158,7 +162,7 @@ def assign_reference(
     )
     device = chosen_by.device
     # A stable sort, not topk, whose choice among equal scores is not defined.
-    expert = chosen_by.sort(dim=1, descending=True, stable=True).indices[:, :top_k].contiguous()
+    expert = stable_order(chosen_by, 1, descending=True)[:, :top_k].contiguous()
     group = torch.arange(T, device=device) // max(T // groups, 1)
     nowhere = groups * E
     queue = torch.where(finite[:, None], group[:, None] * E + expert, nowhere)
@@ -201,9 +205,9 @@ def queue_slots(expert: Tensor, num_experts: int, priority: Tensor | None) -> tu
     device = expert.device
     order = torch.arange(T, device=device)
     if priority is not None:
-        order = priority.argsort(descending=True, stable=True)
+        order = stable_order(priority, 0, descending=True)
     queue = expert[order].t().reshape(-1)  # [k·T], choice by choice
-    by_expert = queue.argsort(stable=True)
+    by_expert = stable_order(queue, 0, descending=False)
     counts = torch.zeros(num_experts, dtype=torch.int64, device=device)
     counts.scatter_add_(0, queue, torch.ones_like(queue))
     start = counts.cumsum(0) - counts

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from swin_moe.ops import _library
 from swin_moe.ops.dropout import draw_seed
+from swin_moe.ops.leaving import is_leaving
 from swin_moe.ops.window_reference import (
     Windows,
     attention_reference,
@@ -80,6 +81,8 @@ def _attention(qkv: Tensor, bias: Tensor, scale: Tensor, windows: Windows, chunk
     if windows.dropout_p > 0:
         seed = draw_seed(qkv.device)
     if not _fits_kernel(qkv, windows):
+        # Chunks save memory in training; a graph would hold for so many of them alone.
+        chunk = 0 if is_leaving() else chunk
         return attention_reference(qkv, bias, scale, seed, windows, chunk)
     out, _ = torch.ops.swin_moe.window_attention(
         qkv, bias.float(), scale.float().flatten(), seed, *_numbers(windows)

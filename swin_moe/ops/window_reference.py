@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from swin_moe.ops.dropout import keep_mask
+from swin_moe.ops.leaving import is_leaving, sides
 
 MASK_VALUE = -100.0  # additive, as the family has it: V2's logits may exceed 100, then keys leak
 MAX_LOG_SCALE = math.log(100.0)
@@ -44,7 +45,7 @@ class Windows(NamedTuple):
 
     def split(self, x: Tensor) -> Tensor:
         """Map [B, H, W, ...] to windows [B, nW, N, ...]; the sides are padded with zeros."""
-        H, W = x.shape[1:3]
+        H, W = sides(x)
         rows, cols = self.grid(H, W)
         if self.padded(H, W):
             below, right = rows * self.size[0] - H, cols * self.size[1] - W
@@ -80,9 +81,9 @@ class Windows(NamedTuple):
         """[nW, N, N]: 0 within a region, −100 across regions, −inf towards padded keys."""
         if not (any(self.shift) or self.padded(height, width)):
             return None
-        # A compiled or exported graph computes its mask: it must hold for other sizes, too.
+        # A graph computes its mask: it may hold for other sizes, too.
         # And what is made of fake tensors is not for real ones.
-        kept = type(like) is Tensor and not torch.compiler.is_compiling()
+        kept = type(like) is Tensor and not (torch.compiler.is_compiling() or is_leaving())
         build = _cached_region_mask if kept else _region_mask
         return build(height, width, self.size, self.shift, like.device)
 
@@ -101,11 +102,12 @@ def attention_reference(
         chunk: windows computed at a time, and again in the backward pass; 0 = all, and kept. Of
             Swin Transformer V2 (https://arxiv.org/abs/2111.09883), section 3.4.
     """
-    B, H, W = qkv.shape[:3]
+    H, W = sides(qkv)
     x = windows.split(qkv)  # [B, nW, N, 3, heads, d]
     mask = windows.mask(H, W, qkv)
     if not chunk:
         return windows.merge(_attend(x, bias, scale, seed, windows, mask), H, W)
+    B = qkv.shape[0]
     number = torch.arange(B * x.shape[1], device=qkv.device)
     parts = [
         checkpoint(

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from ...config import MoEConfig
 from ...distributed import Group
+from ...ops import is_leaving
 from ..layer import MoELayer, MoEResult
 from ..plan import RoutingPlan
 from .reference import KERNELS
@@ -142,6 +143,10 @@ class TutelLayer(MoELayer):
         self._tutel = (layer,)
 
     def forward(self, x: Tensor) -> MoEResult:
+        if is_leaving():
+            raise ValueError(
+                "moe.backend=tutel cannot be exported or traced: use moe.backend=fused"
+            )
         self._self_check(x)
         return self._forward(x)
 

@@ -1,0 +1,76 @@
+"""Graphs that leave Python: exported (``torch.export``, ONNX) or traced (``torch.jit.trace``).
+
+They shall run without this package, in other runtimes, too: every op of ours is its reference in
+them, in torch's own ops. A graph holds for any number of images. A trace knows no size by its
+number: those of the image are constants in it, and it checks them.
+"""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from torch import Tensor
+
+
+def is_leaving() -> bool:
+    """Whether such a graph is being made. Those of ``torch.compile`` stay, with our ops in them."""
+    return torch.compiler.is_exporting() or torch.jit.is_tracing()
+
+
+def fixed(size: int) -> int:
+    """A size that does not depend on the number of images: a plain number in a trace.
+
+    Tracing makes tensors of sizes, which Python cannot decide by.
+    """
+    return int(size) if torch.jit.is_tracing() else size
+
+
+def stable_order(x: Tensor, dim: int, *, descending: bool) -> Tensor:
+    """Indices that sort a dimension; equal elements stay in order."""
+    if is_leaving() and torch.onnx.is_in_onnx_export():  # its TopK always keeps their order
+        return x.sort(dim, descending).indices
+    return x.sort(dim=dim, descending=descending, stable=True).indices
+
+
+def sides(x: Tensor) -> tuple[int, int]:
+    """Height and width of a map [B, H, W, ...]."""
+    return fixed(x.shape[1]), fixed(x.shape[2])
+
+
+def of_one_size(images: Tensor) -> Tensor:
+    """Images [B, C, H, W] as they are, in a graph that leaves: one that holds for this H and W.
+
+    Raises:
+        ValueError: the graph is to take other sizes, and may be for ONNX, which checks nothing.
+    """
+    if torch.jit.is_tracing():
+        # Everything below that decides by a size decides by one that is checked here.
+        warnings.filterwarnings("ignore", category=torch.jit.TracerWarning, module="swin_moe")
+        height, width = fixed(images.shape[2]), fixed(images.shape[3])
+        if torch.onnx.is_in_onnx_export():  # dynamo=False: its Expand refuses other sizes
+            return images.expand(-1, -1, height, width)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # torch.jit is deprecated
+            check = torch.jit.script(_of_size)
+        return check(images, height, width)
+    # ONNX tries it again with strict=True, where dynamo does not know that it is for ONNX.
+    strict = torch.compiler.is_dynamo_compiling()
+    if torch.compiler.is_exporting() and (strict or torch.onnx.is_in_onnx_export()):
+        from torch.fx.experimental.symbolic_shapes import has_static_value  # imports sympy
+
+        if not (has_static_value(images.shape[2]) and has_static_value(images.shape[3])):
+            raise ValueError(
+                "a model in ONNX, or exported with strict=True, takes images of one size: leave "
+                "height and width out of dynamic_shapes, and export it once for each size"
+            )
+    return images
+
+
+def _of_size(images: Tensor, height: int, width: int) -> Tensor:
+    if images.shape[2] != height or images.shape[3] != width:
+        raise ValueError(
+            f"traced with images of {height} x {width} pixels, called with "
+            f"{images.shape[2]} x {images.shape[3]}: trace the model again with those"
+        )
+    return images

@@ -1,0 +1,69 @@
+"""Masters of a training from ``model.pretrained``, before the first update, against the file."""
+
+import contextlib
+from functools import partial
+from pathlib import Path
+from unittest import mock
+
+import torch
+from rich.console import Console
+
+from swin_moe import distributed, run
+from swin_moe.config import Architecture, load_config
+from swin_moe.models import build
+from swin_moe.models.weights import write
+from tests.parallel import MICRO, SMALL
+
+CELLS = [  # processes that share the experts, and settings; ZeRO-3 last
+    (2, ["zero.stage=0"]),
+    (2, ["zero.stage=2", "optimizer.moments=bf16"]),
+    (1, ["zero.stage=1"]),
+    (1, ["zero.stage=3"]),
+    (1, ["zero.stage=3", "zero.offload=cpu", "zero.offload_weights=cpu"]),
+]
+
+
+class Seen(Exception):
+    """The masters have been compared."""
+
+
+def compare(expected: dict[str, torch.Tensor], job, trainer) -> None:
+    """Stand in for the training: every element of every weight is the file's, bit for bit."""
+    engine, world = trainer.engine, job.run.world
+    layout = run._layout(engine.model, world)
+    seen = 0
+    for fragment in engine.fragments():
+        share = layout.share_of(fragment.name)
+        whole = expected[fragment.name]
+        mine = whole if share is None else share.of(fragment.name, whole)
+        part = mine.flatten()[fragment.start : fragment.stop]
+        for kind, values in fragment.values.items():
+            assert values.equal(part if kind == "weight" else torch.zeros_like(values)), (
+                fragment.name,
+                kind,
+            )
+        seen += part.numel()
+    seen = int(distributed.all_reduce_(torch.tensor(float(seen))))
+    assert seen == sum(tensor.numel() for tensor in expected.values())
+    engine.close()
+    raise Seen
+
+
+def work(folder: Path) -> None:
+    file = folder / "weights.safetensors"
+    settings = [*SMALL, "precision.dtype=bf16", f"model.pretrained={file}"]
+    for index, (experts, more) in enumerate(CELLS):
+        world = distributed.init(expert_parallel_size=experts)
+        own = [f"train.output={folder / str(index)}", f"parallel.expert_parallel_size={experts}"]
+        config = load_config(MICRO, [*settings, *own, *more])
+        torch.manual_seed(1)
+        names = build(config.model, config.moe).state_dict()
+        state = {name: torch.randn(tensor.shape) for name, tensor in names.items()}
+        if world.is_main and index == 0:
+            write(file, state, Architecture(model=config.model, moe=config.moe))
+        distributed.barrier()
+        check = partial(compare, state)
+        with mock.patch.object(run, "_fit", check), contextlib.suppress(Seen):
+            run.train(config, world, Console(quiet=True))
+    if world.is_main:
+        (folder / "passed").touch()
