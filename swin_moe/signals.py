@@ -47,7 +47,8 @@ def install(handler: Callable[[int, Any], Any]) -> dict[int, Any]:
 
 def watch() -> None:
     """From the first moment of the program on, a signal ends it in one line."""
-    _Watch.process = os.getpid()
+    if _Watch.process != os.getpid():  # else it has begun; a forked process has other handlers
+        _Watch.process, _Watch.former = os.getpid(), {}
     _Watch.former = _Watch.former or install(_note)
 
 
