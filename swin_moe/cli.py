@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import errno
 import logging
-import os
 import sys
 import time
 import traceback
@@ -18,7 +16,7 @@ from . import ranks, signals
 from .arguments import parse
 from .errors import Preempted, TrainingError
 from .signals import INTERRUPTED, PREEMPTED
-from .text import plain
+from .system_errors import explain
 
 DONE, FAILED, WRONG_USE = 0, 1, 2
 
@@ -52,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
             traceback.print_exc()
         if isinstance(error, ValueError):
             ranks.refuse_restart()
-        told = _file_error(error, arguments) if isinstance(error, OSError) else str(error)
+        told = explain(error, arguments) if isinstance(error, OSError) else str(error)
         return _fail(f"{where}{told}", local_rank == 0, WRONG_USE)
     except Exception as error:
         if isinstance(error, (Preempted, TrainingError)):
@@ -70,70 +68,6 @@ def main(argv: list[str] | None = None) -> int:
         if size > 1 and any(sign in str(error) for sign in _LOST_PEER):
             return _fail(f"{where}another process ended, and this one with it", False)
         return _fail(f"{where}{type(error).__name__}: {first} (--debug shows the traceback)", True)
-
-
-def _file_error(error: OSError, arguments: argparse.Namespace) -> str:
-    """What the system refused, of which file and by which config key, and what may help."""
-    if error.errno is None or error.strerror is None:  # ours, or of a socket
-        return str(error)
-    place, key, value = "", "", ""
-    paths = _configured_paths(arguments)
-    if isinstance(error.filename, (str, bytes)):
-        path = Path(os.fsdecode(error.filename))
-        place = f"{plain(path)}: "
-        chain = (path.absolute(), *path.absolute().parents)
-        key, value = next(
-            ((k, v) for k, v in paths.items() if Path(v).absolute() in chain), ("", "")
-        )
-    elif error.errno in (errno.ENOSPC, errno.EDQUOT):  # of a write, which names no file
-        key, value = "train.output", paths.get("train.output", "")
-    name = f" ({key}={plain(value)})" if value else ""
-    mend = _MENDS.get(error.errno, "")
-    elsewhere = f", or set another {key}" if value and error.errno in _OF_PLACE else ""
-    return f"{place}{error.strerror}{name}{mend and ': ' + mend}{elsewhere}"
-
-
-def _configured_paths(arguments: argparse.Namespace) -> dict[str, str]:
-    """The files and folders that the config names, by key."""
-    if not isinstance(getattr(arguments, "config", None), str):
-        return {}
-    from .config import load_config
-
-    try:
-        config = load_config(arguments.config, getattr(arguments, "overrides", []))
-    except (ValueError, OSError):
-        return {}
-    paths = {
-        "train.output": config.train.output,
-        "model.pretrained": config.model.pretrained,
-        "zero.nvme_path": config.zero.nvme_path,
-        "data.path": config.data.path,
-    }
-    return {key: path for key, path in paths.items() if path}
-
-
-_OF_PLACE = {
-    errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.EIO,
-    errno.ESTALE, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG,
-}  # fmt: skip
-_MENDS = {
-    errno.ENOSPC: "make room there",
-    errno.EDQUOT: "make room in your quota",
-    errno.EACCES: "give yourself the right to use it",
-    errno.EPERM: "give yourself the right to use it",
-    errno.EROFS: "nothing can be written there",
-    errno.ENOENT: "check the path",
-    errno.ENOTDIR: "a part of this path is a file: check it",
-    errno.EISDIR: "a file is needed, and this is a folder: check the path",
-    errno.EEXIST: "remove it",
-    errno.ENAMETOOLONG: "give a shorter name",
-    errno.EIO: "the disk or its server fails; the system's log (dmesg) says more",
-    errno.ESTALE: "its file server has lost it: mount it again",
-    errno.EMFILE: "allow more open files (ulimit -n), or lower data.num_workers",
-    errno.ENFILE: "close other programs: this machine has too many open files",
-    errno.ENOMEM: "free memory, or lower data.num_workers and data.batch_size",
-    errno.EAGAIN: "allow more processes (ulimit -u), or lower data.num_workers",
-}
 
 
 def _fail(message: str, tell: bool, code: int = FAILED, alone: bool = True) -> int:

@@ -27,7 +27,7 @@ LAYERS = [
     {"preflight"},
     {"run"},
     {"inspection"},
-    {"arguments"},
+    {"arguments", "system_errors"},
     {"cli"},
     {"__main__", "__init__", "torchrun"},
 ]
@@ -48,7 +48,7 @@ ONLY_IN = {
         "torchrun.py",
     },
     "getenv": set(),
-    "argparse": {"arguments.py", "cli.py", "data/bundle.py"},
+    "argparse": {"arguments.py", "cli.py", "data/bundle.py", "system_errors.py"},
     "yaml": {"config/loading.py"},
     "pickle": {"models/pickled.py", "rendezvous.py"},
     "torch.load": {"models/pickled.py"},
