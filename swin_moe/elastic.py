@@ -233,14 +233,16 @@ def _failed(error: ChildFailedError) -> int:
     """The exit code for processes that failed; those that exit by themselves have said why."""
     if _interrupted_twice():
         return _fail(TWICE, INTERRUPTED)
-    codes = [failure.exitcode for failure in error.failures.values()]
-    for code in (PREEMPTED, INTERRUPTED):
-        if code in codes:
+    for number, code in ((signal.SIGTERM, PREEMPTED), (signal.SIGINT, INTERRUPTED)):
+        stopped = [f.local_rank for f in error.failures.values() if f.exitcode == code]
+        if stopped and 0 not in stopped:  # the one that speaks was not yet ready for signals
+            return _fail(too_early(_told[0] if _told else number), code)
+        if stopped:
             return code
     rank, failure = error.get_first_failure()
     if failure.exitcode >= 0:
         return failure.exitcode
-    if -failure.exitcode in _told:  # it was not yet ready for signals
+    if -failure.exitcode in _told:  # before any was ready
         return _fail(too_early(_told[0]), code_of(_told[0]))
     name = signal.Signals(-failure.exitcode).name
     return _fail(f"rank {rank} was killed by {name}", 128 - failure.exitcode)

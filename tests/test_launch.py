@@ -139,6 +139,7 @@ def test_an_array_task_takes_its_line_and_evaluates_nothing(tmp_path):
     assert launch.read_experiments(file)[0][1] == ["optimizer.base_lr=1e-3"]
 
 
+SMALL = "parallel.expert_parallel_size=1"
 RECIPE = str(ROOT / "configs/imagenet22k/swin_moe_base_32expert.yaml")
 
 
@@ -161,9 +162,9 @@ def front(engine, *overrides, config=RECIPE, **options):
         (front("slurm", nodes="2:4", gpus_per_node=8), "--nodes 2:4: expected a number"),
         (front("slurm", nodes="2"), "--gpus-per-node M is missing"),
         (front("kubernetes", gpus_per_node=0), "--gpus-per-node 0: expected"),
-        (front("local", gpus_per_node=2), "2: this machine has no GPU; add --cpu for 2 processes"),
+        (front("local", gpus_per_node=8), "8: this machine has no GPU; add --cpu for 8 processes"),
         (front("local", "parallel.expert_parallel_size=4"), "does not divide the 2 processes"),
-        (front("local", "data.path=/no/where"), "data.path=/no/where: no such file or folder on"),
+        (front("local", SMALL, "data.path=/no/where"), "data.path=/no/where: no such file"),
         (front("torchrun", nodes="2", master="localhost"), "--gpus-per-node M is missing"),
         (front("torchrun", nodes="2", master="localhost", cpu=True),
          "--gpus-per-node M is missing"),
@@ -182,11 +183,11 @@ def test_processes_on_the_cpu_see_no_gpu():
     words = launch.command(front("local", gpus_per_node=3, cpu=True), dry_run=True)
     assert words[:2] == ["env", "CUDA_VISIBLE_DEVICES="]
     assert words[3:-1] == ["--processes", "3", "--dry-run"]
-    launch.check(front("local", "data.path=fashion_mnist", gpus_per_node=2, cpu=True))
+    launch.check(front("local", "data.path=fashion_mnist", gpus_per_node=8, cpu=True))
 
 
 def test_data_that_only_the_nodes_may_have_is_warned_about(capfd):
-    assert launch.launch(front("slurm", "data.path=/no/where", gpus_per_node=2), dry_run=True) == 0
+    assert launch.launch(front("slurm", "data.path=/no/where", gpus_per_node=8), dry_run=True) == 0
     assert "data.path=/no/where is not on this machine" in capfd.readouterr().err
 
 

@@ -1,4 +1,4 @@
-"""What a signal does to the program: at its start, in training, a second time, and where it may not."""
+"""What a signal does to the program: at its start, in training, and a second time."""
 
 import signal
 import subprocess
@@ -37,8 +37,8 @@ def test_before_the_first_update_the_end_comes_at_once(number, tmp_path):
     done = run("start", number, SWIN_MOE_FINAL=str(tmp_path / "final"))
     told = "interrupted" if number == signal.SIGINT else f"told to stop by {number.name}"
     assert done.stderr == (
-        f"swin-moe: error: {told} before the first update: nothing is lost, the same command starts "
-        "again\n"
+        f"swin-moe: error: {told} before the first update: nothing is lost, the same command "
+        "starts again\n"
     )
     assert done.returncode == (130 if number == signal.SIGINT else 75)
     assert (tmp_path / "final").exists()  # no restart

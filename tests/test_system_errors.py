@@ -17,11 +17,11 @@ from tests.parallel import MICRO
          "give yourself the right to use it, or set another train.output"),
         (errno.ENOENT, "/runs", "/runs: No such file or directory (train.output=/runs/a): check "
          "the path, or set another train.output"),
-        (errno.EIO, b"/data/set/x.tar", "/data/set/x.tar: Input/output error (data.path=/data/set): "
-         "the disk or its server fails; the system's log (dmesg) says more, or set another "
+        (errno.EIO, b"/data/set/x.tar", "/data/set/x.tar: Input/output error (data.path=/data/set):"
+         " the disk or its server fails; the system's log (dmesg) says more, or set another "
          "data.path"),
-        (errno.EISDIR, "/else where\n", "/else where\\n: Is a directory: a file is needed, and this "
-         "is a folder: check the path"),
+        (errno.EISDIR, "/else where\n", "/else where\\n: Is a directory: a file is needed, and this"
+         " is a folder: check the path"),
         (errno.ENOSPC, None, "No space left on device (train.output=/runs/a): make room there, or "
          "set another train.output"),
         (errno.EMFILE, None, "Too many open files: allow more open files (ulimit -n), or lower "

@@ -43,8 +43,8 @@ def wait_for_step(process, folder, step, patience=PATIENCE):
 @pytest.mark.parametrize(
     ("number", "code", "told"),
     [
-        (signal.SIGTERM, 75, "told to stop by a signal at step {}; the checkpoint is written: start "
-         "again to go on"),
+        (signal.SIGTERM, 75, "told to stop by a signal at step {}; the checkpoint is written: "
+         "start again to go on"),
         (signal.SIGINT, 130, "interrupted at step {}; the checkpoint is written: the same command "
          "goes on"),
     ],
@@ -74,8 +74,7 @@ def test_one_process_without_a_launcher(tmp_path):
     folder = tmp_path / "run"
     process = start(folder, 1)
     wait_for_step(process, folder, 3)
-    process.send_signal(signal.SIGHUP)
-    process.send_signal(signal.SIGINT)  # too late to change what the end is called
+    process.terminate()
     _, errors = process.communicate()
     assert process.returncode == 75, errors
     assert latest(folder / "checkpoints") is not None
@@ -86,7 +85,7 @@ def test_a_launcher_that_is_told_to_stop_while_it_starts_asks_to_be_started_agai
     while not ranks(process.pid) and process.poll() is None:
         time.sleep(0.01)
     process.send_signal(signal.SIGUSR1)
-    printed, errors = process.communicate()
+    _, errors = process.communicate()
     assert process.returncode == 75
     assert "before the first update: nothing is lost" in errors
     assert errors.count("\n") == 1
