@@ -97,4 +97,10 @@ class BuildOps(cpp_extension.BuildExtension):
         print(f"swin_moe: compiled ops built for {kinds}")
 
 
-setup(ext_modules=[extension()], cmdclass={"build_ext": BuildOps})
+setup(
+    ext_modules=[extension()],
+    cmdclass={"build_ext": BuildOps},
+    # An editable install by a line in a .pth file: setuptools' own finder comes after Python's,
+    # which takes a clone named swin_moe in the current folder for a package without an __init__.
+    options={"editable_wheel": {"mode": "compat"}},
+)

@@ -2,6 +2,14 @@
 # reads the options.
 # shellcheck shell=bash disable=SC2034 # what is set here is used by the launchers
 
+# A signal while this shell is still preparing: as the program, which replaces it, answers it.
+stopped() {
+  printf 'swin-moe: error: told to stop before anything was started\n' >&2
+  exit "$1"
+}
+trap 'stopped 75' TERM USR1 HUP
+trap 'stopped 130' INT
+
 root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
 
 if [[ -n ${PYTHON:-} ]]; then

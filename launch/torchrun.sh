@@ -23,10 +23,12 @@ if [[ -z $processes ]]; then
   processes=$(count_gpus)
   [[ $processes -gt 0 || $dry_run == 1 ]] ||
     die "no GPU found on this machine: give --processes N to train on its CPU"
+  [[ $processes -gt 0 ]] || processes=gpu # what a machine that has some would count
 fi
-[[ $processes == 0 ]] || whole_number --processes "$processes" 1
-
-[[ $processes == 0 ]] || share_cores "$processes"
+if [[ $processes != gpu ]]; then
+  whole_number --processes "$processes" 1
+  share_cores "$processes"
+fi
 launch "$python" -m swin_moe.torchrun --nnodes "$nodes" --nproc-per-node "$processes" \
   --rdzv-backend c10d --rdzv-endpoint "$master_host:$master_port" \
   --rdzv-conf "join_timeout=$timeout" --max-restarts "$max_restarts" \

@@ -1,3 +1,14 @@
-from .cli import entry
+"""The program. It answers signals before it imports the rest."""
 
-entry()
+from .signals import watch
+
+
+def entry() -> None:
+    watch()
+    from . import cli
+
+    cli.entry()
+
+
+if __name__ == "__main__":
+    entry()

@@ -282,9 +282,7 @@ def _add_launch(commands: Any) -> argparse.ArgumentParser:
     launch.add_argument("--on", required=True, choices=engines, dest="engine")
     launch.add_argument("--nodes", default="", metavar="N", help="torchrun: or MIN:MAX")
     launch.add_argument("--gpus-per-node", type=int, metavar="M", help="processes of a node")
-    launch.add_argument(
-        "--cpu", action="store_true", help="slurm, kubernetes: M processes a node without GPUs"
-    )
+    launch.add_argument("--cpu", action="store_true", help="M processes a node, on its CPU")
     launch.add_argument("--master", default="", metavar="HOST[:PORT]", help="one of the nodes")
     launch.add_argument(
         "--hostfile", default="", metavar="FILE", help="deepspeed, mpi: lines 'HOST slots=GPUS'"

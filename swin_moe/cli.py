@@ -15,14 +15,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from . import ranks
+from . import ranks, signals
 from .arguments import parse
 from .errors import Preempted, TrainingError
+from .signals import INTERRUPTED, PREEMPTED
+from .system_errors import explain
 from .text import plain, plain_lines, reason
 from .writing import LogFile, PlainFormatter, unbreakable_streams
 
 DONE, FAILED, WRONG_USE = 0, 1, 2
-PREEMPTED = 75  # the system's EX_TEMPFAIL: try again
 
 _PATIENCE = 5.0  # seconds that the launcher may take to end the other processes of a node
 
@@ -33,6 +34,8 @@ _LOST_PEER = ("closed by peer", "reset by peer", "remote process exited", "Broke
 def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit code."""
     arguments = parse(argv)
+    if arguments.command != "train":
+        signals.release()
     _quiet()
     try:
         rank, local_rank, size = ranks.environment_rank()
@@ -46,18 +49,20 @@ def main(argv: list[str] | None = None) -> int:
             distributed.shutdown()
         return code
     except KeyboardInterrupt:
-        return _fail("interrupted; the same command goes on from where it was", local_rank == 0)
+        return _fail("interrupted", local_rank == 0, INTERRUPTED)
     except (ValueError, OSError) as error:
         # The same on every rank of a node: one of them tells.
         _show_traceback(arguments)
         if isinstance(error, ValueError):
             ranks.refuse_restart()
-        return _fail(f"{where}{reason(error)}", local_rank == 0, WRONG_USE)
+        told = explain(error, arguments) if isinstance(error, OSError) else reason(error)
+        return _fail(f"{where}{told}", local_rank == 0, WRONG_USE)
     except Exception as error:
         if isinstance(error, (Preempted, TrainingError)):
             ranks.refuse_restart()
         if isinstance(error, Preempted):
-            return _fail(reason(error), local_rank == 0, PREEMPTED, alone=False)
+            code = INTERRUPTED if error.interrupted else PREEMPTED
+            return _fail(reason(error), local_rank == 0, code, alone=False)
         _show_traceback(arguments)
         if isinstance(error, TrainingError):  # raised on every rank, or on none
             return _fail(reason(error), local_rank == 0, alone=False)
@@ -98,8 +103,7 @@ def _fail(message: str, tell: bool, code: int = FAILED, alone: bool = True) -> i
     """
     logging.getLogger("swin_moe").debug("error: %s", message)
     if not tell:
-        guard = sys.modules.get("swin_moe.guard")
-        if guard and guard.StopSignal.came:  # while training was being built: the launcher ends us
+        if signals.StopSignal.came:  # the launcher ends us
             return code
         # The first exit ends all processes of the node. Who still lives then failed alone.
         time.sleep(_PATIENCE)
@@ -361,6 +365,7 @@ def _quiet() -> None:
 
 def entry() -> None:
     """The program: run and leave."""
+    signals.watch()
     code = main()
     ranks.leave(code)
 

@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from .meeting import Meeting, open_store
 from .ranks import check_world, environment_rank, hostname, node_share, restarts
+from .stores import FILE, stay_on_loopback
 from .text import reason
 
 if not torch.cuda.is_available():
@@ -77,12 +78,19 @@ def connect(timeout: float = PATIENCE) -> Meeting:
         raise ValueError(f"rank {rank} of {size}: MASTER_ADDR does not say where rank 0 is")
     if not port.isdecimal():
         raise ValueError(f"MASTER_PORT={port} is not a number")
-    serve = rank == 0 and env.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-    store = open_store(address, int(port), rank, size, timeout, serve)
+    stay_on_loopback(address)
+    store: dist.Store
+    if file := env.get(FILE):  # of our launcher, all processes on this machine
+        store = dist.FileStore(file, -1)
+        place = "the store of this machine"
+    else:
+        serve = rank == 0 and env.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+        store = open_store(address, int(port), rank, size, timeout, serve)
+        place = f"{address}:{port}"
     # The launcher's store outlives a restart: without a name of its own, the new group would look
     # for the addresses of the dead one.
     store = dist.PrefixStore(f"restart-{restarts()[0]}", store)
-    return Meeting(store, rank, size, f"{address}:{port}", timeout)
+    return Meeting(store, rank, size, place, timeout)
 
 
 def init(

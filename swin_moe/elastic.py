@@ -1,11 +1,12 @@
 """torchrun's agent for this program: how it starts, signals and restarts the processes of a node.
 
-When a process fails, the process has told why; torchrun's page about itself is left out. SIGTERM
-and SIGUSR1, by which schedulers announce that they take a node away, are handed to the processes,
-which save and end, instead of ending them. A failure that would only repeat itself, or an end that
-was asked for, is not answered by a restart, whatever --max-restarts says. Nodes that do not meet
-are reported in one line (``nodes.py``), and those that meet again agree on what to begin. The
-processes are forked from one that has imported everything (``fork_server.py``).
+When a process fails, the process has told why; torchrun's page about itself is left out. Signals
+that ask for an end (``signals.py``) are handed to the processes, which save and end, instead of
+ending them. A failure that would only repeat itself, or an end that was asked for, is not answered
+by a restart, whatever --max-restarts says. Nodes that do not meet are reported in one line
+(``nodes.py``), and those that meet again agree on what to begin; a node that is alone meets nobody
+(``rendezvous.py``). The processes are forked from one that has imported everything
+(``fork_server.py``).
 """
 
 from __future__ import annotations
@@ -15,8 +16,6 @@ import logging
 import os
 import signal
 import sys
-import tempfile
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -37,11 +36,13 @@ from torch.distributed.launcher import api as launcher
 
 from . import fork_server
 from .nodes import Nodes, Stopped, Unmet, find_nodes
+from .rendezvous import meet_on_this_machine, meet_warily
+from .signals import INTERRUPTED, PREEMPTED, TWICE, code_of, install, too_early
+from .stores import tcp_store
 
 log = logging.getLogger("swin_moe")
 
-FAILED, WRONG_USE, PREEMPTED = 1, 2, 75
-PASSED_ON = (signal.SIGTERM, signal.SIGUSR1)
+FAILED, WRONG_USE = 1, 2
 FINAL = "SWIN_MOE_FINAL"  # a file that a process makes if it is not to be restarted
 # What every process needs, and what training imports on the way.
 PRELOADED = ("swin_moe.run", "swin_moe.opened", "sympy")
@@ -64,6 +65,7 @@ class _Process(SubprocessHandler):
         return process
 
     def close(self, death_sig: signal.Signals | None = None) -> None:
+        _closing().touch()  # no order to save: another process has ended
         try:
             super().close(death_sig)
         except ProcessLookupError:  # its server knows that it has ended, and we do not yet
@@ -95,12 +97,13 @@ class _Agent(LocalElasticAgent):
 
     def _rendezvous(self, worker_group: Any) -> None:
         handler = worker_group.spec.rdzv_handler
-        # Every round begins with a store of its own: torch keeps the first one's address where
-        # rank 0 has moved to another node, and in its store the addresses of dead processes.
-        handler._bootstrap_store_info = None
         if self.nodes is None:
             super()._rendezvous(worker_group)
             return
+        # Every round begins with a store of its own: torch keeps the first one's address where
+        # rank 0 has moved to another node, and in its store the addresses of dead processes.
+        handler._bootstrap_store_info = None
+        handler._create_tcp_store_server = partial(tcp_store, is_master=True, multi_tenant=True)
         handler.num_nodes_waiting = partial(self.nodes.newcomers, handler)
         try:
             self.nodes.agree(handler)
@@ -123,12 +126,20 @@ class _Agent(LocalElasticAgent):
         return result
 
     def _start_workers(self, worker_group: Any) -> Any:
+        if _told:
+            raise Stopped
         # Those before were perhaps told to end for the sake of a node that has joined.
         Path(os.environ[FINAL]).unlink(missing_ok=True)
+        _closing().unlink(missing_ok=True)
         started = super()._start_workers(worker_group)
         if _told:  # before there was one to tell
             _pass_on(_told[-1], None)
         return started
+
+
+def _closing() -> Path:
+    """A file that is there while the processes are being ended."""
+    return Path(os.environ[FINAL]).with_name("closing")
 
 
 _told: list[int] = []  # signals that came so far
@@ -137,75 +148,80 @@ _told: list[int] = []  # signals that came so far
 def _pass_on(number: int, _frame: object) -> None:
     _told.append(number)
     for process in _Process.living:
-        process.send_signal(number)
+        process.send_signal(signal.SIGKILL if _interrupted_twice() else number)
 
 
-@contextlib.contextmanager
-def _prepared() -> Iterator[None]:
+def _interrupted_twice() -> bool:
+    return _told.count(signal.SIGINT) > 1
+
+
+def _prepare() -> None:
     launcher.LocalElasticAgent = _Agent  # type: ignore[misc]
     processes.get_subprocess_handler = _process  # type: ignore[assignment]
     for name in ("torch.distributed.elastic", "torch.distributed.run"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
-    for number in PASSED_ON:
-        signal.signal(number, _pass_on)
-    with tempfile.TemporaryDirectory(prefix="swin_moe-") as folder:
-        os.environ[FINAL] = str(Path(folder) / "final")
-        yield
 
 
-def _run(arguments: Any) -> None:
+def _run(arguments: Any, folder: Path) -> None:
     """Meet the other nodes and run; every way in which that can fail on the way is an ``Unmet``."""
-    with _prepared():
-        nodes = _Agent.nodes = find_nodes(arguments, lambda: bool(_told))
-        if nodes is None:
-            run.run(arguments)
-            return
-        if nodes.interface:  # gloo would take the address that the host's own name has
-            os.environ.setdefault("GLOO_SOCKET_IFNAME", nodes.interface)
-        try:
-            run.run(arguments)
-        except RendezvousTimeoutError:
-            raise nodes.timed_out() from None
-        except RendezvousClosedError:
-            raise Unmet(
-                f"another node ended the job of {nodes.endpoint}; its output says why"
-            ) from None
-        except (RendezvousConnectionError, DistError):
-            raise nodes.lost() from None
+    _prepare()
+    if not arguments.log_dir and arguments.redirects == arguments.tee == "0":
+        arguments.log_dir = os.devnull  # torch would make a folder and leave it
+    nodes = _Agent.nodes = find_nodes(arguments, lambda: bool(_told))
+    if nodes is None:
+        if arguments.rdzv_backend in ("static", "c10d") and arguments.nnodes in ("1", "1:1"):
+            meet_on_this_machine(arguments, folder)
+        run.run(arguments)
+        return
+    meet_warily()
+    if nodes.interface:  # gloo would take the address that the host's own name has
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", nodes.interface)
+    try:
+        run.run(arguments)
+    except RendezvousTimeoutError:
+        raise nodes.timed_out() from None
+    except RendezvousClosedError:
+        raise Unmet(
+            f"another node ended the job of {nodes.endpoint}; its output says why"
+        ) from None
+    except (RendezvousConnectionError, DistError):
+        raise nodes.lost() from None
 
 
 def main() -> int:
     """Run torchrun with the options of the command line; returns the exit code."""
+    install(_pass_on)
+    try:
+        with fork_server.private_folder() as folder:
+            os.environ[FINAL] = str(folder / "final")
+            return _serve(folder)
+    except OSError as error:
+        return _fail(f"no place for the launcher's files: {error}; set TMPDIR", FAILED)
+
+
+def _serve(folder: Path) -> int:
     if sys.platform == "linux":
         try:
-            _Process.server = fork_server.start(PRELOADED)
+            _Process.server = fork_server.start(PRELOADED, folder)
         except OSError as error:
             log.warning("no fork server (%s): each process imports everything itself", error)
     try:
-        return _main()
+        return _main(folder)
     finally:
         if _Process.server:
             _Process.server.close()
 
 
-def _main() -> int:
-    arguments = run.parse_args(["--signals-to-handle", "SIGINT,SIGHUP,SIGQUIT", *sys.argv[1:]])
+def _main(folder: Path) -> int:
+    arguments = run.parse_args(["--signals-to-handle", "SIGQUIT", *sys.argv[1:]])
     try:
-        _run(arguments)
+        _run(arguments, folder)
     except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
-        if failure.exitcode < 0:  # a process that exits by itself has said why
-            name = signal.Signals(-failure.exitcode).name
-            print(f"swin-moe: error: rank {rank} was killed by {name}", file=sys.stderr)
-            return 128 - failure.exitcode
-        return failure.exitcode
+        return _failed(error)
     except SignalException as error:
         return 128 + error.sigval
-    except KeyboardInterrupt:
-        return 128 + signal.SIGINT
     except Stopped:
-        name = signal.Signals(_told[-1]).name
-        return _fail(f"told to stop by {name} while waiting for the other nodes", PREEMPTED)
+        return _fail(too_early(_told[0]), code_of(_told[0]))
     except Unmet as error:
         return _fail(str(error), FAILED)
     except ValueError as error:
@@ -213,6 +229,26 @@ def _main() -> int:
     return 0
 
 
+def _failed(error: ChildFailedError) -> int:
+    """The exit code for processes that failed; those that exit by themselves have said why."""
+    if _interrupted_twice():
+        return _fail(TWICE, INTERRUPTED)
+    for number, code in ((signal.SIGTERM, PREEMPTED), (signal.SIGINT, INTERRUPTED)):
+        stopped = [f.local_rank for f in error.failures.values() if f.exitcode == code]
+        if stopped and 0 not in stopped:  # the one that speaks was not yet ready for signals
+            return _fail(too_early(_told[0] if _told else number), code)
+        if stopped:
+            return code
+    rank, failure = error.get_first_failure()
+    if failure.exitcode >= 0:
+        return failure.exitcode
+    if -failure.exitcode in _told:  # before any was ready
+        return _fail(too_early(_told[0]), code_of(_told[0]))
+    name = signal.Signals(-failure.exitcode).name
+    return _fail(f"rank {rank} was killed by {name}", 128 - failure.exitcode)
+
+
 def _fail(message: str, code: int) -> int:
-    print(f"swin-moe: error: {message}", file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):  # the terminal is gone
+        print(f"swin-moe: error: {message}", file=sys.stderr, flush=True)
     return code

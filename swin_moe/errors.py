@@ -6,4 +6,12 @@ class TrainingError(RuntimeError):
 
 
 class Preempted(Exception):
-    """A signal asked for an end, and the checkpoint is written."""
+    """A signal asked for an end, and the checkpoint is written.
+
+    Attributes:
+        interrupted: by Ctrl-C, not by who would start again.
+    """
+
+    def __init__(self, message: str, interrupted: bool = False) -> None:
+        super().__init__(message)
+        self.interrupted = interrupted

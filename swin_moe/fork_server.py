@@ -2,7 +2,8 @@
 
 ``start`` forks it, before there are any threads. It listens at a socket of the file system; each
 connection asks for one program and learns its process number and how it ended. A program gets the
-environment, working folder and standard streams of its request, and a session of its own.
+environment, working folder and standard streams of its request, and a session of its own. It has
+no other open files, and dies with the server, which dies with its starter.
 
 What does not survive a fork, threads or a started CUDA driver, is never forked: the process then
 loads a fresh interpreter in its own place.
@@ -13,6 +14,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import ctypes
+import fcntl
 import gc
 import io
 import json
@@ -22,13 +24,14 @@ import selectors
 import shutil
 import signal
 import socket
+import stat
 import subprocess
 import sys
 import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import IO, Any, NoReturn, TextIO
@@ -39,6 +42,51 @@ _IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal
 _NOT_INITIALIZED = 3  # CUDA_ERROR_NOT_INITIALIZED of the CUDA driver
 _LONGEST = 80  # characters of a folder's name: a socket's may have 107
 _NAME = 15  # characters that Linux keeps of a process's name
+_PREFIX, _OWNER = "swin_moe-", "owner"  # a launcher's folder, and the file in it that it locks
+_YOUNG = 60.0  # seconds
+_PR_SET_PDEATHSIG = 1
+
+
+@contextlib.contextmanager
+def private_folder() -> Iterator[Path]:
+    """A folder that only its user can enter, removed in the end.
+
+    Where this process is killed, the server removes it; where that is killed, too, the next start
+    of any launcher, which finds that nobody holds its lock.
+
+    Raises:
+        OSError: there is no place for it.
+    """
+    # A job's own TMPDIR may be too long for a socket's name.
+    place = Path(tempfile.gettempdir())
+    place = place if len(os.fsencode(place)) < _LONGEST else Path("/tmp")
+    _remove_abandoned(place)
+    folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=place))
+    with (folder / _OWNER).open("w") as owner:
+        fcntl.flock(owner, fcntl.LOCK_EX)
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _remove_abandoned(place: Path) -> None:
+    for owner in place.glob(f"{_PREFIX}*/{_OWNER}"):
+        with contextlib.suppress(OSError), owner.open() as lock:
+            folder = owner.parent.lstat()
+            young = time.time() - folder.st_mtime < _YOUNG  # perhaps it is not locked yet
+            if folder.st_uid == os.geteuid() and stat.S_ISDIR(folder.st_mode) and not young:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(owner.parent, ignore_errors=True)
+
+
+def die_with_parent() -> None:
+    """Have the kernel kill this process as soon as the thread that forked it ends."""
+    parent = os.getppid()
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent:  # it has ended already
+        os._exit(128 + signal.SIGKILL)
 
 
 class Server:
@@ -52,31 +100,32 @@ class Server:
             os.kill(self._pid, signal.SIGKILL)  # it may still import, for nobody
             os.waitpid(self._pid, 0)
         os.close(self._lifeline)
-        shutil.rmtree(self.path.parent, ignore_errors=True)
 
 
-def start(modules: Sequence[str]) -> Server:
+def start(modules: Sequence[str], folder: Path) -> Server:
     """Fork a server that imports ``modules``; returns before it has.
+
+    Args:
+        folder: of :func:`private_folder`, for the server's socket.
 
     Raises:
         OSError: there is no place for its socket, or no room for a process.
     """
-    # Only its owner can enter the folder. A job's own TMPDIR may be too long for a socket's name.
-    place = None if len(os.fsencode(tempfile.gettempdir())) < _LONGEST else "/tmp"
-    path = Path(tempfile.mkdtemp(prefix="swin_moe-", dir=place)) / "fork"
-    try:
-        listener = listen(path)
+    path = folder / "fork"
+    listener = listen(path)
+    with listener:
         lifeline, ours = os.pipe()
         _flush()
-        pid = os.fork()
-    except OSError:
-        shutil.rmtree(path.parent, ignore_errors=True)
-        raise
-    if pid == 0:
-        os.close(ours)
-        serve(listener, lifeline, modules)
+        try:
+            pid = os.fork()
+        except OSError:
+            os.close(lifeline)
+            os.close(ours)
+            raise
+        if pid == 0:
+            os.close(ours)
+            serve(listener, lifeline, modules)
     os.close(lifeline)
-    listener.close()
     return Server(path, pid, ours)
 
 
@@ -105,9 +154,12 @@ def serve(listener: socket.socket, lifeline: int, modules: Sequence[str]) -> NoR
         _Loop(listener, lifeline, fit, before).run()
     except BaseException:
         traceback.print_exc()
+    path = Path(listener.getsockname())
     with contextlib.suppress(OSError):
-        os.unlink(listener.getsockname())
-    os._exit(0)
+        path.unlink()
+    if (path.parent / _OWNER).exists():  # its owner could not
+        shutil.rmtree(path.parent, ignore_errors=True)
+    os._exit(0)  # and with this process go its programs
 
 
 def _cuda_started() -> bool:
@@ -138,6 +190,8 @@ class _Loop:
             while True:
                 ready = {key.fileobj for key, _ in selector.select()}
                 if self.lifeline in ready:
+                    for pid in self.running:
+                        os.kill(pid, signal.SIGKILL)
                     return
                 if self.wake in ready:
                     os.read(self.wake, 4096)
@@ -182,6 +236,7 @@ class _Loop:
     ) -> NoReturn:
         """Run a program in this process, which was just forked."""
         try:
+            die_with_parent()
             signal.set_wakeup_fd(-1)
             for descriptor in (self.wake, self.woken):
                 os.close(descriptor)
@@ -195,7 +250,7 @@ class _Loop:
                 connection.sendall(b"pid %d\n" % os.getpid())
             for target, stream in enumerate(streams):
                 os.dup2(stream, target)
-                os.close(stream)
+            os.closerange(3, os.sysconf("SC_OPEN_MAX"))  # whatever the launcher was started with
             os.environ.clear()
             os.environ.update(request["environment"])
             os.chdir(request["folder"])

@@ -8,9 +8,7 @@ host only after the step, which waits for the device anyway.
 from __future__ import annotations
 
 import math
-import signal
 from collections.abc import Callable
-from types import FrameType
 from typing import NamedTuple
 
 import torch
@@ -24,11 +22,12 @@ class Verdict(NamedTuple):
 
     Attributes:
         bad: what was not finite and where; empty if nothing was. A gradient is not looked at here.
-        stop: a rank was told to stop. loss: the greatest of the ranks' mean losses.
+        stop: whether a rank was told to stop: 1 by SIGINT alone, 2 by another signal.
+        loss: the greatest of the ranks' mean losses.
     """
 
     bad: str
-    stop: bool
+    stop: int
     loss: float
 
 
@@ -36,10 +35,11 @@ class Guard:
     """Gathers the signs of one update over its micro-steps and the ranks.
 
     Args:
-        layers: names of the MoE layers. stop_asked: whether this rank was told to stop.
+        layers: names of the MoE layers. stop_asked: whether this rank was told to stop, as
+            :class:`~swin_moe.signals.StopSignal` has it.
     """
 
-    def __init__(self, layers: list[str], world: World, stop_asked: Callable[[], bool]) -> None:
+    def __init__(self, layers: list[str], world: World, stop_asked: Callable[[], int]) -> None:
         self.world, self._stop_asked = world, stop_asked
         self._places = [*(f"tokens at {layer}" for layer in layers), "loss"]
         # Whether each place was bad, whether to stop, the sum of the losses.
@@ -78,7 +78,7 @@ class Guard:
         self._losses = 0
         found = zip(self._places, culprits, strict=True)
         bad = next((f"{place} on rank {int(who) - 1}" for place, who in found if who > 0), "")
-        return Verdict(bad, stop > 0, loss)
+        return Verdict(bad, int(stop), loss)
 
 
 class SpikeDetector:
@@ -108,34 +108,3 @@ class SpikeDetector:
         self._mean += weight * difference
         self._variance = (1.0 - weight) * (self._variance + weight * difference * difference)
         return ""
-
-
-class StopSignal:
-    """Remembers that SIGTERM or SIGUSR1 came: how schedulers announce that they take a node away.
-
-    The signals act like this between ``with`` and its end; then they are what they were.
-
-    Attributes:
-        came: whether one has come to this process.
-    """
-
-    came = False
-    SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-
-    def __init__(self) -> None:
-        self.name = ""
-
-    def __call__(self) -> bool:
-        return bool(self.name)
-
-    def __enter__(self) -> StopSignal:
-        self._former = {number: signal.signal(number, self._note) for number in self.SIGNALS}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._former.items():
-            signal.signal(number, handler)
-
-    def _note(self, number: int, _frame: FrameType | None) -> None:
-        self.name = signal.Signals(number).name
-        StopSignal.came = True

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+import secrets
 import shlex
 import shutil
 import subprocess
@@ -16,22 +17,28 @@ from pathlib import Path
 from typing import Any
 
 from .config import Config, dump_plain, load_config, load_plain, micro_batches
+from .data.shards import has_wildcard
+from .data.source import BUNDLED
 from .host import count_gpus
 from .nodes import PORT, check_port
 from .ranks import check_world
+from .text import plain
 
 FOLDER = Path(__file__).resolve().parent.parent / "launch"
+RENDEZVOUS = "PET_RDZV_ID"  # torchrun's --rdzv-id
+ON_A_CPU = 2  # processes of launch/local.sh where there is no GPU
 POD_TIMEOUT = 900  # seconds for all pods to be scheduled and to have their image
 
 # What each engine takes beside CONFIG and its overrides.
 ENGINES = {
-    "local": {"gpus_per_node", "max_restarts"},
-    "torchrun": {"nodes", "gpus_per_node", "master", "max_restarts", "timeout"},
+    "local": {"gpus_per_node", "cpu", "max_restarts"},
+    "torchrun": {"nodes", "gpus_per_node", "cpu", "master", "max_restarts", "timeout"},
     "slurm": {"nodes", "gpus_per_node", "cpu", "max_restarts", "timeout", "experiments"},
     "deepspeed": {"nodes", "gpus_per_node", "master", "hostfile"},
     "mpi": {"nodes", "gpus_per_node", "master", "hostfile"},
     "kubernetes": {"nodes", "gpus_per_node", "cpu", "max_restarts", "timeout", "manifest"},
 }
+ON_THIS_MACHINE = ("local", "torchrun")  # engines whose processes run where they are called
 
 
 @dataclass(frozen=True)
@@ -87,7 +94,7 @@ def launch(request: Request, dry_run: bool = False) -> int:
     Raises:
         ValueError: one line about the first mistake; nothing was started.
     """
-    check(request)
+    config = check(request)
     if request.engine == "kubernetes":
         text = dump_plain(train_job(request))
         if dry_run:
@@ -95,13 +102,17 @@ def launch(request: Request, dry_run: bool = False) -> int:
             return 0
         _need_program("kubectl", "Kubernetes")
         return subprocess.run(["kubectl", "apply", "-f", "-"], input=text, text=True).returncode
-    words = command(request)
-    if dry_run:
-        if request.engine == "slurm":
+    if not _data_is_here(config):
+        print(
+            f"swin-moe: warning: data.path={plain(config.data.path)} is not on this machine; every "
+            "node must have it",
+            file=sys.stderr,
+        )
+    words = command(request, dry_run)
+    if request.engine == "slurm":
+        if dry_run:
             print(shlex.join(words))
             return 0
-        words.insert(1, "--dry-run")
-    elif request.engine == "slurm":
         _need_program("sbatch", "Slurm")
     sys.stdout.flush()
     os.execvp(words[0], words)
@@ -112,8 +123,12 @@ def _need_program(name: str, engine: str) -> None:
         raise ValueError(f"{name} is not installed here: call this where {engine} can be reached")
 
 
-def command(request: Request) -> list[str]:
-    """The script of ``launch/`` with its options, for every engine but Kubernetes."""
+def command(request: Request, dry_run: bool = False) -> list[str]:
+    """The script of ``launch/`` with its options, for every engine but Kubernetes.
+
+    Args:
+        dry_run: the script is to print what it would run; Slurm's would be run by sbatch.
+    """
     given = request.given()
     options = []
     for name in ("nodes", "master", "hostfile", "max_restarts", "timeout", "experiments"):
@@ -124,7 +139,10 @@ def command(request: Request) -> list[str]:
     if request.doctor:
         options.append("--doctor")
     if request.engine != "slurm":
-        return [str(FOLDER / f"{request.engine}.sh"), *options, *request.words]
+        if dry_run:
+            options.append("--dry-run")
+        hidden = ["env", "CUDA_VISIBLE_DEVICES="] if request.cpu else []
+        return [*hidden, str(FOLDER / f"{request.engine}.sh"), *options, *request.words]
     batch = ["env", f"SWIN_MOE_ROOT={FOLDER.parent}", "sbatch", "--nodes", request.nodes or "1"]
     if not request.cpu:
         batch += ["--gpus-per-node", str(request.gpus_per_node)]
@@ -162,7 +180,34 @@ def check(request: Request) -> Config:
             check_world(processes, size)
         if config.data.global_batch:
             micro_batches(config, processes)
+    if request.engine in ON_THIS_MACHINE:
+        _check_this_machine(request, config)
     return config
+
+
+def _check_this_machine(request: Request, config: Config) -> None:
+    """What is asked for is here."""
+    asked, gpus = request.gpus_per_node, count_gpus()
+    if not request.cpu and asked and asked > gpus:
+        here = f"{gpus} (CUDA_VISIBLE_DEVICES counts)" if gpus else "no GPU"
+        raise ValueError(
+            f"--gpus-per-node {asked}: this machine has {here}; add --cpu for {asked} processes on "
+            "its CPU"
+        )
+    if request.engine == "torchrun" and not asked and (request.cpu or not gpus):
+        raise ValueError(
+            "--gpus-per-node M is missing (with --cpu: processes of a node); this machine has "
+            f"{gpus or 'no'} GPUs"
+        )
+    if not _data_is_here(config):
+        raise ValueError(
+            f"data.path={plain(config.data.path)}: no such file or folder on this machine"
+        )
+
+
+def _data_is_here(config: Config) -> bool:
+    path = Path(config.data.path).expanduser()
+    return path.exists() or config.data.path in BUNDLED or has_wildcard(config.data.path)
 
 
 def _worlds(request: Request) -> list[int]:
@@ -184,15 +229,11 @@ def _worlds(request: Request) -> list[int]:
         _check_master(request.master)
     if request.gpus_per_node is None and request.engine in ("slurm", "kubernetes"):
         raise ValueError("--gpus-per-node M is missing (with --cpu: processes of a node)")
-    gpus = count_gpus()
-    if request.engine in ("local", "torchrun") and gpus and (request.gpus_per_node or 0) > gpus:
-        raise ValueError(
-            f"--gpus-per-node {request.gpus_per_node}: this machine has {gpus} "
-            f"(CUDA_VISIBLE_DEVICES counts)"
-        )
-    processes = request.gpus_per_node or gpus
+    processes = request.gpus_per_node or (0 if request.cpu else count_gpus())
+    if not processes and request.engine == "local":
+        processes = ON_A_CPU
     if not processes:
-        return []  # the script tells, or takes 2 on a CPU
+        return []  # refused later
     return [nodes * processes for nodes in range(least, most + 1)]
 
 
@@ -271,6 +312,10 @@ def train_job(request: Request) -> dict[str, Any]:
     else:
         resources = trainer.setdefault("resourcesPerNode", {}).setdefault("limits", {})
         resources["nvidia.com/gpu"] = str(processes)
+    # Nobody else can guess it, and so join the job; all pods get the same.
+    environment = trainer.setdefault("env", [])
+    if not any(variable.get("name") == RENDEZVOUS for variable in environment):
+        environment.append({"name": RENDEZVOUS, "value": secrets.token_hex(16)})
     restarts = 3 if request.max_restarts is None else request.max_restarts
     trainer["command"] = [
         "python", "-m", "swin_moe.torchrun",

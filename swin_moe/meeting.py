@@ -15,6 +15,7 @@ from datetime import timedelta
 import torch.distributed as dist
 
 from .host import silenced
+from .stores import tcp_store
 from .text import reason
 
 _READ = 10.0  # seconds that rank 0, which may hold the store, stays for the others to read
@@ -135,7 +136,7 @@ def open_store(
     def make() -> None:
         try:
             made.append(
-                dist.TCPStore(
+                tcp_store(
                     address, port, size, serve, timedelta(seconds=timeout),
                     wait_for_workers=False, multi_tenant=True,
                 )

@@ -126,7 +126,7 @@ class Nodes:
 
 
 def find_nodes(arguments: Any, stop_asked: Callable[[], bool]) -> Nodes | None:
-    """Wait for the master and settle what torch would guess; None where all is on this machine.
+    """Wait for the master and settle what torch would guess; None where no other node is awaited.
 
     Changes ``arguments``, torchrun's own: ``rdzv_conf``, ``rdzv_endpoint`` and ``local_addr``.
 
@@ -148,6 +148,8 @@ def find_nodes(arguments: Any, stop_asked: Callable[[], bool]) -> Nodes | None:
     began = time.monotonic()
     address = _resolve(host, min(timeout, _RESOLVE))
     if _is_here(address):
+        if arguments.nnodes in ("1", "1:1"):
+            return None
         arguments.local_addr = arguments.local_addr or host
         # Where torch sees it itself, it tries both: there may be several nodes on this machine.
         if not (_another_hosts(port) or _matches_machine_hostname(host)):

@@ -91,7 +91,22 @@ def started_again() -> bool:
 def refuse_restart() -> None:
     """Ask the launcher, if it is ours, not to start this job again."""
     if file := os.environ.get("SWIN_MOE_FINAL"):
-        Path(file).touch()
+        with contextlib.suppress(OSError):  # the launcher is gone, and its folder
+            Path(file).touch()
+
+
+def being_closed() -> bool:
+    """Whether our launcher is ending all processes of this node because one has ended."""
+    file = os.environ.get("SWIN_MOE_FINAL")
+    return file is not None and Path(file).with_name("closing").exists()
+
+
+def is_first_of_node() -> bool:
+    """Whether this process speaks for those of its node; if nobody knows, it does."""
+    try:
+        return environment_rank()[1] == 0
+    except (ValueError, KeyError):
+        return True
 
 
 def leave(code: int) -> NoReturn:

@@ -23,7 +23,6 @@ from .data.show import contact_sheet
 from .distributed import World
 from .engine import Engine, cutter, largest_parameter
 from .errors import Preempted, TrainingError
-from .guard import StopSignal
 from .metrics import MetricLog
 from .micro_batch import resolve_micro_batch
 from .models import SwinTransformer, build, expert_parameter_names
@@ -43,6 +42,7 @@ from .placement import Layout, expert_share
 from .precision import resolve_precision
 from .profiling import Profile, peak_flops
 from .run_directory import Run, keep_former_defaults, prepare_folder, step_back
+from .signals import StopSignal
 from .summary import draw_summary, show_picture
 from .trainer import Plan, Position, RollBack, Trainer
 from .watchdog import Watchdog
@@ -133,6 +133,7 @@ def train(
             trainer = _assemble(job, reader, source)
             del source  # as large as the model
             _show_data(job, reader)
+            stop_signal.defer()
             trainer = _fit(job, trainer)
         finally:
             job.watchdog.stop()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import logging
+import os
 import platform
 import subprocess
 import sys
@@ -26,6 +28,7 @@ from .data import Loader
 from .distributed import World, broadcast_object, gather_objects
 from .models.pretrained import built_windows
 from .ranks import hostname, restarts, started_again
+from .text import plain
 from .variants import FORMER
 from .writing import LogFile, PlainFormatter
 
@@ -33,7 +36,7 @@ log = logging.getLogger("swin_moe")
 
 MARKER = ".swin_moe"  # in every run directory: nothing else is ever moved or written over
 _held: list[IO[str]] = []
-_PATIENCE = 60.0  # seconds
+_PATIENCE, _LEAVING = 60.0, 10.0  # seconds for the processes of an earlier start to end
 
 
 @dataclass
@@ -222,25 +225,45 @@ def _adopt(run: Run, fresh: bool) -> str:
 
 
 def _lock(marker: Path) -> None:
-    """Hold the marker as long as this process lives.
+    """Hold the marker as long as this process lives, and write into it who does.
 
-    Started again, it waits for what the killed processes have left behind: workers that read data
-    hold the marker, too, until they notice.
+    Processes of an earlier start may need a moment to end; after a restart they have more time.
+
+    Raises:
+        ValueError: another training holds it.
     """
-    handle = marker.open("a")
-    deadline = time.monotonic() + (_PATIENCE if started_again() else 0.0)
+    handle = marker.open("a+")
+    deadline = time.monotonic() + (_PATIENCE if started_again() else _LEAVING)
+    said = False
     while True:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             break
         except BlockingIOError:
-            if time.monotonic() >= deadline:
-                raise ValueError(
-                    f"another training runs in {marker.parent}: wait for it, or set another "
-                    "train.output"
-                ) from None
-            time.sleep(0.2)
+            holder = _holder(handle)
+        if time.monotonic() >= deadline:
+            raise ValueError(
+                f"another training runs in {plain(marker.parent)}{holder}: wait for it, end it, or "
+                "set another train.output"
+            )
+        if not said:
+            log.warning("waiting for the training that runs in %s%s", plain(marker.parent), holder)
+            said = True
+        time.sleep(0.2)
+    with contextlib.suppress(OSError):  # a full disk: then nobody knows our name
+        handle.truncate(0)
+        handle.write(f"process {os.getpid()} on {hostname()}\n")
+        handle.flush()
     _held.append(handle)
+
+
+def _holder(handle: IO[str]) -> str:
+    """Who wrote into the marker, in brackets."""
+    with contextlib.suppress(OSError, UnicodeDecodeError):
+        handle.seek(0)
+        if name := handle.read(300).strip():
+            return f" ({plain(name)})"
+    return ""
 
 
 def keep_former_defaults(run: Run, config: Config, fresh: bool) -> None:

@@ -3,8 +3,11 @@
 import os
 import sys
 
+from .signals import watch
+
 
 def main() -> int:
+    watch()  # the imports take seconds
     # NumPy's pool of threads would be there before the fork server is, and no thread survives that.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     from .elastic import main

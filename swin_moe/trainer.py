@@ -26,11 +26,12 @@ from .distributed import World, all_reduce_
 from .engine import Engine
 from .errors import Preempted, TrainingError
 from .evaluation import Evaluation, evaluate
-from .guard import Guard, SpikeDetector, StopSignal
+from .guard import Guard, SpikeDetector
 from .metrics import Meter, MetricLog, Record, progress_bar
 from .models import split_output
 from .moe import ChoiceCounter, RouterMeter, RouterWatch
 from .profiling import Profile
+from .signals import StopSignal
 from .watchdog import Watchdog
 
 logger = logging.getLogger("swin_moe")
@@ -174,7 +175,7 @@ class Trainer:
                 if saves:
                     self._save()
                 if stop and not last:  # else after the epoch's evaluation and an update more
-                    self._stop()
+                    self._stop(interrupted=stop == 1)
         self._turn_epoch()
 
     def _turn_epoch(self) -> None:
@@ -189,12 +190,13 @@ class Trainer:
             with self.watchdog.paused():
                 self.save(self.position)
 
-    def _stop(self) -> None:
+    def _stop(self, interrupted: bool) -> None:
         """Save what there is and end, because a signal to some rank asked for it."""
         self._save()
         with self.watchdog.paused():
             complete = self.saver.wait()
-        told = f"told to stop by a signal at step {self.position.step}"
+        told = "interrupted" if interrupted else "told to stop by a signal"
+        told += f" at step {self.position.step}"
         if not complete:
             raise TrainingError(
                 f"{told}, but the checkpoint could not be written (the warning above says why); "
@@ -203,15 +205,17 @@ class Trainer:
         if self._bad_in_a_row:
             raise Preempted(
                 f"{told}, while updates were being left out: start again to go on from the last "
-                "checkpoint"
+                "checkpoint",
+                interrupted,
             )
-        raise Preempted(f"{told}; the checkpoint is written: start again to go on from it")
+        again = "the same command goes on" if interrupted else "start again to go on"
+        raise Preempted(f"{told}; the checkpoint is written: {again} from it", interrupted)
 
-    def _update(self, batches: Iterator[Batch]) -> bool:
+    def _update(self, batches: Iterator[Batch]) -> int:
         """One optimizer update: ``accumulation_steps`` micro-batches and a step.
 
         Returns:
-            whether a rank was asked to stop.
+            whether a rank was asked to stop, as :class:`~swin_moe.guard.Verdict` has it.
         """
         position, plan = self.position, self.plan
         self.schedule.step_update(position.epoch * plan.updates_per_epoch + position.update)

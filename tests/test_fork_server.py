@@ -27,6 +27,7 @@ if what == "tell":
         "preloaded": "colorsys" in sys.modules, "read": sys.stdin.read(), "random": random.random(),
         "comm": open("/proc/self/comm").read().strip(),
     }
+    facts["files"] = [n for n in os.listdir("/proc/self/fd") if int(n) > 2]
     print(json.dumps(facts))
     print("to stderr", file=sys.stderr)
 elif what == "raise":
@@ -49,7 +50,9 @@ elif what == "wait":
 @pytest.fixture
 def server(tmp_path):
     """One that has imported ``colorsys``; FIRST and SECOND are in its environment."""
-    yield from serving(tmp_path, "colorsys")
+    with open(os.devnull) as inherited:
+        os.set_inheritable(inherited.fileno(), True)
+        yield from serving(tmp_path, "colorsys")
 
 
 def serving(folder, *modules):
@@ -60,7 +63,7 @@ def serving(folder, *modules):
     )
     process = subprocess.Popen(
         [sys.executable, "-c", code, str(folder / "fork"), *modules],
-        stdin=subprocess.PIPE, env=environment(FIRST="1", SECOND="2"), cwd=ROOT,
+        stdin=subprocess.PIPE, env=environment(FIRST="1", SECOND="2"), cwd=ROOT, close_fds=False,
     )  # fmt: skip
     deadline = time.monotonic() + PATIENCE
     while not (folder / "fork").exists():
@@ -87,6 +90,7 @@ def test_a_program_finds_what_was_asked_for(server, tmp_path):
     child, output, errors = run(tmp_path, "tell", "a b", "--c")
     assert child.wait(PATIENCE) == 0
     facts = json.loads(output.read_text())
+    assert len(facts.pop("files")) == 1  # the folder that is being listed
     assert facts.pop("random") != json.loads(again(tmp_path))["random"]
     assert facts == {
         "arguments": ["a b", "--c"], "folder": str(tmp_path), "FIRST": "one", "SECOND": None,
@@ -159,10 +163,25 @@ def test_what_is_printed_arrives_at_once(server, tmp_path):
 def test_where_there_is_no_place_for_a_server_there_is_none(monkeypatch, tmp_path):
     folder = tmp_path / ("é" * 60)
     folder.mkdir()
-    monkeypatch.setattr(fork_server.tempfile, "mkdtemp", lambda **_: str(folder))
     with pytest.raises(OSError, match="too long"):
-        fork_server.start([])
-    assert not folder.exists()
+        fork_server.start([], folder)
+
+
+def test_folders_of_launchers_that_were_killed_are_removed_by_the_next(tmp_path, monkeypatch):
+    monkeypatch.setattr(fork_server.tempfile, "gettempdir", lambda: str(tmp_path))
+    dead, foreign = tmp_path / "swin_moe-dead", tmp_path / "swin_moe-foreign"
+    for folder in (dead, foreign):
+        folder.mkdir()
+    (dead / "owner").touch()
+    with fork_server.private_folder() as living:
+        assert living.parent == tmp_path
+        assert living.stat().st_mode & 0o777 == 0o700
+        assert dead.exists()  # it may be about to be locked
+        for folder in (dead, foreign, living):
+            os.utime(folder, (0, 0))
+        with fork_server.private_folder():
+            assert living.exists()
+    assert sorted(tmp_path.iterdir()) == [foreign]
 
 
 def test_what_cannot_be_imported_is_left_to_a_fresh_interpreter(tmp_path):
@@ -186,8 +205,11 @@ def test_signals_to_all_processes_do_not_end_the_server(server, tmp_path):
 def test_without_its_server_a_program_counts_as_killed(server, tmp_path):
     child, output, _ = run(tmp_path, "wait")
     wait_for(output, "ready")
+    program = psutil.Process(child.pid)
     server.kill()
     server.wait()
+    psutil.wait_procs([program], timeout=PATIENCE)
+    assert not program.is_running()
     assert child.wait(PATIENCE) == -signal.SIGKILL
     with pytest.raises(ConnectionError):
         run(tmp_path, "exit", "0")
@@ -195,10 +217,13 @@ def test_without_its_server_a_program_counts_as_killed(server, tmp_path):
 
 def test_the_launcher_forks_its_ranks_and_leaves_nothing_behind(tmp_path):
     process = parallel.start(
-        "swin_moe", *parallel.training(tmp_path / "run", processes=2), processes=2
-    )
+        "swin_moe", *parallel.training(tmp_path / "run", "data.num_workers=1", processes=2),
+        processes=2, TMPDIR=str(tmp_path),
+    )  # fmt: skip
     deadline = time.monotonic() + PATIENCE
-    while not (tmp_path / "run/metrics.jsonl").exists():
+    family = []
+    while len(family) < 5:  # a server, the ranks, and a worker that reads data for each
+        family = psutil.Process(process.pid).children(recursive=True)
         assert process.poll() is None, process.complaints()
         assert time.monotonic() < deadline
         time.sleep(0.05)
@@ -206,7 +231,15 @@ def test_the_launcher_forks_its_ranks_and_leaves_nothing_behind(tmp_path):
     assert [rank.name() for rank in ranks] == ["swin-moe r0", "swin-moe r1"]
     (server,) = {rank.parent() for rank in ranks}
     assert server.ppid() == process.pid
-    process.terminate()
-    assert process.wait(PATIENCE) == 75
-    psutil.wait_procs([server, *ranks], timeout=PATIENCE)
-    assert not any(member.is_running() for member in (server, *ranks))
+    listening = {
+        connection.laddr.ip
+        for member in (psutil.Process(process.pid), *family)
+        for connection in member.net_connections("inet")
+        if connection.status == psutil.CONN_LISTEN
+    }
+    assert listening == {"127.0.0.1"}
+    process.send_signal(signal.SIGKILL)
+    assert process.wait(PATIENCE) == -signal.SIGKILL
+    psutil.wait_procs(family, timeout=PATIENCE)
+    assert not any(member.is_running() for member in family)
+    assert not [*tmp_path.glob("swin_moe-*"), *tmp_path.glob("torchelastic_*")]

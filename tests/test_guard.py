@@ -8,7 +8,8 @@ import sys
 import pytest
 import torch
 
-from swin_moe.guard import Guard, SpikeDetector, StopSignal
+from swin_moe.guard import Guard, SpikeDetector
+from swin_moe.signals import StopSignal
 from tests.parallel import PATIENCE, ROOT, environment
 from tests.saving import ALONE
 
@@ -30,14 +31,15 @@ def test_verdict_names_the_first_layer_and_the_factor_spoils_the_update():
     assert guard.read() == ("", False, 1.0)
 
 
-def test_a_signal_is_remembered_and_passed_to_the_verdict():
+@pytest.mark.parametrize(("number", "verdict"), [(signal.SIGUSR1, 2), (signal.SIGINT, 1)])
+def test_a_signal_is_remembered_and_passed_to_the_verdict(number, verdict):
     with StopSignal() as stop:
+        stop.defer()
         guard = Guard([], ALONE, stop)
         guard.see(torch.tensor(1.0), None)
-        signal.raise_signal(signal.SIGUSR1)
+        signal.raise_signal(number)
         guard.agree()
-        assert guard.read().stop
-        assert stop.name == "SIGUSR1"
+        assert guard.read().stop == verdict
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 

@@ -139,6 +139,7 @@ def test_an_array_task_takes_its_line_and_evaluates_nothing(tmp_path):
     assert launch.read_experiments(file)[0][1] == ["optimizer.base_lr=1e-3"]
 
 
+SMALL = "parallel.expert_parallel_size=1"
 RECIPE = str(ROOT / "configs/imagenet22k/swin_moe_base_32expert.yaml")
 
 
@@ -161,6 +162,12 @@ def front(engine, *overrides, config=RECIPE, **options):
         (front("slurm", nodes="2:4", gpus_per_node=8), "--nodes 2:4: expected a number"),
         (front("slurm", nodes="2"), "--gpus-per-node M is missing"),
         (front("kubernetes", gpus_per_node=0), "--gpus-per-node 0: expected"),
+        (front("local", gpus_per_node=8), "8: this machine has no GPU; add --cpu for 8 processes"),
+        (front("local", "parallel.expert_parallel_size=4"), "does not divide the 2 processes"),
+        (front("local", SMALL, "data.path=/no/where"), "data.path=/no/where: no such file"),
+        (front("torchrun", nodes="2", master="localhost"), "--gpus-per-node M is missing"),
+        (front("torchrun", nodes="2", master="localhost", cpu=True),
+         "--gpus-per-node M is missing"),
         (front("deepspeed"), "--hostfile FILE is missing"),
         (front("deepspeed", hostfile="nowhere"), "--hostfile nowhere: No such file"),
     ],
@@ -170,6 +177,23 @@ def test_the_front_refuses_before_anything_starts(request_, message):
         launch.check(request_)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_processes_on_the_cpu_see_no_gpu():
+    words = launch.command(front("local", gpus_per_node=3, cpu=True), dry_run=True)
+    assert words[:2] == ["env", "CUDA_VISIBLE_DEVICES="]
+    assert words[3:-1] == ["--processes", "3", "--dry-run"]
+    launch.check(front("local", "data.path=fashion_mnist", gpus_per_node=8, cpu=True))
+
+
+def test_data_that_only_the_nodes_may_have_is_warned_about(capfd):
+    assert launch.launch(front("slurm", "data.path=/no/where", gpus_per_node=8), dry_run=True) == 0
+    assert "data.path=/no/where is not on this machine" in capfd.readouterr().err
+
+
+def test_an_editable_install_is_found_in_the_folder_of_a_clone():
+    """A line in a .pth file; setuptools' finder would lose against the folder of the clone."""
+    assert '"editable_wheel": {"mode": "compat"}' in (ROOT / "setup.py").read_text()
 
 
 def test_the_front_holds_the_hostfile_against_nodes_and_gpus(hostfile):
@@ -218,6 +242,9 @@ def test_the_manifest_fits_the_schema_and_the_plain_file():
     alone = launch.train_job(front("kubernetes", gpus_per_node=2, cpu=True, doctor=True))
     assert "nvidia.com/gpu" not in alone["spec"]["trainer"]["resourcesPerNode"]["limits"]
     assert alone["spec"]["trainer"]["command"][-1] == "doctor"
+    (one,), (other,) = (job["spec"]["trainer"]["env"] for job in (made, alone))
+    assert one["name"] == other["name"] == "PET_RDZV_ID"
+    assert one["value"] != other["value"]
 
 
 def test_slurm_takes_the_first_host_and_a_port_of_the_job(tmp_path):
@@ -232,6 +259,12 @@ def test_slurm_takes_the_first_host_and_a_port_of_the_job(tmp_path):
     command = shlex.split(done.stdout)
     assert command[command.index("--rdzv-endpoint") + 1] == "node-7:20003"
     assert command[command.index("--nnodes") + 1] == "2"
+    assert "--rdzv-id" not in command  # a list of processes would show it
+
+
+def test_a_dry_run_counts_no_gpus_where_there_are_none():
+    done = run("torchrun.sh", "--nodes", "2", "--master", "a", "--dry-run", "c.yaml")
+    assert "--nproc-per-node gpu" in done.stdout
 
 
 def waiting(participants, spare, timeout=0.0, stop=False):

@@ -1,5 +1,7 @@
 """The directory of a run: whose it is and what life in it goes on."""
 
+import os
+
 import pytest
 from rich.console import Console
 
@@ -26,8 +28,27 @@ def test_a_run_that_hardly_began_begins(tmp_path):
     (tmp_path / "logs").mkdir()
     assert _adopt(run_of(tmp_path), fresh=False) == ""
     assert (tmp_path / "logs").is_dir()
-    with pytest.raises(ValueError, match="another training runs in"):
-        _adopt(run_of(tmp_path), fresh=False)
+
+
+def test_a_run_that_is_held_is_waited_for_and_its_holder_named(tmp_path, monkeypatch, caplog):
+    assert _adopt(run_of(tmp_path / "run"), fresh=False) == ""
+    holder = rf"another training runs in .*run \(process {os.getpid()} on .+\): wait for it, end it"
+    waited = []
+    monkeypatch.setattr(run_directory.time, "sleep", waited.append)
+    monkeypatch.setattr(run_directory.time, "monotonic", lambda: sum(waited))
+    with pytest.raises(ValueError, match=holder):
+        _adopt(run_of(tmp_path / "run"), fresh=False)
+    assert 10 <= sum(waited) < 11
+    assert caplog.text.count("waiting for the training that runs in") == 1
+    (tmp_path / "run" / MARKER).write_bytes(b"\xff")  # not our words
+    with pytest.raises(ValueError, match=r"another training runs in \S*run: wait"):
+        _adopt(run_of(tmp_path / "run"), fresh=False)
+
+
+def test_what_ends_within_some_seconds_does_not_stop_the_next_start(tmp_path, monkeypatch):
+    assert _adopt(run_of(tmp_path / "run"), fresh=False) == ""
+    monkeypatch.setattr(run_directory.time, "sleep", lambda _: run_directory._held.pop().close())
+    assert _adopt(run_of(tmp_path / "run"), fresh=False) == ""
 
 
 @pytest.mark.parametrize("fresh", [False, True])

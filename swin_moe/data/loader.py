@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from ..config import AugmentConfig, Config, DataConfig
+from ..fork_server import die_with_parent
 from ..text import plain
 from .bad_samples import BadSamples, allowed_bad
 from .classes import difference
@@ -174,9 +175,11 @@ def _workers(wanted: int, batches: int, say: bool) -> int:
 def _defer_signals(_worker: int) -> None:
     """Leave it to the main process what a signal to the whole job means, for a worker that dies
     takes it along. SIGTERM is obeyed after a while: it also ends workers that hang at the exit.
+    Where the main process is killed, so are they, for they hold the lock of its run directory.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    die_with_parent()
+    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(TERM_GRACE_S))
 
 

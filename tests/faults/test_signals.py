@@ -1,4 +1,4 @@
-"""SIGTERM and SIGUSR1 to the launcher: the ranks save and end with a code that asks to go on."""
+"""Signals to the launcher: the ranks save and end with a code that says whether to go on."""
 
 import json
 import signal
@@ -9,7 +9,7 @@ import pytest
 from swin_moe.checkpoint import latest
 from swin_moe.metrics import read_metrics
 from tests import parallel
-from tests.parallel import PATIENCE, train
+from tests.parallel import PATIENCE, ranks, train
 from tests.test_training import figures
 
 RECIPE = ["precision.dtype=fp32", "zero.stage=2", "log.every_steps=1", "train.max_steps=60",
@@ -40,8 +40,18 @@ def wait_for_step(process, folder, step, patience=PATIENCE):
         time.sleep(0.02)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_a_signal_saves_and_the_next_start_goes_on_exactly(undisturbed, tmp_path, number):
+@pytest.mark.parametrize(
+    ("number", "code", "told"),
+    [
+        (signal.SIGTERM, 75, "told to stop by a signal at step {}; the checkpoint is written: "
+         "start again to go on"),
+        (signal.SIGINT, 130, "interrupted at step {}; the checkpoint is written: the same command "
+         "goes on"),
+    ],
+)  # fmt: skip
+def test_a_signal_saves_and_the_next_start_goes_on_exactly(
+    undisturbed, tmp_path, number, code, told
+):
     folder = tmp_path / "run"
     process = start(folder, 2, "--max-restarts", "3")
     wait_for_step(process, folder, 5)
@@ -49,11 +59,11 @@ def test_a_signal_saves_and_the_next_start_goes_on_exactly(undisturbed, tmp_path
     process.send_signal(number)
     printed, errors = process.communicate()
     assert time.monotonic() - sent < 30  # what schedulers allow at least
-    assert process.returncode == 75, errors
+    assert process.returncode == code, errors
     assert "started again" not in printed
     step = json.loads((latest(folder / "checkpoints") / "state.json").read_text())["step"]
     assert 5 <= step < 60
-    assert errors.count(f"told to stop by a signal at step {step}; the checkpoint is written") == 1
+    assert errors == f"swin-moe: error: {told.format(step)} from it\n"
     done = train(folder, *RECIPE, processes=2)
     assert done.returncode == 0, done.stderr
     assert f"resumed from step-{step:08d}" in done.stdout
@@ -68,3 +78,15 @@ def test_one_process_without_a_launcher(tmp_path):
     _, errors = process.communicate()
     assert process.returncode == 75, errors
     assert latest(folder / "checkpoints") is not None
+
+
+def test_a_launcher_that_is_told_to_stop_while_it_starts_asks_to_be_started_again(tmp_path):
+    process = start(tmp_path / "run", 2)
+    while not ranks(process.pid) and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGUSR1)
+    _, errors = process.communicate()
+    assert process.returncode == 75
+    assert "before the first update: nothing is lost" in errors
+    assert errors.count("\n") == 1
+    assert not (tmp_path / "run/metrics.jsonl").exists()

@@ -1,0 +1,144 @@
+"""Signals that ask for an end: at the start, in training, and a second time. Needs no torch.
+
+SIGTERM and SIGUSR1, by which schedulers announce that they take a node away, and SIGHUP of a lost
+terminal end with a code that means "start again"; SIGINT (Ctrl-C) with the shell's own. Before
+the first update there is nothing to save, so that the end comes at once. In training the order is
+remembered and the ranks save together. A second Ctrl-C ends at once whatever is going on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+from . import ranks
+
+STOPS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
+PREEMPTED = 75  # the system's EX_TEMPFAIL: try again
+INTERRUPTED = 128 + signal.SIGINT  # what shells give an interrupted program
+TWICE = (
+    "interrupted twice: ended at once, without saving; the same command goes on from the last "
+    "checkpoint, if there is one"
+)
+
+
+def code_of(number: int) -> int:
+    """The exit code after a signal."""
+    return INTERRUPTED if number == signal.SIGINT else PREEMPTED
+
+
+def too_early(number: int) -> str:
+    """What is said when a signal comes before the first update."""
+    told = "interrupted" if number == signal.SIGINT else f"told to stop by {_name(number)}"
+    return f"{told} before the first update: nothing is lost, the same command starts again"
+
+
+def install(handler: Callable[[int, Any], Any]) -> dict[int, Any]:
+    """Let ``handler`` answer all that are not ignored, as under nohup; returns what was there."""
+    former: dict[int, Any] = {number: signal.getsignal(number) for number in STOPS}
+    former = {number: old for number, old in former.items() if old is not signal.SIG_IGN}
+    for number in former:
+        signal.signal(number, handler)
+    return former
+
+
+def watch() -> None:
+    """From the first moment of the program on, a signal ends it in one line."""
+    if _Watch.process != os.getpid():  # else it has begun; a forked process has other handlers
+        _Watch.process, _Watch.former = os.getpid(), {}
+    _Watch.former = _Watch.former or install(_note)
+
+
+def release() -> None:
+    """Give the signals their usual meaning again: this program is no training."""
+    for number in _Watch.former:
+        usual = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
+        signal.signal(number, usual)
+    _Watch.former = {}
+
+
+class _Watch:
+    """What is known of signals in this process."""
+
+    process = 0  # whose handlers these are: a forked one inherits them
+    former: ClassVar[dict[int, Any]] = {}
+    training: ClassVar[StopSignal | None] = None  # which remembers, instead of an end at once
+    interrupts = 0
+
+
+class StopSignal:
+    """The order to stop, as a training finds it; between ``with`` and its end.
+
+    Until :meth:`defer` is called, a signal ends the process at once.
+
+    Attributes:
+        came: whether a signal has come to this process.
+        name: of the first signal that came, empty if none has.
+    """
+
+    came = False
+
+    def __init__(self) -> None:
+        self.name = ""
+
+    def __call__(self) -> int:
+        """0, or 1 after SIGINT, or 2 after others: the greatest of all ranks counts."""
+        return bool(self.name) + (self.name not in ("", "SIGINT"))
+
+    def __enter__(self) -> StopSignal:
+        self._own = not _Watch.former
+        watch()
+        return self
+
+    def defer(self) -> None:
+        """Training begins: from now on a signal is remembered, and training asks for it."""
+        _Watch.training = self
+
+    def __exit__(self, *_: object) -> None:
+        if self._own:  # else the program ends now, with the code that it has
+            _Watch.training = None
+            for number, handler in _Watch.former.items():
+                signal.signal(number, handler)
+            _Watch.former = {}
+
+
+def _note(number: int, _frame: Any) -> None:
+    if os.getpid() != _Watch.process:  # forked since, and none of ours
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)
+        return
+    StopSignal.came = True
+    training = _Watch.training
+    if ranks.being_closed():  # another process has failed, and this one will meet it
+        if training is None:
+            os._exit(128 + number)
+        return
+    _Watch.interrupts += number == signal.SIGINT
+    if training is None:
+        _end(too_early(number), code_of(number))
+    elif _Watch.interrupts > 1:
+        _end(TWICE, INTERRUPTED)
+    elif not training.name:
+        training.name = _name(number)
+        if number == signal.SIGINT and os.isatty(2):
+            _say("interrupted: saving after this update; once more ends at once")
+
+
+def _end(message: str, code: int) -> None:
+    """End this process in the middle of whatever it does, without a word on most ranks."""
+    ranks.refuse_restart()
+    _say(f"error: {message}")
+    os._exit(code)
+
+
+def _say(message: str) -> None:
+    if ranks.is_first_of_node():
+        with contextlib.suppress(OSError):  # the terminal is gone
+            os.write(2, f"swin-moe: {message}\n".encode())  # print may be what was interrupted
+
+
+def _name(number: int) -> str:
+    return signal.Signals(number).name

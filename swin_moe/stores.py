@@ -1,0 +1,80 @@
+"""The stores in which the processes of a run find one another, and who else can reach them.
+
+torch's own listens on all interfaces. Here the processes of one machine share a file that only
+their user can open, and a store that others have to reach listens at one address.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ipaddress
+import os
+import socket
+from datetime import timedelta
+from typing import Any
+
+import psutil
+import torch.distributed as dist
+
+FILE = "SWIN_MOE_STORE"  # environment variable of our launcher: the file
+LOOPBACK = "127.0.0.1"
+
+
+def tcp_store(
+    host_name: str,
+    port: int,
+    world_size: int | None = None,
+    is_master: bool = False,
+    timeout: timedelta = timedelta(minutes=5),
+    **options: Any,
+) -> dist.TCPStore:
+    """torch's store; it listens at no other address than that of ``host_name``, if it can be."""
+    listener = listen_at(host_name, port) if is_master else None
+    if listener is None:
+        return dist.TCPStore(host_name, port, world_size, is_master, timeout, **options)
+    port = listener.getsockname()[1]
+    return dist.TCPStore(
+        host_name, port, world_size, True, timeout, master_listen_fd=listener.detach(), **options
+    )
+
+
+def listen_at(host: str, port: int) -> socket.socket | None:
+    """A socket that listens at the address of ``host`` alone.
+
+    None where it has to be all interfaces: what ``host`` means is an address of no interface, as
+    behind a translation of addresses, or one that the other nodes do not reach, as Debian gives a
+    host's own name.
+    """
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError):
+        return None
+    family, _, _, _, place = found[0]
+    if ipaddress.ip_address(str(place[0]).partition("%")[0]).is_loopback and not is_loopback(host):
+        return None
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(place)
+        listener.listen(1024)
+    except OSError:  # torch meets it, too, and says what it is
+        listener.close()
+        return None
+    return listener
+
+
+def is_loopback(host: str) -> bool:
+    """Whether ``host`` says that all processes are on one machine."""
+    with contextlib.suppress(ValueError):
+        return ipaddress.ip_address(host).is_loopback
+    return host == "localhost"
+
+
+def stay_on_loopback(host: str) -> None:
+    """Have gloo and NCCL listen on loopback only, where the processes meet there."""
+    if not is_loopback(host):
+        return
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(address.address == LOOPBACK for address in addresses):
+            for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+                os.environ.setdefault(variable, name)
