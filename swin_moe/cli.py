@@ -31,8 +31,8 @@ def main(argv: list[str] | None = None) -> int:
     _quiet()
     try:
         rank, local_rank, size = ranks.environment_rank()
-    except (ValueError, KeyError) as error:
-        return _fail(f"the launcher's rank variables cannot be read ({error})", True, WRONG_USE)
+    except ValueError as error:
+        return _fail(str(error), True, WRONG_USE)
     where = f"[rank {rank}] " if local_rank else ""
     try:
         code = _run(arguments)
@@ -104,12 +104,22 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _train(arguments: argparse.Namespace, console: Any) -> int:
-    from . import distributed, preflight
+    from . import distributed, preflight, watchdog
+    from .guard import StopSignal
 
     config = _config(arguments)
-    meeting = distributed.connect()
+    limit = 60 * config.faults.hang_minutes
+    dog = watchdog.start(limit, ranks.environment_rank()[0], StopSignal.SIGNALS)
+    dog.enter("the other processes were awaited", works=True)
+    if limit:  # it is to find a hang before these do, for it names who hangs
+        patience = min(watchdog.START * limit, distributed.PATIENCE)
+        meeting = distributed.connect(patience, max(3 * watchdog.START * limit, 1800.0))
+    else:
+        meeting = distributed.connect()
+    dog.meet(meeting.pulses())
     verdict = preflight.agree(config, meeting)
     preflight.refuse(verdict)  # before groups are made: of other sizes they would hang
+    dog.enter("the processes made their groups", works=True)
     world = distributed.init(
         config.parallel.expert_parallel_size,
         hierarchical=config.parallel.hierarchical_all_to_all,
@@ -117,14 +127,18 @@ def _train(arguments: argparse.Namespace, console: Any) -> int:
     )
     from . import run  # imports DeepSpeed, which looks at the environment that init sets
 
-    run.train(
-        config,
-        world,
-        console,
-        fresh=arguments.fresh,
-        verdict=verdict,
-        accept_changes=arguments.accept_changes,
-    )
+    try:
+        run.train(
+            config,
+            world,
+            console,
+            dog,
+            fresh=arguments.fresh,
+            verdict=verdict,
+            accept_changes=arguments.accept_changes,
+        )
+    finally:
+        dog.stop()
     return DONE
 
 
@@ -138,13 +152,20 @@ def _doctor(arguments: argparse.Namespace, console: Any) -> int:
 
 def _evaluate(arguments: argparse.Namespace, console: Any) -> int:
     path = _existing_folder(arguments.path)
-    from . import distributed
-
-    world = distributed.init()
+    world = _alone("evaluate")
     from .opened import evaluate_checkpoint  # imports DeepSpeed, too
 
     evaluate_checkpoint(path, world, console, arguments.overrides)
     return DONE
+
+
+def _alone(command: str) -> Any:
+    """The world of a command of one process, which waits for no others."""
+    if told := ranks.check_alone(command):
+        print(f"swin-moe: {told}", file=sys.stderr, flush=True)
+    from . import distributed
+
+    return distributed.init()
 
 
 def _existing_folder(text: str) -> Path:
@@ -257,9 +278,7 @@ def _launch(arguments: argparse.Namespace, console: Any) -> int:
 
 def _inspect(arguments: argparse.Namespace, console: Any) -> int:
     path = _existing_folder(arguments.path)
-    from . import distributed
-
-    world = distributed.init()
+    world = _alone("inspect")
     from .inspection import inspect_checkpoint  # imports DeepSpeed, too
 
     overrides = list(arguments.overrides)

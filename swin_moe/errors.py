@@ -5,5 +5,9 @@ class TrainingError(RuntimeError):
     """Training cannot go on."""
 
 
+class RunRemoved(TrainingError):
+    """The run directory is gone. A rank meets that alone: the others may still be in an update."""
+
+
 class Preempted(Exception):
     """A signal asked for an end, and the checkpoint is written."""

@@ -21,7 +21,7 @@ from .data import Loader, build_mixing, loader_of
 from .data.show import contact_sheet
 from .distributed import World
 from .engine import Engine, cutter, largest_parameter
-from .errors import Preempted, TrainingError
+from .errors import Preempted, RunRemoved, TrainingError
 from .guard import StopSignal
 from .metrics import MetricLog
 from .micro_batch import resolve_micro_batch
@@ -41,8 +41,9 @@ from .precision import resolve_precision
 from .profiling import Profile, peak_flops
 from .run_directory import Run, prepare_folder, step_back
 from .summary import draw_summary
+from .text import plain
 from .trainer import Plan, Position, RollBack, Trainer
-from .watchdog import Watchdog
+from .watchdog import START, Watchdog
 
 log = logging.getLogger("swin_moe")
 
@@ -67,6 +68,7 @@ def train(
     config: Config,
     world: World,
     console: Console,
+    dog: Watchdog,
     fresh: bool = False,
     verdict: preflight.Verdict | None = None,
     accept_changes: bool = False,
@@ -74,6 +76,7 @@ def train(
     """Train as the config says, from the last checkpoint of its run directory if there is one.
 
     Args:
+        dog: it watches already, and goes on until the training has ended.
         fresh: start anew; an existing run directory is moved aside, never overwritten.
         verdict: of the processes, that they are alike; None leaves the rest of the preflight out.
         accept_changes: resume although the data or its classes are others.
@@ -93,15 +96,22 @@ def train(
         run = Run(Path(config.train.output), world, console)
         if verdict is not None:
             dtype = resolve_precision(config.precision, world.device)
+            dog.enter("the links between the processes were timed", works=True)
             preflight.at_start(config, verdict, world, dtype, run.say)
+        dog.enter(f"data.path={plain(config.data.path)} was opened", works=True)
         resolve_micro_batch(run, config, fresh)
         # All input is checked before anything is written.
         classes, loaders = _open_data(run, config, fresh)
         plan = _plan(config, loaders[0])
         source = _starting_weights(run, config, fresh)
+        dog.enter(f"the checkpoints in {plain(run.folder)} were read", works=True)
         reader = prepare_folder(run, config, fresh, loaders[0], accept_changes)
         for loader in loaders:
             loader.bad.file = run.log_file.with_name(f"bad-samples-rank-{world.rank}.jsonl")
+        if reader is not None:
+            dog.writing.good = str(reader.path)
+        dog.log_to(run.log_file)
+        dog.enter("the model and its optimizer were built", works=True)
         job = _Job(
             run=run,
             config=config,
@@ -109,8 +119,8 @@ def train(
             classes=classes,
             loaders=loaders,
             stop_signal=stop_signal,
-            writer=Writer(run.checkpoints, world, partial(_tell_of_save, run)),
-            watchdog=Watchdog(60 * config.faults.hang_minutes, run.log_file, world.rank),
+            writer=Writer(run.checkpoints, world, partial(_tell_of_save, run), dog.writing),
+            watchdog=dog,
             log=_open_log(run, config, reader),
             profile=_profile(run, config) if config.train.profile else None,
         )
@@ -187,16 +197,20 @@ def _fit(job: _Job, trainer: Trainer) -> Trainer:
             return trainer
         except RollBack:
             place, from_start = trainer.position, trainer.updates_made == 0
+        except RunRemoved:  # of this rank, perhaps alone
+            job.writer.close()
+            raise
         except (TrainingError, Preempted):  # of all ranks
-            with job.watchdog.paused():
+            with job.watchdog.phase("the other ranks ended", writes=True):
                 job.writer.wait()
-            distributed.barrier()  # the end of another would end rank 0 before it has told
+                distributed.barrier()  # the end of another would end rank 0 before it has told
             raise
         except BaseException:
             job.writer.close()
             raise
-        with job.watchdog.paused():
+        with job.watchdog.phase("the save before the way back was awaited", writes=True):
             job.writer.wait()
+        with job.watchdog.phase("an earlier checkpoint was read", works=True, limits=START):
             trainer.engine.close()
             del trainer  # or there would be two of all that it holds
             gc.collect()
