@@ -14,7 +14,7 @@ from typing import Any
 
 from . import ranks
 from .arguments import parse
-from .errors import Preempted, TrainingError
+from .errors import Preempted, RunRemoved, TrainingError
 
 DONE, FAILED, WRONG_USE = 0, 1, 2
 PREEMPTED = 75  # the system's EX_TEMPFAIL: try again
@@ -49,13 +49,15 @@ def main(argv: list[str] | None = None) -> int:
             ranks.refuse_restart()
         return _fail(f"{where}{error}", local_rank == 0, WRONG_USE)
     except Exception as error:
-        if isinstance(error, (Preempted, TrainingError)):
+        if isinstance(error, (Preempted, TrainingError, RunRemoved)):
             ranks.refuse_restart()
         if isinstance(error, Preempted):
             return _fail(str(error), local_rank == 0, PREEMPTED, alone=False)
         if arguments.debug:
             traceback.print_exc()
         logging.getLogger("swin_moe").debug("failed", exc_info=True)
+        if isinstance(error, RunRemoved):  # a rank may be the first to see it
+            return _fail(f"{where}{error}", local_rank == 0)
         if isinstance(error, TrainingError):  # raised on every rank, or on none
             return _fail(str(error), local_rank == 0, alone=False)
         where = f"[rank {rank}] " if size > 1 else ""

@@ -5,7 +5,7 @@ class TrainingError(RuntimeError):
     """Training cannot go on."""
 
 
-class RunRemoved(TrainingError):
+class RunRemoved(Exception):
     """The run directory is gone. A rank meets that alone: the others may still be in an update."""
 
 

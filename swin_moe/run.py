@@ -21,7 +21,7 @@ from .data import Loader, build_mixing, loader_of
 from .data.show import contact_sheet
 from .distributed import World
 from .engine import Engine, cutter, largest_parameter
-from .errors import Preempted, RunRemoved, TrainingError
+from .errors import Preempted, TrainingError
 from .guard import StopSignal
 from .metrics import MetricLog
 from .micro_batch import resolve_micro_batch
@@ -197,9 +197,6 @@ def _fit(job: _Job, trainer: Trainer) -> Trainer:
             return trainer
         except RollBack:
             place, from_start = trainer.position, trainer.updates_made == 0
-        except RunRemoved:  # of this rank, perhaps alone
-            job.writer.close()
-            raise
         except (TrainingError, Preempted):  # of all ranks
             with job.watchdog.phase("the other ranks ended", writes=True):
                 job.writer.wait()
@@ -283,7 +280,10 @@ def _open_data(run: Run, config: Config, fresh: bool) -> tuple[list[str] | None,
     known = None if fresh else checkpoint.known_classes(run.checkpoints)
     train = loader_of(config, True, *ranks_of, known)
     known = known or train.class_names
-    return known, [train, loader_of(config, False, *ranks_of, known)]
+    loaders = [train, loader_of(config, False, *ranks_of, known)]
+    for loader in loaders:
+        loader.check_room()
+    return known, loaders
 
 
 def _check(config: Config, world: World) -> None:

@@ -103,6 +103,7 @@ class Writer:
     ) -> None:
         self.folder, self.world, self._tell = folder, world, tell
         self.writing = writing or Writing()
+        self._of_a_run = folder.parent.is_dir()  # else a save makes it
         self._life = broadcast_object(secrets.token_hex(4))  # no other life's files are taken
         self._host: dict[str, Tensor] = {}
         self._job: _Job | None = None
@@ -249,7 +250,7 @@ class Writer:
 
     def check_folder(self) -> None:
         """Raise ``RunRemoved`` if somebody has removed or moved the run directory."""
-        if not self.folder.parent.is_dir():
+        if self._of_a_run and not self.folder.parent.is_dir():
             raise RunRemoved(
                 f"the run directory {self.folder.parent} was removed while the training ran, "
                 "with its checkpoints: put it back, or start again from the beginning"

@@ -5,7 +5,9 @@ from __future__ import annotations
 import atexit
 import itertools
 import logging
+import math
 import os
+import shutil
 import signal
 import weakref
 from collections.abc import Iterator, Sequence
@@ -16,6 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from ..config import AugmentConfig, Config, DataConfig
+from ..ranks import local_world_size
 from ..text import plain
 from .bad_samples import BadSamples
 from .classes import difference
@@ -27,6 +30,8 @@ from .transforms import build_transform
 
 log = logging.getLogger(__name__)
 
+_SHARED = "/dev/shm"
+_READY = 2  # batches that each worker makes ahead, as PyTorch has it
 TERM_GRACE_S = 60  # workers outlive a SIGTERM for so long
 
 
@@ -86,13 +91,33 @@ class Loader:
         Raises:
             ValueError: ``start_batch`` is beyond the epoch, or in training no sample of a batch is
                 readable.
+            RuntimeError: a worker process died.
         """
+        if self._loader._iterator is None:  # else its workers run already
+            self.check_room()
         self._sampler.set_position(epoch, start_batch)
-        for batch in self._loader:
+        for batch in self._batches():
             if batch.skipped:
                 self.bad.add(batch.skipped)
                 batch = self._mended(batch)
             yield batch
+
+    def check_room(self) -> None:
+        """Make sure that the workers can hand over their batches.
+
+        Raises:
+            ValueError: there is too little shared memory.
+        """
+        batch = self._sampler.batch_size * math.prod(self._dataset.shape)
+        check_shared_memory(self.workers, batch, self.description.partition(":")[0])
+
+    def _batches(self) -> Iterator[Batch]:
+        try:
+            yield from self._loader
+        except RuntimeError as error:  # what a worker raised itself has its traceback with it
+            if "DataLoader worker" not in str(error):
+                raise
+            raise RuntimeError(_why_died(str(error), self.workers)) from error
 
     def on_device(self, batch: Batch, device: torch.device) -> tuple[Tensor, Tensor]:
         """Images [B, C, H, W] float32, normalised by ``data.mean`` and ``std``, and labels [B]."""
@@ -145,6 +170,53 @@ def _defer_signals(_worker: int) -> None:
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     signal.set_wakeup_fd(-1)  # or a signal to a worker would count as one to the main process
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(TERM_GRACE_S))
+
+
+def _why_died(error: str, workers: int) -> str:
+    """One line about a worker that ended by itself or was killed."""
+    first = error.splitlines()[0]
+    free = _free_shared_memory()
+    if "Bus error" in error or "shared memory" in error:
+        room = "" if free is None else f", of which {free / 1e6:.1f} MB are free"
+        return (
+            f"a worker of the data loader found no room in shared memory ({_SHARED}{room}): start "
+            f"the container with a larger --shm-size, or lower data.num_workers={workers}"
+        )
+    return (
+        f"a worker of the data loader died ({first}): if the system was short of memory, lower "
+        f"data.num_workers={workers}; with data.num_workers=0 it shows its own error"
+    )
+
+
+def check_shared_memory(workers: int, batch: int, split: str) -> None:
+    """Make sure that the batches that workers hold ready have room where they hand them over.
+
+    Args:
+        workers: processes that load for each rank. batch: bytes.
+
+    Raises:
+        ValueError: there is too little; without this the workers die or wait for ever.
+    """
+    ranks = local_world_size()
+    needed = batch * workers * _READY * ranks
+    free = _free_shared_memory()
+    if free is None or needed <= free:
+        return
+    mine = f"{workers} workers" + f" of each of {ranks} processes" * (ranks > 1)
+    raise ValueError(
+        f"{split}: {_SHARED} has {free / 1e6:.1f} MB of shared memory free, but data.num_workers="
+        f"{workers} may take {needed / 1e6:.1f} MB ({mine}, {_READY} batches of {batch / 1e6:.1f} "
+        "MB each): start the container with a larger --shm-size, or lower data.num_workers (0 "
+        "needs none) or the batch"
+    )
+
+
+def _free_shared_memory() -> int | None:
+    """Bytes; None where workers hand over their batches in another way."""
+    try:
+        return shutil.disk_usage(_SHARED).free
+    except OSError:
+        return None
 
 
 def _close(reference: weakref.ref[Loader]) -> None:
