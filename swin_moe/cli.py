@@ -62,6 +62,9 @@ def main(argv: list[str] | None = None) -> int:
             return _fail(str(error), local_rank == 0, alone=False)
         where = f"[rank {rank}] " if size > 1 else ""
         first = (str(error).strip() or "no message").splitlines()[0]
+        loader = sys.modules.get("swin_moe.data.loader")
+        if loader and (died := loader.why_died(error)):
+            return _fail(f"{where}{died}", True)
         if size > 1 and any(sign in str(error) for sign in _LOST_PEER):
             return _fail(f"{where}another process ended, and this one with it", False)
         return _fail(f"{where}{type(error).__name__}: {first} (--debug shows the traceback)", True)

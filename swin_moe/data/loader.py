@@ -6,6 +6,7 @@ import atexit
 import itertools
 import logging
 import math
+import multiprocessing.queues
 import os
 import shutil
 import signal
@@ -31,6 +32,7 @@ from .transforms import build_transform
 log = logging.getLogger(__name__)
 
 _SHARED = "/dev/shm"
+_NO_ROOM = 28  # exit code of a worker that could not hand over a batch
 _READY = 2  # batches that each worker makes ahead, as PyTorch has it
 TERM_GRACE_S = 60  # workers outlive a SIGTERM for so long
 
@@ -91,12 +93,12 @@ class Loader:
         Raises:
             ValueError: ``start_batch`` is beyond the epoch, or in training no sample of a batch is
                 readable.
-            RuntimeError: a worker process died.
+            RuntimeError: a worker process died; :func:`why_died` explains it.
         """
         if self._loader._iterator is None:  # else its workers run already
             self.check_room()
         self._sampler.set_position(epoch, start_batch)
-        for batch in self._batches():
+        for batch in self._loader:
             if batch.skipped:
                 self.bad.add(batch.skipped)
                 batch = self._mended(batch)
@@ -110,14 +112,6 @@ class Loader:
         """
         batch = self._sampler.batch_size * math.prod(self._dataset.shape)
         check_shared_memory(self.workers, batch, self.description.partition(":")[0])
-
-    def _batches(self) -> Iterator[Batch]:
-        try:
-            yield from self._loader
-        except RuntimeError as error:  # what a worker raised itself has its traceback with it
-            if "DataLoader worker" not in str(error):
-                raise
-            raise RuntimeError(_why_died(str(error), self.workers)) from error
 
     def on_device(self, batch: Batch, device: torch.device) -> tuple[Tensor, Tensor]:
         """Images [B, C, H, W] float32, normalised by ``data.mean`` and ``std``, and labels [B]."""
@@ -168,23 +162,32 @@ def _defer_signals(_worker: int) -> None:
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    queue: Any = multiprocessing.queues.Queue
+    queue._on_queue_feeder_error = staticmethod(_give_up)
     signal.set_wakeup_fd(-1)  # or a signal to a worker would count as one to the main process
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(TERM_GRACE_S))
 
 
-def _why_died(error: str, workers: int) -> str:
-    """One line about a worker that ended by itself or was killed."""
-    first = error.splitlines()[0]
-    free = _free_shared_memory()
-    if "Bus error" in error or "shared memory" in error:
-        room = "" if free is None else f", of which {free / 1e6:.1f} MB are free"
+def _give_up(_error: Exception, _batch: object) -> None:
+    """End a worker that cannot hand a batch over: without it the training would wait for ever."""
+    os._exit(_NO_ROOM)
+
+
+def why_died(error: BaseException) -> str:
+    """One line, instead of PyTorch's own, about a worker that died; empty for other errors."""
+    if "DataLoader worker" not in str(error):
+        return ""
+    told = f"{error.__cause__ or error}"  # which has its exit code or signal
+    if "Bus error" in told or f"exit code {_NO_ROOM}" in told:
+        free = _free_shared_memory()
+        room = "" if free is None else f" ({free / 1e6:.1f} MB are free there)"
         return (
-            f"a worker of the data loader found no room in shared memory ({_SHARED}{room}): start "
-            f"the container with a larger --shm-size, or lower data.num_workers={workers}"
+            f"a worker of the data loader found no room for a batch in {_SHARED}{room}: start the "
+            "container with a larger --shm-size, or lower data.num_workers or the batch"
         )
     return (
-        f"a worker of the data loader died ({first}): if the system was short of memory, lower "
-        f"data.num_workers={workers}; with data.num_workers=0 it shows its own error"
+        f"a worker of the data loader died ({told.splitlines()[0]}): the system may have been "
+        "short of memory (lower data.num_workers); with data.num_workers=0 an error shows itself"
     )
 
 
