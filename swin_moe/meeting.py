@@ -158,7 +158,7 @@ def _whose(store: dist.Store, ranks: list[int]) -> str:
 
 def _why_so_many() -> str:
     """From which variables the number of processes is known, and what may be amiss with them."""
-    advice = "start all of them"
+    advice = "were all of them started, and do they go on?"
     if without_srun():
         advice = "no srun started this process: put srun before the command, which starts them all"
     return f"{world_variables()} in the environment ({advice})"

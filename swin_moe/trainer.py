@@ -222,12 +222,12 @@ class Trainer:
         bad = ""
         for micro in range(plan.accumulation_steps):
             waited = time.monotonic()
-            first = "the first " if self.updates_made == 0 else "a "
-            self.watchdog.doing(f"{first}batch was awaited")
+            first = self.updates_made == 0
+            self.watchdog.doing(f"{'the first' if first else 'a'} batch was awaited")
             with record_function("data"):
                 samples.append(next(batches))
             self._waited += time.monotonic() - waited
-            self.watchdog.doing(f"{first}update was made")
+            self.watchdog.doing(f"{'the first' if first else 'an'} update was made")
             with record_function("forward"):
                 loss = self._forward(samples[-1], position.step * plan.accumulation_steps + micro)
             if self.engine.at_boundary:
