@@ -207,11 +207,12 @@ class Watchdog:
 
     def _exchange(self) -> None:
         assert self._peers is not None
-        while not self._ended.wait(min(self.limit / 8, _PULSE) if self.limit else _PULSE):
+        period = min(self.limit / 8, _PULSE) if self.limit else _PULSE
+        while not self._ended.wait(period):
             self._pulses += 1
             try:
                 self._peers.say(f"{self._mark} {self._done} {self._pulses}")
-                if self._clock() - self._last > _PULSE / 2:
+                if self._clock() - self._last > period / 2:
                     said = self._peers.hear()
                     heard = {rank: [*map(int, text.split())] for rank, text in said.items()}
                     self._heard[1:] = [heard]
