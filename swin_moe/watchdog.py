@@ -267,8 +267,9 @@ class Watchdog:
         cpu, moved = 0.0, 0
         with contextlib.suppress(AttributeError, OSError):
             cpu = time.clock_gettime(time.pthread_getcpuclockid(self._main))
-            lines = Path("/proc/self/io").read_text().splitlines()
-            moved = sum(int(line.split()[1]) for line in lines[:2])  # rchar, wchar
+            moved = _moved(Path("/proc/self/io"))
+            if threading.get_ident() != self._main:  # this thread reads only to look
+                moved -= _moved(Path(f"/proc/self/task/{threading.get_native_id()}/io"))
         frame = sys._current_frames().get(self._main)
         return self._clock(), cpu, moved, frame and (id(frame), frame.f_lasti)
 
@@ -357,6 +358,12 @@ class Watchdog:
         late = [r for r, (mark, _, pulse) in last.items() if mark < self._mark or
                 (r in first and pulse == first[r][2])]  # fmt: skip
         return sorted(set(late) - {self.rank})
+
+
+def _moved(statistics: Path) -> int:
+    """Bytes read and written by whatever the kernel's statistics are of."""
+    lines = statistics.read_text().splitlines()
+    return sum(int(line.split()[1]) for line in lines[:2])  # rchar, wchar
 
 
 _current: Watchdog | None = None

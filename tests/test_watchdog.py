@@ -257,3 +257,20 @@ def test_work_is_seen():
     assert now[1] > begun[1]
     assert now[2] - begun[2] > 1000
     assert threading.get_ident() == dog._main
+
+
+def test_looking_is_no_work():
+    """What the watch reads to see whether there was work must not count as such."""
+    dog = Watchdog(10.0, 0)
+    seen = []
+
+    def look():
+        seen.append(dog._worked_so_far()[2])
+        for _ in range(20):
+            dog._children_work()
+        seen.append(dog._worked_so_far()[2])
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    thread.join()
+    assert seen[1] - seen[0] < 1000
