@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import re
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-from . import __version__
+from . import __version__, ranks
+from .text import plain
 
 _EPILOG = """\
 examples:
@@ -26,8 +28,15 @@ exit codes: 0 done, 1 failed, 2 wrong use (a config, an argument or data that ca
 """
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One line, and no restart by a launcher: the same words would fail again."""
+        ranks.refuse_restart()
+        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="swin-moe",
         description="Train Swin Transformer V2 and its Mixture-of-Experts variant.",
         epilog=_EPILOG,
@@ -293,7 +302,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     arguments, rest = parser.parse_known_args(argv)
     free = hasattr(arguments, "overrides")
     if unknown := [t for t in rest if t.startswith("-") or "=" not in t or not free]:
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+        dashed = re.fullmatch(r"--?(\w+\.\w+)(=.*)?", unknown[0], re.DOTALL) if free else None
+        hint = f"; an override has no dashes: {dashed[1]}{dashed[2] or '=...'}" if dashed else ""
+        parser.error(plain(f"unrecognized arguments: {' '.join(unknown)}{hint}"))
     if rest:
         arguments.overrides += rest
     return arguments

@@ -53,7 +53,7 @@ def other_data(old: Config, new: Config, facts: dict[str, Any] | None, train: Lo
         facts: :func:`data_facts` of the checkpoint; None if an older version wrote it.
     """
     here = data_facts(train)
-    if facts is None or here == facts:
+    if facts is None or here.items() <= facts.items():
         return ""
     if here["classes"] != facts["classes"]:
         without = f" (none of {quoted(train.missing_classes)})" if train.missing_classes else ""

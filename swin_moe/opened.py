@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,9 @@ from .evaluation import Evaluation, evaluate
 from .models import SwinTransformer, build
 from .models.pretrained import adopt_pretrained_window, load_pretrained, read_pretrained
 from .precision import resolve_precision
+from .reading import read_json
+
+log = logging.getLogger("swin_moe")
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,7 @@ def open_checkpoint(path: Path, world: World, overrides: list[str], command: str
     found = checkpoint.choose(path)
     source = read_pretrained(found)
     config = load_config(found / "config.yaml", overrides)
+    _find_data(config, found)
     torch.set_flush_denormal(config.precision.flush_denormals)
     if config.model.num_classes != source.config.model.num_classes:
         raise ConfigError(
@@ -57,6 +62,18 @@ def open_checkpoint(path: Path, world: World, overrides: list[str], command: str
     forward = in_precision(model, dtype, cast_weights=config.zero.stage > 0)
     loader = loader_of(config, training=False, classes=checkpoint.class_names(found))
     return Opened(found, config, model, forward, loader)
+
+
+def _find_data(config: Config, path: Path) -> None:
+    """A relative ``data.path`` that is not below the working directory is where training had it."""
+    here = Path(config.data.path)
+    state = read_json(path / "state.json")
+    there = state.get("data", {}).get("folder") if isinstance(state, dict) else None
+    if here.is_absolute() or here.exists() or there is None or not Path(there).exists():
+        return
+    if Path(there).name == here.name:
+        config.data.path = there
+        log.warning("data.path=%s is not here: taken from %s, as in training", here, there)
 
 
 def evaluate_checkpoint(

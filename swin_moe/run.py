@@ -9,6 +9,7 @@ import time
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -425,18 +426,23 @@ def _layout(model: SwinTransformer, world: World) -> Layout:
     return Layout(expert_parameter_names(model), experts, share)
 
 
-def _convert_position(position: Position, old_batch: int, new_batch: int, plan: Plan) -> None:
-    """Keep the place in the epoch when the global batch has changed since."""
-    if old_batch == new_batch:
+def _convert_position(position: Position, state: dict[str, Any], batch: int, plan: Plan) -> None:
+    """Keep the place in the epoch when the global batch or the number of samples has changed.
+
+    Args:
+        state: of the checkpoint. batch: the global batch now.
+    """
+    former, updates = state["global_batch"], plan.updates_per_epoch
+    length = state.get("updates_per_epoch", updates * batch // former)  # older ones lack it
+    if former != batch:
+        position.update = min(position.update * former // batch, updates - 1)
+        what = f"the global batch was {former} and is {batch}: rates follow it, and"
+    elif length != updates or position.update >= updates:
+        position.update = min(position.update * updates // length, updates - 1)
+        what = f"an epoch had {length:,} updates and has {updates:,}, for the data have changed:"
+    else:
         return
-    position.update = min(position.update * old_batch // new_batch, plan.updates_per_epoch - 1)
-    log.warning(
-        "the global batch was %d and is %d: rates follow it, and epoch %d goes on at update %d",
-        old_batch,
-        new_batch,
-        position.epoch + 1,
-        position.update,
-    )
+    log.warning("%s epoch %d goes on at update %d", what, position.epoch + 1, position.update)
 
 
 def _restore(
@@ -450,7 +456,7 @@ def _restore(
     position = Position(**reader.state["position"])
     if place is None:
         batch = _global_batch(config, world)
-        _convert_position(position, reader.state["global_batch"], batch, plan)
+        _convert_position(position, reader.state, batch, plan)
     else:
         made = position.step - position.skipped
         position = replace(place, skipped=place.step - made)
@@ -468,10 +474,11 @@ def _save(job: _Job, engine: Engine, position: Position) -> None:
     state = {
         "position": position.state(),
         "global_batch": _global_batch(config, world),
+        "updates_per_epoch": job.plan.updates_per_epoch,
         "processes": world.size,
         "expert_parallel_size": world.expert.size,
         "zero_stage": config.zero.stage,
-        "data": data_facts(job.loaders[0]),
+        "data": data_facts(job.loaders[0]) | {"folder": str(Path(config.data.path).resolve())},
     }
     job.writer.save(
         position.step,

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from swin_moe.checkpoint import list_checkpoints
-from swin_moe.config import ConfigError, dump_config, load_config
+from swin_moe.config import ConfigError, load_config
 from swin_moe.metrics import read_metrics
 from tests.parallel import MICRO, SMALL, one_error, start, swin_moe, train
 
@@ -136,13 +136,13 @@ def test_a_resume_keeps_its_windows(tmp_path):
     """Another window is another function: it takes a new run, which adopts the old windows."""
     from swin_moe.run_directory import _check_same_model
 
-    (tmp_path / "config.yaml").write_text(dump_config(load_config(MICRO)))
     reader = SimpleNamespace(path=tmp_path)
-    _check_same_model(reader, load_config(MICRO, ["schedule.epochs=3"]))
+    saved = load_config(MICRO)
+    _check_same_model(reader, saved, load_config(MICRO, ["schedule.epochs=3"]))
     for overrides, message in (
         (["model.window_size=8", "model.img_size=64"], r"windows \[8, 8, 4\].*\[4, 4, 2\]"),
         (["model.pretrained_window_sizes=[8,8,8]"], "model.pretrained_window_sizes"),
         (["model.embed_dim=32"], "model.embed_dim=32"),
     ):
         with pytest.raises(ConfigError, match=message):
-            _check_same_model(reader, load_config(MICRO, overrides))
+            _check_same_model(reader, saved, load_config(MICRO, overrides))

@@ -47,7 +47,7 @@ ONLY_IN = {
     },
     "getenv": set(),
     "argparse": {"arguments.py", "cli.py", "data/bundle.py"},
-    "yaml": {"config/loading.py"},
+    "yaml": {"config/yaml_core.py"},
     "pickle": {"models/pickled.py"},
     "torch.load": {"models/pickled.py"},
 }

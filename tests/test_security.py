@@ -41,8 +41,10 @@ def test_a_config_is_data(tmp_path, monkeypatch, text):
     with pytest.raises(ConfigError, match="python/") as error:
         load_config(tmp_path / "config.yaml")
     assert "config.yaml" in str(error.value)
+    word = text.removeprefix("model: ")
     with pytest.raises(ConfigError):
-        load_config(MICRO, [text.replace("model: ", "train.output=")])
+        load_config(MICRO, [f"model={word}"])
+    assert load_config(MICRO, [f"train.output={word}"]).train.output == word
     assert not (tmp_path / "attacked").exists()
 
 

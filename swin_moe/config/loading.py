@@ -7,83 +7,86 @@ and line or the override, the value, what was expected and the nearest valid key
 from __future__ import annotations
 
 import difflib
+import os
 import re
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
 from pydantic import ValidationError
 
+from ..text import plain
 from ..variants import FAMILIES, VARIANTS
+from . import yaml_core
+from .kinds import check_path
 from .sections import Architecture, Config
+from .yaml_core import ConfigError, Key, NotOurYaml
 
 AnyArchitecture = TypeVar("AnyArchitecture", bound=Architecture)
 
 KNOWN = {**FAMILIES, **VARIANTS}
+_BASES = 32  # files that inherit from each other
+
+Origins = dict[Key, str]  # dotted path -> "file:line" or "override"
 
 
-class ConfigError(ValueError):
-    """A configuration that cannot be used; the message is one line for the user."""
+def _error(place: str, problem: str) -> ConfigError:
+    return ConfigError(_short(plain(f"{place}: {problem}" if place else problem), 1000))
 
 
-class _Loader(yaml.SafeLoader):
-    """SafeLoader that reads ``1e-4`` as a float (YAML 1.2) and refuses duplicate keys."""
+def _short(text: str, length: int) -> str:
+    """What is too long for a line, without its middle."""
+    half = length // 2 - 2
+    return text if len(text) <= length else f"{text[:half]}...{text[-half:]}"
 
 
-_FLOAT = re.compile(
-    r"^[-+]?(?:[0-9][0-9_]*\.[0-9_]*(?:[eE][-+]?[0-9]+)?|[0-9][0-9_]*[eE][-+]?[0-9]+"
-    r"|\.[0-9_]+(?:[eE][-+]?[0-9]+)?|\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"
-)
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789."))
+def _kind(key: Key) -> Any:
+    """The type of a section or of a key's values; None if there is no such key."""
+    kind: Any = Config
+    for part in key:
+        field = getattr(kind, "model_fields", {}).get(part)
+        if field is None:
+            return None
+        kind = field.annotation
+    return kind
 
-Origins = dict[tuple[str, ...], str]  # dotted path -> "file:line" or "override"
+
+def _is_text(key: Key) -> bool:
+    """Whether a key takes a word as it is typed; so does one that is not known."""
+    return _kind(key) in (str, None)
 
 
-def _read_yaml(path: Path, seen: tuple[Path, ...] = ()) -> tuple[dict[str, Any], Origins]:
-    """Read one file and its ``base:`` chain; the nearer file wins key by key."""
-    if path.resolve() in seen:
-        raise ConfigError(f"{path}: base files form a circle")
+def _read_file(path: Path, is_text: yaml_core.IsText | None) -> tuple[dict[str, Any], Origins]:
+    name = plain(path)
     try:
-        text = path.read_text(encoding="utf-8")
+        data, lines = yaml_core.read(path, is_text)
     except OSError as error:
-        raise ConfigError(f"{path}: cannot read the config file ({error.strerror})") from None
-    except UnicodeDecodeError:
-        raise ConfigError(f"{path}: not a text file") from None
-    try:
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=_Loader)):
-            raise ConfigError(f"{path}: YAML aliases (*name) are not used here; write it out")
-        root = yaml.compose(text, Loader=_Loader)
-        data = yaml.load(text, Loader=_Loader)  # noqa: S506 - _Loader is a SafeLoader
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        place = f"{path}:{mark.line + 1}" if mark else str(path)
-        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise ConfigError(f"{place}: not valid YAML ({problem})") from None
-    if data is None:
-        data = {}
-    if not isinstance(data, dict):
-        raise ConfigError(f"{path}: expected sections such as 'model:', got {data!r:.60}")
-    origins: Origins = {}
-    if root is not None:
-        _collect_origins(root, path, (), origins)
-    base = data.pop("base", None)
-    if base is None:
-        return data, origins
-    if not isinstance(base, str):
-        raise ConfigError(f"{origins[('base',)]}: base must be a file name, got {base!r}")
-    parent, parent_origins = _read_yaml(path.parent / base, (*seen, path.resolve()))
-    return _merge(parent, data), {**parent_origins, **origins}
+        what = "config file" if is_text else "file"
+        raise _error(name, f"cannot read the {what} ({error.strerror})") from None
+    except NotOurYaml as error:
+        raise _error(f"{name}:{error.line}", str(error)) from None
+    except ValueError as error:
+        raise _error("", str(error)) from None  # it names the file
+    return data, {key: f"{name}:{line}" for key, line in lines.items()}
 
 
-def _collect_origins(node: yaml.Node, path: Path, prefix: tuple[str, ...], out: Origins) -> None:
-    if isinstance(node, yaml.MappingNode):
-        for key_node, value_node in node.value:
-            key = (*prefix, str(key_node.value))
-            place = f"{path}:{key_node.start_mark.line + 1}"
-            if key in out:
-                raise ConfigError(f"{place}: '{'.'.join(key)}' stands twice in this file")
-            out[key] = place
-            _collect_origins(value_node, path, key, out)
+def _read_with_bases(path: Path) -> tuple[dict[str, Any], Origins]:
+    """Read one file and its ``base:`` chain; the nearer file wins key by key."""
+    raw, origins = _read_file(path, _is_text)
+    seen = [os.path.realpath(path)]
+    while (base := raw.pop("base", None)) is not None:
+        place = origins.pop(("base",))
+        try:
+            path = path.parent / check_path(base, required=True)
+            parent, parent_origins = _read_file(path, _is_text)
+        except ValueError as error:
+            raise _error(place, f"base: {error}") from None
+        seen.append(os.path.realpath(path))
+        if seen[-1] in seen[:-1]:
+            raise _error(place, f"{plain(path)}: base files form a circle")
+        if len(seen) > _BASES:
+            raise _error(place, f"more than {_BASES} base files")
+        raw, origins = _merge(parent, raw), {**parent_origins, **origins}
+    return raw, origins
 
 
 def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
@@ -97,83 +100,140 @@ def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 
 
 def _apply_override(raw: dict[str, Any], origins: Origins, override: str) -> None:
-    key, separator, text = override.partition("=")
-    path = tuple(key.strip().split("."))
-    if not separator or not all(path):
-        raise ConfigError(f"override '{override}': expected section.key=value")
+    name, separator, text = override.partition("=")
+    key = tuple(name.strip().split("."))
+    place = f"override '{_short(override, 200)}'"
+    if not separator or not all(key) or len(key) > 2 or not name.isprintable():
+        raise _error(place, "expected section.key=value")
     try:
-        value = yaml.load(text, Loader=_Loader)  # noqa: S506 - _Loader is a SafeLoader
-    except yaml.YAMLError:
-        raise ConfigError(f"override '{override}': the value is not valid YAML") from None
-    node = raw
-    for part in path[:-1]:
-        node = node.setdefault(part, {})
-        if not isinstance(node, dict):
-            raise ConfigError(f"override '{override}': '{part}' is not a section")
-    node[path[-1]] = value
-    origins[path] = f"override '{override}'"
+        value = _word(key, text)
+    except ValueError as error:
+        raise _error(place, str(error)) from None
+    section = raw
+    for part in key[:-1]:
+        if section.get(part) is None:
+            section[part] = {}
+        section = section[part]
+        if not isinstance(section, dict):
+            raise _error(place, f"'{part}' is not a section")
+    section[key[-1]] = value
+    for known in [other for other in origins if other[: len(key)] == key]:
+        del origins[known]
+    origins[key] = place
 
 
-def _valid_keys(location: tuple[str, ...]) -> list[str]:
-    """Dotted names of the keys that may stand at ``location``."""
-    model: Any = Config
-    for part in location:
-        field = model.model_fields.get(part) if hasattr(model, "model_fields") else None
-        if field is None:
-            return []
-        model = field.annotation
-    return [".".join((*location, name)) for name in getattr(model, "model_fields", ())]
+def _word(key: Key, text: str) -> Any:
+    """The value of a word of the command line.
+
+    The shell has taken its quotes away, and what it hands over is meant as it is: for a key that
+    takes text nothing in it is special, save that a whole word in quotes stands for what is in
+    them. Other keys take what a file may hold: numbers, true and false, [lists], {sections}.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
+    word = text.strip()
+    if (inner := yaml_core.unquoted(word)) is not None:
+        return inner
+    if _is_text(key):
+        return text
+    if not word.startswith(("[", "{")):
+        return yaml_core.scalar(word)
+    if re.search(r"\s#", word):
+        raise ValueError("# would begin a comment here: give each key of the section by itself")
+    return yaml_core.parse(word, lambda inner: _is_text((*key, *inner)))[0]
+
+
+def _valid_keys(section: Key) -> list[str]:
+    """Dotted names of the keys of a section, or of the sections."""
+    return [".".join((*section, name)) for name in getattr(_kind(section), "model_fields", ())]
 
 
 def _all_keys() -> list[str]:
     return [leaf for section in Config.model_fields for leaf in _valid_keys((section,))]
 
 
-def _suggest(path: tuple[str, ...]) -> str:
+def _suggest(key: Key) -> str:
     """The nearest valid key, first beside the mistake, then anywhere."""
-    name = ".".join(path)
-    beside = difflib.get_close_matches(name, _valid_keys(path[:-1]), n=1, cutoff=0.6)
-    same_leaf = [key for key in _all_keys() if key.rsplit(".", 1)[-1] == path[-1]]
+    name = ".".join(key)
+    if len(key) == 1 and name in _all_keys():
+        section, _, leaf = name.partition(".")
+        return f"in a file, write '{section}:' and below it '{leaf}:'"
+    beside = difflib.get_close_matches(name, _valid_keys(key[:-1]), n=1, cutoff=0.6)
+    same_leaf = [other for other in _all_keys() if other.rsplit(".", 1)[-1] == key[-1]]
     anywhere = difflib.get_close_matches(name, _all_keys(), n=1, cutoff=0.6)
     found = beside or same_leaf[:1] or anywhere
     if found:
         return f"did you mean '{found[0]}'?"
-    valid = [key.rsplit(".", 1)[-1] for key in _valid_keys(path[:-1])]
+    valid = [other.rsplit(".", 1)[-1] for other in _valid_keys(key[:-1])]
     return f"valid keys: {', '.join(valid)}"
 
 
 def _explain(error: ValidationError, origins: Origins, source: str) -> ConfigError:
-    first = error.errors()[0]
-    path = _key_of(first)
-    known = path
+    """The first key that is wrong, as one line."""
+    errors = error.errors()
+    key = tuple(str(part) for part in errors[0]["loc"][:2])
+    # Of several forms that a value may have, the one that fits furthest says what is wrong.
+    same = [other for other in errors if other["loc"][: len(key)] == errors[0]["loc"][:2]]
+    deepest = max(len(_indices(other)) for other in same)
+    same = [other for other in same if len(_indices(other)) == deepest]
+    same = [other for other in same if other["type"] in _BOUNDS] or same
+    first = same[0]
+    known = key
     while known and known not in origins:
         known = known[:-1]
     place = origins.get(known, source)
-    name = ".".join(path)
-    value = repr(first["input"])
-    value = value if len(value) <= 60 else value[:57] + "..."
+    name = ".".join(key) + "".join(f"[{index}]" for index in _indices(first))
+    value = "null" if first["input"] is None else _short(repr(first["input"]), 60)
     if first["type"] == "extra_forbidden":
-        message = f"unknown key '{name}': {_suggest(path)}"
+        message = f"unknown key '{name}': {_suggest(key)}"
     elif first["type"] == "value_error":
         cause = str(first["ctx"]["error"])
         message = f"{name}: {cause}" if name else cause
     elif first["type"] == "model_type":
         message = f"'{name}' is a section and needs keys below it, got {value}"
     else:
-        same = [other for other in error.errors() if _key_of(other) == path]
-        message = f"{name}={value}: expected {' or '.join(dict.fromkeys(map(_expected, same)))}"
-    more = len({_key_of(other) for other in error.errors()}) - 1
-    return ConfigError(f"{place}: {message}" + (f" (and {more} more)" if more else ""))
+        wanted = " or ".join(dict.fromkeys(map(_expected, same)))
+        message = f"{name}={value}: expected {wanted}{_hint(first)}"
+    more = len({other["loc"][:2] for other in errors}) - 1
+    return _error(place, message + (f" (and {more} more)" if more else ""))
 
 
-def _key_of(error: Any) -> tuple[str, ...]:
-    """Where an error is, without the names that pydantic gives to the members of a union."""
-    return tuple(str(part) for part in error["loc"] if re.fullmatch(r"\w+", str(part)))
+_BOUNDS = {
+    "less_than", "less_than_equal", "greater_than", "greater_than_equal", "finite_number",
+    "too_short", "too_long",
+}  # fmt: skip
+
+
+def _indices(error: Any) -> list[int]:
+    """Where in the value of a key an error is; pydantic also names the members of a union."""
+    return [part for part in error["loc"][2:] if isinstance(part, int)]
 
 
 def _expected(error: Any) -> str:
+    if error["type"] == "too_short":
+        return f"a list of at least {error['ctx']['min_length']}"
+    if error["type"] == "too_long":
+        return f"a list of at most {error['ctx']['max_length']}"
     message = str(error["msg"]).removeprefix("Input should be ")
     return message.removeprefix("a valid ").removeprefix("valid ")
+
+
+def _hint(error: Any) -> str:
+    """What to write instead, where the value is only in the wrong form."""
+    value = error["input"]
+    if error["type"] == "string_type":
+        return (
+            ": write '' for none, or quotes around a name"
+            if value is None
+            else ": put it in quotes"
+        )
+    if error["type"] == "bool_type":
+        return ": write true or false"
+    if isinstance(value, str) and error["type"] in ("int_type", "float_type"):
+        is_number = re.fullmatch(r"[-+.]*[0-9][-+.0-9eE]*", value)
+        return " without quotes" if is_number else ""
+    return ""
 
 
 def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
@@ -184,13 +244,32 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
             what was expected, and the nearest valid key.
     """
     path = Path(path)
-    raw, origins = _read_yaml(path)
+    raw, origins = _read_with_bases(path)
     for override in overrides:
         _apply_override(raw, origins, override)
     train = raw.setdefault("train", {})
-    if isinstance(train, dict):
-        train["output"] = train.get("output") or f"runs/{path.stem}"
-    return validate(raw, origins, str(path))
+    if isinstance(train, dict) and train.get("output") in (None, ""):
+        train["output"] = f"runs/{path.stem}"
+    config = validate(raw, origins, str(path))
+    if not written_by_a_run(path):
+        _check_rates(config, origins, str(path))
+    return config
+
+
+def written_by_a_run(path: Path) -> bool:
+    """Whether a config file lies in a run directory or a checkpoint."""
+    beside = (path.parent / "manifest.json", path.parent / ".swin_moe")
+    return path.name == "config.yaml" and any(mark.is_file() for mark in beside)
+
+
+def _check_rates(config: Config, origins: Origins, source: str) -> None:
+    """Raise :class:`ConfigError` for a rate that would rise; earlier versions let that pass."""
+    peak, lowest = config.optimizer.base_lr, config.schedule.min_lr
+    if lowest > peak:
+        keys = (("schedule", "min_lr"), ("optimizer", "base_lr"))
+        places = [origins[key] for key in keys if key in origins] or [source]
+        place = next((place for place in places if place.startswith("override")), places[0])
+        raise _error(place, f"schedule.min_lr={lowest} is above optimizer.base_lr={peak}: lower it")
 
 
 def parse_overrides(overrides: list[str] | tuple[str, ...]) -> dict[str, Any]:
@@ -215,12 +294,14 @@ def _validate(
     kind: type[AnyArchitecture], raw: dict[str, Any], origins: Origins | None, source: str
 ) -> AnyArchitecture:
     origins = origins or {}
+    if not isinstance(raw, dict):
+        raise _error(source, f"expected sections such as 'model:', got {raw!r:.60}")
     model = raw.get("model")
     name = model.get("name") if isinstance(model, dict) else None
     if isinstance(name, str):
         if name not in KNOWN:
             place = origins.get(("model", "name"), source)
-            raise ConfigError(f"{place}: model.name={unknown_model(name)}")
+            raise _error(place, f"model.name={unknown_model(name)}")
         raw = _merge(KNOWN[name], raw)
     try:
         return kind.model_validate(raw)
@@ -237,7 +318,7 @@ def unknown_model(name: str) -> str:
 
 def dump_config(config: Config) -> str:
     """The resolved configuration as YAML that :func:`load_config` reads back."""
-    return yaml.safe_dump(config.model_dump(), sort_keys=False, default_flow_style=None)
+    return yaml_core.dump(config.model_dump(), default_flow_style=None)
 
 
 def load_plain(path: Path) -> dict[str, Any]:
@@ -246,9 +327,8 @@ def load_plain(path: Path) -> dict[str, Any]:
     Raises:
         ConfigError: it cannot be read, or is no mapping.
     """
-    data, _ = _read_yaml(path)
-    return data
+    return _read_file(path, None)[0]
 
 
 def dump_plain(data: dict[str, Any]) -> str:
-    return yaml.safe_dump(data, sort_keys=False, width=100)
+    return yaml_core.dump(data, width=100)

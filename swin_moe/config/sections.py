@@ -6,10 +6,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-Rate = Annotated[float, Field(ge=0.0, le=1.0)]
-Positive = Annotated[int, Field(ge=1)]
-NonNegative = Annotated[int, Field(ge=0)]
-NonNegativeFloat = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
+from . import kinds
+from .kinds import NonNegative, NonNegativeFloat, Positive, Rate
 
 
 class Section(BaseModel):
@@ -23,27 +21,25 @@ class ModelConfig(Section):
 
     name: str = "swinv2"
     family: Literal["swin", "swinv2", "swin_mlp", "swin_moe"] = "swinv2"
-    img_size: Positive | Annotated[list[Positive], Field(min_length=2, max_length=2)] = (
-        256  # or H, W
-    )
-    patch_size: Positive = 4
-    in_chans: Positive = 3
-    num_classes: NonNegative = 1000
-    embed_dim: Positive = 96
-    depths: list[Positive] = [2, 2, 6, 2]
-    num_heads: list[Positive] = [3, 6, 12, 24]
-    window_size: Positive = 8
-    mlp_ratio: Annotated[float, Field(gt=0)] = 4.0
+    img_size: kinds.Size | Annotated[list[kinds.Size], Field(min_length=2, max_length=2)] = 256
+    patch_size: kinds.Size = 4
+    in_chans: kinds.Size = 3
+    num_classes: kinds.Classes = 1000
+    embed_dim: kinds.Size = 96
+    depths: Annotated[list[kinds.Size], Field(min_length=1, max_length=16)] = [2, 2, 6, 2]
+    num_heads: list[kinds.Size] = [3, 6, 12, 24]
+    window_size: kinds.Size = 8
+    mlp_ratio: kinds.PositiveFactor = 4.0
     mlp_fc2_bias: bool = True  # of dense feed-forwards; experts have moe.fc2_bias
     qkv_bias: bool = True
-    qk_scale: Annotated[float, Field(gt=0)] | None = None  # None = head_dim^-0.5; not for swinv2
+    qk_scale: kinds.PositiveFactor | None = None  # None = head_dim^-0.5; not for swinv2
     drop_rate: Rate = 0.0
     attn_drop_rate: Rate = 0.0
     drop_path_rate: Rate = 0.1
     ape: bool = False
     patch_norm: bool = True
-    pretrained_window_sizes: list[NonNegative] = []
-    init_std: Annotated[float, Field(gt=0)] = 0.02  # of Linear layers; experts have moe.init_std
+    pretrained_window_sizes: list[kinds.SizeOrNone] = []
+    init_std: kinds.Deviation = 0.02  # of Linear layers; experts have moe.init_std
     extra_norm_every_n_blocks: NonNegative = 0  # on the main branch, as in Swin V2 H and G
     # Recompute each block in the backward pass, or so many of each stage's first ones; offload: and
     # keep their inputs in host memory until then.
@@ -51,7 +47,8 @@ class ModelConfig(Section):
     # Windows whose attention matrices exist at a time, where no kernel, which makes none, does the
     # attention; they are made again in the backward pass. 0 = all windows.
     attention_chunk: NonNegative = 0
-    pretrained: str = ""  # weights to start from, of any dialect that `swin-moe convert` reads
+    # Weights to start from, of any dialect that `swin-moe convert` reads.
+    pretrained: kinds.OptionalPath = ""
 
     @property
     def image_sides(self) -> tuple[int, int]:
@@ -112,31 +109,31 @@ class MoEConfig(Section):
     """Mixture-of-Experts feed-forward; ``blocks`` lists the MoE block indices of each stage."""
 
     blocks: list[list[NonNegative]] = []
-    num_experts: Positive = 8
-    num_shared_experts: NonNegative = 0  # dense ones beside them, which every token meets
+    num_experts: kinds.Size = 8
+    num_shared_experts: kinds.SizeOrNone = 0  # dense ones beside them, which every token meets
     routing: Literal["token_choice", "expert_choice", "soft"] = "token_choice"
     router: Literal["linear", "cosine"] = "linear"  # soft has its own
-    cosine_router_dim: Positive = 256
-    cosine_router_init_t: Annotated[float, Field(gt=0)] = 0.5
+    cosine_router_dim: kinds.Size = 256
+    cosine_router_init_t: kinds.PositiveFactor = 0.5
     score: Literal["softmax", "sigmoid"] = "softmax"
     top_k: Positive = 1
     eval_top_k: NonNegative = 0  # 0 = top_k
-    slots_per_expert: Positive = 1  # of soft routing, per image
-    capacity_factor: NonNegativeFloat = 1.25  # 0 = dropless
-    eval_capacity_factor: NonNegativeFloat = 0.0  # dropless: a result never depends on the batch
+    slots_per_expert: kinds.Size = 1  # of soft routing, per image
+    capacity_factor: kinds.Factor = 1.25  # 0 = dropless
+    eval_capacity_factor: kinds.Factor = 0.0  # dropless: a result never depends on the batch
     route_per_image: bool = False  # token choice: each image has its own queues and capacity
     batch_prioritized: bool = True
     normalize_gate: bool = False
     gate_after_norm: bool = False  # in post-norm blocks, whose norm else undoes a token's only gate
-    gate_noise: NonNegativeFloat = 1.0
+    gate_noise: kinds.Weight = 1.0
     balance: Literal["none", "importance_load", "gshard"] = "importance_load"  # of token choice
-    balance_weight: NonNegativeFloat | list[NonNegativeFloat] = 0.01  # or one per MoE layer
-    z_loss_weight: NonNegativeFloat = 0.0
-    bias_update_rate: NonNegativeFloat = 0.0  # balance without a loss; DeepSeek-V3 has 0.001
+    balance_weight: kinds.Weight | list[kinds.Weight] = 0.01  # or one per MoE layer
+    z_loss_weight: kinds.Weight = 0.0
+    bias_update_rate: kinds.Weight = 0.0  # balance without a loss; DeepSeek-V3 has 0.001
     fc2_bias: bool = True
-    init_std: Annotated[float, Field(gt=0)] = 0.02
+    init_std: kinds.Deviation = 0.02
     drop_rate: Rate = 0.0
-    overlap_degree: Positive | Literal["auto"] = 1  # chunks that travel while others are computed
+    overlap_degree: kinds.Size | Literal["auto"] = 1  # chunks that travel while others are computed
     backend: Literal["fused", "reference", "tutel"] = "fused"
 
     @model_validator(mode="after")
@@ -202,21 +199,23 @@ class MoEConfig(Section):
 class DataConfig(Section):
     """Where samples come from. ``path`` is a folder, tar shards or the name of a bundled sample."""
 
-    path: str = "fashion_mnist"
-    train: str = "train"  # sub-folder, or prefix of the shards' names
-    val: str = "val"
+    path: kinds.RequiredPath = "fashion_mnist"
+    train: kinds.RequiredPath = "train"  # sub-folder, or prefix of the shards' names
+    val: kinds.RequiredPath = "val"
     # How the samples' classes find the model's: by their names, or by number whatever the names.
     match_classes: Literal["name", "number"] = "name"
-    batch_size: Positive = 128  # per process and micro-step, see train.accumulation_steps
-    eval_batch_size: NonNegative = 0  # 0 = batch_size
-    num_workers: NonNegative = 4
+    batch_size: kinds.Images = 128  # per process and micro-step, see train.accumulation_steps
+    eval_batch_size: kinds.ImagesOrNone = 0  # 0 = batch_size
+    num_workers: kinds.Workers = 4
     # 0 = shuffle all samples in each epoch. On network disks: shuffle the shards, and so many
     # samples at a time among themselves, so that the reads of a while are of a few shards.
     shuffle_window: NonNegative = 0
     # Of the images of an epoch; more that cannot be read stop the run. Ten are always allowed.
     max_bad_share: Rate = 0.001
-    mean: list[float] = [0.485, 0.456, 0.406]
-    std: list[Annotated[float, Field(gt=0)]] = [0.229, 0.224, 0.225]
+    # Of one image; larger ones are not read. 0.5 GB of memory as RGB.
+    max_pixels: Positive = 178_956_970
+    mean: list[Annotated[float, Field(ge=-1e6, le=1e6)]] = [0.485, 0.456, 0.406]
+    std: list[Annotated[float, Field(ge=1e-6, le=1e6)]] = [0.229, 0.224, 0.225]
 
     @model_validator(mode="after")
     def _check(self) -> DataConfig:
@@ -228,20 +227,21 @@ class DataConfig(Section):
 class AugmentConfig(Section):
     """Training augmentation, through timm; evaluation resizes and crops the centre."""
 
-    scale: list[Annotated[float, Field(gt=0, le=1)]] = [0.08, 1.0]  # area of the random crop
-    ratio: list[Annotated[float, Field(gt=0)]] = [3 / 4, 4 / 3]
+    scale: list[Annotated[float, Field(ge=1e-4, le=1)]] = [0.08, 1.0]  # area of the random crop
+    ratio: list[Annotated[float, Field(ge=0.01, le=100)]] = [3 / 4, 4 / 3]
     hflip: Rate = 0.5
-    color_jitter: NonNegativeFloat = 0.4
+    color_jitter: kinds.Weight = 0.4
     auto_augment: str = "rand-m9-mstd0.5-inc1"  # empty = none
     interpolation: Literal["bicubic", "bilinear", "random"] = "bicubic"
     random_erase: Rate = 0.25
-    repeats: Positive = 1  # repeated augmentation: each image so often in an epoch of equal length
-    mixup: NonNegativeFloat = 0.8
-    cutmix: NonNegativeFloat = 1.0
+    # Repeated augmentation: each image so often in an epoch of equal length.
+    repeats: kinds.Size = 1
+    mixup: kinds.Weight = 0.8
+    cutmix: kinds.Weight = 1.0
     mixup_prob: Rate = 1.0
     mixup_switch_prob: Rate = 0.5
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.1
-    eval_crop: Annotated[float, Field(gt=0, le=1)] = 0.875
+    eval_crop: Annotated[float, Field(ge=0.05, le=1)] = 0.875
 
     @model_validator(mode="after")
     def _check(self) -> AugmentConfig:
@@ -261,8 +261,8 @@ class OptimizerConfig(Section):
 
     base_lr: Annotated[float, Field(gt=0)] = 5e-4
     betas: list[Annotated[float, Field(ge=0, lt=1)]] = [0.9, 0.999]
-    eps: Annotated[float, Field(gt=0)] = 1e-8
-    weight_decay: NonNegativeFloat = 0.05
+    eps: Annotated[float, Field(gt=0, le=1)] = 1e-8
+    weight_decay: kinds.Weight = 0.05
     layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0  # rate × this per layer below the head
     clip_norm: NonNegativeFloat = 5.0  # 0 = no clipping
     moments: Literal["fp32", "bf16"] = "fp32"
@@ -299,8 +299,8 @@ class TrainConfig(Section):
     of samples do not depend on the machine.
     """
 
-    output: str = ""  # run directory; empty = runs/<name of the config file>
-    seed: NonNegative = 0
+    output: kinds.OptionalPath = ""  # run directory; empty = runs/<name of the config file>
+    seed: kinds.Seed = 0
     accumulation_steps: Positive | Literal["auto"] = 1
     eval_every_epochs: Positive = 1
     max_steps: NonNegative = 0  # stop after that many updates; 0 = run all epochs
@@ -323,7 +323,7 @@ class ParallelConfig(Section):
     the ranks are of several nodes.
     """
 
-    expert_parallel_size: Positive | Literal["auto"] = 1
+    expert_parallel_size: kinds.Size | Literal["auto"] = 1
     hierarchical_all_to_all: bool | Literal["auto"] = "auto"
 
 
@@ -333,7 +333,7 @@ class ZeroConfig(Section):
     stage: Annotated[int, Field(ge=0, le=3)] = 1
     offload: Literal["none", "cpu", "nvme"] = "none"  # to host memory, or to files
     offload_weights: Literal["none", "cpu", "nvme"] = "none"  # of ZeRO-3: those of the model, too
-    nvme_path: str = ""  # a folder on a fast disk of each node, for nvme
+    nvme_path: kinds.OptionalPath = ""  # a folder on a fast disk of each node, for nvme
 
     @model_validator(mode="after")
     def _check(self) -> ZeroConfig:
@@ -385,7 +385,7 @@ class FaultsConfig(Section):
     nonfinite: Literal["skip", "rollback", "stop"] = "skip"
     max_nonfinite: Positive = 10
     spike_sigmas: NonNegativeFloat = 8.0
-    hang_minutes: NonNegativeFloat = 5.0
+    hang_minutes: kinds.Minutes = 5.0
 
 
 class LogConfig(Section):

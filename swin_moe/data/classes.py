@@ -26,7 +26,7 @@ class Relabelled:
         self._source = source
         self.class_names: list[str] | None = classes
         self.labels = place[source.labels]
-        self.runs = source.runs
+        self.runs, self.passed_over = source.runs, source.passed_over
         self.class_counts = np.zeros(len(classes), source.class_counts.dtype)
         known = place[: len(source.class_counts)] >= 0
         self.class_counts[place[: len(source.class_counts)][known]] = source.class_counts[known]

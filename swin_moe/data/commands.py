@@ -7,6 +7,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from ..reading import read_text
 from .prepare import Settings, finish, prepare
 from .shards import ShardSource
 from .source import Source, open_splits
@@ -51,7 +52,7 @@ def prepare_data(
         )
     kept = None
     if classes is not None:
-        kept = [line.strip() for line in classes.read_text(encoding="utf-8").strip().splitlines()]
+        kept = [line.strip() for line in read_text(classes).strip().splitlines()]
         if "" in kept:
             raise ValueError(f"{classes}: line {kept.index('') + 1} is empty: labels are lines")
     for split, source in sources.items():
@@ -108,8 +109,10 @@ def _tell_source(split: str, source: Source, console: Console) -> None:
     classes = int((source.class_counts > 0).sum())
     empty = len(source.class_names or source.class_counts) - classes
     told = f" ({empty:,} more have none)" if empty else ""
+    passed = f"; {source.passed_over}" if source.passed_over else ""
     console.print(
-        f"{split}: {len(source):,} samples of {classes:,} classes{told}, {source.describe()}",
+        f"{split}: {len(source):,} samples of {classes:,} classes{told}, "
+        f"{source.describe()}{passed}",
         highlight=False,
         markup=False,
         soft_wrap=True,

@@ -8,19 +8,38 @@ from contextlib import contextmanager
 
 import numpy as np
 import simplejpeg
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, PngImagePlugin, UnidentifiedImageError, features
 
 # Not all that Pillow reads: some of its formats start other programs.
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "PPM", "TIFF", "GIF")
+FORMATS = tuple(
+    name
+    for name in ("JPEG", "PNG", "WEBP", "BMP", "PPM", "TIFF", "GIF", "AVIF")
+    if name != "AVIF" or features.check("avif")
+)
+MAX_PIXELS = 178_956_970  # of one image, unless data.max_pixels says otherwise; Pillow's own limit
+
+# Their size is checked here, before they are decoded, with a message that names the key.
+Image.MAX_IMAGE_PIXELS = None
+# Long texts in a PNG, such as an editor's, are no reason to refuse its pixels.
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 64 << 20
 
 ORIENTATION = 0x0112  # the EXIF tag
+UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 JPEG_SPACES = {"RGB": "RGB", "L": "GRAY"}
 MAX_REDUCTION = 8  # of libjpeg
 
 
 class UnreadableImage(ValueError):
-    """Data that cannot be decoded; ``kind`` is ``not an image``, ``truncated``, ``damaged`` or
-    ``unsupported``.
+    """Data that cannot be decoded; ``kind`` is ``not an image``, ``truncated``, ``damaged``,
+    ``too large`` or ``unsupported``.
     """
 
     def __init__(self, kind: str, reason: str) -> None:
@@ -34,6 +53,7 @@ class EncodedImage:
     Args:
         data: a file's content, of one of ``FORMATS``.
         mode: Pillow's mode to decode to, ``RGB`` or ``L``.
+        max_pixels: what has more is refused before it is decoded.
 
     Attributes:
         height, width: as it is to be looked at, after the rotation that EXIF asks for.
@@ -42,13 +62,15 @@ class EncodedImage:
         UnreadableImage: here and in the methods.
     """
 
-    def __init__(self, data: bytes, mode: str) -> None:
-        self._data, self._mode = data, mode
+    def __init__(self, data: bytes, mode: str, max_pixels: int = MAX_PIXELS) -> None:
+        self._data, self._mode, self._max_pixels = data, mode, max_pixels
         self._image: Image.Image | None = None
         with _telling_kind():
             size = _plain_jpeg_size(data)
             if size is None:
                 size = self._open().size[::-1]
+            else:
+                self._check(*size)
         self.height, self.width = size
 
     def pixels(self, at_least: tuple[int, int] | None = None) -> np.ndarray:
@@ -74,8 +96,19 @@ class EncodedImage:
     def _open(self) -> Image.Image:
         if self._image is None:
             image = Image.open(io.BytesIO(self._data), formats=FORMATS)
-            self._image = ImageOps.exif_transpose(image)
+            self._check(image.height, image.width)
+            image.load()  # damaged pixels must raise here, and not while metadata are looked for
+            turn = UPRIGHT.get(_orientation(image))
+            self._image = image if turn is None else image.transpose(turn)
         return self._image
+
+    def _check(self, height: int, width: int) -> None:
+        if height * width > self._max_pixels:
+            raise UnreadableImage(
+                "too large",
+                f"{width} × {height} pixels are {height * width:,}; data.max_pixels is "
+                f"{self._max_pixels:,}",
+            )
 
     def _decode_jpeg(self, at_least: tuple[int, int]) -> np.ndarray:
         height, width, factor = self.height, self.width, 1
@@ -119,13 +152,24 @@ def _plain_jpeg_size(data: bytes) -> tuple[int, int] | None:
         height, width, space, _ = simplejpeg.decode_jpeg_header(data)
     except ValueError:
         return None
-    if space not in ("YCbCr", "RGB", "Gray") or height * width > (Image.MAX_IMAGE_PIXELS or 0):
+    if space not in ("YCbCr", "RGB", "Gray"):
         return None
     if data.find(b"Exif\0\0", 0, 1 << 16) >= 0:
-        exif = Image.open(io.BytesIO(data), formats=FORMATS).getexif()
-        if exif.get(ORIENTATION, 1) != 1:
+        try:
+            image = Image.open(io.BytesIO(data), formats=FORMATS)
+        except Exception:  # of its metadata: the pixels are another matter
+            return height, width
+        if _orientation(image) != 1:
             return None
     return height, width
+
+
+def _orientation(image: Image.Image) -> int:
+    """EXIF's orientation, 1 to 8; metadata that cannot be read turn nothing."""
+    try:
+        return int(image.getexif().get(ORIENTATION, 1))
+    except Exception:  # Pillow's parsers may raise anything
+        return 1
 
 
 def _convert(image: Image.Image, mode: str) -> Image.Image:

@@ -2,11 +2,38 @@
 
 from __future__ import annotations
 
+import os
+import stat
 from pathlib import Path
 
 import numpy as np
 
 from .names import Names
+
+MAX_FILE = 1 << 30  # bytes of one encoded image: what claims more is no sample
+
+
+def read_image_file(path: str) -> bytes:
+    """The content of a regular file.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is a pipe or a device, which may never end, or larger than any image.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    with os.fdopen(descriptor, "rb") as file:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise ValueError("not a regular file")
+        checked_size(status.st_size)
+        return file.read(MAX_FILE)
+
+
+def checked_size(size: int) -> int:
+    """The size in bytes of an encoded image; ValueError if it is none's."""
+    if size > MAX_FILE:
+        raise ValueError(f"{size:,} bytes, more than the {MAX_FILE:,} of one image that are read")
+    return size
 
 
 class FileSource:
@@ -20,10 +47,11 @@ class FileSource:
         runs: np.ndarray,
         class_names: list[str] | None,
         kind: str,
+        passed_over: str = "",
     ) -> None:
         self.root, self.labels, self.runs, self.class_names = root, labels, runs, class_names
         self.class_counts = np.bincount(labels, minlength=len(class_names or ()))
-        self._names, self._kind = names, kind
+        self._names, self._kind, self.passed_over = names, kind, passed_over
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -42,4 +70,4 @@ class FileSource:
         Raises:
             OSError: the file cannot be read.
         """
-        return Path(self.key(index)).read_bytes()
+        return read_image_file(self.key(index))

@@ -8,25 +8,40 @@ from pathlib import Path
 
 import numpy as np
 
+from ..text import plain
 from .files import FileSource
 from .names import Names
-
-# As in torchvision.datasets.folder, which imports all of torchvision.
-IMG_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+from .which import PassedOver, is_companion, is_image
 
 
 def class_folders(root: Path) -> list[str]:
     """Sorted names of the class folders; empty if there are none.
 
     Raises:
-        ValueError: the folder cannot be read.
+        ValueError: the folder cannot be read, or a link in it leads nowhere: it may be a class.
     """
-    try:
-        folders = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
-    except OSError as error:
-        raise ValueError(f"{root}: the folder cannot be read ({error.strerror})") from None
-    # Dot-folders are of programs, such as our index.
-    return [name for name in folders if not name.startswith(".")]
+    here = os.path.realpath(root)
+    return [entry.name for entry in _entries(str(root)) if _is_class(entry, here)]
+
+
+def _is_class(entry: os.DirEntry[str], root: str) -> bool:
+    if is_companion(entry.name):
+        return False
+    if not entry.is_symlink():
+        return entry.is_dir()
+    if not os.path.exists(entry.path):
+        if is_image(entry.name):
+            return False
+        raise ValueError(
+            f"{plain(entry.path)} is a link to {plain(os.readlink(entry.path))}, which is not "
+            "there: mend the link or remove it, for it may be a class"
+        )
+    return entry.is_dir() and not _is_above(os.path.realpath(entry.path), root)
+
+
+def _is_above(folder: str, other: str) -> bool:
+    """Whether ``folder`` is ``other`` or contains it; both are real paths."""
+    return other == folder or other.startswith(folder.rstrip("/") + "/")
 
 
 def open_folder(root: Path) -> FileSource:
@@ -40,23 +55,49 @@ def open_folder(root: Path) -> FileSource:
     """
     classes = class_folders(root)
     runs = np.zeros(len(classes), np.int64)
-    names = Names()
+    names, passed = Names(), PassedOver()
     for label, name in enumerate(classes):
-        for file in _image_files(root, name):
+        for file in _image_files(str(root), name, passed, [str(root)]):
             names.append(file)
             runs[label] += 1
     names.freeze()
     labels = np.repeat(np.arange(len(runs), dtype=np.int32), runs)
-    return FileSource(root, names, labels, runs, classes, f"image folder ({root})")
+    kind = f"image folder ({plain(root)})"
+    return FileSource(root, names, labels, runs, classes, kind, passed.line())
 
 
-def _image_files(root: Path, name: str) -> Iterator[str]:
-    def refuse(error: OSError) -> None:
-        raise ValueError(f"{error.filename}: the folder cannot be read ({error.strerror})")
+def _image_files(root: str, inside: str, passed: PassedOver, above: list[str]) -> Iterator[str]:
+    """Names below ``root`` of the images in its folder ``inside``, and in those in that.
 
-    for folder, below, files in os.walk(root / name, onerror=refuse, followlinks=True):
-        below.sort()
-        inside = os.path.relpath(folder, root)
-        yield from (
-            f"{inside}/{file}" for file in sorted(files) if file.lower().endswith(IMG_EXTENSIONS)
-        )
+    Args:
+        above: the folders on the way, for a link to one of them would never end.
+    """
+    folders = []
+    way = [*above, f"{root}/{inside}"]
+    for entry in _entries(way[-1]):
+        if entry.is_dir():
+            if is_companion(entry.name):
+                continue
+            if entry.is_symlink():
+                target = os.path.realpath(entry.path)
+                if any(_is_above(target, os.path.realpath(folder)) for folder in way):
+                    passed.kinds["links to a folder above"] += 1
+                    continue
+            folders.append(entry.name)
+        elif is_companion(entry.name) or not is_image(entry.name):
+            passed.add(entry.name)
+        elif entry.is_file():
+            yield f"{inside}/{entry.name}"
+        else:
+            broken = entry.is_symlink() and not os.path.exists(entry.path)
+            passed.kinds["links to nothing" if broken else "pipes or devices"] += 1
+    for name in folders:
+        yield from _image_files(root, f"{inside}/{name}", passed, way)
+
+
+def _entries(folder: str) -> list[os.DirEntry[str]]:
+    try:
+        with os.scandir(folder) as found:
+            return sorted(found, key=lambda entry: entry.name)
+    except OSError as error:
+        raise ValueError(f"{plain(folder)}: the folder cannot be read ({error.strerror})") from None

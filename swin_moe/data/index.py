@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
-import json
 import logging
 import os
 import secrets
@@ -19,6 +18,8 @@ from typing import Annotated
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError
+
+from ..reading import read_json
 
 log = logging.getLogger(__name__)
 
@@ -156,14 +157,20 @@ def check_sizes(path: Path, manifest: Manifest, paths: Sequence[Path]) -> None:
 def cache_path(paths: Sequence[Path], kind: str, folder: str) -> Path:
     """Where the index of these shards, so understood, is kept in a folder of ``CACHES``."""
     names = "\n".join([kind, *(str(path.resolve()) for path in paths)])
-    root = paths[0].parent / Path(folder).expanduser()
+    root = paths[0].parent / os.path.expanduser(folder)
     return root / f"{hashlib.sha256(names.encode()).hexdigest()[:16]}.json"
+
+
+def _cache_paths(paths: Sequence[Path], kind: str) -> list[Path]:
+    """Those that can be named: a user may have no home."""
+    named = [folder for folder in CACHES if not os.path.expanduser(folder).startswith("~")]
+    return [cache_path(paths, kind, folder) for folder in named]
 
 
 def read_cache(paths: Sequence[Path], kind: str) -> tuple[Manifest, np.ndarray] | None:
     """The kept index of these shards, if they have not changed since."""
-    for path in (cache_path(paths, kind, folder) for folder in CACHES):
-        if not path.is_file():
+    for path in _cache_paths(paths, kind):
+        if not os.path.isfile(path):
             continue
         try:
             manifest, table = read_index(path)
@@ -179,7 +186,7 @@ def read_cache(paths: Sequence[Path], kind: str) -> tuple[Manifest, np.ndarray] 
 
 def write_cache(paths: Sequence[Path], kind: str, manifest: Manifest, table: np.ndarray) -> None:
     """Keep the index beside the shards, or in the user's cache if that folder is read-only."""
-    for path in (cache_path(paths, kind, folder) for folder in CACHES):
+    for path in _cache_paths(paths, kind):
         try:
             write_index(path, manifest, [table])
         except OSError as error:
@@ -192,7 +199,7 @@ def write_cache(paths: Sequence[Path], kind: str, manifest: Manifest, table: np.
 @contextmanager
 def one_at_a_time(paths: Sequence[Path], kind: str) -> Iterator[None]:
     """Of the processes that want the index of these shards, one makes it and the others wait."""
-    for path in (cache_path(paths, kind, folder) for folder in CACHES):
+    for path in _cache_paths(paths, kind):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             file = path.with_suffix(".lock").open("w")
@@ -215,7 +222,7 @@ def read_timm_info(path: Path, split: str) -> list[str] | None:
         ValueError: the file is not such a file.
     """
     try:
-        splits = json.loads(path.read_text(encoding="utf-8"))["splits"]
+        splits = read_json(path)["splits"]
         found = splits.get(split)
         names = None if found is None else [str(name) for name in found["filenames"]]
         if any(Path(name).is_absolute() or ".." in Path(name).parts for name in names or ()):

@@ -23,7 +23,7 @@ from ..ranks import local_world_size
 from ..text import plain
 from .bad_samples import BadSamples
 from .classes import difference
-from .dataset import Batch, ImageDataset, collate, replace_unreadable
+from .dataset import Batch, ImageDataset, Sample, collate, replace_unreadable
 from .normalise import Normalise
 from .sampler import Position, ResumableSampler
 from .source import empty_classes, open_source
@@ -34,6 +34,7 @@ log = logging.getLogger(__name__)
 _SHARED = "/dev/shm"
 _NO_ROOM = 28  # exit code of a worker that could not hand over a batch
 _READY = 2  # batches that each worker makes ahead, as PyTorch has it
+TRIES = 100  # samples to look for one that can be read, where a whole batch cannot
 TERM_GRACE_S = 60  # workers outlive a SIGTERM for so long
 
 
@@ -87,12 +88,12 @@ class Loader:
     def epoch(self, epoch: int, start_batch: int = 0) -> Iterator[Batch]:
         """Batches of ``epoch`` from ``start_batch`` on; a new call ends an unfinished former one.
 
-        In training, a readable sample of the same batch stands in for an unreadable one; in
-        evaluation the image is zero and its label −1. Either is logged and counted.
+        In training, a readable sample of the same batch stands in for an unreadable one, and those
+        that follow in the data set for a batch without any; in evaluation the image is zero and its
+        label −1. Each is logged and counted.
 
         Raises:
-            ValueError: ``start_batch`` is beyond the epoch, or in training no sample of a batch is
-                readable.
+            ValueError: ``start_batch`` is beyond the epoch, or in training no sample can be read.
             RuntimeError: a worker process died; :func:`why_died` explains it.
         """
         if self._loader._iterator is None:  # else its workers run already
@@ -149,11 +150,38 @@ class Loader:
         if not self._sampler.training:
             return batch
         if len(batch.skipped) == len(batch.labels):
-            first = batch.skipped[0]
-            raise ValueError(
-                f"no image of a whole batch is readable, first {first.key} ({first.reason})"
-            )
+            batch = self._next_readable(batch)
         return replace_unreadable(batch)
+
+    def _next_readable(self, batch: Batch) -> Batch:
+        """The samples that follow in the data set, as many as a batch has; for its unreadable ones.
+
+        They depend on the batch alone, so that a resume takes the same.
+        """
+        first, wanted = int(batch.indices[0]), len(batch.labels)
+        found: list[Sample] = []
+        for place in range(first + 1, first + 1 + wanted + TRIES):
+            sample = self._dataset[Position(0, place % self.num_samples)]
+            if sample.skipped is None:
+                found.append(sample)
+            if len(found) == wanted:
+                return collate(found)._replace(skipped=batch.skipped)
+        if found:
+            found = (found * wanted)[:wanted]
+            return collate(found)._replace(skipped=batch.skipped)
+        bad = batch.skipped[0]
+        raise ValueError(
+            f"no image of a whole batch can be read, nor one of the {wanted + TRIES} that follow, "
+            f"first {plain(bad.key)} ({plain(bad.reason)})"
+        )
+
+
+def _workers(wanted: int, say: bool) -> int:
+    """More workers than cores only wait for each other; the batches are the same."""
+    cores = len(os.sched_getaffinity(0))
+    if wanted > max(cores, DataConfig().num_workers) and say:
+        log.warning("data.num_workers=%d: this machine has %d cores, so as many", wanted, cores)
+    return min(wanted, cores)
 
 
 def _defer_signals(_worker: int) -> None:
@@ -277,8 +305,13 @@ def build_loader(
     Raises:
         ValueError: one line naming the key, the path and the remedy, for data that cannot be used.
     """
-    transform = build_transform(augment, image_sides, in_chans, data.mean, training)
+    transform = build_transform(
+        augment, image_sides, in_chans, data.mean, training, data.max_pixels
+    )
     source = open_source(data, num_classes, training, classes)
+    name, split = ("train", data.train) if training else ("val", data.val)
+    if rank == 0 and source.passed_over:
+        log.warning("%s (data.%s=%s)", source.passed_over, name, plain(split))
     if training and rank == 0 and (told := empty_classes(source, num_classes)):
         log.warning("data.train=%s: %s", data.train, told)
     by_name = classes is not None and data.match_classes == "name"
@@ -296,11 +329,9 @@ def build_loader(
         repeats=augment.repeats if training else 1,
     )
     dataset = ImageDataset(source, transform, (*image_sides, in_chans), seed)
-    split = data.train if training else data.val
     names = source.class_names
     count = len(names) if names else int((source.class_counts > 0).sum())
     unnamed = " without names" * (not names)
     content = f"{len(source):,} samples, {count:,} classes{unnamed}, {source.describe()}"
-    # More workers than cores only wait for each other; the batches are the same.
-    workers = min(data.num_workers, os.cpu_count() or 1)
+    workers = _workers(data.num_workers, training and rank == 0)
     return Loader(dataset, sampler, workers, Normalise(data.mean, data.std), f"{split}: {content}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
@@ -14,6 +13,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from rich.filesize import decimal
 
+from ..reading import parse_json
+from .files import checked_size
 from .index import MAX_CLASSES
 
 KEPT_BYTES = 256 << 20  # of row groups
@@ -49,6 +50,7 @@ class ParquetSource:
         self.runs = np.array([run for shard in shards for run in shard.runs], np.int64)
         self.class_counts = np.bincount(self.labels)
         self._ends = np.cumsum(self.runs)
+        self.passed_over = ""
         self._bytes = sum(path.stat().st_size for path in self.paths)
         self._kept: OrderedDict[int, list[bytes | None]] = OrderedDict()
         self._files: OrderedDict[int, Any] = OrderedDict()
@@ -84,6 +86,7 @@ class ParquetSource:
         data = self._row_group(group)[row]
         if data is None:
             raise ValueError("the row has no image")
+        checked_size(len(data))
         return data
 
     def _row_group(self, group: int) -> list[bytes | None]:
@@ -182,7 +185,7 @@ def _class_names(file: Any, label: str) -> list[str] | None:
     """Names that Hugging Face's ``ClassLabel`` keeps in the schema."""
     metadata = file.schema_arrow.metadata or {}
     try:
-        features = json.loads(metadata[b"huggingface"])["info"]["features"]
+        features = parse_json(metadata[b"huggingface"].decode(), "features")["info"]["features"]
         return [str(name) for name in features[label]["names"]]
     except (KeyError, TypeError, ValueError):
         return None

@@ -16,10 +16,13 @@ from typing import IO
 
 import numpy as np
 
+from ..text import plain
 from .index import MAX_CLASSES, RECORD
+from .which import SUFFIXES, among_companions, suffix
 
-IMAGE_EXTENSIONS = frozenset({"png", "jpg", "jpeg", "webp", "bmp", "gif", "tif", "tiff", "ppm"})
+KNOWN = SUFFIXES | {"cls"}
 LOOKED_AT = 20  # members of a tar, to tell what it is
+LABEL_BYTES = 64  # of a .cls: a number has fewer
 MAX_UNPACKED = 1 << 30  # bytes of one .gz shard
 
 _REMEDY = "mend the shard, or write the set anew with `swin-moe prepare-data`"
@@ -37,10 +40,16 @@ def base_plus_ext(path: str) -> tuple[str | None, str | None]:
 
 @dataclass
 class Scan:
-    """The samples of one shard; ``content`` is the unpacked archive, if it was compressed."""
+    """The samples of one shard.
+
+    Attributes:
+        content: the unpacked archive, if it was compressed.
+        passed_over: how many images have no label of their key.
+    """
 
     table: np.ndarray
     content: bytes | None
+    passed_over: int = 0
 
 
 def scan_shard(path: Path, number: int, label: int | None = None) -> Scan:
@@ -75,9 +84,9 @@ def scan_shard(path: Path, number: int, label: int | None = None) -> Scan:
             scanner.finish()
     except (OSError, EOFError, zlib.error, tarfile.TarError) as error:
         raise ValueError(
-            f"{path}: the shard is truncated or damaged ({error}): copy or write it again"
+            f"{plain(path)}: the shard is truncated or damaged ({error}): copy or write it again"
         ) from None
-    return Scan(scanner.table(number), content)
+    return Scan(scanner.table(number), content, scanner.passed_over)
 
 
 def is_compressed(path: Path) -> bool:
@@ -85,107 +94,146 @@ def is_compressed(path: Path) -> bool:
 
 
 def has_labels(path: Path) -> bool:
-    """Whether a tar's samples have a ``.cls``; else it may be a tar of one class.
+    """Whether a tar's samples have a ``.cls``; else it is a tar of one class.
 
     Raises:
-        ValueError: the tar cannot be read.
+        ValueError: the tar cannot be read; or its images have other files beside them, as those of
+            img2dataset have texts, and no label.
     """
     try:
         with tarfile.open(path) as tar:
-            first = itertools.islice(_members(tar), LOOKED_AT)
-            suffixes = {member.name.rpartition(".")[2].lower() for member in first}
+            names = [member.name for member in itertools.islice(_members(tar), LOOKED_AT)]
     except (OSError, EOFError, zlib.error, tarfile.TarError) as error:
-        raise ValueError(f"{path}: not a tar file, or a damaged one ({error})") from None
-    return "cls" in suffixes or not suffixes & IMAGE_EXTENSIONS
+        raise ValueError(f"{plain(path)}: not a tar file, or a damaged one ({error})") from None
+    kinds = {suffix(name) for name in names}
+    if "cls" in kinds or not kinds & SUFFIXES:
+        return True
+    images = {name.rpartition(".")[0] for name in names if suffix(name) in SUFFIXES}
+    beside = {suffix(n) for n in names if n.rpartition(".")[0] in images} - SUFFIXES
+    if beside:
+        raise ValueError(
+            f"{plain(path)}: its images have .{' and .'.join(sorted(beside))} beside them, but no "
+            "label: put a class number from 0 on into a .cls beside each image"
+        )
+    return False
 
 
 def _members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
     """Files in their order, without the list of all of them that tarfile keeps."""
     while (member := tar.next()) is not None:
         tar.members.clear()  # type: ignore[attr-defined]
-        if member.isfile():
+        if member.isfile() and not among_companions(member.name):
             yield member
 
 
 def sample_key(member: tarfile.TarInfo) -> tuple[str, str]:
-    """Key and lower-case extension, as webdataset takes a name apart."""
+    """Key and lower-case extension, as webdataset takes a name apart.
+
+    A name with more dots that ends like an image or a label (``v1.3_a.jpg``) is taken apart at the
+    last one: its key has dots.
+    """
     key, extension = base_plus_ext(member.name)
-    return key or member.name, (extension or "").lower()
+    extension = (extension or "").lower()
+    if key is None or (extension not in KNOWN and suffix(member.name) in KNOWN):
+        return member.name.rpartition(".")[0] or member.name, suffix(member.name)
+    return key, extension
+
+
+@dataclass
+class _Group:
+    """Members of one key: an image and its label."""
+
+    key: str
+    image: tarfile.TarInfo | None = None
+    label: int | None = None
 
 
 @dataclass
 class _Scanner:
-    """Gathers neighbouring members of one key, as webdataset does; ignores other extensions."""
+    """Gathers neighbouring members of one key, as webdataset does; ignores other extensions.
+
+    Names with more dots are gathered apart from the others, for ``a.mask.png`` may stand between
+    ``a.jpg`` and ``a.cls``. There, an image without a label is a field that is passed over.
+    """
 
     path: Path
     tar: tarfile.TarFile
     class_label: int | None
-    key: str | None = None
-    image: tarfile.TarInfo | None = None
-    label: int | None = None
-    other_images: int = 0  # fields of samples, or images whose names have dots
+    passed_over: int = 0  # images without a label of their key
     seen: set[str] = field(default_factory=set)
+    group: _Group | None = None
+    dotted: _Group | None = None
     # Typed: a million tuples would be 100 MB.
     fields: tuple[array, ...] = field(default_factory=lambda: tuple(array("q") for _ in range(4)))
 
     def add(self, member: tarfile.TarInfo) -> None:
         key, extension = sample_key(member)
         if self.class_label is not None:  # plain files, whose names may have dots and doubles
-            key, extension = member.name, member.name.rpartition(".")[2].lower()
+            key, extension = member.name, suffix(member.name)
             if extension == "cls":
-                raise ValueError(
-                    f"{self.path}: it has labels (.cls), but others beside it do not: {_REMEDY}"
-                )
-        if extension != "cls" and extension not in IMAGE_EXTENSIONS:
-            self.other_images += extension.rpartition(".")[2] in IMAGE_EXTENSIONS
+                raise self._wrong("it has labels (.cls), but others beside it do not")
+        if extension not in KNOWN:
             return
-        if key != self.key:
-            self.finish()
+        dotted = self.class_label is None and base_plus_ext(member.name)[0] != key
+        group = self.dotted if dotted else self.group
+        if group is None or group.key != key:
+            self._finish(group, dotted)
             if key in self.seen:
-                raise ValueError(f"{self.path}: the key '{key}' comes twice: {_REMEDY}")
+                raise self._wrong(f"the key '{plain(key)}' comes twice")
             self.seen.add(key)
-            self.key, self.image, self.label = key, None, self.class_label
+            group = _Group(key, None, self.class_label)
+            if dotted:
+                self.dotted = group
+            else:
+                self.group = group
         if extension != "cls":
-            if self.image is not None:
-                raise ValueError(f"{self.path}: the key '{key}' has two images: {_REMEDY}")
-            self.image = member
+            if group.image is not None:
+                raise self._wrong(f"the key '{plain(key)}' has two images")
+            group.image = member
         else:
             content = self.tar.extractfile(member)
             assert content is not None  # it is a file
-            self.label = self._parse(content.read())
+            group.label = self._parse(key, content.read(LABEL_BYTES))
 
     def finish(self) -> None:
-        """The samples of the current key are complete."""
-        if self.key is None:
+        """No more members follow."""
+        self._finish(self.group, dotted=False)
+        self._finish(self.dotted, dotted=True)
+
+    def _finish(self, group: _Group | None, dotted: bool) -> None:
+        """The members of a key are complete."""
+        if group is None:
             return
-        if self.image is None or self.label is None:
-            lack = "label (.cls)" if self.label is None else "image (.jpg, .png, .webp, …)"
-            raise ValueError(f"{self.path}: sample '{self.key}' has no {lack}: {_REMEDY}")
-        image = self.image
-        values = self.label, image.offset_data, image.size, image.offset_data - image.offset
+        if dotted and group.label is None:
+            self.passed_over += 1
+            return
+        if group.image is None or group.label is None:
+            lack = "label (.cls)" if group.label is None else "image (.jpg, .png, .webp, …)"
+            raise self._wrong(f"sample '{plain(group.key)}' has no {lack}")
+        image = group.image
+        values = group.label, image.offset_data, image.size, image.offset_data - image.offset
         for column, value in zip(self.fields, values, strict=True):
             column.append(value)
 
+    def _wrong(self, what: str) -> ValueError:
+        return ValueError(f"{plain(self.path)}: {what}: {_REMEDY}")
+
     def table(self, number: int) -> np.ndarray:
-        if self.other_images and not len(self.fields[0]):
-            raise ValueError(
-                f"{self.path}: {self.other_images} images, but none with a .cls of its key, which "
-                f"ends at the first dot: {_REMEDY}"
-            )
+        if self.passed_over and not len(self.fields[0]):
+            raise self._wrong(f"{self.passed_over} images, but none with a .cls of its key")
         table = np.empty(len(self.fields[0]), RECORD)
         table["shard"] = number
         for name, column in zip(("label", "offset", "size", "header"), self.fields, strict=True):
             table[name] = column
         return table
 
-    def _parse(self, text: bytes) -> int:
+    def _parse(self, key: str, text: bytes) -> int:
         try:
             label = int(text)
         except ValueError:
             label = -1
         if not 0 <= label < MAX_CLASSES:
-            raise ValueError(
-                f"{self.path}: the label of sample '{self.key}' is {text[:20]!r}, not a class "
-                f"number from 0 on: {_REMEDY}"
+            raise self._wrong(
+                f"the label of sample '{plain(key)}' is {text[:20]!r}, not a class number from 0 on"
             )
         return label

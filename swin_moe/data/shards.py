@@ -7,7 +7,7 @@ import os
 import tarfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from glob import glob
+from glob import escape, glob
 from pathlib import Path
 from typing import IO, Any
 
@@ -17,6 +17,8 @@ from rich.console import Console
 from rich.filesize import decimal
 from rich.progress import track
 
+from ..text import plain
+from .files import checked_size
 from .index import (
     Manifest,
     Shard,
@@ -28,6 +30,7 @@ from .index import (
 )
 from .scan import Scan, is_compressed, sample_key, scan_shard
 
+PASSED_OVER = "passed_over"  # in the index that is kept
 SUFFIXES = (".tar", ".tar.gz", ".tgz")
 MAX_COMPRESSED = 256 << 20  # bytes of .gz shards in one set, which are kept in memory
 MAX_OPEN = 256  # a set may have more shards than a process may open files
@@ -43,25 +46,53 @@ def find_shards(pattern: str) -> list[Path]:
             (``train-{000..127}.tar``); otherwise what comes before ``-*.tar``, ``-*.tar.gz`` or
             ``-*.tgz``. Every path of a brace range must exist.
 
+    The part of the path that is there is a path and no pattern, whatever its characters.
+
     Raises:
         ValueError: a brace range names a file that does not exist.
     """
-    if not has_wildcard(pattern):
-        return sorted(Path(p) for suffix in SUFFIXES for p in glob(f"{pattern}-*{suffix}"))
+    folder, rest = literal_part(pattern)
+    if not has_wildcard(rest):
+        ends = [f"{escape(rest)}-*{suffix}" for suffix in SUFFIXES]
+        return sorted(folder / path for end in ends for path in glob(end, root_dir=folder))
     paths: list[str] = []
-    for part in braceexpand(pattern):
-        if "*" in part or "?" in part or "[" in part:
-            paths += sorted(p for p in glob(part) if p.endswith(SUFFIXES))
-        elif os.path.isfile(part):
+    for part in braceexpand(rest):
+        if has_wildcard(part.replace("{", "")):
+            paths += sorted(p for p in glob(part, root_dir=folder) if p.endswith(SUFFIXES))
+        elif (folder / part).is_file():
             paths.append(part)
         else:
-            raise ValueError(f"{part}: no such shard, but {pattern} names it")
-    return [Path(path) for path in paths]
+            raise ValueError(
+                f"{plain(folder / part)}: no such shard, but {plain(pattern)} names it"
+            )
+    return [folder / path for path in paths]
+
+
+def find_parquets(pattern: str) -> list[Path]:
+    """The same for parquet files: a pattern, or what comes before ``-*.parquet``."""
+    folder, rest = literal_part(pattern)
+    wanted = rest if has_wildcard(rest) else f"{escape(rest)}-*.parquet"
+    return [folder / path for path in sorted(glob(wanted, root_dir=folder))]
+
+
+def literal_part(pattern: str) -> tuple[Path, str]:
+    """The folders at the pattern's begin that are there, and the rest of it."""
+    folder = Path(pattern)
+    parts: list[str] = []
+    while folder.name and (not parts or not folder.is_dir()):
+        parts.append(folder.name)
+        folder = folder.parent
+    return folder, "/".join(reversed(parts))
 
 
 def has_wildcard(pattern: str) -> bool:
     """Whether ``pattern`` is a brace range or has wildcards."""
     return any(character in pattern for character in "{*?[")
+
+
+def is_pattern(path: str) -> bool:
+    """Whether what of the path is not there is a pattern."""
+    return not os.path.exists(path) and has_wildcard(literal_part(path)[1])
 
 
 class ShardSource:
@@ -93,6 +124,9 @@ class ShardSource:
         self._table, self._contents, self._kind = table, contents, kind
         self._files: dict[int, IO[bytes]] = {}
         self.manifest: Path | None = None  # that came with the shards
+        unlabelled = int(manifest.preparation.get(PASSED_OVER) or 0)
+        said = f"{unlabelled:,} images passed over: no .cls of the same key stands beside them"
+        self.passed_over = said if unlabelled else ""
 
     @property
     def labels(self) -> np.ndarray:
@@ -135,9 +169,11 @@ class ShardSource:
 
         Raises:
             OSError: the shard cannot be read, or is shorter than when it was indexed.
+            ValueError: the member is larger than any image.
         """
         record = self._table[index]
-        return self._bytes_at(int(record["shard"]), int(record["offset"]), int(record["size"]))
+        size = checked_size(int(record["size"]))
+        return self._bytes_at(int(record["shard"]), int(record["offset"]), size)
 
     def _bytes_at(self, shard: int, offset: int, size: int) -> bytes:
         content = self._contents.get(shard)
@@ -223,6 +259,7 @@ def _scanned(
             for path, scan, stat in zip(paths, scans, stats, strict=True)
         ],
         class_counts=np.bincount(table["label"]).tolist(),
+        preparation={PASSED_OVER: sum(scan.passed_over for scan in scans)},
     )
     if keep:
         write_cache(paths, kind, manifest, table)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from functools import cache
@@ -18,6 +19,7 @@ from ..config import Config
 from .loader import Loader, loader_of
 from .mixing import build_mixing
 
+LOOKED_AT = 1000  # held-out samples, for some of several classes
 COLUMNS, ROWS = 8, 4  # of training images; below them comes a row of held-out ones
 TILE, GAP, LABEL, TITLE = 142, 8, 40, 34  # pixels: of an image, between, of two lines, on top
 TOLD = 0.05  # share from which on a class of a mixed label is named
@@ -56,14 +58,31 @@ def contact_sheet(config: Config, train: Loader, val: Loader, path: Path) -> Non
             for image, target in zip(pixels, targets, strict=True)
         ]
     held_out: list[tuple[np.ndarray, str]] = []
-    for batch in val.peek(1):
-        pixels = batch.images.permute(0, 2, 3, 1).numpy() / 255
-        held_out += [
-            (image, _name(label, val.class_names))
-            for image, label in zip(pixels, batch.labels.tolist(), strict=True)
-            if label >= 0
-        ]
+    batch = val.pick(_of_several_classes(val))
+    held_out += [
+        (image, _name(label, val.class_names))
+        for image, label in zip(
+            batch.images.permute(0, 2, 3, 1).numpy() / 255, batch.labels.tolist(), strict=True
+        )
+        if label >= 0
+    ]
     _draw(cells[:wanted], held_out[:COLUMNS], path)
+
+
+def _of_several_classes(loader: Loader) -> list[int]:
+    """Indices of a row of held-out images, of as many classes as evenly spread samples have.
+
+    The first of each class come first, then the second of each.
+    """
+    looked_at = min(loader.num_samples, LOOKED_AT)
+    seen: Counter[int] = Counter()
+    order = []
+    for place in range(looked_at):
+        index = place * loader.num_samples // looked_at
+        label = loader.label(index)
+        order.append((seen[label], index))
+        seen[label] += 1
+    return [index for _, index in sorted(order)[:COLUMNS]]
 
 
 def _pixels(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from glob import glob
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
 from ..config import DataConfig
+from ..reading import read_text
 from ..text import plain
 from .classes import match
 from .folder import class_folders, open_folder
@@ -18,7 +18,15 @@ from .index import is_manifest, read_timm_info
 from .listing import open_list
 from .parquet import ParquetSource
 from .scan import has_labels
-from .shards import SUFFIXES, find_shards, has_wildcard, open_manifest, open_shards
+from .shards import (
+    SUFFIXES,
+    find_parquets,
+    find_shards,
+    is_pattern,
+    open_manifest,
+    open_shards,
+)
+from .which import is_companion
 from .zipped import ZipSource, zipped_class_folders
 
 log = logging.getLogger(__name__)
@@ -34,8 +42,10 @@ class Source(Protocol):
         runs: int64, the lengths of the parts that lie together in storage.
         class_counts: int64 [classes], how many samples each has.
         class_names: by label, where the data tells.
+        passed_over: one line on files that are no samples; empty if there are none.
     """
 
+    passed_over: str
     runs: np.ndarray
     class_counts: np.ndarray
     class_names: list[str] | None
@@ -63,14 +73,11 @@ def open_source(
             sample, the splits differ in classes, the model lacks a class, or a label is out of
             range.
     """
-    root = Path(data.path).expanduser()
+    root = Path(data.path)
     if data.path in BUNDLED and not root.exists():
         root = BUNDLED[data.path]
-    if not root.is_dir() and not has_wildcard(str(root)):
-        raise ValueError(
-            f"data.path={data.path}: no such folder: give a folder of images, a folder of tar "
-            f"shards, or the name of a bundled sample ({', '.join(BUNDLED)})"
-        )
+    if not root.is_dir() and not is_pattern(str(root)):
+        raise ValueError(_no_such_folder(data.path))
     name, split = ("data.train", data.train) if training else ("data.val", data.val)
     try:
         source = _open_split(root, split)
@@ -134,7 +141,7 @@ def open_path(path: Path) -> Source | None:
         return open_list(path)
     if shards := find_shards(str(path)):
         return open_shards(shards, _class_names(path.parent))
-    parquets = sorted(glob(str(path) if has_wildcard(str(path)) else f"{path}-*.parquet"))
+    parquets = find_parquets(str(path))
     return ParquetSource(parquets) if parquets else None
 
 
@@ -190,13 +197,13 @@ def _places(root: Path, split: str) -> Iterator[Path]:
 
 
 def _open_folder(root: Path) -> Source:
-    shards = sorted(path for path in root.iterdir() if path.name.endswith(SUFFIXES))
+    shards = _files(root, SUFFIXES)
     if shards and has_labels(shards[0]):
         return open_shards(shards, _class_names(root) or _class_names(root.parent))
     if shards:
         names = [path.name.split(".")[0] for path in shards]
         return open_shards(shards, names, range(len(shards)))
-    if parquets := sorted(root.glob("*.parquet")):
+    if parquets := _files(root, ".parquet"):
         return ParquetSource(parquets)
     if not class_folders(root):
         raise ValueError(
@@ -206,9 +213,23 @@ def _open_folder(root: Path) -> Source:
     return open_folder(root)
 
 
+def _files(folder: Path, ends: str | tuple[str, ...]) -> list[Path]:
+    """Sorted files of these suffixes, without those that a system hides among them."""
+    found = (path for path in folder.iterdir() if path.name.endswith(ends))
+    return sorted(path for path in found if not is_companion(path.name))
+
+
+def _no_such_folder(path: str) -> str:
+    place = "" if Path(path).is_absolute() else f" in {plain(Path.cwd())}, where you are"
+    return (
+        f"data.path={plain(path)}: no such folder{place}: give a folder of images, a folder of "
+        f"tar shards, or the name of a bundled sample ({', '.join(BUNDLED)})"
+    )
+
+
 def _class_names(folder: Path) -> list[str] | None:
     path = folder / "classes.txt"
-    return path.read_text(encoding="utf-8").splitlines() if path.is_file() else None
+    return read_text(path).splitlines() if path.is_file() else None
 
 
 def _check_same_classes(val: Path, train: Path) -> None:
@@ -227,7 +248,7 @@ def _named_by_place(split: Path) -> list[str] | None:
     if (manifest := split.with_name(f"{split.name}.json")).is_file() and is_manifest(manifest):
         return _class_names(split.parent)
     if split.is_dir():
-        tars = sorted(path for path in split.iterdir() if path.name.endswith(SUFFIXES))
+        tars = _files(split, SUFFIXES)
         if not tars:
             return class_folders(split)
         return None if has_labels(tars[0]) else [path.name.split(".")[0] for path in tars]

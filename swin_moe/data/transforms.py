@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from timm.data.transforms_factory import create_transform
 
 from ..config import AugmentConfig
-from .decode import EncodedImage, to_image
+from .decode import MAX_PIXELS, EncodedImage, to_image
 
 Transform = Callable[[bytes], np.ndarray]
 """From an encoded image to pixels [height, width, channels] uint8."""
@@ -40,6 +40,7 @@ def build_transform(
     in_chans: int,
     mean: Sequence[float],
     training: bool,
+    max_pixels: int = MAX_PIXELS,
 ) -> Transform:
     """The transform of encoded images, without what happens to a batch on its device.
 
@@ -50,6 +51,7 @@ def build_transform(
     Args:
         image_sides: (height, width) in pixels.
         mean: per channel, of pixels in [0, 1]; rotations and shears fill with it.
+        max_pixels: of an image, see ``data.max_pixels``.
         training: augment; otherwise resize the shorter side to its size / ``eval_crop`` (rounded
             down, bicubic) and crop the centre.
 
@@ -58,8 +60,8 @@ def build_transform(
     """
     mode = image_mode(in_chans)
     if training:
-        return TrainTransform(augment, image_sides, mode, mean)
-    return EvalTransform(augment.eval_crop, image_sides, mode)
+        return TrainTransform(augment, image_sides, mode, mean, max_pixels)
+    return EvalTransform(augment.eval_crop, image_sides, mode, max_pixels)
 
 
 class TrainTransform:
@@ -71,9 +73,14 @@ class TrainTransform:
     """
 
     def __init__(
-        self, augment: AugmentConfig, sides: tuple[int, int], mode: str, mean: Sequence[float]
+        self,
+        augment: AugmentConfig,
+        sides: tuple[int, int],
+        mode: str,
+        mean: Sequence[float],
+        max_pixels: int = MAX_PIXELS,
     ) -> None:
-        self.sides, self.mode = sides, mode
+        self.sides, self.mode, self._max_pixels = sides, mode, max_pixels
         try:
             first, second, _ = create_transform(
                 sides,
@@ -96,7 +103,7 @@ class TrainTransform:
         self._augment: list[Callable[[Any], Any]] = [*first.transforms[1:], *second.transforms]
 
     def __call__(self, data: bytes) -> np.ndarray:
-        encoded = EncodedImage(data, self.mode)
+        encoded = EncodedImage(data, self.mode, self._max_pixels)
         height, width = encoded.height, encoded.width
         shape_only = torch.empty(1, height, width, device="meta")
         box = self._crop.get_params(shape_only, self._crop.scale, self._crop.ratio)
@@ -116,15 +123,17 @@ class TrainTransform:
 class EvalTransform:
     """timm's resize and centre crop, in Pillow to the last pixel."""
 
-    def __init__(self, eval_crop: float, sides: tuple[int, int], mode: str) -> None:
-        self.mode = mode
+    def __init__(
+        self, eval_crop: float, sides: tuple[int, int], mode: str, max_pixels: int = MAX_PIXELS
+    ) -> None:
+        self.mode, self._max_pixels = mode, max_pixels
         # The last step would make a tensor.
         self._steps = create_transform(
             sides, crop_pct=eval_crop, interpolation="bicubic", use_prefetcher=True
         ).transforms[:-1]
 
     def __call__(self, data: bytes) -> np.ndarray:
-        image = EncodedImage(data, self.mode).image()
+        image = EncodedImage(data, self.mode, self._max_pixels).image()
         for step in self._steps:
             image = step(image)
         return _pixels(image)

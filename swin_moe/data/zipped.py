@@ -13,9 +13,11 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 from rich.filesize import decimal
 
+from ..text import plain
+from .files import checked_size
 from .listing import read_list
 from .names import Names
-from .scan import IMAGE_EXTENSIONS
+from .which import PassedOver, among_companions, is_image
 
 STORED, DEFLATED = 0, 8
 DIRECTORY = struct.Struct("<4s6H3L5H2L")  # an entry of the central directory, without its name
@@ -53,29 +55,34 @@ class ZipSource:
     """
 
     def __init__(self, archive: Path, listing: Path | None) -> None:
-        self.archive = archive
+        self.archive, self.passed_over = archive, ""
         self._bytes = archive.stat().st_size
         if listing is None:
             self._by_folder()
         else:
             self._by_list(listing)
         self.runs = np.array([len(self.labels)], np.int64)
-        self.class_counts = np.bincount(self.labels)
+        self.class_counts = np.bincount(self.labels, minlength=len(self.class_names or ()))
         self._file: IO[bytes] | None = None
 
     def _by_folder(self) -> None:
         self._names, records, parents = Names(), array("Q"), array("i")
         number: dict[str, int] = {}
+        folders, passed = [], PassedOver()
         for entry in _entries(self.archive):
-            if (parent := _class_folder(entry.name)) is None:
-                continue
-            self._names.append(entry.name)
-            records.extend(entry[1:])
-            parents.append(number.setdefault(parent, len(number)))
+            if entry.name.endswith("/"):
+                folders.append(entry.name.rstrip("/"))
+            elif (parent := _class_folder(entry.name)) is not None:
+                self._names.append(entry.name)
+                records.extend(entry[1:])
+                parents.append(number.setdefault(parent, len(number)))
+            elif not among_companions(entry.name.rpartition("/")[0]):
+                passed.add(entry.name)
         self._names.freeze()
+        self.passed_over = passed.line()
         self._table = _table(records)
-        class_of = _class_names(number)
-        self.class_names: list[str] | None = sorted(set(class_of))
+        class_of, all_classes = _class_names(number, folders)
+        self.class_names: list[str] | None = all_classes
         ranks = {name: rank for rank, name in enumerate(self.class_names)}
         label_of = np.array([ranks[name] for name in class_of], np.int32)
         self.labels = label_of[np.array(parents, np.int64)]
@@ -134,6 +141,7 @@ class ZipSource:
             self._file = self.archive.open("rb", buffering=0)
         record = self._table[index]
         offset, packed, size = (int(record[name]) for name in ("offset", "packed", "size"))
+        checked_size(max(packed, size))
         # pread leaves the file position alone, so that forked workers may share the open file.
         header = os.pread(self._file.fileno(), LOCAL.size, offset)
         if len(header) < LOCAL.size or header[:4] != b"PK\x03\x04":
@@ -153,25 +161,43 @@ class ZipSource:
 
 def zipped_class_folders(archive: Path) -> list[str]:
     """Sorted names of the class folders in an archive without a map."""
-    parents = {parent: 0 for e in _entries(archive) if (parent := _class_folder(e.name))}
-    return sorted(set(_class_names(parents)))
+    parents: dict[str, int] = {}
+    folders = []
+    for entry in _entries(archive):
+        if entry.name.endswith("/"):
+            folders.append(entry.name.rstrip("/"))
+        elif parent := _class_folder(entry.name):
+            parents[parent] = 0
+    return _class_names(parents, folders)[1]
 
 
 def _class_folder(name: str) -> str | None:
     """The folder of an image in an archive; None for what is no image in a folder."""
     parent, _, file = name.rpartition("/")
-    if name.startswith("__MACOSX/") or file.rsplit(".", 1)[-1].lower() not in IMAGE_EXTENSIONS:
+    if among_companions(name) or not is_image(file):
         return None
     return parent or None
 
 
-def _class_names(parents: Iterable[str]) -> list[str]:
-    """Of each folder its class: the first part of its path below what all have in common."""
+def _class_names(parents: Iterable[str], folders: Iterable[str]) -> tuple[list[str], list[str]]:
+    """Each folder's class, and all classes sorted by name.
+
+    The class is the first part of the path below what all folders of images have in common.
+
+    Args:
+        folders: that the archive lists, for a class may be empty.
+    """
     split = [parent.split("/") for parent in parents]
     shortest, common = min(map(len, split), default=0), 0
     while common < shortest - 1 and len({parts[common] for parts in split}) == 1:
         common += 1
-    return [parts[common] for parts in split]
+    class_of = [parts[common] for parts in split]
+    empty = {
+        parts[common]
+        for parts in (folder.split("/") for folder in folders if not among_companions(folder))
+        if split and len(parts) > common and parts[:common] == split[0][:common]
+    }
+    return class_of, sorted(empty.union(class_of))
 
 
 def _hash(name: str) -> int:
@@ -187,7 +213,7 @@ def _table(records: array) -> np.ndarray:
 
 
 def _entries(archive: Path) -> Iterator[_Entry]:
-    """The files of an archive, one after the other.
+    """The files and folders of an archive, one after the other; a folder's name ends in a slash.
 
     Raises:
         ValueError: it is no zip, truncated, encrypted, or compressed in an unusual way.
@@ -204,8 +230,7 @@ def _entries(archive: Path) -> Iterator[_Entry]:
                 buffer, at, size = buffer[at:] + more, 0, size - len(more)
             entry, used = _parse_entry(buffer, at, archive)
             at += used  # cutting the buffer instead would copy megabytes for each entry
-            if not entry.name.endswith("/"):
-                yield entry
+            yield entry
 
 
 def _parse_entry(buffer: bytes, start: int, archive: Path) -> tuple[_Entry, int]:
@@ -223,8 +248,8 @@ def _parse_entry(buffer: bytes, start: int, archive: Path) -> tuple[_Entry, int]
     name = raw.decode("utf-8" if flags & 0x800 else "cp437", "surrogateescape")
     if flags & 1 or method not in (STORED, DEFLATED):
         raise ValueError(
-            f"{archive}: '{name}' is encrypted or compressed in an unusual way: zip the images "
-            "anew, best stored (zip -0)"
+            f"{archive}: '{plain(name)}' is encrypted or compressed in an unusual way: zip the "
+            "images again, best stored (zip -0)"
         )
     if 0xFFFFFFFF in (packed, size, offset):
         try:

@@ -5,6 +5,7 @@ import io
 import numpy as np
 import pytest
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from swin_moe.data.decode import EncodedImage, UnreadableImage
 
@@ -149,8 +150,23 @@ def test_pixels_without_a_range_are_refused():
         assert error.value.kind == "unsupported"
 
 
-def test_a_decompression_bomb_is_refused(monkeypatch):
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500)
+def test_an_image_that_is_too_large_is_refused_by_its_size(monkeypatch):
     for kind in ("JPEG", "PNG"):
-        with pytest.raises(UnreadableImage, match="DecompressionBomb"):
-            EncodedImage(_save(_photo(), kind), "RGB").pixels()
+        with pytest.raises(UnreadableImage, match=r"data\.max_pixels is 500$") as refused:
+            EncodedImage(_save(_photo(), kind), "RGB", max_pixels=500).pixels()
+        assert refused.value.kind == "too large"
+
+
+def test_metadata_that_cannot_be_read_turn_nothing():
+    photo = _photo()
+    long = PngInfo()
+    long.add_text("workflow", "x" * (3 << 20), zip=True)
+    for data in (
+        _save(photo, "PNG", exif=b"Exif\0\0garbage!!"),
+        _save(photo, "WEBP", exif=b"Exif\0\0garbage!!", lossless=True),
+        _save(photo, "PNG", exif=b"Exif\0\0MM\0*\0\0\0\x08\0\x09"),
+        _save(photo, "PNG", pnginfo=long),
+    ):
+        np.testing.assert_array_equal(_pixels(data), np.asarray(photo))
+    broken = _save(photo, "JPEG", exif=b"Exif\0\0garbage!!")
+    np.testing.assert_array_equal(_pixels(broken), _pixels(_save(photo, "JPEG")))

@@ -81,8 +81,8 @@ def test_zip_with_its_map(tmp_path, compression, end):
 
 def test_zip_without_a_map_is_of_class_folders(tmp_path):
     source = ZipSource(_make_zip(tmp_path / "train.zip"), None)
-    assert source.class_names == ["n00", "n01", "n02"]
-    assert source.labels.tolist() == LABELS
+    assert source.class_names == ["empty", "n00", "n01", "n02"]  # as a folder would have it
+    assert source.labels.tolist() == [label + 1 for label in LABELS]
     assert _read_all(source) == [_content(i) for i in range(len(FILES))]
 
 

@@ -103,7 +103,8 @@ def test_without_any_way_back_it_says_so(tmp_path):
 def test_a_jump_of_the_loss_is_told_with_its_samples(tmp_path):
     """So few sigmas that noise is a jump, once there is something to compare with."""
     done = run(tmp_path, [], "faults.spike_sigmas=0.5", "train.max_steps=60",
-               "optimizer.base_lr=1e-9", "checkpoint.every_steps=0")  # fmt: skip
+               "optimizer.base_lr=1e-9", "schedule.min_lr=0",
+               "checkpoint.every_steps=0")  # fmt: skip
     assert done.returncode == 0, done.stderr
     told = re.findall(r"warning at step (\d+): the loss jumped to [\d.]+ from", done.stdout)
     assert told

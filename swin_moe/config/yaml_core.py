@@ -1,0 +1,215 @@
+"""Our YAML: the core of YAML 1.2 without tags and aliases, of bounded size and depth.
+
+The same rules read configs, overrides, the configs of checkpoints and manifests, and write them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ..reading import DEPTH, read_text
+
+LIMIT = 1 << 18  # bytes of a file; the largest config has some thousands
+
+Key = tuple[str, ...]
+IsText = Callable[[Key], bool]
+"""Whether a key takes the characters of the file as they are: ``no`` and ``1e-3`` are words."""
+
+_NULL = ("~", "null", "Null", "NULL")
+_WORDS: dict[str, bool | None] = dict.fromkeys(["", *_NULL])
+_WORDS |= dict.fromkeys(["true", "True", "TRUE"], True)
+_WORDS |= dict.fromkeys(["false", "False", "FALSE"], False)
+_INTEGER = re.compile(r"[-+]?(?:0|[1-9][0-9]*)|0o[0-7]+|0x[0-9a-fA-F]+")
+_FLOAT = re.compile(
+    r"[-+]?(?:[0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))(?:[eE][-+]?[0-9]+)?"
+    r"|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)"
+)
+# Octal in YAML 1.1, and decimal in 1.2.
+_ZERO_LED = re.compile(r"[-+]?0[0-9]+")
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used; the message is one line for the user."""
+
+
+class NotOurYaml(ValueError):
+    """What is wrong with a text; ``line`` is counted from 1."""
+
+    def __init__(self, problem: str, line: int = 1) -> None:
+        super().__init__(problem)
+        self.line = line
+
+
+def scalar(text: str) -> bool | int | float | str | None:
+    """What a word without quotes means.
+
+    Raises:
+        ValueError: YAML 1.1, which other programs read, gives it another meaning than YAML 1.2.
+    """
+    if text in _WORDS:
+        return _WORDS[text]
+    if _INTEGER.fullmatch(text):
+        if len(text) > 1000:  # Python refuses to read many more
+            raise ValueError(f"a number of {len(text):,} digits is not read")
+        return int(text, 0)
+    if _FLOAT.fullmatch(text):
+        return float(re.sub(r"\.(?=inf|nan)", "", text.lower()))
+    older = yaml.SafeLoader.yaml_implicit_resolvers.get(text[0], ())
+    if _ZERO_LED.fullmatch(text) or any(pattern.match(text) for _, pattern in older):
+        raise ValueError(f"{text} has several meanings in YAML: {_instead(text)}")
+    return text
+
+
+def _instead(text: str) -> str:
+    """What to write for a word of several meanings."""
+    switch = {"yes": "true", "on": "true", "no": "false", "off": "false"}.get(text.lower())
+    number = re.sub(r"^([-+]?)0+(?=[0-9])", r"\1", text.replace("_", ""))
+    is_number = _INTEGER.fullmatch(number) or _FLOAT.fullmatch(number)
+    return f"write {switch or (number if is_number else 'a plain number')}"
+
+
+def parse(text: str, is_text: IsText | None = None) -> tuple[Any, dict[Key, int]]:
+    """The value of a YAML text, and the lines of its keys.
+
+    Raises:
+        NotOurYaml: it is not YAML, or has what is not used here.
+    """
+    try:
+        builder = _Builder(text, is_text)
+        return builder.document(), builder.lines
+    except NotOurYaml:
+        raise
+    except yaml.reader.ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        raise NotOurYaml(f"the character {chr(error.character)!r} is not allowed", line) from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise NotOurYaml(f"not valid YAML ({problem})", mark.line + 1 if mark else 1) from None
+    except (ValueError, OverflowError):  # numbers in escapes and directives that are none
+        raise NotOurYaml("not valid YAML (an escape or a directive cannot be read)") from None
+
+
+class _Builder:
+    """Values from the parser's events, which come one by one: what is too deep is never read."""
+
+    def __init__(self, text: str, is_text: IsText | None) -> None:
+        self.lines: dict[Key, int] = {}
+        self._is_text = is_text
+        self._events: Iterator[yaml.Event] = yaml.parse(text, Loader=yaml.SafeLoader)
+
+    def document(self) -> Any:
+        next(self._events)  # the stream begins
+        if isinstance(next(self._events), yaml.StreamEndEvent):
+            return None
+        value = self._value(next(self._events), (), 0)
+        next(self._events)  # the document ends
+        if not isinstance(event := next(self._events), yaml.StreamEndEvent):
+            raise _wrong(event, "a second document begins (---); one is read")
+        return value
+
+    def _value(self, event: yaml.Event, key: Key, depth: int) -> Any:
+        self._check(event)
+        if isinstance(event, yaml.ScalarEvent):
+            return self._scalar(event, key)
+        if depth == DEPTH:
+            raise _wrong(event, f"nested deeper than {DEPTH} levels")
+        if isinstance(event, yaml.MappingStartEvent):
+            return self._mapping(key, depth)
+        values = []
+        while not isinstance(event := next(self._events), yaml.SequenceEndEvent):
+            values.append(self._value(event, key, depth + 1))
+        return values
+
+    def _mapping(self, key: Key, depth: int) -> dict[str, Any]:
+        values: dict[str, Any] = {}
+        while not isinstance(event := next(self._events), yaml.MappingEndEvent):
+            self._check(event)
+            name = event.value if isinstance(event, yaml.ScalarEvent) else ""
+            if not name or not name.isprintable():
+                raise _wrong(event, "a key must be a word")
+            inner = (*key, name)
+            if name in values:
+                raise _wrong(event, f"'{'.'.join(inner)}' stands twice in this file")
+            self.lines.setdefault(inner, _line(event))
+            values[name] = self._value(next(self._events), inner, depth + 1)
+        return values
+
+    def _scalar(self, event: yaml.ScalarEvent, key: Key) -> Any:
+        text: str = event.value
+        if event.style or (self._is_text and self._is_text(key) and text not in _NULL):
+            return text
+        try:
+            return scalar(text)
+        except ValueError as error:
+            quotes = "" if self._is_text else ", or put it in quotes"
+            raise _wrong(event, f"{'.'.join(key)}: {error}{quotes}") from None
+
+    @staticmethod
+    def _check(event: yaml.Event) -> None:
+        if isinstance(event, yaml.AliasEvent):
+            raise _wrong(event, "YAML aliases (*name) are not used here; write it out")
+        if tag := getattr(event, "tag", None):
+            tag = tag.replace("tag:yaml.org,2002:", "!!")
+            raise _wrong(event, f"not valid YAML here (tags such as {tag} are not used)")
+
+
+def _wrong(event: yaml.Event, problem: str) -> NotOurYaml:
+    return NotOurYaml(problem, _line(event))
+
+
+def _line(event: yaml.Event) -> int:
+    return event.start_mark.line + 1 if event.start_mark else 1
+
+
+def unquoted(text: str) -> str | None:
+    """What stands in a word's quotes, which are those of YAML; None if it is not one in quotes.
+
+    Raises:
+        NotOurYaml: it has an escape that YAML does not know.
+    """
+    if re.fullmatch(r"'(?:[^']|'')*'", text):
+        return text[1:-1].replace("''", "'")
+    if not re.fullmatch(r'"(?:[^"\\]|\\.)*"', text, re.DOTALL):
+        return None
+    return str(parse(text)[0]) if "\\" in text else text[1:-1]
+
+
+def read(path: Path, is_text: IsText | None = None) -> tuple[dict[str, Any], dict[Key, int]]:
+    """The mapping in a file, and the lines of its keys.
+
+    Raises:
+        NotOurYaml: see :func:`parse`.
+        ValueError: it is not a regular file, is too large, is not text, or holds no mapping.
+        OSError: it cannot be read.
+    """
+    data, lines = parse(read_text(path, LIMIT), is_text)
+    if data is None:
+        data = {}
+    if not isinstance(data, dict):
+        raise NotOurYaml(f"expected sections such as 'model:', got {data!r:.60}")
+    return data, lines
+
+
+class _Dumper(yaml.SafeDumper):
+    """Puts quotes around each word that YAML 1.1 or 1.2 could take for something else."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+for _pattern in (_INTEGER, _FLOAT, _ZERO_LED):
+    _whole = re.compile(f"(?:{_pattern.pattern})$")
+    _Dumper.add_implicit_resolver("tag:swin_moe,2026:number", _whole, list("-+.0123456789"))
+
+
+def dump(data: dict[str, Any], width: int = 80, default_flow_style: bool | None = False) -> str:
+    """Plain values as YAML that :func:`parse` reads back equal."""
+    return yaml.dump(
+        data, Dumper=_Dumper, sort_keys=False, width=width, default_flow_style=default_flow_style
+    )
