@@ -287,8 +287,8 @@ class Watchdog:
             self._warned = writing.what
             self._print(
                 f"warning: rank {self.rank} on {ranks.hostname()}: {writing.what} has not gone on "
-                f"for {self.limit:g} s ({writing.file}): "
-                "does that file system answer? Training goes on until it must save again"
+                f"for {self.limit:g} s ({writing.file}): does that file system answer? Training "
+                "goes on until it must save again"
             )
 
     def _print(self, text: str) -> None:
@@ -300,8 +300,7 @@ class Watchdog:
         if doing.writes and writing.what:
             what = f"{writing.what} was awaited ({writing.file})"
         awaited = self._awaited()
-        if code == PREEMPTED:
-            ranks.refuse_restart()
+        if code == PREEMPTED:  # whether to restart is for the launcher, which has the signal, too
             name = signal.Signals(self._signal).name
             lost = f"{writing.what} did not finish" if writing.what else "nothing was saved"
             good = "no checkpoint of this run is complete: the same command starts it again"
@@ -311,7 +310,7 @@ class Watchdog:
                 f"error: {who}: told to stop by {name}, but nothing went on for {silent:.0f} s "
                 f"while {what}{awaited}; {lost}; {good}"
             )
-            os._exit(code)
+            os._exit(128 + self._signal if self._signal == signal.SIGINT else code)
         place = self._place()
         stacks = f"; the stacks are in {self._path}" if self._path else ""
         self._print(
