@@ -292,7 +292,7 @@ class Watchdog:
             )
 
     def _print(self, text: str) -> None:
-        print(f"swin-moe: {text}", file=sys.stderr, flush=True)
+        _bounded(lambda: print(f"swin-moe: {text}", file=sys.stderr, flush=True))
 
     def _end(self, doing: _Doing, code: int, silent: float) -> None:
         who = f"rank {self.rank} on {ranks.hostname()}"
@@ -317,8 +317,8 @@ class Watchdog:
             f"error: {who}: nothing went on for {doing.limit:g} s while {what}, at {place}"
             f"{awaited}{stacks}"
         )
-        with contextlib.suppress(ValueError, OSError):
-            faulthandler.dump_traceback(self._file if self._path else sys.stderr, all_threads=True)
+        stacks = _stacks()
+        _bounded(lambda: print(stacks, file=self._file if self._path else sys.stderr, flush=True))
         time.sleep(min(self.limit / 4, 5.0))  # or the others would see a lost peer, not a hang
         os._exit(code)
 
@@ -341,10 +341,7 @@ class Watchdog:
             if late:
                 found.append(peers.whose(late))
 
-        asking = threading.Thread(target=ask, daemon=True)  # the store may be what hangs
-        asking.start()
-        asking.join(3.0)
-        if asking.is_alive() or len(heard) < 2:
+        if not _bounded(ask) or len(heard) < 2:
             return f"; what answers at {peers.place}, or the rank 0 behind it, has stopped"
         if not found:
             return ""
@@ -357,6 +354,24 @@ class Watchdog:
         late = [r for r, (mark, _, pulse) in last.items() if mark < self._mark or
                 (r in first and pulse == first[r][2])]  # fmt: skip
         return sorted(set(late) - {self.rank})
+
+
+def _bounded(call: Callable[[], object]) -> bool:
+    """Call what may hang itself, such as a write to a dead file system; whether it came back."""
+    thread = threading.Thread(target=call, daemon=True)
+    thread.start()
+    thread.join(3.0)
+    return not thread.is_alive()
+
+
+def _stacks() -> str:
+    """Where all threads stand. faulthandler would hold up every thread while it writes."""
+    names = {thread.ident: thread.name for thread in threading.enumerate()}
+    return "\n".join(
+        f"Thread 0x{ident:x} ({names.get(ident, 'unknown')}):\n"
+        + "".join(traceback.format_stack(frame))
+        for ident, frame in sys._current_frames().items()
+    )
 
 
 def _moved(statistics: Path) -> int:

@@ -88,7 +88,7 @@ def dog(clock, monkeypatch):
     monkeypatch.setattr(watchdog.time, "sleep", lambda seconds: None)
     monkeypatch.setattr(Watchdog, "_worked_so_far", lambda self: (clock(), 0.0, 0, None))
     monkeypatch.setattr(Watchdog, "_children_work", lambda self: False)
-    monkeypatch.setattr(watchdog.faulthandler, "dump_traceback", lambda *_, **__: None)
+    monkeypatch.setattr(watchdog, "_stacks", str)
     monkeypatch.setattr(watchdog.faulthandler, "dump_traceback_later", lambda *_, **__: None)
     dog = Watchdog(10.0, 0, clock)
     dog.writing.moved = 0.0
@@ -110,7 +110,8 @@ def test_a_start_has_twice_the_limit_and_names_what_it_did(clock, dog, capsys):
         f"swin-moe: error: rank 0 on {ranks.hostname()}: nothing went on for 20 s while the first "
         "batch was awaited, at "
     )
-    assert len(error.splitlines()) == 1
+    assert len(error.split()) > 20
+    assert len(error.strip().splitlines()) == 1
 
 
 def test_an_update_ends_the_start(clock, dog, capsys):
