@@ -20,6 +20,7 @@ from swin_moe.config import dump_config, load_config
 from swin_moe.errors import RunRemoved
 from swin_moe.models import build
 from swin_moe.placement import ExpertShare, Layout, expert_share, whole_layout
+from swin_moe.watchdog import Writing
 from tests.parallel import MICRO
 from tests.saving import ALONE, save, save_model
 
@@ -374,12 +375,13 @@ def test_saves_do_not_overlap(tmp_path, slow):
 def test_a_write_shows_that_it_goes_on_and_what_it_writes(tmp_path, slow, monkeypatch):
     monkeypatch.setattr(stream, "_PIECE", 8)
     monkeypatch.setattr(stream, "_FLUSH", 16)
-    saver = Writer(tmp_path, ALONE, lambda saved: None)
+    seen = []
+    writing = Writing()
+    writing.on = lambda file: seen.append(str(file))
+    saver = Writer(tmp_path, ALONE, lambda saved: None, writing)
     begin(saver, 1, torch.arange(20.0))
     assert saver.writing.what == "the save of step 1"
     assert saver.writing.good == ""
-    seen = []
-    monkeypatch.setattr(saver.writing, "on", lambda file: seen.append(str(file)))
     slow.set()
     assert saver.wait()
     assert len([file for file in seen if file.endswith("rank-00000.safetensors")]) > 10
