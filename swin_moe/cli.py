@@ -17,7 +17,7 @@ from typing import Any
 
 from . import ranks, signals
 from .arguments import parse
-from .errors import Preempted, TrainingError
+from .errors import Preempted, RunRemoved, TrainingError
 from .signals import INTERRUPTED, PREEMPTED
 from .system_errors import explain
 from .text import plain, plain_lines, reason
@@ -39,9 +39,8 @@ def main(argv: list[str] | None = None) -> int:
     _quiet()
     try:
         rank, local_rank, size = ranks.environment_rank()
-    except (ValueError, KeyError) as error:
-        told = f"the launcher's rank variables cannot be read ({reason(error)})"
-        return _fail(told, True, WRONG_USE)
+    except ValueError as error:
+        return _fail(reason(error), True, WRONG_USE)
     where = f"[rank {rank}] " if local_rank else ""
     try:
         code = _run(arguments)
@@ -58,15 +57,20 @@ def main(argv: list[str] | None = None) -> int:
         told = explain(error, arguments) if isinstance(error, OSError) else reason(error)
         return _fail(f"{where}{told}", local_rank == 0, WRONG_USE)
     except Exception as error:
-        if isinstance(error, (Preempted, TrainingError)):
+        if isinstance(error, (Preempted, TrainingError, RunRemoved)):
             ranks.refuse_restart()
         if isinstance(error, Preempted):
             code = INTERRUPTED if error.interrupted else PREEMPTED
             return _fail(reason(error), local_rank == 0, code, alone=False)
         _show_traceback(arguments)
+        if isinstance(error, RunRemoved):  # a rank may be the first to see it
+            return _fail(f"{where}{reason(error)}", local_rank == 0)
         if isinstance(error, TrainingError):  # raised on every rank, or on none
             return _fail(reason(error), local_rank == 0, alone=False)
         where = f"[rank {rank}] " if size > 1 else ""
+        loader = sys.modules.get("swin_moe.data.loader")
+        if loader and (died := loader.why_died(error)):
+            return _fail(f"{where}{died}", True)
         if size > 1 and any(sign in str(error) for sign in _LOST_PEER):
             return _fail(f"{where}another process ended, and this one with it", False)
         return _fail(f"{where}{_unexpected(error, arguments)}", True)
@@ -135,12 +139,21 @@ def _run(arguments: argparse.Namespace) -> int:
 
 @unbreakable_streams()
 def _train(arguments: argparse.Namespace, console: Any) -> int:
-    from . import distributed, preflight
+    from . import distributed, preflight, watchdog
 
     config = _config(arguments)
-    meeting = distributed.connect()
+    limit = 60 * config.faults.hang_minutes
+    dog = watchdog.start(limit, ranks.environment_rank()[0], signals.STOPS)
+    dog.enter("the other processes were awaited", works=True)
+    if limit:  # it is to find a hang before these do, for it names who hangs
+        patience = min(watchdog.START * limit, distributed.PATIENCE)
+        meeting = distributed.connect(patience, max(3 * watchdog.START * limit, 1800.0))
+    else:
+        meeting = distributed.connect()
+    dog.meet(meeting.pulses())
     verdict = preflight.agree(config, meeting)
     preflight.refuse(verdict)  # before groups are made: of other sizes they would hang
+    dog.enter("the processes made their groups", works=True)
     world = distributed.init(
         config.parallel.expert_parallel_size,
         hierarchical=config.parallel.hierarchical_all_to_all,
@@ -148,14 +161,18 @@ def _train(arguments: argparse.Namespace, console: Any) -> int:
     )
     from . import run  # imports DeepSpeed, which looks at the environment that init sets
 
-    run.train(
-        config,
-        world,
-        console,
-        fresh=arguments.fresh,
-        verdict=verdict,
-        accept_changes=arguments.accept_changes,
-    )
+    try:
+        run.train(
+            config,
+            world,
+            console,
+            dog,
+            fresh=arguments.fresh,
+            verdict=verdict,
+            accept_changes=arguments.accept_changes,
+        )
+    finally:
+        dog.stop()
     return DONE
 
 
@@ -172,13 +189,20 @@ def _doctor(arguments: argparse.Namespace, console: Any) -> int:
 
 def _evaluate(arguments: argparse.Namespace, console: Any) -> int:
     path = _existing_folder(arguments.path)
-    from . import distributed
-
-    world = distributed.init()
+    world = _alone("evaluate")
     from .opened import evaluate_checkpoint  # imports DeepSpeed, too
 
     evaluate_checkpoint(path, world, console, arguments.overrides)
     return DONE
+
+
+def _alone(command: str) -> Any:
+    """The world of a command of one process, which waits for no others."""
+    if told := ranks.check_alone(command):
+        print(f"swin-moe: {told}", file=sys.stderr, flush=True)
+    from . import distributed
+
+    return distributed.init()
 
 
 def _existing_folder(text: str) -> Path:
@@ -304,9 +328,7 @@ def _launch(arguments: argparse.Namespace, console: Any) -> int:
 
 def _inspect(arguments: argparse.Namespace, console: Any) -> int:
     path = _existing_folder(arguments.path)
-    from . import distributed
-
-    world = distributed.init()
+    world = _alone("inspect")
     from .inspection import inspect_checkpoint  # imports DeepSpeed, too
 
     overrides = list(arguments.overrides)

@@ -13,7 +13,15 @@ import torch
 import torch.distributed as dist
 
 from .meeting import Meeting, open_store
-from .ranks import check_world, environment_rank, hostname, node_share, restarts
+from .ranks import (
+    check_launcher,
+    check_world,
+    environment_rank,
+    hostname,
+    node_share,
+    restarts,
+    world_variables,
+)
 from .stores import FILE, stay_on_loopback
 from .text import reason
 
@@ -60,37 +68,41 @@ class World:
         return self.rank == 0
 
 
-def connect(timeout: float = PATIENCE) -> Meeting:
+def connect(timeout: float = PATIENCE, group_timeout: float = 0.0) -> Meeting:
     """Reach the store of all ranks; no process group is made yet.
 
     Args:
         timeout: seconds to wait for rank 0, and in each exchange for the others.
+        group_timeout: seconds that an operation of the process group may take; 0 = ``timeout``.
 
     Raises:
         ConnectionError, ValueError: it cannot be reached, or nothing says where it is.
     """
     env = os.environ
+    check_launcher()
     rank, _, size = environment_rank()
     if size == 1:
-        return Meeting(None, rank, size, "", timeout)
+        return Meeting(None, rank, size, "", timeout, group_timeout)
     address, port = env.get("MASTER_ADDR", ""), env.setdefault("MASTER_PORT", "29500")
     if not address:
-        raise ValueError(f"rank {rank} of {size}: MASTER_ADDR does not say where rank 0 is")
-    if not port.isdecimal():
-        raise ValueError(f"MASTER_PORT={port} is not a number")
+        raise ValueError(
+            f"rank {rank} of {size}: MASTER_ADDR does not say where rank 0 is "
+            f"({world_variables()} in the environment)"
+        )
+    if not port.isdecimal() or not 0 < int(port) < 65536:
+        raise ValueError(f"MASTER_PORT={port} is not a number from 1 to 65535")
     stay_on_loopback(address)
+    # The launcher's store outlives a restart: without a name of its own, the new group would look
+    # for the addresses of the dead one.
+    life = f"restart-{restarts()[0]}"
     store: dist.Store
     if file := env.get(FILE):  # of our launcher, all processes on this machine
-        store = dist.FileStore(file, -1)
-        place = "the store of this machine"
+        store, place = dist.FileStore(file, -1), "the store of this machine"
     else:
         serve = rank == 0 and env.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
         store = open_store(address, int(port), rank, size, timeout, serve)
         place = f"{address}:{port}"
-    # The launcher's store outlives a restart: without a name of its own, the new group would look
-    # for the addresses of the dead one.
-    store = dist.PrefixStore(f"restart-{restarts()[0]}", store)
-    return Meeting(store, rank, size, place, timeout)
+    return Meeting(dist.PrefixStore(life, store), rank, size, place, timeout, group_timeout)
 
 
 def init(
@@ -132,7 +144,7 @@ def backend() -> str:
 
 
 def _join(meeting: Meeting) -> None:
-    timeout = datetime.timedelta(seconds=meeting.timeout)
+    timeout = datetime.timedelta(seconds=meeting.group_timeout)
     store = meeting.store or dist.HashStore()
     store.set_timeout(timeout)
     try:

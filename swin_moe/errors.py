@@ -5,6 +5,10 @@ class TrainingError(RuntimeError):
     """Training cannot go on."""
 
 
+class RunRemoved(Exception):
+    """The run directory is gone. A rank meets that alone: the others may still be in an update."""
+
+
 class Preempted(Exception):
     """A signal asked for an end, and the checkpoint is written.
 

@@ -15,32 +15,126 @@ import sys
 from pathlib import Path
 from typing import Literal, NoReturn
 
+# Of each launcher: rank, local rank, world size; and what must be set besides.
+_LAUNCHERS = (
+    (("RANK", "LOCAL_RANK", "WORLD_SIZE"), ""),
+    (("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS"), "MASTER_ADDR"),
+    (
+        ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_SIZE"),
+        "MASTER_ADDR",
+    ),
+)
+# Processes of this node, of torchrun, DeepSpeed, Open MPI and Slurm.
+_LOCAL_SIZES = (
+    "LOCAL_WORLD_SIZE",
+    "LOCAL_SIZE",
+    "OMPI_COMM_WORLD_LOCAL_SIZE",
+    "SLURM_NTASKS_PER_NODE",
+)
+_MOST = 1_000_000  # processes: more are a slip of the keyboard
+_NO_STEP = 0xFFFF_FFF0  # Slurm's numbers from here on are of batch scripts and shells, not of srun
+
 
 def environment_rank() -> tuple[int, int, int]:
-    """(rank, local rank, world size) that the launcher set; (0, 0, 1) without one."""
+    """(rank, local rank, world size) that the launcher set; (0, 0, 1) without one.
+
+    Raises:
+        ValueError: a variable is missing, is no number, or cannot be together with the others.
+    """
+    names = _launcher()
+    local_world_size()  # for its errors
+    if not names:
+        return 0, 0, 1
+    size = _number(names[2], 1, _MOST, 1)
+    rank = _number(names[0], 0, None, 0)
+    if rank >= size:
+        given = f"{names[2]}={size}" if os.environ.get(names[2]) else f"{names[2]} is not set"
+        raise ValueError(f"{names[0]}={rank}, but {given}: ranks go from 0 to {names[2]} - 1")
+    return rank, _number(names[1], 0, None, 0), size
+
+
+def _launcher() -> tuple[str, str, str] | None:
+    """The names of the variables that say who this process is."""
     env = os.environ
-    if "RANK" in env:
-        return int(env["RANK"]), int(env.get("LOCAL_RANK", 0)), int(env.get("WORLD_SIZE", 1))
-    if "SLURM_PROCID" in env and "MASTER_ADDR" in env:
-        return int(env["SLURM_PROCID"]), int(env["SLURM_LOCALID"]), int(env["SLURM_NTASKS"])
-    if "OMPI_COMM_WORLD_RANK" in env and "MASTER_ADDR" in env:
-        mpi = "OMPI_COMM_WORLD_"
-        return int(env[f"{mpi}RANK"]), int(env[f"{mpi}LOCAL_RANK"]), int(env[f"{mpi}SIZE"])
-    return 0, 0, 1
+    for names, also in _LAUNCHERS:
+        if names[0] in env and (not also or also in env):
+            return names
+    return None
+
+
+def _number(name: str, least: int, most: int | None, default: int) -> int:
+    """The whole number in a variable; an empty one counts as not set."""
+    text = os.environ.get(name, "").strip()
+    if not text:
+        return default
+    bounds = f"of at least {least}" if most is None else f"from {least} to {most}"
+    if not text.isdecimal() or not least <= int(text[:20]) <= (most or sys.maxsize):
+        raise ValueError(f"{name}={text[:40]} is not a whole number {bounds}")
+    return int(text)
+
+
+def world_variables() -> str:
+    """Where this process's rank and the number of processes come from, for people."""
+    names = _launcher()
+    if not names:
+        return "no launcher's variables"
+    return " and ".join(f"{name}={os.environ.get(name, '')}" for name in (names[2], names[0]))
+
+
+def check_launcher() -> None:
+    """Raise ``ValueError`` if there are several processes, but nothing says which this one is."""
+    size = os.environ.get("WORLD_SIZE", "")
+    if not _launcher() and size not in ("", "1"):
+        raise ValueError(
+            f"WORLD_SIZE={size}, but RANK is not set: start all processes by a launcher, or unset "
+            "WORLD_SIZE"
+        )
+
+
+def without_srun() -> bool:
+    """Whether Slurm set the rank of this process, but no srun started it.
+
+    So it is in a batch script, or in the shell of salloc: there the number of tasks is that of the
+    job, and this process is the only one.
+    """
+    step = os.environ.get("SLURM_STEP_ID", "")
+    names = _launcher()
+    slurm = names is not None and names[0] == "SLURM_PROCID"
+    return slurm and (not step.isdecimal() or int(step) >= _NO_STEP)
+
+
+def become_alone() -> None:
+    """Be one process from now on, whatever a launcher said."""
+    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1")
+
+
+def check_alone(command: str) -> str:
+    """Make sure that a command of one process has one; a line for the user if that needs one.
+
+    Raises:
+        ValueError: a launcher has started several processes.
+    """
+    rank, _, size = environment_rank()
+    if size == 1:
+        return ""
+    variables = world_variables()
+    if rank == 0 and without_srun():
+        become_alone()
+        return f"{command} runs as one process, although {variables}: no srun started it"
+    raise ValueError(
+        f"{command} runs as one process, but {variables}: start it without a launcher (under Slurm "
+        "by srun --ntasks 1)"
+    )
 
 
 def local_world_size() -> int:
     """Processes of this node."""
-    env = os.environ
-    # torchrun, DeepSpeed, Open MPI, Slurm
-    names = (
-        "LOCAL_WORLD_SIZE",
-        "LOCAL_SIZE",
-        "OMPI_COMM_WORLD_LOCAL_SIZE",
-        "SLURM_NTASKS_PER_NODE",
-    )
-    size = next((env[name] for name in names if env.get(name)), "")
-    return int(size) if size else environment_rank()[2]
+    world = _launcher()
+    size = _number(world[2] if world else "WORLD_SIZE", 1, _MOST, 1)
+    size = size if world else 1
+    name = next((name for name in _LOCAL_SIZES if os.environ.get(name)), "")
+    # A job's tasks per node may be more than the tasks of one step.
+    return min(_number(name, 1, _MOST, 1), size) if name else size
 
 
 def auto_expert_parallel_size(num_experts: int) -> int:
@@ -77,15 +171,14 @@ def node_share(expert_parallel_size: int, hierarchical: bool | Literal["auto"]) 
 
 def restarts() -> tuple[int, int]:
     """How often the launcher has restarted this group, and how often it would."""
-    env = os.environ
-    return int(env.get("TORCHELASTIC_RESTART_COUNT", 0)), int(
-        env.get("TORCHELASTIC_MAX_RESTARTS", 0)
-    )
+    names = ("TORCHELASTIC_RESTART_COUNT", "TORCHELASTIC_MAX_RESTARTS")
+    done, allowed = (_number(name, 0, None, 0) for name in names)
+    return done, allowed
 
 
 def started_again() -> bool:
     """Whether a launcher or a scheduler has started this job before, by the same command."""
-    return restarts()[0] > 0 or int(os.environ.get("SLURM_RESTART_COUNT", 0)) > 0
+    return restarts()[0] > 0 or _number("SLURM_RESTART_COUNT", 0, None, 0) > 0
 
 
 def refuse_restart() -> None:

@@ -44,8 +44,9 @@ from .profiling import Profile, peak_flops
 from .run_directory import Run, keep_former_defaults, prepare_folder, step_back
 from .signals import StopSignal
 from .summary import draw_summary, show_picture
+from .text import plain
 from .trainer import Plan, Position, RollBack, Trainer
-from .watchdog import Watchdog
+from .watchdog import START, Watchdog
 from .writing import Appender
 
 log = logging.getLogger("swin_moe")
@@ -71,6 +72,7 @@ def train(
     config: Config,
     world: World,
     console: Console,
+    dog: Watchdog,
     fresh: bool = False,
     verdict: preflight.Verdict | None = None,
     accept_changes: bool = False,
@@ -78,6 +80,7 @@ def train(
     """Train as the config says, from the last checkpoint of its run directory if there is one.
 
     Args:
+        dog: it watches already, and goes on until the training has ended.
         fresh: start anew; an existing run directory is moved aside, never overwritten.
         verdict: of the processes, that they are alike; None leaves the rest of the preflight out.
         accept_changes: resume although the data or its classes are others.
@@ -99,13 +102,16 @@ def train(
             run.say(note)
         if verdict is not None:
             dtype = resolve_precision(config.precision, world.device)
+            dog.enter("the links between the processes were timed", works=True)
             preflight.at_start(config, verdict, world, dtype, run.say)
         keep_former_defaults(run, config, fresh)
+        dog.enter(f"data.path={plain(config.data.path)} was opened", works=True)
         resolve_micro_batch(run, config, fresh)
         # All input is checked before anything is written.
         classes, loaders = _open_data(run, config, fresh)
         plan = _plan(config, loaders[0])
         source = _starting_weights(run, config, fresh)
+        dog.enter(f"the checkpoints in {plain(run.folder)} were read", works=True)
         reader = prepare_folder(run, config, fresh, loaders[0], accept_changes)
         if warning := lost_gate(config.moe, FAMILIES[config.model.family].post_norm):
             run.say(f"warning: {warning}")
@@ -113,6 +119,10 @@ def train(
             loader.bad.file = Appender(
                 run.log_file.with_name(f"bad-samples-rank-{world.rank}.jsonl")
             )
+        if reader is not None:
+            dog.writing.good = str(reader.path)
+        dog.log_to(run.log_file)
+        dog.enter("the model and its optimizer were built", works=True)
         job = _Job(
             run=run,
             config=config,
@@ -120,8 +130,8 @@ def train(
             classes=classes,
             loaders=loaders,
             stop_signal=stop_signal,
-            writer=Writer(run.checkpoints, world, partial(_tell_of_save, run)),
-            watchdog=Watchdog(60 * config.faults.hang_minutes, run.log_file, world.rank),
+            writer=Writer(run.checkpoints, world, partial(_tell_of_save, run), dog.writing),
+            watchdog=dog,
             log=_open_log(run, config, reader),
             profile=_profile(run, config) if config.train.profile else None,
         )
@@ -204,15 +214,16 @@ def _fit(job: _Job, trainer: Trainer) -> Trainer:
         except RollBack:
             place, from_start = trainer.position, trainer.updates_made == 0
         except (TrainingError, Preempted):  # of all ranks
-            with job.watchdog.paused():
+            with job.watchdog.phase("the other ranks ended", writes=True):
                 job.writer.wait()
-            distributed.barrier()  # the end of another would end rank 0 before it has told
+                distributed.barrier()  # the end of another would end rank 0 before it has told
             raise
         except BaseException:
             job.writer.close()
             raise
-        with job.watchdog.paused():
+        with job.watchdog.phase("the save before the way back was awaited", writes=True):
             job.writer.wait()
+        with job.watchdog.phase("an earlier checkpoint was read", works=True, limits=START):
             trainer.engine.close()
             del trainer  # or there would be two of all that it holds
             gc.collect()
@@ -280,7 +291,10 @@ def _open_data(run: Run, config: Config, fresh: bool) -> tuple[list[str] | None,
     known = None if fresh else checkpoint.known_classes(run.checkpoints)
     train = loader_of(config, True, *ranks_of, known)
     known = known or train.class_names
-    return known, [train, loader_of(config, False, *ranks_of, known)]
+    loaders = [train, loader_of(config, False, *ranks_of, known)]
+    for loader in loaders:
+        loader.check_room()
+    return known, loaders
 
 
 def _check(config: Config, world: World) -> None:

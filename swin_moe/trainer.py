@@ -130,6 +130,7 @@ class Trainer:
     def fit(self) -> None:
         """Train from the current position to the end of the plan."""
         position, plan = self.position, self.plan
+        self.watchdog.enter("the first batch was awaited")
         while not plan.is_done(position):
             epoch = position.epoch
             self._train_epoch()
@@ -140,9 +141,9 @@ class Trainer:
                 best = self._evaluate()
             if done or best or (finished and position.epoch % plan.save_every_epochs == 0):
                 self._save()
-        with self.watchdog.paused():
-            complete = self.saver.wait()
+        complete = self._wait_for_save()
         if not complete:
+            self.saver.check_folder()
             raise TrainingError(
                 "the last checkpoint could not be written (the warning above says why); the one "
                 "before it is whole: make room and start again"
@@ -187,14 +188,18 @@ class Trainer:
     def _save(self) -> None:
         """Not while updates are being left out: the weights may be what is wrong."""
         if not self._bad_in_a_row:
-            with self.watchdog.paused():
+            with self.watchdog.phase("a checkpoint was copied", writes=True):
                 self.save(self.position)
+
+    def _wait_for_save(self) -> bool:
+        """Whether the last save is complete."""
+        with self.watchdog.phase("the other ranks' files were awaited", writes=True):
+            return self.saver.wait()
 
     def _stop(self, interrupted: bool) -> None:
         """Save what there is and end, because a signal to some rank asked for it."""
         self._save()
-        with self.watchdog.paused():
-            complete = self.saver.wait()
+        complete = self._wait_for_save()
         told = "interrupted" if interrupted else "told to stop by a signal"
         told += f" at step {self.position.step}"
         if not complete:
@@ -223,9 +228,12 @@ class Trainer:
         bad = ""
         for micro in range(plan.accumulation_steps):
             waited = time.monotonic()
+            first = self.updates_made == 0
+            self.watchdog.doing(f"{'the first' if first else 'a'} batch was awaited")
             with record_function("data"):
                 samples.append(next(batches))
             self._waited += time.monotonic() - waited
+            self.watchdog.doing(f"{'the first' if first else 'an'} update was made")
             with record_function("forward"):
                 loss = self._forward(samples[-1], position.step * plan.accumulation_steps + micro)
             if self.engine.at_boundary:
@@ -397,9 +405,10 @@ class Trainer:
         """Evaluate, record and tell; returns whether it is the best so far."""
         position = self.position
         self.engine.train(False)
-        result = evaluate(
-            self._forward_watched, self.eval_loader, self.plan.num_classes, self.world.device
-        )
+        with self.watchdog.phase("the held-out images were evaluated"):
+            result = evaluate(
+                self._forward_watched, self.eval_loader, self.plan.num_classes, self.world.device
+            )
         self.last_evaluation = result
         if not math.isfinite(result.loss):
             raise TrainingError(

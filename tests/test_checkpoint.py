@@ -8,16 +8,19 @@ import time
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from swin_moe import checkpoint
-from swin_moe.checkpoint import CheckpointError, Fragment, Reader, Writer, writer
+from swin_moe.checkpoint import CheckpointError, Fragment, Reader, Writer, stream, writer
 from swin_moe.checkpoint import folder as folder_module
 from swin_moe.checkpoint.folder import read_manifest, write_manifest
 from swin_moe.checkpoint.fragments import describe, merge, to_json
+from swin_moe.checkpoint.stream import write_file
 from swin_moe.config import dump_config, load_config
+from swin_moe.errors import RunRemoved
 from swin_moe.models import build
 from swin_moe.placement import ExpertShare, Layout, expert_share, whole_layout
+from swin_moe.watchdog import Writing
 from tests.parallel import MICRO
 from tests.saving import ALONE, save, save_model
 
@@ -325,9 +328,9 @@ def slow(monkeypatch):
 
     def waiting(*args, **kwargs):
         go.wait(20)
-        return save_file(*args, **kwargs)
+        return write_file(*args, **kwargs)
 
-    monkeypatch.setattr(writer, "save_file", waiting)
+    monkeypatch.setattr(writer, "write_file", waiting)
     yield go
     go.set()
 
@@ -369,6 +372,53 @@ def test_saves_do_not_overlap(tmp_path, slow):
     assert len(checkpoint.list_checkpoints(tmp_path)) == 2
 
 
+def test_a_write_shows_that_it_goes_on_and_what_it_writes(tmp_path, slow, monkeypatch):
+    monkeypatch.setattr(stream, "_PIECE", 8)
+    monkeypatch.setattr(stream, "_FLUSH", 16)
+    seen = []
+    writing = Writing()
+    writing.on = lambda file: seen.append(str(file))
+    saver = Writer(tmp_path, ALONE, lambda saved: None, writing)
+    begin(saver, 1, torch.arange(20.0))
+    assert saver.writing.what == "the save of step 1"
+    assert saver.writing.good == ""
+    slow.set()
+    assert saver.wait()
+    assert len([file for file in seen if file.endswith("rank-00000.safetensors")]) > 10
+    assert saver.writing.what == ""
+    assert saver.writing.good == str(tmp_path / "step-00000001")
+    assert Reader(tmp_path / "step-00000001").tensor("a").tolist() == list(range(20))
+
+
+def test_files_written_in_pieces_are_what_the_library_reads(tmp_path, monkeypatch):
+    monkeypatch.setattr(stream, "_PIECE", 5)
+    tensors = {
+        "bytes": torch.arange(7, dtype=torch.uint8), "none": torch.empty(0, 3),
+        "one": torch.tensor(3.5, dtype=torch.float64), "flags": torch.tensor([True, False]),
+        "bf16": torch.randn(3, 4).bfloat16(), "turned": torch.randn(3, 4).T,
+    }  # fmt: skip
+    write_file(tensors, tmp_path / "file", lambda: None)
+    found = load_file(tmp_path / "file")
+    assert found.keys() == tensors.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
+
+
+def test_a_run_directory_that_is_gone_is_said_and_not_made_again(tmp_path):
+    told = []
+    run = tmp_path / "run"
+    run.mkdir()
+    saver = Writer(run / "checkpoints", ALONE, told.append)
+    begin(saver, 1, torch.ones(4))
+    assert saver.wait()
+    shutil.rmtree(run)
+    begin(saver, 2, torch.ones(4))
+    assert not saver.wait()
+    assert "was removed while the training ran" in told[-1].error
+    assert not run.exists()
+    with pytest.raises(RunRemoved, match=f"the run directory {run} was removed"):
+        saver.poll()
+
+
 def raising(error):
     def fail(*_args, **_kwargs):
         raise error
@@ -399,7 +449,7 @@ def test_a_failing_write_is_told_and_leaves_the_old_ones_alone(tmp_path, monkeyp
         raise OSError(28, "No space left on device", "rank-00000.safetensors")
 
     with monkeypatch.context() as patched:
-        patched.setattr(writer, "save_file", full)
+        patched.setattr(writer, "write_file", full)
         begin(saver, 2, torch.ones(1))
         assert not saver.wait()
     assert told[0].error == "No space left on device (rank-00000.safetensors)"

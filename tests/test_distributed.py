@@ -1,14 +1,19 @@
 """Ranks from each launcher's environment, and the automatic expert-parallel size."""
 
+import os
+
 import pytest
 
-from swin_moe import ranks
+from swin_moe import distributed, ranks
 
 
 @pytest.fixture
 def environment(monkeypatch):
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR",
-             "SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS", "SLURM_NTASKS_PER_NODE")  # fmt: skip
+             "SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS", "SLURM_NTASKS_PER_NODE",
+             "SLURM_STEP_ID")  # fmt: skip
+    # What the code itself sets is taken back, too.
+    monkeypatch.setattr(os, "environ", os.environ.copy())
     for name in names:
         monkeypatch.delenv(name, raising=False)
 
@@ -59,3 +64,60 @@ def test_rows_travel_in_two_steps_where_a_group_is_of_several_nodes(environment)
         ranks.node_share(8, True)
     environment(LOCAL_WORLD_SIZE=1)
     assert ranks.node_share(16, "auto") == 0  # a node of one has nothing to bring together
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"RANK": "-1", "WORLD_SIZE": "2"}, "RANK=-1 is not a whole number of at least 0"),
+        ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK=2, but WORLD_SIZE=2: ranks go from 0"),
+        ({"RANK": "1"}, "RANK=1, but WORLD_SIZE is not set"),
+        ({"RANK": "0", "WORLD_SIZE": "1e9"}, "WORLD_SIZE=1e9 is not a whole number from 1 to"),
+        ({"RANK": "0", "WORLD_SIZE": "9" * 5000}, "WORLD_SIZE=9999.* is not a whole number from"),
+        ({"RANK": "0", "WORLD_SIZE": "0"}, "WORLD_SIZE=0 is not a whole number from 1 to"),
+        ({"RANK": "first", "WORLD_SIZE": "2"}, "RANK=first is not a whole number"),
+        ({"RANK": "0", "LOCAL_RANK": "x", "WORLD_SIZE": "2"}, "LOCAL_RANK=x is not a whole"),
+        ({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "0"}, "LOCAL_WORLD_SIZE=0 is not"),
+        ({"LOCAL_WORLD_SIZE": "0"}, "LOCAL_WORLD_SIZE=0 is not a whole number from 1 to"),
+        ({"SLURM_PROCID": "4", "SLURM_NTASKS": "4", "MASTER_ADDR": "a"}, "SLURM_PROCID=4, but"),
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "?", "MASTER_ADDR": "a"}, r"SLURM_NTASKS=\? is"),
+    ],
+)
+def test_variables_that_cannot_be_are_named(environment, variables, message):
+    environment(**variables)
+    with pytest.raises(ValueError, match=f"^{message}"):
+        ranks.environment_rank()
+
+
+def test_a_number_of_processes_without_a_rank_is_refused_before_any_wait(environment):
+    environment(WORLD_SIZE=4)
+    with pytest.raises(ValueError, match=r"^WORLD_SIZE=4, but RANK is not set"):
+        distributed.connect()
+
+
+def test_one_process_in_a_batch_script_is_alone(environment):
+    environment(SLURM_PROCID=0, SLURM_LOCALID=0, SLURM_NTASKS=4, MASTER_ADDR="a")
+    assert ranks.without_srun()
+    told = ranks.check_alone("evaluate")
+    assert told == (
+        "evaluate runs as one process, although SLURM_NTASKS=4 and SLURM_PROCID=0: no srun "
+        "started it"
+    )
+    assert ranks.environment_rank() == (0, 0, 1)
+    assert ranks.check_alone("evaluate") == ""
+
+
+@pytest.mark.parametrize("step", ["0", "17"])
+def test_several_processes_of_srun_are_refused_where_one_is_meant(environment, step):
+    environment(SLURM_PROCID=0, SLURM_NTASKS=4, MASTER_ADDR="a", SLURM_STEP_ID=step)
+    assert not ranks.without_srun()
+    with pytest.raises(ValueError, match="one process, but SLURM_NTASKS=4 and SLURM_PROCID=0: "):
+        ranks.check_alone("evaluate")
+    environment(RANK=0, WORLD_SIZE=2)
+    with pytest.raises(ValueError, match="one process, but WORLD_SIZE=2 and RANK=0: start it"):
+        ranks.check_alone("inspect")
+
+
+def test_the_shell_of_salloc_is_no_step_of_srun(environment):
+    environment(SLURM_PROCID=0, SLURM_NTASKS=4, MASTER_ADDR="a", SLURM_STEP_ID=4294967290)
+    assert ranks.without_srun()

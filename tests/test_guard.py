@@ -1,16 +1,13 @@
-"""What ranks agree on, loss spikes, and the watch over progress, in one process."""
+"""What ranks agree on, loss spikes, in one process."""
 
 import math
 import signal
-import subprocess
-import sys
 
 import pytest
 import torch
 
 from swin_moe.guard import Guard, SpikeDetector
 from swin_moe.signals import StopSignal
-from tests.parallel import PATIENCE, ROOT, environment
 from tests.saving import ALONE
 
 
@@ -53,33 +50,3 @@ def test_spikes_are_found_among_noise_and_do_not_become_usual():
     assert detector.check(3.0)
     assert not detector.check(losses[-1])
     assert not any(SpikeDetector(0.0).check(10.0**n) for n in range(100))
-
-
-HANG = """
-import time
-from pathlib import Path
-from swin_moe.watchdog import Watchdog
-
-def waits_for_ever():
-    {wait}
-
-dog = Watchdog(1.0, Path({log!r}), 3)
-dog.beat()
-with dog.paused():
-    time.sleep(1.5)
-waits_for_ever()
-"""
-
-
-@pytest.mark.parametrize("wait", ["time.sleep(60)", "while True: pass"])
-def test_a_hang_ends_with_the_stacks_in_the_log(tmp_path, wait):
-    log = tmp_path / "rank-3.log"
-    done = subprocess.run(
-        [sys.executable, "-c", HANG.format(wait=wait, log=str(log))],
-        cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=PATIENCE, check=False,
-    )  # fmt: skip
-    assert done.returncode == 1
-    assert done.stderr.startswith("swin-moe: error: rank 3: nothing went on for 1 s at ")
-    assert str(log) in done.stderr
-    assert "waits_for_ever" in done.stderr
-    assert "waits_for_ever" in log.read_text()

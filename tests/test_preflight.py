@@ -6,6 +6,7 @@ import socket
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from swin_moe import distributed, meeting, ops
 from swin_moe.config import load_config
@@ -174,3 +175,35 @@ def test_doctor_of_one_process(tmp_path):
     done = swin_moe("doctor", str(MICRO), "model.windw_size=3")
     assert done.returncode == 2
     assert "did you mean 'model.window_size'?" in one_error(done)
+
+
+def meeting_of(size, timeout=0.3):
+    return meeting.Meeting(dist.HashStore(), 0, size, "node-0:29500", timeout)
+
+
+def test_a_wait_for_others_is_reported_with_the_variables(monkeypatch, capsys):
+    monkeypatch.setattr(meeting, "_SAID_AFTER", 0.0)
+    monkeypatch.setattr(meeting.time, "sleep", lambda seconds: None)
+    for name, value in {"SLURM_PROCID": "0", "SLURM_NTASKS": "3", "MASTER_ADDR": "a"}.items():
+        monkeypatch.setenv(name, value)
+    for name in ("RANK", "SLURM_STEP_ID"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(TimeoutError) as error:
+        meeting_of(3).exchange("versions", "mine", lambda said: said[0])
+    waits = capsys.readouterr().err
+    assert waits == (
+        "swin-moe: rank 0 waits at node-0:29500 for 2 of 3 processes: never connected (ranks 1-2); "
+        "SLURM_NTASKS=3 and SLURM_PROCID=0 in the environment (no srun started this process: put "
+        "srun before the command, which starts them all)\n"
+    )
+    assert "2 of 3 processes have not come to node-0:29500 (versions): never" in str(error.value)
+    assert "SLURM_NTASKS=3 and SLURM_PROCID=0" in str(error.value)
+
+
+def test_ranks_hear_of_one_another_while_they_run():
+    mine = meeting_of(3).pulses()
+    assert mine.hear() == {}
+    mine.say("4 5 6")
+    assert mine.hear() == {0: "4 5 6"}
+    assert mine.whose([0, 1]) == f"{socket.gethostname()} (rank 0), never connected (rank 1)"
+    assert meeting.Meeting(None, 0, 1, "", 1.0).pulses() is None

@@ -7,13 +7,15 @@ memory is short, is the very thing that cannot be.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+import os
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor
 
+_PIECE, _FLUSH = 1 << 24, 1 << 28  # bytes that are written, and flushed to disk, at a time
 _HEADER = 1 << 22  # bytes kept free for the header, which comes first and is known last
 _DTYPES = {
     torch.float64: "F64",
@@ -27,10 +29,39 @@ _DTYPES = {
 }
 
 
-def stream_file(tensors: Iterable[tuple[str, Tensor]], path: Path) -> None:
+def write_file(tensors: Mapping[str, Tensor], path: Path, wrote: Callable[[], None]) -> None:
+    """Write tensors that are there at the same time.
+
+    Args:
+        wrote: called after each piece that was written.
+
+    Raises:
+        OSError: the first error of the file system.
+    """
+    # Larger elements first, so that each begins at a multiple of its size.
+    ordered = sorted(tensors.items(), key=lambda item: -item[1].element_size())
+    header: dict[str, Any] = {}
+    position = 0
+    for name, tensor in ordered:
+        header[name], position = _entry(tensor, position)
+    text = json.dumps(header).encode()
+    text = text.ljust(-(-len(text) // 8) * 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        pieces = _Pieces(file, wrote)
+        for _, tensor in ordered:
+            pieces.write(tensor.detach().contiguous().view(-1))
+
+
+def stream_file(
+    tensors: Iterable[tuple[str, Tensor]], path: Path, wrote: Callable[[], None] = lambda: None
+) -> None:
     """Write tensors by name; each may be gone when the next one comes.
 
     All of them are taken, even after an error: what makes them may hold what it gives back then.
+
+    Args:
+        wrote: called after each piece that was written.
 
     Raises:
         OSError: the first error of the file system.
@@ -39,24 +70,43 @@ def stream_file(tensors: Iterable[tuple[str, Tensor]], path: Path) -> None:
     position, problem = 0, None
     with path.open("wb") as file:
         file.seek(_HEADER)
+        pieces = _Pieces(file, wrote)
         for name, tensor in tensors:
             if problem is not None:
                 continue
             flat = tensor.detach().cpu().contiguous().view(-1)
-            end = position + flat.numel() * flat.element_size()
-            header[name] = {
-                "dtype": _DTYPES[flat.dtype],
-                "shape": list(tensor.shape),
-                "data_offsets": [position, end],
-            }
+            header[name], position = _entry(tensor, position)
             try:
-                file.write(flat.view(torch.uint8).numpy().data)
+                pieces.write(flat)
             except OSError as error:
                 problem = error
-            position = end
         if problem is not None:
             raise problem
         text = json.dumps(header).encode()
         assert len(text) <= _HEADER - 8
         file.seek(0)
         file.write((_HEADER - 8).to_bytes(8, "little") + text.ljust(_HEADER - 8))
+
+
+def _entry(tensor: Tensor, position: int) -> tuple[dict[str, Any], int]:
+    """What the header says of a tensor whose bytes begin at ``position``, and where they end."""
+    end = position + tensor.numel() * tensor.element_size()
+    shape = list(tensor.shape)
+    return {"dtype": _DTYPES[tensor.dtype], "shape": shape, "data_offsets": [position, end]}, end
+
+
+class _Pieces:
+    """Writes in pieces and flushes some of them together, so that a write shows that it goes on."""
+
+    def __init__(self, file: IO[bytes], wrote: Callable[[], None]) -> None:
+        self._file, self._wrote, self._unflushed = file, wrote, 0
+
+    def write(self, flat: Tensor) -> None:
+        data = flat.view(torch.uint8).numpy().data
+        for start in range(0, len(data), _PIECE):
+            self._unflushed += self._file.write(data[start : start + _PIECE])
+            if self._unflushed >= _FLUSH:
+                self._file.flush()
+                os.fdatasync(self._file.fileno())
+                self._unflushed = 0
+            self._wrote()

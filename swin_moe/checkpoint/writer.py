@@ -23,14 +23,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ..distributed import World, all_reduce_, broadcast_object, rng_state
+from ..errors import RunRemoved
 from ..host import free_memory
 from ..placement import Layout
 from ..ranks import local_world_size
 from ..text import plain, reason
+from ..watchdog import Writing
 from .folder import (
     CLASSES,
     CheckpointError,
@@ -43,7 +44,7 @@ from .folder import (
 )
 from .fragments import Entry, Fragment, describe, from_json, key, merge, to_json
 from .reader import RNG
-from .stream import stream_file
+from .stream import stream_file, write_file
 
 log = logging.getLogger("swin_moe")
 
@@ -91,10 +92,19 @@ class Writer:
     Args:
         folder: where the checkpoints are.
         tell: called on rank 0 by a method of this class as soon as a save has ended, well or not.
+        writing: gets what is being written, for the watchdog.
     """
 
-    def __init__(self, folder: Path, world: World, tell: Callable[[Saved], None]) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        world: World,
+        tell: Callable[[Saved], None],
+        writing: Writing | None = None,
+    ) -> None:
         self.folder, self.world, self._tell = folder, world, tell
+        self.writing = writing or Writing()
+        self._of_a_run = folder.parent.is_dir()  # else a save makes it
         self._life = broadcast_object(secrets.token_hex(4))  # no other life's files are taken
         self._host: dict[str, Tensor] = {}
         self._job: _Job | None = None
@@ -123,6 +133,8 @@ class Writer:
         self.wait()
         saved = Saved(step, self.folder / f"step-{step:08d}")
         partial = self.folder / f"partial-{saved.path.name}-{self._life}"
+        self.writing.what = f"the save of step {step}"
+        self.writing.on(partial / rank_file(self.world.rank))
         copies = bool(self._host) or size < _ROOM * free_memory() / local_world_size()
         tensors: dict[str, Tensor] = {}
         problem: Exception | None = None
@@ -145,7 +157,12 @@ class Writer:
         saved.stall = time.monotonic() - started
 
     def poll(self) -> None:
-        """Tell of the running save if it has ended by now."""
+        """Tell of the running save if it has ended by now.
+
+        Raises:
+            RunRemoved: there is no run directory any more.
+        """
+        self.check_folder()
         job = self._job
         if self.world.is_main and job is not None and not job.thread.is_alive():
             self._end(job)
@@ -153,6 +170,8 @@ class Writer:
     def _end(self, job: _Job) -> None:
         self._job = None
         self._failed = bool(job.saved.error)
+        if not self._failed:
+            self.writing.good = str(job.saved.path)
         self._tell(job.saved)
 
     def wait(self) -> bool:
@@ -175,7 +194,10 @@ class Writer:
             self._end(job)
         self._job = None
         failed = torch.tensor([float(self._failed)]).to(self.world.device)
-        return not all_reduce_(failed, "max").item()
+        complete = not all_reduce_(failed, "max").item()
+        if complete and job is not None:
+            self.writing.good = str(job.saved.path)
+        return complete
 
     def close(self, patience: float = 10.0) -> None:
         """For a rank that fails alone: finish its part, if the others still finish theirs."""
@@ -198,6 +220,7 @@ class Writer:
         staged: dict[str, Tensor] = {}
         for fragment in fragments:
             entries[fragment.name] = describe(fragment, self.world.rank, layout)
+            self.writing.on(self.writing.file)
             for kind, values in fragment.values.items():
                 staged[key(fragment.name, kind)] = self._to_host(key(fragment.name, kind), values)
         if self.world.device.type == "cuda":
@@ -219,11 +242,25 @@ class Writer:
 
         log.info("no room in memory for a copy of the checkpoint: training waits for its write")
         try:
-            partial.mkdir(parents=True, exist_ok=True)
-            stream_file(tensors(), partial / rank_file(self.world.rank))
-        except OSError as error:
+            self._make(partial)
+            file = partial / rank_file(self.world.rank)
+            stream_file(tensors(), file, lambda: self.writing.on(file))
+        except (OSError, RunRemoved) as error:
             return entries, error
         return entries, None
+
+    def check_folder(self) -> None:
+        """Raise ``RunRemoved`` if somebody has removed or moved the run directory."""
+        if self._of_a_run and not self.folder.parent.is_dir():
+            raise RunRemoved(
+                f"the run directory {self.folder.parent} was removed while the training ran, "
+                "with its checkpoints: put it back, or start again from the beginning"
+            )
+
+    def _make(self, partial: Path) -> None:
+        """Make the folder of a checkpoint, but not that of the run."""
+        self.check_folder()
+        partial.mkdir(parents=True, exist_ok=True)
 
     def _to_host(self, name: str, values: Tensor) -> Tensor:
         target = self._host.get(name)
@@ -247,21 +284,26 @@ class Writer:
             if self.world.is_main:
                 shutil.rmtree(job.partial, ignore_errors=True)
         job.saved.seconds = time.monotonic() - job.started
+        self.writing.what = ""
 
     def _write_part(self, job: _Job) -> None:
         """This rank's file and its description; where that fails, the reason."""
         rank = self.world.rank
         try:
-            job.partial.mkdir(parents=True, exist_ok=True)
+            self._make(job.partial)
             file = job.partial / rank_file(rank)
             if job.problem is not None:
                 raise job.problem
+            on = self.writing.on
+            on(file)
             if job.tensors:
-                save_file(job.tensors, file)
+                write_file(job.tensors, file, lambda: on(file))
             file.chmod(job.partial.stat().st_mode & 0o666)  # not for its writer alone
             sync(file)
+            on(file)
             files = {file.name: file_digest(file)}
             for name, text in job.texts.items():
+                on(job.partial / name)
                 (job.partial / name).write_text(text, encoding="utf-8")
                 sync(job.partial / name)
                 files[name] = file_digest(job.partial / name)
@@ -280,11 +322,13 @@ class Writer:
         parts = [self._await_part(job, rank) for rank in range(self.world.size)]
         files = {name: entry for part in parts for name, entry in part["files"].items()}
         entries = merge(from_json(part["tensors"]) for part in parts)
+        self.writing.on(job.partial / "manifest.json")
         write_manifest(job.partial, files, to_json(entries))
         for rank in range(self.world.size):
             (job.partial / f"rank-{rank}.json").unlink()
         for path in (job.partial / "manifest.json", job.partial):
             sync(path)
+        self.writing.on(job.saved.path)
         if job.saved.path.exists():  # a damaged one that the resume passed over
             discard(job.saved.path)
         job.partial.rename(job.saved.path)
@@ -294,6 +338,7 @@ class Writer:
 
     def _await_part(self, job: _Job, rank: int) -> dict[str, Any]:
         done, failed = (job.partial / f"rank-{rank}.{end}" for end in ("json", "failed"))
+        self.writing.on(done)
         while not done.exists():
             if failed.exists():
                 raise CheckpointError(f"rank {rank}: {failed.read_text('utf-8')}")

@@ -380,7 +380,8 @@ class FaultsConfig(Section):
     to the last checkpoint instead, and on with later samples; ``stop`` stops at the first.
     ``spike_sigmas``: a loss so many standard deviations above the running mean is reported with its
     samples; 0 = never. ``hang_minutes``: without any progress for so long, each rank writes its
-    stacks to its log and ends, for the launcher to restart; 0 = wait for ever.
+    stacks to its log and ends, for the launcher to restart; 0 = wait for ever. Each part of the
+    start may take twice as long.
     """
 
     nonfinite: Literal["skip", "rollback", "stop"] = "skip"

@@ -5,7 +5,10 @@ from __future__ import annotations
 import atexit
 import itertools
 import logging
+import math
+import multiprocessing.queues
 import os
+import shutil
 import signal
 import weakref
 from collections.abc import Iterator, Sequence
@@ -18,6 +21,7 @@ from torch.utils.data import DataLoader
 
 from ..config import AugmentConfig, Config, DataConfig
 from ..fork_server import die_with_parent
+from ..ranks import local_world_size
 from ..text import plain
 from .bad_samples import BadSamples, allowed_bad
 from .classes import difference
@@ -29,6 +33,9 @@ from .transforms import build_transform
 
 log = logging.getLogger(__name__)
 
+_SHARED = "/dev/shm"
+_NO_ROOM = 28  # exit code of a worker that could not hand over a batch
+_READY = 2  # batches that each worker makes ahead, as PyTorch has it
 TERM_GRACE_S = 60  # workers outlive a SIGTERM for so long
 
 
@@ -90,13 +97,25 @@ class Loader:
         Raises:
             ValueError: ``start_batch`` is beyond the epoch, or in training more samples cannot be
                 read than are allowed.
+            RuntimeError: a worker process died; :func:`why_died` explains it.
         """
+        if self._loader._iterator is None:  # else its workers run already
+            self.check_room()
         self._sampler.set_position(epoch, start_batch)
         for batch in self._loader:
             if batch.skipped:
                 self.bad.add(batch.skipped)
                 batch = self._mended(batch)
             yield batch
+
+    def check_room(self) -> None:
+        """Make sure that the workers can hand over their batches.
+
+        Raises:
+            ValueError: there is too little shared memory.
+        """
+        batch = self._sampler.batch_size * math.prod(self._dataset.shape)
+        check_shared_memory(self.workers, batch, self.description.partition(":")[0])
 
     def on_device(self, batch: Batch, device: torch.device) -> tuple[Tensor, Tensor]:
         """Images [B, C, H, W] float32, normalised by ``data.mean`` and ``std``, and labels [B]."""
@@ -180,7 +199,64 @@ def _defer_signals(_worker: int) -> None:
     die_with_parent()
     for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
+    queue: Any = multiprocessing.queues.Queue
+    queue._on_queue_feeder_error = staticmethod(_give_up)
+    signal.set_wakeup_fd(-1)  # or a signal to a worker would count as one to the main process
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(TERM_GRACE_S))
+
+
+def _give_up(_error: Exception, _batch: object) -> None:
+    """End a worker that cannot hand a batch over: without it the training would wait for ever."""
+    os._exit(_NO_ROOM)
+
+
+def why_died(error: BaseException) -> str:
+    """One line, instead of PyTorch's own, about a worker that died; empty for other errors."""
+    if "DataLoader worker" not in str(error):
+        return ""
+    told = f"{error.__cause__ or error}"  # which has its exit code or signal
+    if "Bus error" in told or f"exit code {_NO_ROOM}" in told:
+        free = _free_shared_memory()
+        room = "" if free is None else f" ({free / 1e6:.1f} MB are free there)"
+        return (
+            f"a worker of the data loader found no room for a batch in {_SHARED}{room}: start the "
+            "container with a larger --shm-size, or lower data.num_workers or the batch"
+        )
+    return (
+        f"a worker of the data loader died ({told.splitlines()[0]}): the system may have been "
+        "short of memory (lower data.num_workers); with data.num_workers=0 an error shows itself"
+    )
+
+
+def check_shared_memory(workers: int, batch: int, split: str) -> None:
+    """Make sure that the batches that workers hold ready have room where they hand them over.
+
+    Args:
+        workers: processes that load for each rank. batch: bytes.
+
+    Raises:
+        ValueError: there is too little; without this the workers die or wait for ever.
+    """
+    ranks = local_world_size()
+    needed = batch * workers * _READY * ranks
+    free = _free_shared_memory()
+    if free is None or needed <= free:
+        return
+    mine = f"{workers} workers" + f" of each of {ranks} processes" * (ranks > 1)
+    raise ValueError(
+        f"{split}: {_SHARED} has {free / 1e6:.1f} MB of shared memory free, but data.num_workers="
+        f"{workers} may take {needed / 1e6:.1f} MB ({mine}, {_READY} batches of {batch / 1e6:.1f} "
+        "MB each): start the container with a larger --shm-size, or lower data.num_workers (0 "
+        "needs none) or the batch"
+    )
+
+
+def _free_shared_memory() -> int | None:
+    """Bytes; None where workers hand over their batches in another way."""
+    try:
+        return shutil.disk_usage(_SHARED).free
+    except OSError:
+        return None
 
 
 def _close(reference: weakref.ref[Loader]) -> None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from swin_moe.config import AugmentConfig
+from swin_moe.data import loader as batches
 from swin_moe.data.bundle import write_shard
 from swin_moe.data.dataset import collate
 from tests.parallel import PATIENCE
@@ -334,3 +335,38 @@ def test_shards_by_brace_range_and_other_prefix(tmp_path):
     assert open_loader(tmp_path, train="my-train").num_samples == 12
     assert open_loader(tmp_path, train="my-train-{0..1}.tar").num_samples == 8
     assert open_loader(tmp_path, train="my-*-2.tar").num_samples == 4
+
+
+def test_too_little_shared_memory_is_one_line_before_any_worker_starts(monkeypatch):
+    monkeypatch.setattr(batches, "_free_shared_memory", lambda: 1_000_000)
+    batches.check_shared_memory(2, 250_000, "train")
+    batches.check_shared_memory(0, 10**9, "train")
+    with pytest.raises(ValueError, match="--shm-size") as error:
+        batches.check_shared_memory(2, 250_001, "train")
+    assert str(error.value) == (
+        "train: /dev/shm has 1.0 MB of shared memory free, but data.num_workers=2 may take 1.0 MB "
+        "(2 workers, 2 batches of 0.3 MB each): start the container with a larger --shm-size, or "
+        "lower data.num_workers (0 needs none) or the batch"
+    )
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with pytest.raises(ValueError, match="2 workers of each of 4 processes, 2 batches"):
+        batches.check_shared_memory(2, 100_000, "train")
+    monkeypatch.setattr(batches, "_free_shared_memory", lambda: None)
+    batches.check_shared_memory(2, 10**9, "train")
+
+
+def test_a_worker_that_died_is_explained(monkeypatch):
+    monkeypatch.setattr(batches, "_free_shared_memory", lambda: 1_000_000)
+    assert batches.why_died(RuntimeError("something else")) == ""
+    error = RuntimeError("DataLoader worker (pid(s) 1) exited unexpectedly")
+    assert batches.why_died(error).startswith("a worker of the data loader died (DataLoader worker")
+    cause = f"DataLoader worker (pid 1) exited unexpectedly with exit code {batches._NO_ROOM}. More"
+    error.__cause__ = RuntimeError(cause)
+    assert batches.why_died(error) == (
+        "a worker of the data loader found no room for a batch in /dev/shm (1.0 MB are free "
+        "there): start the container with a larger --shm-size, or lower data.num_workers or the "
+        "batch"
+    )
+    bus = RuntimeError("DataLoader worker (pid 1) is killed by signal: Bus error. It is possible")
+    assert "no room for a batch in /dev/shm" in batches.why_died(bus)

@@ -3,6 +3,7 @@
 import os
 import signal
 
+from swin_moe import ranks as ranks_of
 from tests.faults import test_signals
 from tests.faults.test_nonfinite import run
 from tests.faults.test_signals import start, wait_for_step
@@ -21,7 +22,8 @@ def test_a_stopped_rank_is_found_and_the_run_goes_on(tmp_path, monkeypatch):
     os.kill(ranks(process.pid)[1].pid, signal.SIGSTOP)  # it cannot even tell
     printed, errors = process.communicate(timeout=240)
     assert process.returncode == 0, errors
-    assert "swin-moe: error: rank 0: nothing went on for 15 s at " in errors
+    assert "nothing went on for 15 s while an update was made, at " in errors
+    assert f"; awaited: {ranks_of.hostname()} (rank 1); WORLD_SIZE=2 and RANK=0" in errors
     assert "started again by the launcher after a failure (1 of 3)" in printed
     assert "(2 of 3)" not in printed
     assert "resumed from step-" in printed
@@ -35,6 +37,7 @@ def test_every_rank_dumps_its_stack_when_one_sleeps(tmp_path):
     done = run(tmp_path, [(1, 6)], "faults.hang_minutes=0.2", how="sleep")
     assert done.returncode != 0
     for rank in (0, 1):
-        assert f"swin-moe: error: rank {rank}: nothing went on for 12 s at " in done.stderr
+        who = f"swin-moe: error: rank {rank} on {ranks_of.hostname()}: "
+        assert f"{who}nothing went on for 12 s while an update was made, at " in done.stderr
         assert "trainer.py" in (tmp_path / f"run/logs/rank-{rank}.log").read_text()
     assert "in sleeping" in (tmp_path / "run/logs/rank-1.log").read_text()

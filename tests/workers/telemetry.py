@@ -64,7 +64,8 @@ def make_trainer(world, spoilt: int = -1, **changes):
         mixing=lambda images, labels, step: (images, torch.eye(5)[labels]), world=world,
         log=SimpleNamespace(write=records.append), save=None,
         saver=SimpleNamespace(poll=lambda: None), faults=FaultsConfig(nonfinite="stop"),
-        watchdog=SimpleNamespace(beat=lambda: None), stop_signal=lambda: False, say=print,
+        watchdog=SimpleNamespace(beat=lambda: None, doing=lambda what: None),
+        stop_signal=lambda: False, say=print,
     )  # fmt: skip
     return trainer, records
 
