@@ -17,24 +17,19 @@ from rich.console import Console
 from . import checkpoint, distributed, ops, preflight, ranks, report
 from .changes import data_facts
 from .checkpoint import Saved, Writer
-from .config import Config, ZeroConfig, dump_config, load_config, share_global_batch
-from .data import Loader, build_mixing, loader_of
+from .config import Config, ZeroConfig, dump_config, share_global_batch
+from .data import Loader, build_mixing
 from .data.show import contact_sheet
 from .distributed import World
 from .engine import Engine, cutter, largest_parameter
 from .errors import Preempted, TrainingError
+from .inputs import Inputs, list_bad_samples, open_inputs
 from .metrics import MetricLog
 from .micro_batch import resolve_micro_batch
 from .models import SwinTransformer, build, expert_parameter_names
 from .models.cost import count
 from .models.parts import build_in_parts
-from .models.pretrained import (
-    Pretrained,
-    adopt_pretrained_window,
-    as_it_is,
-    load_pretrained,
-    read_pretrained,
-)
+from .models.pretrained import Pretrained, as_it_is, load_pretrained
 from .models.swin import FAMILIES
 from .moe import MoELayer, choose_overlap, lost_gate
 from .optim import build_schedule
@@ -47,7 +42,6 @@ from .summary import draw_summary, show_picture
 from .text import plain
 from .trainer import Plan, Position, RollBack, Trainer
 from .watchdog import START, Watchdog
-from .writing import Appender
 
 log = logging.getLogger("swin_moe")
 
@@ -107,41 +101,17 @@ def train(
         keep_former_defaults(run, config, fresh)
         dog.enter(f"data.path={plain(config.data.path)} was opened", works=True)
         resolve_micro_batch(run, config, fresh)
-        # All input is checked before anything is written.
-        classes, loaders = _open_data(run, config, fresh)
-        plan = _plan(config, loaders[0])
-        source = _starting_weights(run, config, fresh)
+        inputs = open_inputs(run, config, fresh)
         dog.enter(f"the checkpoints in {plain(run.folder)} were read", works=True)
-        reader = prepare_folder(run, config, fresh, loaders[0], accept_changes)
-        if warning := lost_gate(config.moe, FAMILIES[config.model.family].post_norm):
-            run.say(f"warning: {warning}")
-        for loader in loaders:
-            loader.bad.file = Appender(
-                run.log_file.with_name(f"bad-samples-rank-{world.rank}.jsonl")
-            )
-        if reader is not None:
-            dog.writing.good = str(reader.path)
+        reader = prepare_folder(run, config, fresh, inputs.loaders[0], accept_changes)
+        dog.writing.good = "" if reader is None else str(reader.path)
         dog.log_to(run.log_file)
         dog.enter("the model and its optimizer were built", works=True)
-        job = _Job(
-            run=run,
-            config=config,
-            plan=plan,
-            classes=classes,
-            loaders=loaders,
-            stop_signal=stop_signal,
-            writer=Writer(run.checkpoints, world, partial(_tell_of_save, run), dog.writing),
-            watchdog=dog,
-            log=_open_log(run, config, reader),
-            profile=_profile(run, config) if config.train.profile else None,
-        )
-        _log_place(world)
-        restart, allowed = ranks.restarts()
-        if restart:
-            run.say(f"started again by the launcher after a failure ({restart} of {allowed})")
+        job = _job(run, config, inputs, reader, stop_signal, dog)
+        _say_how_it_starts(run, config)
         try:
-            trainer = _assemble(job, reader, source)
-            del source  # as large as the model
+            trainer = _assemble(job, reader, inputs.source)
+            del inputs  # its weights are as large as the model
             _show_data(job, reader)
             stop_signal.defer()
             trainer = _fit(job, trainer)
@@ -153,9 +123,41 @@ def train(
     if world.is_main:
         console.print(report.closing(run.folder, trainer, time.monotonic() - started))
     trainer.engine.close()
-    for loader in loaders:
+    for loader in job.loaders:
         loader.close()
     return run.folder
+
+
+def _job(
+    run: Run,
+    config: Config,
+    inputs: Inputs,
+    reader: checkpoint.Reader | None,
+    stop_signal: StopSignal,
+    dog: Watchdog,
+) -> _Job:
+    list_bad_samples(run, inputs.loaders)
+    return _Job(
+        run=run,
+        config=config,
+        plan=inputs.plan,
+        classes=inputs.classes,
+        loaders=inputs.loaders,
+        stop_signal=stop_signal,
+        writer=Writer(run.checkpoints, run.world, partial(_tell_of_save, run), dog.writing),
+        watchdog=dog,
+        log=_open_log(run, config, reader),
+        profile=_profile(run, config) if config.train.profile else None,
+    )
+
+
+def _say_how_it_starts(run: Run, config: Config) -> None:
+    if warning := lost_gate(config.moe, FAMILIES[config.model.family].post_norm):
+        run.say(f"warning: {warning}")
+    _log_place(run.world)
+    restart, allowed = ranks.restarts()
+    if restart:
+        run.say(f"started again by the launcher after a failure ({restart} of {allowed})")
 
 
 def _assemble(
@@ -263,40 +265,6 @@ def _log_place(world: World) -> None:
     )
 
 
-def _starting_weights(run: Run, config: Config, fresh: bool) -> Pretrained | None:
-    """Weights of ``model.pretrained``; none where a checkpoint of the run goes on instead.
-
-    Sets ``model.pretrained_window_sizes`` to the file's windows where the config leaves them open,
-    and keeps that choice when the run is resumed.
-    """
-    if not config.model.pretrained:
-        return None
-    for path in [] if fresh else checkpoint.list_checkpoints(run.checkpoints):
-        if (path / "config.yaml").is_file():
-            saved = load_config(path / "config.yaml").model.pretrained_window_sizes
-            stated = config.model.pretrained_window_sizes
-            config.model.pretrained_window_sizes = stated or saved
-            return None
-    source = read_pretrained(Path(config.model.pretrained))
-    config.model = adopt_pretrained_window(config.model, source)
-    return source
-
-
-def _open_data(run: Run, config: Config, fresh: bool) -> tuple[list[str] | None, list[Loader]]:
-    """Names of the model's classes, and the training and held-out data with labels to fit them.
-
-    The names are those of the checkpoint that the run will resume, else of the training data.
-    """
-    ranks_of = run.world.rank, run.world.size
-    known = None if fresh else checkpoint.known_classes(run.checkpoints)
-    train = loader_of(config, True, *ranks_of, known)
-    known = known or train.class_names
-    loaders = [train, loader_of(config, False, *ranks_of, known)]
-    for loader in loaders:
-        loader.check_room()
-    return known, loaders
-
-
 def _check(config: Config, world: World) -> None:
     """What can be refused before anything is built."""
     if config.model.num_classes == 0:
@@ -401,28 +369,6 @@ def _profile(run: Run, config: Config) -> Profile:
     flops = 6.0 * count(config.model, config.moe).macs * images
     peak = peak_flops(run.world.device, resolve_precision(config.precision, run.world.device))
     return Profile(run.folder / "profile", run.world, run.console, flops, peak)
-
-
-def _plan(config: Config, loader: Loader) -> Plan:
-    accumulation = config.train.micro_steps
-    updates = len(loader) // accumulation
-    if updates == 0:
-        raise ValueError(
-            f"train.accumulation_steps={accumulation} is more than the {len(loader)} batches of an "
-            "epoch: lower data.global_batch, or else it or data.batch_size"
-        )
-    return Plan(
-        epochs=config.schedule.epochs,
-        updates_per_epoch=updates,
-        accumulation_steps=accumulation,
-        eval_every_epochs=config.train.eval_every_epochs,
-        save_every_epochs=config.checkpoint.every_epochs,
-        save_every_steps=config.checkpoint.every_steps,
-        log_every_steps=config.log.every_steps,
-        max_steps=config.train.max_steps,
-        num_classes=config.model.num_classes,
-        max_bad_share=config.data.max_bad_share,
-    )
 
 
 def _global_batch(config: Config, world: World) -> int:

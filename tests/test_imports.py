@@ -24,7 +24,7 @@ LAYERS = [
     {"trainer", "checkpoints"},
     {"report"},
     {"opened"},
-    {"micro_batch"},
+    {"micro_batch", "inputs"},
     {"preflight"},
     {"run"},
     {"inspection"},
