@@ -1,6 +1,6 @@
 """torchrun's agent for this program: how it starts, signals and restarts the processes of a node.
 
-When a process fails, the process has told why; torchrun's page about itself is left out. Signals
+When a process fails, the process has said why; torchrun's page about itself is left out. Signals
 that ask for an end (``signals.py``) are handed to the processes, which save and end, instead of
 ending them. A failure that would only repeat itself, or an end that was asked for, is not answered
 by a restart, whatever --max-restarts says. Nodes that do not meet are reported in one line

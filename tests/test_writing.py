@@ -1,4 +1,4 @@
-"""Logs, figures and prints that cannot be written: told once, written later, and no end."""
+"""Logs, figures and prints that cannot be written: reported once, written later, and no end."""
 
 import errno
 import os

@@ -94,7 +94,7 @@ def read_index(path: Path) -> tuple[Manifest, np.ndarray]:
         why = f"{'.'.join(map(str, first['loc']))}: {first['msg']}" if first else reason(error)
         raise ValueError(
             f"{plain(path)}: the index is damaged or incomplete ({why}): remove "
-            f"{plain(path.name)} to have the shards indexed anew"
+            f"{plain(path.name)} to have the shards indexed again"
         ) from None
     if manifest.version != 1 or table.dtype != RECORD or len(table) != manifest.num_samples:
         raise ValueError(

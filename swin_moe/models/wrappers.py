@@ -22,7 +22,7 @@ _INNER = {
     "module", "_orig_mod", "_forward_module", "_fsdp_wrapped_module", "_fpw_module",
     "_checkpoint_wrapped_module",
 }  # fmt: skip
-# Besides, what says nothing of which network it is.
+# And tensors that belong to no network by their names.
 _OUTER = _INNER | {
     "model", "net", "network", "backbone", "state_dict", "model_state_dict", "model_state",
     "weights", "params", "checkpoint",

@@ -43,7 +43,7 @@ def plan(
 
     Args:
         images: of an epoch; default: the data set's, or ImageNet's of as many classes.
-        price: of a GPU for an hour, in whatever currency; None = no cost is told.
+        price: of a GPU for an hour, in whatever currency; None = no cost is printed.
 
     Raises:
         ValueError: the config cannot be laid out on so many ranks.
