@@ -16,7 +16,7 @@ _PATHS = ("path", "train", "val")
 
 
 def changed_keys(old: Config, new: Config) -> list[str]:
-    """``section.key old → new`` for each key whose value differs; the run's folder is none."""
+    """``section.key old → new`` for each key that differs; ``train.output`` is left out."""
     said = []
     before, now = old.model_dump(), new.model_dump()
     for section, values in now.items():

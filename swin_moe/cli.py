@@ -48,7 +48,8 @@ def main(argv: list[str] | None = None) -> int:
             distributed.shutdown()
         return code
     except KeyboardInterrupt:
-        return _fail("interrupted", local_rank == 0, INTERRUPTED)
+        goes_on = "; the same command goes on" * (arguments.command == "prepare-data")
+        return _fail(f"interrupted{goes_on}", local_rank == 0, INTERRUPTED)
     except (ValueError, OSError) as error:
         # The same on every rank of a node: one of them tells.
         _show_traceback(arguments)
@@ -77,14 +78,14 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _show_traceback(arguments: argparse.Namespace) -> None:
-    """In the run's log, where there is one, and on the console if asked for."""
+    """Write the traceback to the run's log, if there is one, and with --debug to the console."""
     logging.getLogger("swin_moe").debug("failed", exc_info=True)
     if arguments.debug:
         traceback.print_exc()
 
 
 def _unexpected(error: Exception, arguments: argparse.Namespace) -> str:
-    """An error that nobody has foreseen, and where to read more of it."""
+    """The message of an unforeseen error, and where to read more about it."""
     kind, told = type(error).__name__, reason(error)
     if kind == "OutOfMemoryError":  # torch's, of a GPU
         return (
@@ -145,7 +146,7 @@ def _train(arguments: argparse.Namespace, console: Any) -> int:
     limit = 60 * config.faults.hang_minutes
     dog = watchdog.start(limit, ranks.environment_rank()[0], signals.STOPS)
     dog.enter("the other processes were awaited", works=True)
-    if limit:  # it is to find a hang before these do, for it names who hangs
+    if limit:  # the watchdog must find a hang before these do: it names who hangs
         patience = min(watchdog.START * limit, distributed.PATIENCE)
         meeting = distributed.connect(patience, max(3 * watchdog.START * limit, 1800.0))
     else:
@@ -197,7 +198,7 @@ def _evaluate(arguments: argparse.Namespace, console: Any) -> int:
 
 
 def _alone(command: str) -> Any:
-    """The world of a command of one process, which waits for no others."""
+    """The world of a command that runs as one process and waits for no others."""
     if told := ranks.check_alone(command):
         print(f"swin-moe: {told}", file=sys.stderr, flush=True)
     from . import distributed

@@ -1,4 +1,4 @@
-"""Names in pictures: as they are and never as formulas, in a font that has their letters."""
+"""Draws names in pictures as they are, never as formulas, in a font that has their letters."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ LATIN = 0x250  # code points below are in every font
 
 @contextmanager
 def drawing(*names: str) -> Iterator[None]:
-    """Within it matplotlib draws off screen, text without formulas, and does not warn of glyphs.
+    """A context where matplotlib draws off screen, without formulas and without warnings of glyphs.
 
     Args:
         names: what is to be written that may be in any alphabet.
@@ -64,7 +64,7 @@ def write_png(path: Path, save: Callable[[IO[bytes]], Any]) -> None:
 
 
 def font_file(text: str) -> str:
-    """A font for a text: matplotlib's, which knows many alphabets, else one of the system.
+    """A font for a text: matplotlib's, which knows many alphabets, or else one of the system.
 
     Returns:
         its path, empty where neither is installed.
@@ -78,7 +78,7 @@ def font_file(text: str) -> str:
 
 @cache
 def _own_font() -> str:
-    """matplotlib's; matplotlib itself stays out of it, for it takes long to import."""
+    """matplotlib's font, found without importing matplotlib, which takes long."""
     spec = find_spec("matplotlib")
     folders = spec.submodule_search_locations if spec else None
     for folder in folders or []:
@@ -99,7 +99,7 @@ def _lacking(text: str, font: str) -> set[str]:
 
 @cache
 def _system_font(letters: str, own: str) -> str:
-    """What fontconfig, where there is one, finds for letters that our own font lacks."""
+    """A font of the system, found by fontconfig, for letters that our own font lacks."""
     codes = " ".join(f"{ord(letter):x}" for letter in letters)
     command = ["fc-match", "--format=%{file}", f":scalable=true:color=false:charset={codes}"]
     lacking, found = set(letters), own

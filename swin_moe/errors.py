@@ -6,7 +6,7 @@ class TrainingError(RuntimeError):
 
 
 class RunRemoved(Exception):
-    """The run directory is gone. A rank meets that alone: the others may still be in an update."""
+    """The run directory is gone. One rank may see it first, while others are still in an update."""
 
 
 class Preempted(Exception):

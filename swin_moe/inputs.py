@@ -1,4 +1,4 @@
-"""What a run starts from, checked before anything is written: data, plan, and weights of others."""
+"""A run's inputs, checked before anything is written: data, plan and pretrained weights."""
 
 from __future__ import annotations
 

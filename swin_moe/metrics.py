@@ -120,7 +120,9 @@ class MetricLog:
             kept = [r for r in read_metrics(folder) if r["step"] <= resume_step]
         temporary = self.path.with_suffix(".tmp")  # a kill here must not lose what there is
         temporary.write_text("".join(json.dumps(record) + "\n" for record in kept))
-        with contextlib.suppress(IsADirectoryError):  # somebody's: the first record tells of it
+        with contextlib.suppress(
+            IsADirectoryError
+        ):  # somebody's folder: the first record reports it
             temporary.replace(self.path)
         self._file = Appender(self.path)
         self._step = resume_step or 0

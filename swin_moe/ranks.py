@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 from typing import Literal, NoReturn
 
-# Of each launcher: rank, local rank, world size; and what must be set besides.
+# Each launcher's variables: rank, local rank, world size; and what else must be set.
 _LAUNCHERS = (
     (("RANK", "LOCAL_RANK", "WORLD_SIZE"), ""),
     (("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS"), "MASTER_ADDR"),
@@ -24,7 +24,7 @@ _LAUNCHERS = (
         "MASTER_ADDR",
     ),
 )
-# Processes of this node, of torchrun, DeepSpeed, Open MPI and Slurm.
+# The number of processes on this node, as torchrun, DeepSpeed, Open MPI and Slurm set it.
 _LOCAL_SIZES = (
     "LOCAL_WORLD_SIZE",
     "LOCAL_SIZE",

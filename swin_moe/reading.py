@@ -1,4 +1,4 @@
-"""Small text files that people hand over, read within bounds: regular files of a size and depth."""
+"""Reads the user's small text files: regular files only, of bounded size and nesting."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def read_text(path: str | os.PathLike[str], limit: int = LIMIT) -> str:
         raise ValueError(f"{plain(path)} has {size:,} bytes; at most {limit:,} are read here")
     with Path(path).open("rb") as file:
         data = file.read(limit + 1)
-    if len(data) > limit:  # it grew, or says nothing of its size, as files in /proc do
+    if len(data) > limit:  # it grew, or it shows no size, as files in /proc
         raise ValueError(f"{plain(path)} has more than {limit:,} bytes")
     try:
         return data.decode("utf-8-sig")

@@ -1,7 +1,8 @@
-"""How the launchers of a run meet: those of one machine need not, and others read no pickle.
+"""How the launchers of a run meet, without running a stranger's pickle.
 
-torch's launchers keep their state at a store that whoever reaches its port can write to, as a
-pickle, which would run what a stranger has written.
+torch's launchers keep their state as a pickle in a store. Whoever reaches the store's port can
+write there, and a pickle can run code. One machine needs no such store. On several machines, the
+state is read as plain data.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ BACKEND = "swin_moe"  # --rdzv-backend: all processes are on this machine
 
 
 class OneMachine(RendezvousHandler):
-    """The rendezvous of a launcher that is alone: each round has a new file.
+    """The rendezvous of the only launcher: each round has a new file.
 
     Args:
         folder: that only this user can enter.
@@ -98,7 +99,7 @@ class _Unpickler(pickle.Unpickler):
 
 
 class _Pickle:
-    """In the place of :mod:`pickle` where torch reads what any program may have written."""
+    """Replaces :mod:`pickle` where torch reads what any program may have written."""
 
     PickleError = pickle.PickleError
     dumps = staticmethod(pickle.dumps)
@@ -109,7 +110,7 @@ class _Pickle:
 
 
 def meet_warily() -> None:
-    """Let torch's rendezvous of several nodes listen at the master's address, and run no pickle."""
+    """Make torch's rendezvous listen at the master's address alone and run no pickle."""
     os.environ.pop(FILE, None)
     dynamic_rendezvous.pickle = _Pickle  # type: ignore[assignment]
     c10d_rendezvous_backend.TCPStore = tcp_store  # type: ignore[assignment, misc]

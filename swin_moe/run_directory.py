@@ -290,7 +290,7 @@ def keep_former_defaults(run: Run, config: Config, fresh: bool) -> None:
 
 
 def _last_config(run: Run) -> Config | None:
-    """Of the newest checkpoint whose config can be read."""
+    """The config of the newest checkpoint whose config can be read."""
     for path in checkpoint.list_checkpoints(run.checkpoints):
         try:
             return load_config(path / "config.yaml")

@@ -1,9 +1,9 @@
 """Signals that ask for an end: at the start, in training, and a second time. Needs no torch.
 
-SIGTERM and SIGUSR1, by which schedulers announce that they take a node away, and SIGHUP of a lost
-terminal end with a code that means "start again"; SIGINT (Ctrl-C) with the shell's own. Before
-the first update there is nothing to save, so that the end comes at once. In training the order is
-remembered and the ranks save together. A second Ctrl-C ends at once whatever is going on.
+Schedulers send SIGTERM or SIGUSR1 before they take a node away. A lost terminal sends SIGHUP. After
+these, the exit code means "start again". SIGINT (Ctrl-C) has the exit code that shells give it.
+Before the first update there is nothing to save, and the program ends at once. In training, the
+signal is remembered and the ranks save together. A second Ctrl-C ends at once in any case.
 """
 
 from __future__ import annotations

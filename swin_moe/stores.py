@@ -16,7 +16,7 @@ from typing import Any
 import psutil
 import torch.distributed as dist
 
-FILE = "SWIN_MOE_STORE"  # environment variable of our launcher: the file
+FILE = "SWIN_MOE_STORE"  # environment variable: the file, set by our launcher
 LOOPBACK = "127.0.0.1"
 
 
@@ -28,7 +28,7 @@ def tcp_store(
     timeout: timedelta = timedelta(minutes=5),
     **options: Any,
 ) -> dist.TCPStore:
-    """torch's store; it listens at no other address than that of ``host_name``, if it can be."""
+    """torch's store, which listens at the address of ``host_name`` alone where that is possible."""
     listener = listen_at(host_name, port) if is_master else None
     if listener is None:
         return dist.TCPStore(host_name, port, world_size, is_master, timeout, **options)
@@ -41,9 +41,9 @@ def tcp_store(
 def listen_at(host: str, port: int) -> socket.socket | None:
     """A socket that listens at the address of ``host`` alone.
 
-    None where it has to be all interfaces: what ``host`` means is an address of no interface, as
-    behind a translation of addresses, or one that the other nodes do not reach, as Debian gives a
-    host's own name.
+    None if the store must listen on all interfaces. That is so if the address belongs to no
+    interface (as with NAT), or if other nodes cannot reach it (Debian gives a host's own name a
+    loopback address).
     """
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
@@ -57,7 +57,7 @@ def listen_at(host: str, port: int) -> socket.socket | None:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(place)
         listener.listen(1024)
-    except OSError:  # torch meets it, too, and says what it is
+    except OSError:  # torch meets the same error and reports it
         listener.close()
         return None
     return listener
@@ -71,7 +71,7 @@ def is_loopback(host: str) -> bool:
 
 
 def stay_on_loopback(host: str) -> None:
-    """Have gloo and NCCL listen on loopback only, where the processes meet there."""
+    """Make gloo and NCCL listen on loopback only, if the processes meet there."""
     if not is_loopback(host):
         return
     for name, addresses in psutil.net_if_addrs().items():

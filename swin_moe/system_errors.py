@@ -1,4 +1,4 @@
-"""What the operating system refuses, for people: which file, which config key, and what helps."""
+"""Explains errors of the operating system: which file, which config key, and what helps."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _MENDS = {
 
 
 def explain(error: OSError, arguments: argparse.Namespace) -> str:
-    """One line for the user: what the system refused, of which file and key, and what helps."""
+    """One line for the user: what the system refused, for which file and key, and what helps."""
     if error.errno is None or error.strerror is None:  # ours, or of a socket
         return str(error)
     place, key = "", ""

@@ -24,7 +24,7 @@ class Terminal(Console):
 
     @property
     def live(self) -> bool:
-        """Whether a person watches, so that a line may be drawn over another."""
+        """Whether a person watches: then a line may be drawn over another."""
         return self.file.isatty() and not self.is_dumb_terminal
 
     def render_str(self, text: str, **options: Any) -> Text:

@@ -43,8 +43,8 @@ def shorten(name: str) -> str:
 def reason(error: BaseException) -> str:
     """What an error says, in one line that is never empty.
 
-    A short text stays whole, for its line breaks may be a name's. Of an error that another process
-    raised, torch hands over the traceback: its last line counts.
+    A short text stays whole, since its line breaks may belong to a name. If another process raised
+    the error, torch hands over its traceback: the last line counts.
     """
     text = str(error)
     if isinstance(error, OSError) and error.strerror:  # without its number

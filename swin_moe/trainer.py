@@ -392,7 +392,7 @@ class Trainer:
         return status
 
     def _updates_left(self) -> int:
-        """Of the whole training."""
+        """Updates that the training still has to make."""
         position, plan = self.position, self.plan
         left = (plan.epochs - position.epoch) * plan.updates_per_epoch - position.update
         return min(left, plan.max_steps - position.step) if plan.max_steps else left

@@ -1,8 +1,8 @@
-"""Finds a process that hangs: who waits for what goes to the console and the log, and it ends.
+"""Finds a process that hangs, reports who waits for what, and ends the process.
 
-A hanging rank makes all others wait for it, so that all of them find out at about the same time,
-each for itself; the launcher then restarts the group. What each rank says of itself at the store
-shows which of them the others wait for.
+A hanging rank makes all others wait for it. All of them find out at about the same time, each for
+itself, and the launcher then restarts the group. Each rank reports its progress at the store, which
+shows which ranks the others wait for.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ import psutil
 from . import ranks
 
 HUNG, PREEMPTED = 1, 75  # exit codes; a launcher restarts after the first
-START = 2.0  # limits that the start of a training may take for each of its parts
+START = 2.0  # each part of a start may take this many limits
 _GRACE = 10.0  # seconds until the process is ended where not even Python's threads run
 _ANSWER = 8.0  # seconds of silence after a signal until the process ends without having saved
-_BYTES, _SHARE = 1 << 16, 0.005  # read or written, and of the time computed: less is no work
+_BYTES, _SHARE = 1 << 16, 0.005  # bytes moved, and share of time computed: less is no work
 
 
 class Peers(Protocol):
@@ -79,7 +79,7 @@ class _Doing:
 
 
 class Watchdog:
-    """Ends the process when it was silent for too long.
+    """Ends the process when it has been silent for too long.
 
     A thread of Python tells where the program stands; should that thread not run either, because a
     library holds the interpreter, the C library's timer does the same a little later.
@@ -159,7 +159,7 @@ class Watchdog:
         self._go_on()
 
     def doing(self, what: str) -> None:
-        """Name what an update does now; no sign of life."""
+        """Name what an update does now; this is no sign of life."""
         self._doing.what = what
 
     @contextlib.contextmanager
@@ -264,7 +264,7 @@ class Watchdog:
         return False
 
     def _worked_so_far(self) -> tuple[float, float, int, object]:
-        """When; seconds that the main thread has computed; bytes moved; where it stands."""
+        """The time; seconds that the main thread has computed; bytes moved; where it stands."""
         cpu, moved = 0.0, 0
         with contextlib.suppress(AttributeError, OSError):
             cpu = time.clock_gettime(time.pthread_getcpuclockid(self._main))
@@ -333,7 +333,7 @@ class Watchdog:
         return f"{Path(place.filename).name}:{place.lineno} ({place.name})"
 
     def _awaited(self) -> str:
-        """The ranks that are not as far as this one, or have stopped; empty if none is known."""
+        """Names the ranks that are behind this one or have stopped; empty if none is known."""
         peers, heard = self._peers, list(self._heard)
         if peers is None:
             return ""
@@ -360,7 +360,7 @@ class Watchdog:
 
 
 def _bounded(call: Callable[[], object]) -> bool:
-    """Call what may hang itself, such as a write to a dead file system; whether it came back."""
+    """Call what may hang, such as a write to a dead file system. Return whether it came back."""
     thread = threading.Thread(target=call, daemon=True)
     thread.start()
     thread.join(3.0)
@@ -378,7 +378,7 @@ def _stacks() -> str:
 
 
 def _moved(statistics: Path) -> int:
-    """Bytes read and written by whatever the kernel's statistics are of."""
+    """Bytes read and written, from a file of the kernel's statistics."""
     lines = statistics.read_text().splitlines()
     return sum(int(line.split()[1]) for line in lines[:2])  # rchar, wchar
 
@@ -395,6 +395,6 @@ def start(limit: float, rank: int, signals: Iterable[int] = ()) -> Watchdog:
 
 
 def going_on() -> None:
-    """Say, from wherever this is called, that a wait with a limit of its own goes on."""
+    """Report, from anywhere, that a wait with a limit of its own goes on."""
     if _current is not None and threading.get_ident() == _current._main:
         _current._go_on()

@@ -1,4 +1,4 @@
-"""What a training tells, in files and on its standard output: a disk that fails never ends it."""
+"""Output of a training, to files and to the console: a disk that fails never ends the training."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("swin_moe")
 
-KEPT = 16 << 20  # bytes of a file that wait in memory for the disk to work again
+KEPT = 16 << 20  # bytes per file that wait in memory until the disk works again
 
 
 class Outage:
@@ -44,17 +44,17 @@ class Appender:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._waiting = bytearray()
-        self._lost = 0  # bytes that were too many to wait
+        self._lost = 0  # bytes for which there was no room in memory
         self._outage = Outage(plain(path))
 
     def __str__(self) -> str:
         return plain(self.path)
 
     def write(self, data: bytes) -> None:
-        """Append ``data``, which is written whole or, where too much waits already, not at all."""
+        """Append ``data``. It is written whole, or not at all if too much waits already."""
         self._waiting += data
         try:
-            # Opened each time: a file that was removed or moved would go on without a name.
+            # Opened each time: if the file is removed or moved, a new one takes its place.
             with self.path.open("ab", buffering=0) as file:
                 while self._waiting:
                     del self._waiting[: file.write(self._waiting)]

@@ -22,7 +22,7 @@ FORMAT = 2
 CLASSES = "classes.json"  # a list of names by label; only where the data has names
 MANIFEST_LIMIT = 1 << 30  # bytes: it grows with tensors and processes
 REQUIRED = {"rank-00000.safetensors", "state.json", "config.yaml"}
-READS = 5  # of a run that goes on
+READS = 5  # tries to read a run whose training goes on
 _NAME = re.compile(r"^step-(\d{8,})$")
 
 
@@ -170,7 +170,7 @@ def choose(path: Path) -> Path:
             now = list_checkpoints(path / "checkpoints")
             if now == found:
                 raise
-            found = now  # its training goes on, and has removed what was being read
+            found = now  # a running training removed what was being read
     raise CheckpointError(f"{path}: its checkpoints change while they are read: try again")
 
 
@@ -207,7 +207,7 @@ def _verify(path: Path) -> None:
 
 
 def _check_step(path: Path) -> None:
-    """The folder's name and its state must speak of the same update."""
+    """Check that the folder's name and its state name the same update."""
     if not _NAME.match(path.name):
         return
     try:
@@ -273,7 +273,7 @@ def prune(folder: Path, keep_last: int, best: Path | None) -> None:
 
 
 def _point(link: Path, target: str) -> None:
-    """Make ``link`` a link to ``target``, whatever it was; a folder that took its name stays."""
+    """Make ``link`` a link to ``target`` and replace a former file; a folder of that name stays."""
     if link.is_dir() and not link.is_symlink():
         log.warning("%s is a folder where a link belongs: remove it", plain(link))
         return

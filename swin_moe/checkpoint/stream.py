@@ -30,7 +30,7 @@ _DTYPES = {
 
 
 def write_file(tensors: Mapping[str, Tensor], path: Path, wrote: Callable[[], None]) -> None:
-    """Write tensors that are there at the same time.
+    """Write tensors that are all in memory.
 
     Args:
         wrote: called after each piece that was written.
@@ -89,14 +89,14 @@ def stream_file(
 
 
 def _entry(tensor: Tensor, position: int) -> tuple[dict[str, Any], int]:
-    """What the header says of a tensor whose bytes begin at ``position``, and where they end."""
+    """A tensor's header entry, for bytes that begin at ``position``, and where they end."""
     end = position + tensor.numel() * tensor.element_size()
     shape = list(tensor.shape)
     return {"dtype": _DTYPES[tensor.dtype], "shape": shape, "data_offsets": [position, end]}, end
 
 
 class _Pieces:
-    """Writes in pieces and flushes some of them together, so that a write shows that it goes on."""
+    """Writes in pieces and flushes regularly, so that a write shows its progress."""
 
     def __init__(self, file: IO[bytes], wrote: Callable[[], None]) -> None:
         self._file, self._wrote, self._unflushed = file, wrote, 0

@@ -157,7 +157,7 @@ class Writer:
         saved.stall = time.monotonic() - started
 
     def poll(self) -> None:
-        """Tell of the running save if it has ended by now.
+        """Report the running save if it has ended by now.
 
         Raises:
             RunRemoved: there is no run directory any more.
@@ -360,6 +360,6 @@ def _reason(error: Exception) -> str:
     """One line: for an error of the system its own words, which name the cause and the file."""
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror} ({plain(error.filename)})" if error.filename else error.strerror
-    # How safetensors tells an error of the system.
+    # How safetensors words an error of the system.
     quoted = re.search(r'message: "(.+?)"', str(error))
     return quoted[1] if quoted else reason(error)

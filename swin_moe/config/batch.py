@@ -8,13 +8,13 @@ from .sections import Config
 
 
 def share_global_batch(config: Config, processes: int) -> str:
-    """Set ``data.batch_size`` and ``train.accumulation_steps`` to what makes up the global batch.
+    """Set ``data.batch_size`` and ``train.accumulation_steps`` so that they give the global batch.
 
-    With ``train.accumulation_steps=auto`` the former becomes all that a process does for an update,
-    which is still to be cut. Nothing is done where ``data.global_batch`` is 0.
+    With ``train.accumulation_steps=auto``, ``data.batch_size`` becomes a process's whole share of
+    an update, which is cut later. Nothing changes if ``data.global_batch`` is 0.
 
     Returns:
-        a line on what is not as the user stated it, else empty.
+        a line on what differs from the user's values, empty if nothing does.
 
     Raises:
         ValueError: it cannot be shared out evenly; the line says what can.
@@ -38,10 +38,10 @@ def share_global_batch(config: Config, processes: int) -> str:
 
 
 def micro_batches(config: Config, processes: int) -> tuple[int, int]:
-    """Images of a micro-batch and micro-batches of a process that make up the global batch.
+    """The images of a micro-batch, and the number of micro-batches of a process.
 
-    A micro-batch is ``data.batch_size`` images, or all that a process has to do if that is less or
-    ``train.accumulation_steps`` is ``auto``.
+    A micro-batch is ``data.batch_size`` images. It is a process's whole share if that is less, or
+    if ``train.accumulation_steps`` is ``auto``.
     """
     total, most = config.data.global_batch, config.data.batch_size
     pairs = config.augment.mixup > 0 or config.augment.cutmix > 0

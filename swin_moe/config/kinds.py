@@ -38,7 +38,7 @@ Minutes = Annotated[float, Field(ge=0.0, le=1e6)]
 
 
 def check_path(value: Any, required: bool = False) -> str:
-    """A path as it is meant: ``~/`` is a home, an address such as ``s3://`` stays what it is.
+    """A path with ``~/`` expanded; an address such as ``s3://`` is unchanged.
 
     All other characters are those of names, blanks at the ends included.
 

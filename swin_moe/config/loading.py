@@ -35,7 +35,7 @@ def _error(place: str, problem: str) -> ConfigError:
 
 
 def _short(text: str, length: int) -> str:
-    """What is too long for a line, without its middle."""
+    """A text without its middle if it is too long for a line."""
     half = length // 2 - 2
     return text if len(text) <= length else f"{text[:half]}...{text[-half:]}"
 
@@ -126,8 +126,8 @@ def _apply_override(raw: dict[str, Any], origins: Origins, override: str) -> Non
 def _word(key: Key, text: str) -> Any:
     """The value of a word of the command line.
 
-    The shell has taken its quotes away, and what it hands over is meant as it is: for a key that
-    takes text nothing in it is special, save that a whole word in quotes stands for what is in
+    The shell has removed its own quotes, and the rest is literal. For a key that takes text, no
+    character is special, except that a whole word in quotes stands for what is in
     them. Other keys take what a file may hold: numbers, true and false, [lists], {sections}.
 
     Raises:
@@ -174,7 +174,7 @@ def _explain(error: ValidationError, origins: Origins, source: str) -> ConfigErr
     """The first key that is wrong, as one line."""
     errors = error.errors()
     key = tuple(str(part) for part in errors[0]["loc"][:2])
-    # Of several forms that a value may have, the one that fits furthest says what is wrong.
+    # A value may have several forms. The one that fits furthest says what is wrong.
     same = [other for other in errors if other["loc"][: len(key)] == errors[0]["loc"][:2]]
     deepest = max(len(_indices(other)) for other in same)
     same = [other for other in same if len(_indices(other)) == deepest]

@@ -1,4 +1,4 @@
-"""A config that says that it is a mixture of experts is one, or it is refused."""
+"""Refuses a config that claims a mixture of experts but has no MoE block."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ _DENSE_SWIN_MOE = "swin_moe_small_dense_window12_192_22k"
 def dense_by_mistake(
     config: Architecture, raw: dict[str, Any], origins: dict[Key, str], saved: bool = False
 ) -> tuple[Key, str] | None:
-    """What says that the model is a mixture of experts, although no block is one.
+    """Find the key that claims a mixture of experts, although no block is one.
 
-    These say so: a name or family of such models, and every key of ``moe`` that is stated. Beside
-    a stated ``moe.blocks`` a file's keys may have their defaults, for a run writes all keys of a
+    The claim is a name or family of such models, or any stated key of ``moe``. A file that states
+    ``moe.blocks`` may also state other keys at their defaults, since a run writes all keys of a
     dense model. ``moe.blocks=[]`` on the command line makes a model dense on purpose.
 
     Args:

@@ -205,16 +205,16 @@ class DataConfig(Section):
     # How the samples' classes find the model's: by their names, or by number whatever the names.
     match_classes: Literal["name", "number"] = "name"
     batch_size: kinds.Images = 128  # per process and micro-step, see train.accumulation_steps
-    # Images of an update on any number of processes; micro-steps follow. 0 = what they come to.
+    # Images of an update on any number of processes; it sets the micro-steps. 0 = not fixed.
     global_batch: kinds.ImagesOrNone = 0
     eval_batch_size: kinds.ImagesOrNone = 0  # 0 = batch_size
     num_workers: kinds.Workers = 4
     # 0 = shuffle all samples in each epoch. On network disks: shuffle the shards, and so many
     # samples at a time among themselves, so that the reads of a while are of a few shards.
     shuffle_window: NonNegative = 0
-    # Of the images of an epoch; more that cannot be read stop the run. Ten are always allowed.
+    # Share of an epoch's images that may be unreadable; more stop the run. Ten are always allowed.
     max_bad_share: Rate = 0.001
-    # Of one image; larger ones are not read. 0.5 GB of memory as RGB.
+    # Largest image that is read. The default takes 0.5 GB of memory as RGB.
     max_pixels: Positive = 178_956_970
     mean: list[Annotated[float, Field(ge=-1e6, le=1e6)]] = [0.485, 0.456, 0.406]
     std: list[Annotated[float, Field(ge=1e-6, le=1e6)]] = [0.229, 0.224, 0.225]

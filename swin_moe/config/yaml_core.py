@@ -18,7 +18,7 @@ LIMIT = 1 << 18  # bytes of a file; the largest config has some thousands
 
 Key = tuple[str, ...]
 IsText = Callable[[Key], bool]
-"""Whether a key takes the characters of the file as they are: ``no`` and ``1e-3`` are words."""
+"""Whether a key takes text literally: ``no`` and ``1e-3`` are words."""
 
 _NULL = ("~", "null", "Null", "NULL")
 _WORDS: dict[str, bool | None] = dict.fromkeys(["", *_NULL])
@@ -96,7 +96,7 @@ def parse(text: str, is_text: IsText | None = None) -> tuple[Any, dict[Key, int]
 
 
 class _Builder:
-    """Values from the parser's events, which come one by one: what is too deep is never read."""
+    """Builds values from the parser's events, one by one: nothing too deep is ever read."""
 
     def __init__(self, text: str, is_text: IsText | None) -> None:
         self.lines: dict[Key, int] = {}

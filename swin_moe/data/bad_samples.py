@@ -47,7 +47,7 @@ class BadSamples:
         return self.kinds.total()
 
     def add(self, skipped: list[Skipped]) -> None:
-        """Count, tell and list them, each once however often it comes."""
+        """Count, report and list them, each once however often it comes."""
         new = {sample.key: sample for sample in skipped if sample.key not in self._known}
         self._known.update(new)
         skipped = list(new.values())

@@ -1,4 +1,4 @@
-"""Labels by the names of their classes: what a model knows against what a data set holds."""
+"""Matches the classes of a data set with those of a model, by name."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SHOWN = 3  # names in a message
 
 
 class Relabelled(Bounded):
-    """A source whose labels are places in another list of classes.
+    """A source whose labels count in another list of classes.
 
     Args:
         classes: the other list.
@@ -66,7 +66,7 @@ def match(source: Source, classes: list[str], split: str) -> Source:
 
 
 def difference(source: Source, classes: list[str]) -> str:
-    """What to say of a held-out split that :func:`match` made; empty if it has all classes."""
+    """A note on a held-out split that :func:`match` made; empty if it has all classes."""
     if source.class_names is None:
         return (
             "its classes have no names, so its labels count as places in the model's list of "

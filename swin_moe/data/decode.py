@@ -160,7 +160,7 @@ def _plain_jpeg_size(data: bytes) -> tuple[int, int] | None:
     if data.find(b"Exif\0\0", 0, 1 << 16) >= 0:
         try:
             image = Image.open(io.BytesIO(data), formats=FORMATS)
-        except Exception:  # of its metadata: the pixels are another matter
+        except Exception:  # broken metadata: the pixels may still be good
             return height, width
         if _orientation(image) != 1:
             return None
@@ -168,7 +168,7 @@ def _plain_jpeg_size(data: bytes) -> tuple[int, int] | None:
 
 
 def _orientation(image: Image.Image) -> int:
-    """EXIF's orientation, 1 to 8; metadata that cannot be read turn nothing."""
+    """EXIF's orientation, 1 to 8; 1 if the metadata cannot be read."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

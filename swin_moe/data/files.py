@@ -11,8 +11,8 @@ import numpy as np
 from .decode import MAX_PIXELS, UnreadableImage
 from .names import Names
 
-BYTES_PER_PIXEL = 4  # of the largest file that is read: 8-bit RGBA, not compressed
-SMALL = 64 << 20  # bytes that are read in any case: metadata may be larger than the pixels
+BYTES_PER_PIXEL = 4  # bounds the size of a file: as uncompressed 8-bit RGBA
+SMALL = 64 << 20  # files up to this many bytes are always read: metadata may exceed the pixels
 
 
 class Bounded:

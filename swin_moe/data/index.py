@@ -164,7 +164,7 @@ def cache_path(paths: Sequence[Path], kind: str, folder: str) -> Path:
 
 
 def _cache_paths(paths: Sequence[Path], kind: str) -> list[Path]:
-    """Those that can be named: a user may have no home."""
+    """The cache folders that have a path: a user may have no home."""
     named = [folder for folder in CACHES if not os.path.expanduser(folder).startswith("~")]
     return [cache_path(paths, kind, folder) for folder in named]
 

@@ -71,7 +71,7 @@ def read_list(path: Path) -> Iterator[tuple[str, int]]:
     what = "entry" if is_json else "line"
     for number, entry in entries:
         name, label = _checked(path, f"{what} {number}", *entry)
-        # Who lists files by a program lists its companions, too; a listed folder is meant.
+        # A program that lists files also lists hidden ones; folders in a list are deliberate.
         if not is_companion(name.rpartition("/")[2]):
             yield name, label
 

@@ -8,6 +8,7 @@ import logging
 import math
 import multiprocessing.queues
 import os
+import re
 import shutil
 import signal
 import weakref
@@ -157,10 +158,10 @@ class Loader:
         return replace_unreadable(batch)
 
     def _others(self, batch: Batch) -> Batch:
-        """Other samples of the split in place of a batch without any that can be read.
+        """Replace a batch without readable samples by other samples of the split.
 
-        They are drawn, for neighbours are damaged together, by seed, epoch and the batch's own
-        samples alone, so that a resume takes the same.
+        They are drawn at random, since neighbours are often damaged together. The draw depends only
+        on seed, epoch and the batch's own samples, so that a resume takes the same ones.
         """
         epoch, wanted = self._sampler.epoch, len(batch.labels)
         draw = np.random.default_rng([self._dataset.seed, epoch, *batch.indices.tolist()])
@@ -194,14 +195,14 @@ def _workers(wanted: int, batches: int, say: bool) -> int:
 def _defer_signals(_worker: int) -> None:
     """Leave it to the main process what a signal to the whole job means, for a worker that dies
     takes it along. SIGTERM is obeyed after a while: it also ends workers that hang at the exit.
-    Where the main process is killed, so are they, for they hold the lock of its run directory.
+    If the main process is killed, they end too: they hold the lock of its run directory.
     """
     die_with_parent()
     for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     queue: Any = multiprocessing.queues.Queue
     queue._on_queue_feeder_error = staticmethod(_give_up)
-    signal.set_wakeup_fd(-1)  # or a signal to a worker would count as one to the main process
+    signal.set_wakeup_fd(-1)  # else a signal to a worker would count as one to the main process
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(TERM_GRACE_S))
 
 
@@ -212,7 +213,7 @@ def _give_up(_error: Exception, _batch: object) -> None:
 
 def why_died(error: BaseException) -> str:
     """One line, instead of PyTorch's own, about a worker that died; empty for other errors."""
-    if "DataLoader worker" not in str(error):
+    if not re.match(r"DataLoader worker \(pid", str(error)):  # else it raised an error of its own
         return ""
     told = f"{error.__cause__ or error}"  # which has its exit code or signal
     if "Bus error" in told or f"exit code {_NO_ROOM}" in told:
@@ -229,7 +230,7 @@ def why_died(error: BaseException) -> str:
 
 
 def check_shared_memory(workers: int, batch: int, split: str) -> None:
-    """Make sure that the batches that workers hold ready have room where they hand them over.
+    """Make sure that shared memory has room for the batches that workers hold ready.
 
     Args:
         workers: processes that load for each rank. batch: bytes.

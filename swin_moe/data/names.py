@@ -47,7 +47,7 @@ class Names:
 
 
 def read_classes(path: Path) -> list[str]:
-    """Names of the classes, a line each; bytes that are not UTF-8 stay as file names have them.
+    """Names of the classes, one per line; bytes that are not UTF-8 become surrogates, as in paths.
 
     Raises:
         ValueError: it is no regular file, or too large.

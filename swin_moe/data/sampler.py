@@ -85,7 +85,7 @@ class ResumableSampler(Sampler[list[Position]]):
 
     @property
     def epoch(self) -> int:
-        """Of the next iteration, or of the one that goes on."""
+        """The epoch of the current iteration, or of the next one if none is running."""
         return self._start[0]
 
     def __iter__(self) -> Iterator[list[Position]]:

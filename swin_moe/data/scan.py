@@ -124,7 +124,7 @@ def has_labels(path: Path) -> bool:
 
 
 def _number_in(tar: tarfile.TarFile, member: tarfile.TarInfo) -> str:
-    """What may be said of a label that a ``.json`` holds."""
+    """A hint on a label that a ``.json`` may hold."""
     content = tar.extractfile(member) if suffix(member.name) == "json" else None
     if content is None:
         return ""

@@ -46,7 +46,7 @@ def find_shards(pattern: str) -> list[Path]:
             (``train-{000..127}.tar``); otherwise what comes before ``-*.tar``, ``-*.tar.gz`` or
             ``-*.tgz``. Every path of a brace range must exist.
 
-    The part of the path that is there is a path and no pattern, whatever its characters.
+    The part of the path that exists is no pattern, whatever its characters.
 
     Raises:
         ValueError: a brace range names a file that does not exist.
@@ -89,7 +89,7 @@ def class_of(shard: Path) -> str:
 
 
 def literal_part(pattern: str) -> tuple[Path, str]:
-    """The folders at the pattern's begin that are there, and the rest of it."""
+    """The leading folders of the pattern that exist, and the rest of it."""
     folder = Path(pattern)
     parts: list[str] = []
     while folder.name and (not parts or not folder.is_dir()):
@@ -104,7 +104,7 @@ def has_wildcard(pattern: str) -> bool:
 
 
 def is_pattern(path: str) -> bool:
-    """Whether what of the path is not there is a pattern."""
+    """Whether the part of the path that does not exist is a pattern."""
     return not os.path.exists(path) and has_wildcard(literal_part(path)[1])
 
 

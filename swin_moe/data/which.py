@@ -1,4 +1,4 @@
-"""Which files are samples: one rule for folders, archives, shards and whatever packs them."""
+"""Decides which files are samples: one rule for folders, archives and shards."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ SUFFIXES = frozenset(
     ("jpg", "jpeg", "jpe", "jfif", "png", "webp", "avif", "gif", "bmp", "tif", "tiff", "ppm", "pgm",
      "pbm", "pnm")
 )  # fmt: skip
-# Folders and files that systems and programs put among other people's files.
+# Folders and files that systems and programs leave among a user's files.
 COMPANIONS = frozenset(
     {
         "__macosx",
@@ -51,18 +51,18 @@ def walk_order(path: str) -> tuple[list[str], str]:
 
 
 def among_companions(path: str) -> bool:
-    """Whether any part of a path is, see :func:`is_companion`."""
+    """Whether any part of a path is a companion, see :func:`is_companion`."""
     return any(is_companion(part) for part in path.split("/"))
 
 
 class PassedOver:
-    """Files that are no samples, by kind, for one line to the person whose they are."""
+    """Counts the files that are no samples, by kind, for one line to the user."""
 
     def __init__(self) -> None:
         self.kinds: Counter[str] = Counter()
 
     def add(self, name: str) -> None:
-        """Count a file; what a system put there is not worth a word."""
+        """Count a file, unless a system or program left it there."""
         base = name.rpartition("/")[2]
         if base.startswith("."):
             if is_image(base) and not base.startswith("._"):

@@ -208,7 +208,7 @@ def _class_names(parents: Iterable[str], folders: Iterable[str]) -> tuple[list[s
 
 
 def _walk(names: Names, parents: np.ndarray, folders: list[str]) -> np.ndarray:
-    """The order in which the same files are found in a folder: places in ``names``.
+    """The order that the same files have in a folder, as places in ``names``.
 
     Args:
         parents: of each name, its place in ``folders``.

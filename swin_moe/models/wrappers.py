@@ -1,8 +1,8 @@
-"""One network's tensors out of all that a training program saves, under the network's own names.
+"""Takes one network's tensors out of a training program's file, under the network's own names.
 
-Programs keep weights in dictionaries within dictionaries, and wrappers of modules (DDP, FSDP,
-torch.compile, Lightning, averages of weights) put their own names before or into each name. Nothing
-is dropped in silence: what is not taken is named.
+Programs nest weights in dictionaries. Wrappers of modules (DDP, FSDP, torch.compile, Lightning,
+averages of weights) put their own names before or into each name. Nothing is dropped silently: a
+message names what is not taken.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from ..text import plain
 from .dialects import State
 from .file_kind import WeightsError
 
-# What wrappers put at any place of a name.
+# What wrappers put anywhere in a name.
 _INNER = {
     "module", "_orig_mod", "_forward_module", "_fsdp_wrapped_module", "_fpw_module",
     "_checkpoint_wrapped_module",
 }  # fmt: skip
-# And tensors that belong to no network by their names.
+# Tensors whose names show that they belong to no network.
 _OUTER = _INNER | {
     "model", "net", "network", "backbone", "state_dict", "model_state_dict", "model_state",
     "weights", "params", "checkpoint",
@@ -37,7 +37,7 @@ _BLOCK = re.compile(r"(?:encoder\.)?(?:layers|stages)\.0\.blocks\.0\.|features\.
 _HEAD = re.compile(r"(?:head|head\.fc|classifier|fc)\.(weight|bias)")
 # A network that is not the one in training, or an average of it.
 _SECOND = re.compile(r"(?:\b|_)(?:ema|shadow|teacher|averaged?|swa|momentum|target|k|old)(?:\b|_)")
-# First parts of names that other things than a network have: counters, losses, optimizers.
+# First parts of names that belong to no network: counters, losses, optimizers.
 _BESIDE = re.compile(
     r"n_averaged|num_updates|num_batches\w*|updates|initted|decay|(?:global_)?step|epoch"
     r"|(?:lr_)?scheduler\w*|optim\w*|(?:\w+_)?ema(?:_\w+)?|shadow\w*|\w*teacher\w*|\w*scaler|amp"
@@ -108,7 +108,7 @@ def take_network(state: State, path: Path, wanted: str = "") -> Taken:
 def _without_wrappers(state: State) -> dict[str, str]:
     """Name without wrappers -> name in the file.
 
-    Where two would be one (a model and its average), what stands before them stays.
+    Where two names would become one (a model and its average), both keep their prefix.
     """
     fulls: dict[str, set[str]] = {}
     for full in state:
@@ -156,7 +156,9 @@ def _is_first(name: str, root: str) -> bool:
 def _of_another(name: str, root: str, roots: Iterable[str]) -> bool:
     """Whether a name belongs to another network than the one at ``root``."""
     for other in roots:
-        inner = len(other) > len(root)  # all in it; of one around ours what Swin models have
+        inner = len(other) > len(
+            root
+        )  # inside ours: all of it; around ours: only what Swin models have
         own = _OWN.fullmatch(name.removeprefix(other).partition(".")[0])
         if other != root and name.startswith(other) and (inner or own):
             return inner or not name.startswith(root)

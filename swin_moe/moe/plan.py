@@ -177,7 +177,7 @@ def group_size(tokens: int, groups: int) -> int:
         return size
     from torch.fx.experimental.symbolic_shapes import is_concrete_int  # imports sympy
 
-    # Of a trace's tensors nothing is known, but a map is of one size in it, and groups are images.
+    # A trace knows no tensor's size. It holds for one size of map, and its groups are images.
     constant = type(groups) is not int if torch.jit.is_tracing() else is_concrete_int(size)
     if not constant:
         raise ValueError(

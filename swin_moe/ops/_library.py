@@ -83,7 +83,7 @@ def load(folder: Path = _PACKAGE) -> bool:
 
 
 def library_digest(folder: Path = _PACKAGE) -> str:
-    """Of the library's files: twelve digits, empty if it was not built."""
+    """A hash of the library's files: twelve digits, empty if it was not built."""
     paths = sorted(folder.glob("_C*.so"))
     content = hashlib.sha256()
     for path in paths:

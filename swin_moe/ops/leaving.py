@@ -1,8 +1,8 @@
 """Graphs that leave Python: exported (``torch.export``, ONNX) or traced (``torch.jit.trace``).
 
-They shall run without this package, in other runtimes, too: every op of ours is its reference in
-them, in torch's own ops. A graph holds for any number of images. A trace knows no size by its
-number: those of the image are constants in it, and it checks them.
+They must run without this package, also in other runtimes. So each of our ops is replaced by its
+reference, in torch's own ops. A graph holds for any number of images. In a trace, the image's
+height and width are constants, and the trace checks them.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def is_leaving() -> bool:
 def fixed(size: int) -> int:
     """A size that does not depend on the number of images: a plain number in a trace.
 
-    Tracing makes tensors of sizes, which Python cannot decide by.
+    Tracing turns sizes into tensors, on which Python cannot branch.
     """
     return int(size) if torch.jit.is_tracing() else size
 
@@ -39,13 +39,13 @@ def sides(x: Tensor) -> tuple[int, int]:
 
 
 def of_one_size(images: Tensor) -> Tensor:
-    """Images [B, C, H, W] as they are, in a graph that leaves: one that holds for this H and W.
+    """Images [B, C, H, W] unchanged; a trace or ONNX graph then holds for this H and W alone.
 
     Raises:
         ValueError: the graph is to take other sizes, and may be for ONNX, which checks nothing.
     """
     if torch.jit.is_tracing():
-        # Everything below that decides by a size decides by one that is checked here.
+        # All branches on a size are safe: this function checks the size.
         warnings.filterwarnings("ignore", category=torch.jit.TracerWarning, module="swin_moe")
         height, width = fixed(images.shape[2]), fixed(images.shape[3])
         if torch.onnx.is_in_onnx_export():  # dynamo=False: its Expand refuses other sizes

@@ -115,7 +115,7 @@ def _experts_by_index(
     dropout_p: float,
     seed: Tensor | None,
 ) -> Tensor:
-    """The reference in a graph, which cannot look how many rows an expert has: it finds them."""
+    """The reference for a graph, where the number of rows of an expert is not known."""
     start = used.cumsum(0) - used
     if stride:
         start = torch.arange(used.shape[0], device=used.device) * stride

@@ -91,7 +91,7 @@ def moe_route_reference(
     scores, probabilities = _scores(noisy, options.sigmoid)
     chosen_by = scores.detach() if bias is None else scores.detach() + bias
     priority = scores.detach().amax(1)
-    # A graph that leaves has no op of ours. The op is what a recompute knows a route by.
+    # A graph that leaves has no op of ours. Elsewhere a recompute finds the route by the op.
     assign = assign_reference if is_leaving() else torch.ops.swin_moe.moe_assign
     plan = assign(chosen_by, priority, finite, *options)
     expert = plan[0]

@@ -81,7 +81,7 @@ def _attention(qkv: Tensor, bias: Tensor, scale: Tensor, windows: Windows, chunk
     if windows.dropout_p > 0:
         seed = draw_seed(qkv.device)
     if not _fits_kernel(qkv, windows):
-        # Chunks save memory in training; a graph would hold for so many of them alone.
+        # Chunks save memory in training; a graph would be fixed to their number.
         chunk = 0 if is_leaving() else chunk
         return attention_reference(qkv, bias, scale, seed, windows, chunk)
     out, _ = torch.ops.swin_moe.window_attention(

@@ -141,14 +141,14 @@ class _Report:
         self.updates = min(updates, limit) if limit else updates
 
     def hours(self, layout: Layout) -> float:
-        """Of the run."""
+        """Hours that the whole run takes."""
         return self.updates * layout.seconds / 3600
 
     def gpu_hours(self, layout: Layout) -> float:
         return self.hours(layout) * self.planner.cluster.size
 
     def images_per_second(self, layout: Layout) -> float:
-        """Of each GPU."""
+        """Images per second of each GPU."""
         return layout.choice.images * layout.choice.accumulation / layout.seconds
 
     def mfu(self, layout: Layout) -> float:
