@@ -108,10 +108,12 @@ def _fail(message: str, tell: bool, code: int = FAILED, alone: bool = True) -> i
     """
     logging.getLogger("swin_moe").debug("error: %s", message)
     if not tell:
-        if signals.StopSignal.came:  # the launcher ends us
-            return code
-        # The first exit ends all processes of the node. Who still lives then failed alone.
-        time.sleep(_PATIENCE)
+        # The first exit ends all processes of the node. Who still lives after a while failed alone.
+        deadline = time.monotonic() + _PATIENCE
+        while time.monotonic() < deadline:
+            if signals.StopSignal.came:  # the launcher ends us
+                return code
+            time.sleep(0.05)
     if tell or alone:
         with contextlib.suppress(OSError):  # a full disk must not change the exit code
             print(f"swin-moe: error: {plain_lines(message)}", file=sys.stderr, flush=True)

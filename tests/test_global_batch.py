@@ -101,9 +101,9 @@ def test_a_resume_on_more_processes_goes_on_with_the_same_batches(tmp_path):
     options = [tmp_path / "run", "data.global_batch=100", "checkpoint.every_steps=1"]
     done = train(*options, "train.max_steps=1")
     assert done.returncode == 0, done.stderr
-    assert re.search(r"batch +100 = 50 × 1 processes × 2 steps", done.stdout)
+    assert re.search(r"batch +100 images an update = 50 × 1 processes × 2 steps", done.stdout)
     done = train(*options, "train.max_steps=2", processes=2)
     assert done.returncode == 0, done.stderr
-    assert re.search(r"batch +100 = 50 × 2 processes *\n", done.stdout)
+    assert re.search(r"batch +100 images an update = 50 × 2 processes *\n", done.stdout)
     assert "resumed from step-00000001 (epoch 1, step 1)" in done.stdout
     assert "the global batch was" not in done.stdout + done.stderr

@@ -143,7 +143,7 @@ def test_a_picture_is_written_whole_or_not_at_all(tmp_path):
         (ValueError(f"\n first \n{'x' * 200}"), "first"),
         (ValueError(""), "ValueError"),
         (FileNotFoundError(2, "No such file or directory", os.fsdecode(b"caf\xe9")),
-         r"caf\xe9: No such file or directory"),
+         r"caf\xe9: No such file or directory: check the path"),
         (RuntimeError("boom"), "RuntimeError: boom (--debug shows the traceback)"),
         (KeyError(), "KeyError (--debug shows the traceback)"),
         (RuntimeError("Caught OSError in DataLoader worker process 0.\nOriginal Traceback (most "

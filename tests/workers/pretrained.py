@@ -12,6 +12,7 @@ from swin_moe import distributed, run
 from swin_moe.config import Architecture, load_config
 from swin_moe.models import build
 from swin_moe.models.weights import write
+from swin_moe.watchdog import Watchdog
 from tests.parallel import MICRO, SMALL
 
 CELLS = [  # processes that share the experts, and settings; ZeRO-3 last
@@ -64,6 +65,6 @@ def work(folder: Path) -> None:
         distributed.barrier()
         check = partial(compare, state)
         with mock.patch.object(run, "_fit", check), contextlib.suppress(Seen):
-            run.train(config, world, Console(quiet=True))
+            run.train(config, world, Console(quiet=True), Watchdog(0.0, world.rank))
     if world.is_main:
         (folder / "passed").touch()
