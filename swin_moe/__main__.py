@@ -1,4 +1,4 @@
-"""The program. It answers signals before it imports the rest."""
+"""The program: it answers signals before it imports the rest."""
 
 from .signals import watch
 

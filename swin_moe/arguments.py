@@ -61,7 +61,7 @@ def build_parser() -> argparse.ArgumentParser:
     train.add_argument(
         "--accept-changes",
         action="store_true",
-        help="resume although the data or its classes are others than the checkpoint's",
+        help="resume although the data or its classes differ from the checkpoint's",
     )
     doctor = _add_doctor(commands)
     evaluate = commands.add_parser(
@@ -154,7 +154,7 @@ def _add_plan(commands: Any) -> argparse.ArgumentParser:
         "--images", type=int, metavar="N", help="of an epoch, where data.path is not here"
     )
     plan.add_argument(
-        "--price", type=float, metavar="P", help="of a GPU-hour: tells what the run costs"
+        "--price", type=float, metavar="P", help="price of a GPU-hour: prints the run's cost"
     )
     plan.add_argument(
         "--simulate", action="store_true", help="weak and strong scaling up to 2,048 GPUs"
@@ -264,7 +264,7 @@ def _add_data(commands: Any) -> list[argparse.ArgumentParser]:
         )
         command.add_argument(
             "--max-pixels", type=int, default=178_956_970, metavar="N",
-            help="of an image, as data.max_pixels in a config",
+            help="largest image to read, as data.max_pixels in a config",
         )  # fmt: skip
     return [prepare, show, verify]
 
@@ -298,7 +298,9 @@ def _add_launch(commands: Any) -> argparse.ArgumentParser:
         "--manifest", default="", metavar="FILE", help="kubernetes: instead of kubernetes.yaml"
     )
     launch.add_argument("--fresh", action="store_true", help="start anew, see train")
-    launch.add_argument("--accept-changes", action="store_true", help="of the data, see train")
+    launch.add_argument(
+        "--accept-changes", action="store_true", help="resume with changed data, see train"
+    )
     launch.add_argument(
         "--doctor", action="store_true", help="check the machines on this road; do not train"
     )

@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
         goes_on = "; the same command goes on" * (arguments.command == "prepare-data")
         return _fail(f"interrupted{goes_on}", local_rank == 0, INTERRUPTED)
     except (ValueError, OSError) as error:
-        # The same on every rank of a node: one of them tells.
+        # Every rank of a node has the same error: one of them prints it.
         _show_traceback(arguments)
         if isinstance(error, ValueError):
             ranks.refuse_restart()

@@ -178,11 +178,11 @@ def _about(
     """Class names and preparation of images for the file to write; adds lines to ``notes``."""
     classes, images = source.class_names, source.images
     if classes is not None and (result.head or config.model.num_classes == 0):
-        notes.append("the class names are not taken along: the head is another one")
+        notes.append("the class names are not kept: the head is another one")
         classes = None
     if classes is not None and dialect != "swin_moe" and len(classes) < config.model.num_classes:
         notes.append(
-            f"the class names are not taken along: {len(classes):,} names, and a head for "
+            f"the class names are not kept: {len(classes):,} names, and a head for "
             f"{config.model.num_classes:,} classes"
         )
         classes = None
@@ -283,7 +283,7 @@ def _write(
     has_window = config.model.family in ("swinv2", "swin_moe") and dialect != "timm"
     if has_window and not window_known:
         raise WeightsError(
-            f"the file does not tell its window, which {dialect} files do: add --model NAME, or "
+            f"{dialect} files state their window, but this file does not: add --model NAME, or "
             "model.window_size=N and model.img_size=N"
         )
     theirs = from_swin_moe(state, dialect, config.model)
@@ -314,7 +314,7 @@ def _write_folder(
         assumed = (
             "ImageNet's mean and std are assumed" if model.in_chans == 3 else "none is written"
         )
-        notes.append(f"the file does not tell how its images were prepared: {assumed}")
+        notes.append(f"the file does not state how its images were prepared: {assumed}")
         images = Images() if model.in_chans == 3 else None
     files: dict[str, dict[str, Any] | None]
     if dialect == "timm":
@@ -322,7 +322,9 @@ def _write_folder(
     else:
         processor = huggingface_processor(model, images) if images else None
         if images and processor is None:
-            notes.append("no preprocessor_config.json: transformers prepares no rectangles so")
+            notes.append(
+                "no preprocessor_config.json: no processor of transformers prepares rectangles"
+            )
         files = {
             "config.json": huggingface_config(model, about.classes),
             "preprocessor_config.json": processor,
@@ -412,7 +414,7 @@ def _closing(output: Path, config: Architecture, dialect: str, window_known: boo
         lines.append(f"train from it: swin-moe train CONFIG model.pretrained={plain(output)}")
         if not window_known:
             lines.append(
-                "the file does not tell its window: --model NAME, or model.window_size=N and "
+                "the file does not state its window: --model NAME, or model.window_size=N and "
                 "model.img_size=N, records it"
             )
         if config.moe.enabled:

@@ -65,7 +65,7 @@ class _Process(SubprocessHandler):
         return process
 
     def close(self, death_sig: signal.Signals | None = None) -> None:
-        _closing().touch()  # no order to save: another process has ended
+        _closing().touch()  # SIGTERM is no order to save: another process has ended
         try:
             super().close(death_sig)
         except ProcessLookupError:  # its server knows that it has ended, and we do not yet

@@ -51,8 +51,8 @@ _PR_SET_PDEATHSIG = 1
 def private_folder() -> Iterator[Path]:
     """A folder that only its user can enter, removed in the end.
 
-    Where this process is killed, the server removes it; where that is killed, too, the next start
-    of any launcher, which finds that nobody holds its lock.
+    If this process is killed, the server removes the folder. If the server is killed too, the next
+    launcher removes it, since nobody holds its lock.
 
     Raises:
         OSError: there is no place for it.
@@ -157,7 +157,7 @@ def serve(listener: socket.socket, lifeline: int, modules: Sequence[str]) -> NoR
     path = Path(listener.getsockname())
     with contextlib.suppress(OSError):
         path.unlink()
-    if (path.parent / _OWNER).exists():  # its owner could not
+    if (path.parent / _OWNER).exists():  # its owner could not remove it
         shutil.rmtree(path.parent, ignore_errors=True)
     os._exit(0)  # and with this process go its programs
 

@@ -22,7 +22,7 @@ class Verdict(NamedTuple):
 
     Attributes:
         bad: what was not finite and where; empty if nothing was. A gradient is not looked at here.
-        stop: whether a rank was told to stop: 1 by SIGINT alone, 2 by another signal.
+        stop: whether a rank was asked to stop: 1 by SIGINT alone, 2 by another signal.
         loss: the greatest of the ranks' mean losses.
     """
 
@@ -35,7 +35,7 @@ class Guard:
     """Gathers the signs of one update over its micro-steps and the ranks.
 
     Args:
-        layers: names of the MoE layers. stop_asked: whether this rank was told to stop, as
+        layers: names of the MoE layers. stop_asked: whether this rank was asked to stop, as
             :class:`~swin_moe.signals.StopSignal` has it.
     """
 

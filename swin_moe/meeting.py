@@ -128,7 +128,7 @@ class Meeting:
 
 
 class Pulses:
-    """What the ranks say of themselves while they run; each text takes the former's place.
+    """The ranks' progress while they run; each text replaces the rank's former one.
 
     Attributes:
         period: seconds between what a rank says.
@@ -166,7 +166,7 @@ def _whose(store: dist.Store, ranks: list[int]) -> str:
 
 
 def _why_so_many() -> str:
-    """From which variables the number of processes is known, and what may be amiss with them."""
+    """Which variables give the number of processes, and what may be wrong with them."""
     advice = "were all of them started, and do they go on?"
     if without_srun():
         advice = "no srun started this process: put srun before the command, which starts them all"

@@ -47,8 +47,8 @@ class Meter:
 class Events:
     """A TensorBoard event file.
 
-    torch's SummaryWriter writes in a thread, which a full disk ends: that costs a traceback, and
-    whoever waits for the thread waits for ever.
+    torch's SummaryWriter writes in a thread. A full disk ends that thread with a traceback, and
+    whoever then waits for it waits for ever.
 
     Args:
         purge_step: what TensorBoard knows of this step and later ones is of a life taken back.

@@ -94,7 +94,7 @@ def check_launcher() -> None:
 def without_srun() -> bool:
     """Whether Slurm set the rank of this process, but no srun started it.
 
-    So it is in a batch script, or in the shell of salloc: there the number of tasks is that of the
+    That is so in a batch script or in the shell of salloc. There the number of tasks is that of the
     job, and this process is the only one.
     """
     step = os.environ.get("SLURM_STEP_ID", "")
@@ -109,7 +109,7 @@ def become_alone() -> None:
 
 
 def check_alone(command: str) -> str:
-    """Make sure that a command of one process has one; a line for the user if that needs one.
+    """Make sure that a command of one process runs as one; returns a line for the user, or nothing.
 
     Raises:
         ValueError: a launcher has started several processes.

@@ -395,7 +395,7 @@ def _convert_position(position: Position, state: dict[str, Any], batch: int, pla
         what = f"the global batch was {former} and is {batch}: rates follow it, and"
     elif length != updates or position.update >= updates:
         position.update = min(position.update * updates // length, updates - 1)
-        what = f"an epoch had {length:,} updates and has {updates:,}, for the data have changed:"
+        what = f"an epoch had {length:,} updates and has {updates:,}, since the data have changed:"
     else:
         return
     log.warning("%s epoch %d goes on at update %d", what, position.epoch + 1, position.update)

@@ -250,7 +250,7 @@ def _lock(marker: Path) -> None:
             log.warning("waiting for the training that runs in %s%s", plain(marker.parent), holder)
             said = True
         time.sleep(0.2)
-    with contextlib.suppress(OSError):  # a full disk: then nobody knows our name
+    with contextlib.suppress(OSError):  # a full disk: then a later start cannot name us
         handle.truncate(0)
         handle.write(f"process {os.getpid()} on {hostname()}\n")
         handle.flush()
@@ -267,9 +267,9 @@ def _holder(handle: IO[str]) -> str:
 
 
 def keep_former_defaults(run: Run, config: Config, fresh: bool) -> None:
-    """Go on with what a variant's defaults were when the run began, where the config leaves them.
+    """Keep a variant's defaults from when the run began, if the config does not state the keys.
 
-    Weights that were trained with a gate before the norm, say, compute nonsense with one after it.
+    For example, weights trained with a gate before the norm compute nonsense with one after it.
     """
     saved = None if fresh else _last_config(run)
     if saved is None or saved.model.name != config.model.name:
@@ -294,7 +294,7 @@ def _last_config(run: Run) -> Config | None:
     for path in checkpoint.list_checkpoints(run.checkpoints):
         try:
             return load_config(path / "config.yaml")
-        except ValueError:  # what is wrong with it is said when it is to be resumed from
+        except ValueError:  # the resume reports what is wrong with it
             continue
     return None
 

@@ -37,7 +37,7 @@ FAMILIES: dict[str, Sections] = {
 
 VARIANTS: dict[str, Sections] = {}
 PUBLISHED: dict[str, Published] = {}
-# What a variant had before its defaults changed: a run that began with them goes on with them.
+# Former defaults of variants: a run that began with them keeps them.
 FORMER: dict[str, Sections] = {}
 
 _SHAPES: Sections = {
@@ -166,7 +166,7 @@ def _add_mlp() -> None:
 def _add_moe() -> None:
     """The official Swin-MoE, and ours: the same placement and recipe on Swin V2.
 
-    A block of Swin V2 has its norm after the experts, which undoes a token's only gate: there the
+    A block of Swin V2 has its norm after the experts, which cancels a token's only gate: there the
     gate stands after the norm. Evaluation drops no token, see docs/moe.md.
     """
     for size, experts, row in (

@@ -19,7 +19,7 @@ def test_a_folder_under_another_name_is_passed_over(tmp_path, caplog):
     first = write(tmp_path, 1)
     shutil.copytree(first, tmp_path / "step-00000007")
     assert checkpoint.latest(tmp_path) == first
-    assert "its state.json is of step 1, not of the folder's" in caplog.text
+    assert "its state.json is of step 1, not the folder's" in caplog.text
 
 
 def test_names_of_classes_come_from_the_newest_that_has_any(tmp_path):
@@ -28,7 +28,7 @@ def test_names_of_classes_come_from_the_newest_that_has_any(tmp_path):
     (path / "classes.json").write_text("{}")
     write(tmp_path, 3)
     assert checkpoint.known_classes(tmp_path) == ["cat", "dog [red]"]
-    with pytest.raises(CheckpointError, match=r"classes.json is no list of names"):
+    with pytest.raises(CheckpointError, match=r"classes.json is not a list of names"):
         checkpoint.class_names(path)
 
 

@@ -250,7 +250,7 @@ def test_other_channels(tmp_path, theirs, ours):
 def test_a_file_of_unknown_window_claims_none(timm_v2, tmp_path):
     _, path = timm_v2
     for dialect in ("official", "mmseg", "huggingface", "torchvision"):
-        with pytest.raises(WeightsError, match="does not tell its window"):
+        with pytest.raises(WeightsError, match="does not state its window"):
             run(path, tmp_path / "out.pth", dialect=dialect)
     stated = {"model": {"window_size": 8, "img_size": 64}}
     run(path, tmp_path / "out.pth", dialect="official", overrides=stated)

@@ -134,7 +134,7 @@ def test_what_cannot_be_taken_along_is_said(run, tmp_path):
     assert "class names are not in" in text
     assert "an OUT without a suffix becomes a folder that huggingface opens" in text
     text = said(run, tmp_path / "5.safetensors", overrides={"model": {"num_classes": 5}})
-    assert "the class names are not taken along: the head is another one" in text
+    assert "the class names are not kept: the head is another one" in text
     assert read_pretrained(tmp_path / "5.safetensors").class_names is None
     text = said(run, tmp_path / "r", dialect="huggingface",
                 overrides={"model": {"img_size": [64, 128]}})  # fmt: skip
@@ -148,7 +148,7 @@ def test_nothing_is_invented(model, tmp_path):
     torch.save(model.state_dict(), tmp_path / "bare.pth")
     stated = {"model": {"window_size": 8, "img_size": 64}}
     text = said(tmp_path / "bare.pth", tmp_path / "hf", dialect="huggingface", overrides=stated)
-    assert "does not tell how its images were prepared: ImageNet's mean and std" in text
+    assert "does not state how its images were prepared: ImageNet's mean and std" in text
     config = json.loads((tmp_path / "hf/config.json").read_text())
     assert "id2label" not in config
     assert config["num_labels"] == 3
@@ -167,7 +167,7 @@ def test_nothing_is_invented(model, tmp_path):
         ({"pretrained_cfg": {"label_names": ["a", "b", "c"]}}, ["a", "b", "c"], ""),
         ({"architecture": "x", "labels": ["a", "b", "c"]}, ["a", "b", "c"], ""),
         ({"label_names": {"a": 1}}, None, "no list of names by label"),
-        ([], None, "config.json is not used: it is no JSON object"),
+        ([], None, "config.json is not used: it is not a JSON object"),
         ("{", None, "config.json is not used: "),
     ],
 )
@@ -203,7 +203,7 @@ def test_timm_says_its_window_by_its_architecture_or_the_variants_is_assumed(tmp
     save_file(state, path)
     wide = {"model": {"window_size": 16, "img_size": 512}}
     said(path, tmp_path / "wide.safetensors", model_name=name, overrides=wide)
-    assert f"{path} does not tell its window: 8 is assumed, {name}'s" in caplog.text
+    assert f"{path} does not state its window: 8 is assumed, {name}'s" in caplog.text
     sizes = read_pretrained(tmp_path / "wide.safetensors").config.model.pretrained_window_sizes
     assert sizes == [8, 8, 8, 8]
     caplog.clear()

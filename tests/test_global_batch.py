@@ -71,7 +71,7 @@ def test_what_cannot_be_cut_is_one_line_with_what_would_fit(total, processes, ov
         (["train.accumulation_steps=auto"],
          "data.batch_size=50 is not used with train.accumulation_steps=auto"),
         (["data.batch_size=300"],
-         "micro-batches of 200, for 300 are more than a process has to do"),
+         "micro-batches of 200: 300 is more than the share of a process"),
     ],
 )  # fmt: skip
 def test_it_comes_before_the_keys_that_it_decides_and_says_so(overrides, said):

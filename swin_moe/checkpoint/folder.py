@@ -85,7 +85,7 @@ def class_names(path: Path) -> list[str] | None:
     """Names of the classes that a checkpoint's model knows, by label; None if it has none.
 
     Raises:
-        CheckpointError: ``classes.json`` is there and is no list of names.
+        CheckpointError: ``classes.json`` is there and is not a list of names.
     """
     try:
         names = read_json(path / CLASSES)
@@ -94,7 +94,7 @@ def class_names(path: Path) -> list[str] | None:
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: {CLASSES} cannot be read ({error})") from None
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise CheckpointError(f"{path}: {CLASSES} is no list of names")
+        raise CheckpointError(f"{path}: {CLASSES} is not a list of names")
     return names
 
 
@@ -218,7 +218,7 @@ def _check_step(path: Path) -> None:
         raise CheckpointError(f"{path}: state.json is damaged ({error})") from None
     if said != {step_of(path)}:
         steps = " and ".join(map(str, sorted(said)))
-        raise CheckpointError(f"{path}: its state.json is of step {steps}, not of the folder's")
+        raise CheckpointError(f"{path}: its state.json is of step {steps}, not the folder's")
 
 
 def latest(folder: Path) -> Path | None:

@@ -112,7 +112,7 @@ class Reader(Contents):
                     handle = safe_open(file, framework="pt", device="cpu")
             except FileNotFoundError:
                 raise CheckpointError(
-                    f"{self.path / name}: is gone: its training has removed it meanwhile; try again"
+                    f"{self.path / name} is gone: a running training has removed it; try again"
                 ) from None
             except (SafetensorError, OSError) as error:
                 raise CheckpointError(

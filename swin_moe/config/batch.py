@@ -28,7 +28,7 @@ def share_global_batch(config: Config, processes: int) -> str:
     if stated_steps == "auto" and "batch_size" in data.model_fields_set and micro != stated:
         notes.append(f"data.batch_size={stated} is not used with train.accumulation_steps=auto")
     elif stated_steps != "auto" and micro < stated:
-        notes.append(f"micro-batches of {micro}, for {stated} are more than a process has to do")
+        notes.append(f"micro-batches of {micro}: {stated} is more than the share of a process")
     if stated_steps not in ("auto", steps) and "accumulation_steps" in train.model_fields_set:
         notes.append(f"train.accumulation_steps is {steps}, not {stated_steps}")
     data.batch_size = micro

@@ -43,7 +43,7 @@ def _is_class(entry: os.DirEntry[str], root: str) -> bool:
             return False
         raise ValueError(
             f"{plain(entry.path)} is a link to {plain(os.readlink(entry.path))}, which is not "
-            "there: mend the link or remove it, for it may be a class"
+            "there: mend the link or remove it (it may be a class)"
         )
     return entry.is_dir() and not _is_above(os.path.realpath(entry.path), root)
 

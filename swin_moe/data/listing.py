@@ -65,7 +65,7 @@ def read_list(path: Path) -> Iterator[tuple[str, int]]:
     with _open(path) as file:
         start = file.read(1024)
     if "\0" in start:
-        raise ValueError(f"{plain(path)}: not a list of files: it is no UTF-8 text")
+        raise ValueError(f"{plain(path)}: not a list of files: it is not UTF-8 text")
     is_json = start.lstrip().startswith("[")
     entries = _json_entries(path) if is_json else _lines(path)
     what = "entry" if is_json else "line"

@@ -1,4 +1,4 @@
-"""What a file says besides its tensors: its model, its classes, and how images are prepared."""
+"""Reads and writes what a file states beside its tensors: model, classes, preparation of images."""
 
 from __future__ import annotations
 
@@ -140,7 +140,7 @@ def _json_file(path: Path, notes: list[str]) -> dict[str, Any]:
         notes.append(f"{plain(path)} is not used: {error}")
         return {}
     if not isinstance(content, dict):
-        notes.append(f"{plain(path)} is not used: it is no JSON object")
+        notes.append(f"{plain(path)} is not used: it is not a JSON object")
         return {}
     return content
 
@@ -158,7 +158,7 @@ def _take_names(about: Described, names: object, where: str) -> None:
     if isinstance(names, list) and all(isinstance(name, str) for name in names):
         about.classes = names
     else:
-        about.notes.append(f"{where} are not used: they are no list of names by label")
+        about.notes.append(f"{where} are not used: they are not a list of names by label")
 
 
 def _images(mean: object, std: object, crop: object) -> Images | None:
@@ -174,7 +174,7 @@ def _images(mean: object, std: object, crop: object) -> Images | None:
 
 
 def _ratio(crop: object, size: object) -> float | None:
-    """The share of the shorter side that a crop leaves."""
+    """The share of the shorter side that a crop keeps."""
     try:
         return float(crop["height"]) / float(size["shortest_edge"])  # type: ignore[index]
     except (KeyError, TypeError, ValueError, ZeroDivisionError):

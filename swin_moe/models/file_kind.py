@@ -1,4 +1,4 @@
-"""What a file is, by its first bytes, before anything reads it as weights."""
+"""Finds what a file is by its first bytes, before anything reads it as weights."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def _what(head: bytes, path: Path) -> str:
         if head.startswith(start):
             return what
     if not head.strip(b"\0"):
-        return f"all zeros at its beginning, as a download that was cut off: {_AGAIN}"
+        return f"zeros at its beginning, like an interrupted download: {_AGAIN}"
     if head[257:262] == b"ustar":
         return "a tar archive: unpack it and name the file of weights in it"
     return _text(head) or _binary(head, path)
@@ -138,7 +138,7 @@ def _binary(head: bytes, path: Path) -> str:
 
 
 def unreadable(path: Path, error: Exception) -> str:
-    """What to say of a failure of torch's reader."""
+    """The message for a failure of torch's reader."""
     first = str(error).partition("\n")[0] or type(error).__name__
     if "mmap" in first:
         size = os.stat(path).st_size
@@ -151,7 +151,7 @@ def unreadable(path: Path, error: Exception) -> str:
 
 
 class _Bounded(io.BufferedReader):
-    """A file that gives out no more at once than a list of a zip's entries may have."""
+    """A file that refuses a read larger than a zip's list of entries may be."""
 
     def read(self, size: int | None = -1, /) -> bytes:
         if size is not None and size > _SMALL:

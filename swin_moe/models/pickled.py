@@ -94,8 +94,8 @@ def load_pickled(path: Path) -> Any:
 
 
 def _check_records(content: Any, sizes: set[int], path: Path) -> None:
-    """Memory-mapped tensors are not checked by torch: one that claims more than its record has
-    would be read out of its neighbour's bytes."""
+    """Check memory-mapped tensors, which torch does not: a tensor that claims more bytes than its
+    record has would be read from its neighbour's."""
     for name, tensor in flatten(content).items():
         if tensor.device.type == "cpu" and tensor.layout == torch.strided:
             held = tensor.untyped_storage().nbytes()
@@ -141,7 +141,7 @@ def _tensors(
     if isinstance(content, Tensor):
         yield prefix[:-1], content
     elif isinstance(content, (Mapping, list, tuple)) and levels and id(content) not in seen:
-        seen.add(id(content))  # one that is in two places counts once, and a circle ends
+        seen.add(id(content))  # shared values count once, and a cycle ends
         items = content.items() if isinstance(content, Mapping) else enumerate(content)
         for key, value in items:
             yield from _tensors(value, f"{prefix}{key}.", levels - 1, seen)

@@ -122,7 +122,7 @@ def _names_of_head(about: Described, classes: int, path: Path) -> list[str] | No
 
 
 def _huggingface_model(stated: dict[str, object]) -> dict[str, object]:
-    """What tensors do not tell and a ``config.json`` does.
+    """Take from ``config.json`` what tensors do not show.
 
     Raises:
         WeightsError: it asks for what the family does not have.
@@ -142,7 +142,7 @@ def adopt_pretrained_window(model: ModelConfig, source: Pretrained) -> ModelConf
     """V2 at another window than the file's is asked for the coordinates that it was trained with.
 
     Where the config leaves ``pretrained_window_sizes`` empty, they become the file's windows, or
-    those of the config's variant if the file does not tell its own, as timm's do not.
+    those of the config's variant if the file does not state its own (timm's files do not).
     """
     theirs = source.config.model
     if model.family not in ("swinv2", "swin_moe") or model.pretrained_window_sizes:
@@ -154,7 +154,7 @@ def adopt_pretrained_window(model: ModelConfig, source: Pretrained) -> ModelConf
         theirs = validate_architecture({"model": {"name": name}}, name).model if name else model
         theirs = theirs if len(theirs.depths) == len(model.depths) else model
         log.warning(
-            "%s does not tell its window: %d is assumed, %s's; if it was trained at another one, "
+            "%s does not state its window: %d is assumed, %s's; if it was trained at another one, "
             "set model.pretrained_window_sizes",
             plain(source.path),
             theirs.window_size,
@@ -248,7 +248,7 @@ def _load(model: SwinTransformer, source: Pretrained, classes: list[str] | None)
 def head_by_name(
     state: State, theirs: list[str] | None, ours: list[str] | None
 ) -> tuple[State, str]:
-    """The head's rows in the order of our classes, or no head at all if it lacks one of them.
+    """Order the head's rows as our classes; drop the head if it lacks one of them.
 
     Returns:
         the weights, and what became of the head; empty if names are unknown or the same.

@@ -32,7 +32,7 @@ _INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 
 @dataclass
 class Weights:
-    """Tensors as a file names them, and what else it says of them."""
+    """Tensors as a file names them, and what else it states."""
 
     state: State
     about: Described = field(default_factory=Described)
@@ -146,7 +146,7 @@ def write(
     Raises:
         WeightsError: the name ends in neither.
     """
-    # Of one storage each: views and tied tensors would drag their whole storage along.
+    # Each with its own storage: views and tied tensors would bring their whole storage along.
     tensors = {name: tensor.detach().clone().contiguous() for name, tensor in state.items()}
     pickled = path.suffix in PICKLED or bool(_RANK_FILE.search(path.name))
     if path.suffix != ".safetensors" and not pickled:

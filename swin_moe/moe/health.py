@@ -18,15 +18,15 @@ WIDE_LOGITS = 30.0  # a softmax over such a range is a hard choice
 
 
 def lost_gate(moe: MoEConfig, post_norm: bool) -> str:
-    """A warning where the norm after the experts takes a token's only gate away, else empty.
+    """A warning if the norm after the experts cancels a token's only gate, else empty.
 
-    LayerNorm is blind to a positive factor, so that the task's loss hardly reaches the router.
+    LayerNorm cancels a positive factor, so the task's loss hardly reaches the router.
     """
     alone = moe.routing == "token_choice" and moe.top_k == 1 and not moe.num_shared_experts
     if not (moe.enabled and post_norm and alone) or moe.gate_after_norm or moe.num_experts == 1:
         return ""
     return (
-        "moe.gate_after_norm=false: the norm after the experts undoes a token's only gate "
+        "moe.gate_after_norm=false: the norm after the experts cancels a token's only gate "
         "(moe.top_k=1), and the router learns from its balance loss alone; start new runs with "
         "moe.gate_after_norm=true"
     )

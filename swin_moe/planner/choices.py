@@ -21,7 +21,7 @@ from .traffic import Message, exchanged, traffic
 # only constants, with the time that a GPU needs from one kernel to the next in eager PyTorch.
 OF_PRODUCTS, OF_MEMORY, OF_LINKS = 0.6, 0.8, 0.7
 LAUNCH = 5e-6  # seconds per op
-CLOSE = 1.05  # times so near to one another that the roofline cannot tell which is less
+CLOSE = 1.05  # times within this ratio: the roofline cannot tell them apart
 HOST_LINK = 2e10  # bytes/s to host memory, per GPU
 
 
@@ -323,7 +323,7 @@ def rank_layouts(planner: Planner, asked: Layout, cluster: Cluster) -> list[Layo
 
 
 def _to_take(ranked: list[Layout], asked: Choice, cluster: Cluster) -> Layout:
-    """The config as it is, if no layout is clearly faster; else of the fastest ones the simplest.
+    """The config as it is, if no layout is clearly faster; else the simplest of the fastest ones.
 
     That is the lowest ZeRO stage, then what changes least of the config, then the fastest.
     """

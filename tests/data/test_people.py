@@ -145,7 +145,7 @@ def test_a_list_names_files_of_any_bytes_and_no_companions(tmp_path):
     assert source.labels.tolist() == [0, 1]
     assert source.read(1) == encode(5)
     (tmp_path / "other.txt").write_bytes("a/0.png\t0".encode("utf-16"))
-    with pytest.raises(ValueError, match="no UTF-8 text"):
+    with pytest.raises(ValueError, match="not UTF-8 text"):
         open_list(tmp_path / "other.txt")
 
 

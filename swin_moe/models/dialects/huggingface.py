@@ -151,8 +151,8 @@ def _labels(model: ModelConfig, classes: list[str] | None) -> dict[str, Any]:
 def huggingface_processor(model: ModelConfig, images: Images) -> dict[str, Any] | None:
     """The ``preprocessor_config.json`` that prepares images as our evaluation does.
 
-    CLIP's is the one that resizes the shorter side and crops the centre, in all versions. It cuts
-    one pixel beside ours where half the margin is an odd number and a half: it rounds that down.
+    In all versions, CLIP's processor resizes the shorter side and crops the centre. It may crop one
+    pixel beside ours: it rounds half an odd margin down.
 
     Returns:
         None for rectangles, which no processor of theirs prepares so.
