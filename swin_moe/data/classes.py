@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -48,7 +49,8 @@ class Relabelled(Bounded):
 def match(source: Source, classes: list[str], split: str) -> Source:
     """The source with labels that are places in ``classes``, matched by name.
 
-    A data set without names keeps its numbers, see :func:`difference`.
+    A data set without names keeps its numbers, and so does one whose labels are numbers and whose
+    list of names renames some classes; see :func:`difference`.
 
     Args:
         split: the config keys and their values, for messages.
@@ -60,6 +62,10 @@ def match(source: Source, classes: list[str], split: str) -> Source:
     theirs = source.class_names
     if theirs is None or theirs == classes:
         return source
+    if source.numbered and _is_renamed(theirs, classes):
+        same = Relabelled(source, classes, np.arange(len(classes), dtype=np.int32))
+        same.renamed = [ours for ours, name in zip(classes, theirs, strict=True) if name != ours]
+        return same
     counts = np.zeros(len(theirs), np.int64)
     counts[: len(source.class_counts)] = source.class_counts
     return Relabelled(source, classes, _places(theirs, counts, classes, split))
@@ -67,6 +73,11 @@ def match(source: Source, classes: list[str], split: str) -> Source:
 
 def difference(source: Source, classes: list[str]) -> str:
     """A note on a held-out split that :func:`match` made; empty if it has all classes."""
+    if source.renamed:
+        return (
+            f"its list calls {len(source.renamed):,} of the {len(classes):,} classes otherwise "
+            f"({quoted(source.renamed)}); its labels are numbers, and these count"
+        )
     if source.class_names is None:
         return (
             "its classes have no names, so its labels count as places in the model's list of "
@@ -80,6 +91,13 @@ def difference(source: Source, classes: list[str]) -> str:
         f"no sample of {len(missing):,} of the {len(classes):,} classes that the model knows "
         f"({quoted(missing)}); the others are matched by name"
     )
+
+
+def _is_renamed(theirs: list[str], ours: list[str]) -> bool:
+    """Whether two lists differ in some names, while every name in both has the same place."""
+    known = {name: place for place, name in enumerate(ours)}
+    places = [known.get(name, place) == place for place, name in enumerate(theirs)]
+    return len(theirs) == len(ours) and all(places) and not known.keys().isdisjoint(theirs)
 
 
 def _places(theirs: list[str], counts: np.ndarray, classes: list[str], split: str) -> np.ndarray:
@@ -103,7 +121,7 @@ def _places(theirs: list[str], counts: np.ndarray, classes: list[str], split: st
     return place
 
 
-def quoted(names: list[str]) -> str:
+def quoted(names: Sequence[str]) -> str:
     """The first names in quotes, with an ellipsis if there are more."""
     shown = ", ".join(f"'{plain(name)}'" for name in names[:SHOWN])
     return shown + ", …" * (len(names) > SHOWN)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -20,9 +21,14 @@ class Bounded:
 
     Attributes:
         max_pixels: of an image, see ``data.max_pixels``; it bounds the bytes of a file, too.
+        numbered: the data hold numbers as labels, and a list of names beside them; else a label
+            is a name's place in a sorted list.
+        renamed: names of the model's classes that this data set calls otherwise.
     """
 
     max_pixels = MAX_PIXELS
+    numbered = False
+    renamed: Sequence[str] = ()
 
     def checked_size(self, size: int) -> int:
         """The size in bytes of an encoded image.

@@ -30,6 +30,7 @@ from .index import (
 )
 from .scan import Scan, is_compressed, sample_key, scan_shard
 
+PER_CLASS = "a tar per class"
 PASSED_OVER = "passed_over"  # in the index that is kept
 SUFFIXES = (".tar", ".tar.gz", ".tgz")
 MAX_COMPRESSED = 256 << 20  # bytes of .gz shards in one set, which are kept in memory
@@ -135,6 +136,7 @@ class ShardSource(Bounded):
         self.runs = np.array([shard.samples for shard in manifest.shards], np.int64)
         self._bytes = sum(shard.bytes for shard in manifest.shards)
         self._table, self._contents, self._kind = table, contents, kind
+        self.numbered = kind != PER_CLASS
         self._files: dict[int, IO[bytes]] = {}
         self.manifest: Path | None = None  # that came with the shards
         unlabelled = int(manifest.preparation.get(PASSED_OVER) or 0)
@@ -231,7 +233,7 @@ def open_shards(
     Raises:
         ValueError: see :func:`.scan.scan_shard`; or too much is compressed.
     """
-    kind = "tar shards" if labels is None else "a tar per class"
+    kind = "tar shards" if labels is None else PER_CLASS
     packed = [path for path in paths if is_compressed(path)]
     _check_compressed(packed)
     if packed or sum(path.stat().st_size for path in paths) < INDEXED_BYTES:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -44,9 +44,11 @@ class Source(Protocol):
         class_counts: int64 [classes], how many samples each has.
         class_names: by label, where the data tells.
         passed_over: one line on files that are no samples; empty if there are none.
-        max_pixels: of an image, see ``data.max_pixels``.
+        max_pixels, numbered, renamed: see :class:`~.files.Bounded`.
     """
 
+    numbered: bool
+    renamed: Sequence[str]
     passed_over: str
     max_pixels: int
     runs: np.ndarray

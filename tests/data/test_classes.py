@@ -3,7 +3,7 @@
 import pytest
 
 from swin_moe.data.classes import match
-from tests.data.helpers import NO_AUGMENT, make_folder, open_loader
+from tests.data.helpers import NO_AUGMENT, make_folder, make_shards, open_loader
 
 
 def labels(loader):
@@ -52,9 +52,22 @@ def test_data_without_names_keep_their_numbers_and_say_so(tmp_path, caplog):
     assert "its classes have no names" in caplog.text
 
 
+def test_a_list_of_names_beside_numbers_may_rename_some(tmp_path, caplog):
+    make_shards(tmp_path, 3, split="val", shards=1)
+    names = tmp_path / "classes.txt"
+    names.write_text("[/cat]\ndog\nfox\n")
+    loader = open_loader(tmp_path, training=False, classes=["[cat]", "dog", "fox"])
+    assert labels(loader) == [0, 1, 2]
+    assert loader.class_names == ["[cat]", "dog", "fox"]
+    assert "calls 1 of the 3 classes otherwise ('[cat]'); its labels are numbers" in caplog.text
+    names.write_text("dog\ncow\nfox\n")  # a name of the model's at another place
+    with pytest.raises(ValueError, match="unknown to the model: 'cow'"):
+        open_loader(tmp_path, training=False, classes=["[cat]", "dog", "fox"])
+
+
 def test_a_name_without_samples_may_be_unknown():
     class Source:
-        runs, passed_over = None, ""
+        runs, passed_over, numbered = None, "", False
 
     import numpy as np
 
