@@ -1,7 +1,7 @@
 # syntax=docker/dockerfile:1
 # The project with its pinned packages: docker build -t swin_moe .  (docs/docker.md)
 # With --build-arg DEVICE=cuda the CUDA kernels are compiled as well. The pinned torch brings CUDA's
-# libraries in both cases, so that what runs needs no more of the machine than NVIDIA's driver.
+# libraries in both cases, so that the machine needs only NVIDIA's driver and container toolkit.
 ARG DEVICE=cpu
 ARG UBUNTU_IMAGE=ubuntu:24.04
 ARG CUDA_IMAGE=nvidia/cuda:13.2.1-devel-ubuntu24.04
@@ -18,7 +18,7 @@ RUN apt-get update \
       ca-certificates g++ make python3 python3-venv \
  && rm -rf /var/lib/apt/lists/*
 WORKDIR /opt/swin_moe
-# Packages first: they change less often than the code, and this step is kept.
+# Packages first: they change less often than the code, so this step stays cached.
 COPY Makefile pyproject.toml ./
 COPY requirements requirements
 ENV UV_NO_CACHE=1 PIP_NO_CACHE_DIR=1
@@ -38,7 +38,7 @@ RUN apt-get update \
  && mkdir -m 1777 /home/swin_moe
 COPY --from=build /opt/swin_moe /opt/swin_moe
 WORKDIR /opt/swin_moe
-# Whatever user runs it may write pictures and runs here and caches at home, and change no code.
+# Any user may write pictures and runs here and caches at home, but cannot change the code.
 RUN mkdir -m 1777 -p runs \
  && chmod 1777 .
 ENV PATH=/opt/swin_moe/.venv/bin:$PATH \

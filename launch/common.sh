@@ -2,7 +2,7 @@
 # reads the options.
 # shellcheck shell=bash disable=SC2034 # what is set here is used by the launchers
 
-# A signal while this shell is still preparing: as the program, which replaces it, answers it.
+# This shell is replaced by the program. Until then it answers signals as the program does.
 stopped() {
   printf 'swin-moe: error: told to stop before anything was started\n' >&2
   exit "$1"

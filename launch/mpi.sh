@@ -20,7 +20,7 @@ for host in "${hosts[@]}"; do
   [[ $host == localhost || $host == "$(hostname)" ]] || others+=("$host")
 done
 [[ ${#others[@]} == 0 ]] || reach "${others[@]}"
-[[ ${#others[@]} != 0 || -n $master ]] || master_host=127.0.0.1 # nobody else is to reach it
+[[ ${#others[@]} != 0 || -n $master ]] || master_host=127.0.0.1 # no other machine may reach it
 
 export MASTER_ADDR=$master_host MASTER_PORT=$master_port OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 exports=()

@@ -23,7 +23,7 @@ if [[ -z $processes ]]; then
   processes=$(count_gpus)
   [[ $processes -gt 0 || $dry_run == 1 ]] ||
     die "no GPU found on this machine: give --processes N to train on its CPU"
-  [[ $processes -gt 0 ]] || processes=gpu # what a machine that has some would count
+  [[ $processes -gt 0 ]] || processes=gpu # on a machine with GPUs, torchrun counts them
 fi
 if [[ $processes != gpu ]]; then
   whole_number --processes "$processes" 1

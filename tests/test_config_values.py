@@ -1,4 +1,4 @@
-"""What people type into configs and overrides means that, or is refused in one line."""
+"""A value in a config or override is taken as typed, or refused in one line."""
 
 import os
 import random

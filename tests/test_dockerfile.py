@@ -1,4 +1,4 @@
-"""The Dockerfile, as far as it can be held without docker."""
+"""Checks of the Dockerfile that need no docker."""
 
 import re
 import shlex

@@ -1,4 +1,4 @@
-"""What ranks agree on, loss spikes, in one process."""
+"""What ranks agree on, and loss spikes, in one process."""
 
 import math
 import signal

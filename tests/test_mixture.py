@@ -1,4 +1,4 @@
-"""A config that says that it is a mixture of experts is one, and one that learns."""
+"""A config of a mixture of experts has MoE blocks, and its router learns."""
 
 import io
 
@@ -66,7 +66,7 @@ def test_dense_on_purpose(tmp_path):
 
 
 def test_what_a_dense_run_wrote_loads(tmp_path):
-    """All keys stand in it; a run that a former program made dense by mistake loads, too."""
+    """A run's config states all keys. One that an earlier version made dense by mistake loads."""
     plain = dump_config(loaded(tmp_path, ""))
     assert not loaded(tmp_path, plain).moe.enabled
     with pytest.raises(ConfigError, match=r"override 'moe\.top_k=1': moe\.top_k=1, but"):
@@ -122,7 +122,7 @@ def test_who_trains_a_router_without_a_gradient_is_warned(changes, post_norm, wa
 
 
 def kept(tmp_path, began, now, fresh=False):
-    """What a resume makes of a config, and what it says, where a checkpoint has another."""
+    """The config of a resume, and its message, if the checkpoint has another config."""
     text = io.StringIO()
     run = Run(tmp_path, World(0, 0, 1, torch.device("cpu"), Group(), Group()),
               Console(file=text, width=300))  # fmt: skip

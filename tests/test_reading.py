@@ -1,4 +1,4 @@
-"""Text that people hand over: read within bounds, names printed as one line."""
+"""Users' text files are read within bounds; names are printed as one line."""
 
 import os
 

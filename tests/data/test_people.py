@@ -1,4 +1,4 @@
-"""Names, sizes and layouts as people have them: no sample is lost, doubled or mislabelled."""
+"""Names, sizes and layouts of real data: no sample is lost, doubled or mislabelled."""
 
 import io
 import json

@@ -101,7 +101,7 @@ def test_traced_equals_eager(family):
 
 @torch.no_grad()
 def test_a_trace_follows_its_weights():
-    """An evaluation keeps the position bias, which a trace is not to take for a constant."""
+    """An evaluation keeps the position bias, which a trace must not take for a constant."""
     model, other = lively(**MIXED), lively(**MIXED)
     model(images(1))
     for parameter in other.parameters():

@@ -58,7 +58,7 @@ def tarred():
 
 
 def claiming(size):
-    """A zip whose list of entries says that one has so many bytes."""
+    """A zip whose list of entries claims this many bytes for one entry."""
     data = bytearray(saved(STATE))
     entry = data.rindex(b"PK\x01\x02")
     data[entry + 20 : entry + 28] = size.to_bytes(4, "little") * 2

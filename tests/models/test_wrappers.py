@@ -27,7 +27,7 @@ def named(prefix, state=STATE):
 
 
 def check(content, *notes, wanted=""):
-    """The content's network is ``STATE``, and the lines say the notes."""
+    """The content's network is ``STATE``, and the notes are these lines."""
     state, said = take_network(content, PATH, wanted)
     assert state.keys() == STATE.keys()
     assert all(torch.equal(state[name], STATE[name]) for name in state)
