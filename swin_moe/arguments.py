@@ -30,7 +30,7 @@ exit codes: 0 done, 1 failed, 2 wrong use (a config, an argument or data that ca
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        """One line, and no restart by a launcher: the same words would fail again."""
+        """Print one line and prevent a restart by a launcher: the same words would fail again."""
         ranks.refuse_restart()
         self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
 

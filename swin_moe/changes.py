@@ -1,4 +1,4 @@
-"""What has changed between a checkpoint and the start that resumes it, key by key."""
+"""The changes between a checkpoint and the start that resumes it, key by key."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def _shown(value: Any) -> str:
 
 
 def data_facts(train: Loader) -> dict[str, int]:
-    """What tells one training set from another: how many samples and how many classes it has."""
+    """What distinguishes one training set from another: its numbers of samples and classes."""
     return {"samples": train.num_samples, "classes": train.classes_seen}
 
 

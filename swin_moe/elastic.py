@@ -1,12 +1,11 @@
 """torchrun's agent for this program: how it starts, signals and restarts the processes of a node.
 
-When a process fails, the process has said why; torchrun's page about itself is left out. Signals
-that ask for an end (``signals.py``) are handed to the processes, which save and end, instead of
-ending them. A failure that would only repeat itself, or an end that was asked for, is not answered
-by a restart, whatever --max-restarts says. Nodes that do not meet are reported in one line
-(``nodes.py``), and those that meet again agree on what to begin; a node that is alone meets nobody
-(``rendezvous.py``). The processes are forked from one that has imported everything
-(``fork_server.py``).
+A process that fails has printed why, so torchrun's own page is left out. Signals that ask for an
+end (``signals.py``) are passed on to the processes, which save and end. There is no restart after a
+failure that would only repeat itself or an end that was asked for, whatever --max-restarts says.
+Nodes that do not meet are reported in one line (``nodes.py``), and those that meet again agree on
+what to begin. A single node meets nobody (``rendezvous.py``). The processes are forked from one
+that has imported everything (``fork_server.py``).
 """
 
 from __future__ import annotations
@@ -174,7 +173,7 @@ def _run(arguments: Any, folder: Path) -> None:
         run.run(arguments)
         return
     meet_warily()
-    if nodes.interface:  # gloo would take the address that the host's own name has
+    if nodes.interface:  # else gloo would take the address of the host's own name
         os.environ.setdefault("GLOO_SOCKET_IFNAME", nodes.interface)
     try:
         run.run(arguments)
@@ -235,7 +234,7 @@ def _failed(error: ChildFailedError) -> int:
         return _fail(TWICE, INTERRUPTED)
     for number, code in ((signal.SIGTERM, PREEMPTED), (signal.SIGINT, INTERRUPTED)):
         stopped = [f.local_rank for f in error.failures.values() if f.exitcode == code]
-        if stopped and 0 not in stopped:  # the one that speaks was not yet ready for signals
+        if stopped and 0 not in stopped:  # the rank that prints was not yet ready for signals
             return _fail(too_early(_told[0] if _told else number), code)
         if stopped:
             return code

@@ -16,7 +16,7 @@ from .writing import Appender
 
 @dataclass(frozen=True)
 class Inputs:
-    """What comes from the user's files.
+    """A run's inputs from the user's files.
 
     Attributes:
         classes: names by label, where the data has any. loaders: training and held-out data.

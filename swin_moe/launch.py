@@ -186,7 +186,7 @@ def check(request: Request) -> Config:
 
 
 def _check_this_machine(request: Request, config: Config) -> None:
-    """What is asked for is here."""
+    """Check that this machine has the GPUs and the data."""
     asked, gpus = request.gpus_per_node, count_gpus()
     if not request.cpu and asked and asked > gpus:
         here = f"{gpus} (CUDA_VISIBLE_DEVICES counts)" if gpus else "no GPU"

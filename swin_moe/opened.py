@@ -65,7 +65,7 @@ def open_checkpoint(path: Path, world: World, overrides: list[str], command: str
 
 
 def _find_data(config: Config, path: Path) -> None:
-    """A relative ``data.path`` that is not below the working directory is where training had it."""
+    """Resolve a relative ``data.path`` as in training, if it is not below the working directory."""
     here = Path(config.data.path)
     state = read_json(path / "state.json")
     there = state.get("data", {}).get("folder") if isinstance(state, dict) else None

@@ -79,7 +79,7 @@ def read_json(path: str | os.PathLike[str], limit: int = LIMIT) -> Any:
     """The value of a JSON file, read as by :func:`read_text`.
 
     Raises:
-        ValueError: one line that names the file; besides, it is not JSON or nested too deeply.
+        ValueError: as there, or it is not JSON or nested too deeply; names the file.
         OSError: it cannot be read.
     """
     return parse_json(read_text(path, limit), plain(path))

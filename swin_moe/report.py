@@ -67,7 +67,7 @@ def header(
 
 
 def _rate(config: Config, batch: int) -> str:
-    """The peak rate, for whoever compares it with a recipe or another batch."""
+    """The peak rate, to compare with a recipe or another batch."""
     base, decay = config.optimizer.base_lr, config.optimizer.layer_decay
     peak = base * batch / REFERENCE_BATCH
     text = f"{_short(base, 6)} × {batch}/{REFERENCE_BATCH} = {_short(peak, 2)} at its peak"

@@ -218,7 +218,7 @@ def _fit(job: _Job, trainer: Trainer) -> Trainer:
         except (TrainingError, Preempted):  # of all ranks
             with job.watchdog.phase("the other ranks ended", writes=True):
                 job.writer.wait()
-                distributed.barrier()  # the end of another would end rank 0 before it has told
+                distributed.barrier()  # else another's end would end rank 0 before it has reported
             raise
         except BaseException:
             job.writer.close()
@@ -383,7 +383,7 @@ def _layout(model: SwinTransformer, world: World) -> Layout:
 
 
 def _convert_position(position: Position, state: dict[str, Any], batch: int, plan: Plan) -> None:
-    """Keep the place in the epoch when the global batch or the number of samples has changed.
+    """Keep the place in the epoch if the global batch or the number of samples has changed.
 
     Args:
         state: of the checkpoint. batch: the global batch now.

@@ -31,13 +31,13 @@ def code_of(number: int) -> int:
 
 
 def too_early(number: int) -> str:
-    """What is said when a signal comes before the first update."""
+    """The message for a signal before the first update."""
     told = "interrupted" if number == signal.SIGINT else f"told to stop by {_name(number)}"
     return f"{told} before the first update: nothing is lost, the same command starts again"
 
 
 def install(handler: Callable[[int, Any], Any]) -> dict[int, Any]:
-    """Let ``handler`` answer all that are not ignored, as under nohup; returns what was there."""
+    """Install ``handler`` for all signals that are not ignored (nohup); returns former handlers."""
     former: dict[int, Any] = {number: signal.getsignal(number) for number in STOPS}
     former = {number: old for number, old in former.items() if old is not signal.SIG_IGN}
     for number in former:
@@ -46,14 +46,14 @@ def install(handler: Callable[[int, Any], Any]) -> dict[int, Any]:
 
 
 def watch() -> None:
-    """From the first moment of the program on, a signal ends it in one line."""
+    """From now on, a signal ends the program in one line."""
     if _Watch.process != os.getpid():  # else it has begun; a forked process has other handlers
         _Watch.process, _Watch.former = os.getpid(), {}
     _Watch.former = _Watch.former or install(_note)
 
 
 def release() -> None:
-    """Give the signals their usual meaning again: this program is no training."""
+    """Restore the signals' usual meaning: this program is no training."""
     for number in _Watch.former:
         usual = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
         signal.signal(number, usual)
@@ -61,7 +61,7 @@ def release() -> None:
 
 
 class _Watch:
-    """What is known of signals in this process."""
+    """The state of signals in this process."""
 
     process = 0  # whose handlers these are: a forked one inherits them
     former: ClassVar[dict[int, Any]] = {}
@@ -70,7 +70,7 @@ class _Watch:
 
 
 class StopSignal:
-    """The order to stop, as a training finds it; between ``with`` and its end.
+    """The order to stop, for a training to ask; valid inside its ``with``.
 
     Until :meth:`defer` is called, a signal ends the process at once.
 
@@ -85,7 +85,7 @@ class StopSignal:
         self.name = ""
 
     def __call__(self) -> int:
-        """0, or 1 after SIGINT, or 2 after others: the greatest of all ranks counts."""
+        """0 without a signal, 1 after SIGINT, 2 after others: the greatest of all ranks counts."""
         return bool(self.name) + (self.name not in ("", "SIGINT"))
 
     def __enter__(self) -> StopSignal:
@@ -94,7 +94,7 @@ class StopSignal:
         return self
 
     def defer(self) -> None:
-        """Training begins: from now on a signal is remembered, and training asks for it."""
+        """Training begins: from now on, a signal is remembered until training asks for it."""
         _Watch.training = self
 
     def __exit__(self, *_: object) -> None:
@@ -106,13 +106,13 @@ class StopSignal:
 
 
 def _note(number: int, _frame: Any) -> None:
-    if os.getpid() != _Watch.process:  # forked since, and none of ours
+    if os.getpid() != _Watch.process:  # a process forked later, which is none of ours
         signal.signal(number, signal.SIG_DFL)
         os.kill(os.getpid(), number)
         return
     StopSignal.came = True
     training = _Watch.training
-    if ranks.being_closed():  # another process has failed, and this one will meet it
+    if ranks.being_closed():  # another process has failed, and this one will notice
         if training is None:
             os._exit(128 + number)
         return
@@ -128,7 +128,7 @@ def _note(number: int, _frame: Any) -> None:
 
 
 def _end(message: str, code: int) -> None:
-    """End this process in the middle of whatever it does, without a word on most ranks."""
+    """End this process at once; only the first rank of each node prints."""
     ranks.refuse_restart()
     _say(f"error: {message}")
     os._exit(code)

@@ -31,7 +31,7 @@ EVENTS = 160  # columns of a heat map, at most: more are joined
 def show_picture(metrics: MetricLog, key: str, path: Path, draw: Callable[[], Any]) -> None:
     """Draw a picture of a training and put it into TensorBoard.
 
-    Whatever goes wrong is a warning, for no training ends for a picture.
+    Any failure is a warning: no training ends because of a picture.
     """
     try:
         draw()

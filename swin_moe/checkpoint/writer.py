@@ -104,7 +104,7 @@ class Writer:
     ) -> None:
         self.folder, self.world, self._tell = folder, world, tell
         self.writing = writing or Writing()
-        self._of_a_run = folder.parent.is_dir()  # else a save makes it
+        self._of_a_run = folder.parent.is_dir()  # else the first save makes it
         self._life = broadcast_object(secrets.token_hex(4))  # no other life's files are taken
         self._host: dict[str, Tensor] = {}
         self._job: _Job | None = None

@@ -168,7 +168,7 @@ def _line(event: yaml.Event) -> int:
 
 
 def unquoted(text: str) -> str | None:
-    """What stands in a word's quotes, which are those of YAML; None if it is not one in quotes.
+    """The text in a word's quotes, by YAML's rules; None if it is not a quoted word.
 
     Raises:
         NotOurYaml: it has an escape that YAML does not know.

@@ -71,7 +71,7 @@ def contact_sheet(config: Config, train: Loader, val: Loader, path: Path) -> Non
 
 
 def _of_several_classes(loader: Loader) -> list[int]:
-    """Indices of a row of held-out images, of as many classes as evenly spread samples have.
+    """Indices of held-out images for a row, from as many classes as evenly spread samples have.
 
     The first of each class come first, then the second of each.
     """

@@ -39,7 +39,7 @@ class Described:
 
 
 def metadata(config: Architecture | None, about: Described) -> dict[str, str]:
-    """The same for a file of ours, as JSON texts by key."""
+    """These facts for a file of ours, as JSON texts by key."""
     texts: dict[str, str] = {}
     if config is not None:
         sections = {"model": config.model.model_dump(), "moe": config.moe.model_dump()}

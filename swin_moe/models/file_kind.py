@@ -17,8 +17,8 @@ Kind = Literal["safetensors", "zip", "legacy"]
 
 _HEAD = 4096  # bytes that are looked at
 _HEADER_LIMIT = 100_000_000  # bytes of a safetensors header, as the safetensors library has it
-_SMALL = 64 << 20  # bytes of a zip's own lists and of the pickle in it: all but the tensors
-_SHRUNK = 16  # how many times as large as the file a compressed zip may become
+_SMALL = 64 << 20  # bytes of a zip's lists and pickle: everything but the tensors
+_SHRUNK = 16  # a compressed zip may expand to this many times its size
 # The number that torch.save writes first, as pickle protocol 2 has it.
 _LEGACY = bytes.fromhex("8a0a6cfc9c46f9206aa850192e")
 _AGAIN = "download or copy it again"

@@ -123,7 +123,7 @@ def _without_wrappers(state: State) -> dict[str, str]:
 
 
 def _outer(full: str) -> str:
-    """What wrappers put before a name."""
+    """The prefix that wrappers put before a name."""
     parts = full.split(".")
     count = next((i for i, part in enumerate(parts) if part not in _OUTER), len(parts))
     return "".join(f"{part}." for part in parts[: min(count, len(parts) - 1)])
@@ -136,7 +136,7 @@ def _inner(full: str) -> str:
 
 
 def _networks(names: dict[str, str]) -> dict[str, str]:
-    """What stands before each Swin network's names -> the same in the file, for people."""
+    """Prefix of each Swin network -> the same prefix in the file, for messages."""
     found: dict[str, str] = {}
     for name, full in names.items():
         if match := _FIRST.search(name):
@@ -181,7 +181,7 @@ def _said(prefix: str) -> str:
 
 
 def _outer_head(name: str, root: str) -> tuple[str, str] | None:
-    """What stands before a head that belongs to the module around the network, and its name."""
+    """Prefix and name of a head that belongs to the module around the network."""
     parts = root.split(".")[:-1]
     for count in range(len(parts), -1, -1):
         before = "".join(f"{part}." for part in parts[:count])
