@@ -95,7 +95,7 @@ def _what(head: bytes, path: Path) -> str:
         if head.startswith(start):
             return what
     if not head.strip(b"\0"):
-        return f"zeros at its beginning, like an interrupted download: {_AGAIN}"
+        return f"all zeros at its beginning, like an interrupted download: {_AGAIN}"
     if head[257:262] == b"ustar":
         return "a tar archive: unpack it and name the file of weights in it"
     return _text(head) or _binary(head, path)
