@@ -283,7 +283,7 @@ def _write(
     has_window = config.model.family in ("swinv2", "swin_moe") and dialect != "timm"
     if has_window and not window_known:
         raise WeightsError(
-            f"{dialect} files state their window, but this file does not: add --model NAME, or "
+            f"the file does not state its window, but {dialect} files do: add --model NAME, or "
             "model.window_size=N and model.img_size=N"
         )
     theirs = from_swin_moe(state, dialect, config.model)

@@ -64,7 +64,7 @@ class Writing:
 
 @dataclass
 class _Doing:
-    """What the main thread does, for people; and what counts as going on besides a beat.
+    """What the main thread does, for messages; and what else counts as progress.
 
     Attributes:
         limit: seconds of silence. works: its own work. together: that of ranks that are not further
@@ -81,7 +81,7 @@ class _Doing:
 class Watchdog:
     """Ends the process when it has been silent for too long.
 
-    A thread of Python tells where the program stands; should that thread not run either, because a
+    A Python thread reports where the program stands. If that thread cannot run either, because a
     library holds the interpreter, the C library's timer does the same a little later.
 
     Args:
