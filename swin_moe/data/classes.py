@@ -75,7 +75,7 @@ def difference(source: Source, classes: list[str]) -> str:
     """A note on a held-out split that :func:`match` made; empty if it has all classes."""
     if source.renamed:
         return (
-            f"its list calls {len(source.renamed):,} of the {len(classes):,} classes otherwise "
+            f"its list calls {len(source.renamed):,} of the {len(classes):,} classes differently "
             f"({quoted(source.renamed)}); its labels are numbers, and these count"
         )
     if source.class_names is None:

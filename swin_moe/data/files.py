@@ -23,7 +23,7 @@ class Bounded:
         max_pixels: of an image, see ``data.max_pixels``; it bounds the bytes of a file, too.
         numbered: the data hold numbers as labels, and a list of names beside them; else a label
             is a name's place in a sorted list.
-        renamed: names of the model's classes that this data set calls otherwise.
+        renamed: the model's names of the classes that this data set names differently.
     """
 
     max_pixels = MAX_PIXELS

@@ -59,7 +59,7 @@ def test_a_list_of_names_beside_numbers_may_rename_some(tmp_path, caplog):
     loader = open_loader(tmp_path, training=False, classes=["[cat]", "dog", "fox"])
     assert labels(loader) == [0, 1, 2]
     assert loader.class_names == ["[cat]", "dog", "fox"]
-    assert "calls 1 of the 3 classes otherwise ('[cat]'); its labels are numbers" in caplog.text
+    assert "calls 1 of the 3 classes differently ('[cat]'); its labels are numbers" in caplog.text
     names.write_text("dog\ncow\nfox\n")  # a name of the model's at another place
     with pytest.raises(ValueError, match="unknown to the model: 'cow'"):
         open_loader(tmp_path, training=False, classes=["[cat]", "dog", "fox"])
