@@ -52,6 +52,7 @@ class _Process(SubprocessHandler):
 
     server: fork_server.Server | None = None
     living: ClassVar[list[Any]] = []
+    group: ClassVar[list[Any]] = []  # all that were started together, the ended ones too
 
     def _popen(self, args: tuple[str, ...], env: dict[str, str]) -> Any:
         forked = self.server and args[:3] == (sys.executable, "-u", "-m")
@@ -61,10 +62,12 @@ class _Process(SubprocessHandler):
             log.warning("the fork server is gone (%s): the process is started afresh", error)
             process = super()._popen(args, env)
         self.living[:] = [other for other in self.living if other.poll() is None] + [process]
+        self.group.append(process)
         return process
 
     def close(self, death_sig: signal.Signals | None = None) -> None:
-        _closing().touch()  # SIGTERM is no order to save: another process has ended
+        if any(process.poll() not in (None, 0) for process in self.group):
+            _closing().touch()  # SIGTERM is no order to save: another process has failed
         try:
             super().close(death_sig)
         except ProcessLookupError:  # its server knows that it has ended, and we do not yet
@@ -130,6 +133,7 @@ class _Agent(LocalElasticAgent):
         # Those before were perhaps told to end for the sake of a node that has joined.
         Path(os.environ[FINAL]).unlink(missing_ok=True)
         _closing().unlink(missing_ok=True)
+        _Process.group.clear()
         started = super()._start_workers(worker_group)
         if _told:  # before there was one to tell
             _pass_on(_told[-1], None)

@@ -72,12 +72,18 @@ def private_folder() -> Iterator[Path]:
 
 def _remove_abandoned(place: Path) -> None:
     for owner in place.glob(f"{_PREFIX}*/{_OWNER}"):
-        with contextlib.suppress(OSError), owner.open() as lock:
+        with contextlib.suppress(OSError):
             folder = owner.parent.lstat()
             young = time.time() - folder.st_mtime < _YOUNG  # perhaps it is not locked yet
-            if folder.st_uid == os.geteuid() and stat.S_ISDIR(folder.st_mode) and not young:
+            if folder.st_uid != os.geteuid() or not stat.S_ISDIR(folder.st_mode) or young:
+                continue
+            # Not a pipe or a link that somebody may have put there.
+            lock = os.open(owner, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
+            try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 shutil.rmtree(owner.parent, ignore_errors=True)
+            finally:
+                os.close(lock)
 
 
 def die_with_parent() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -67,12 +68,15 @@ def _starting_weights(run: Run, config: Config, fresh: bool) -> Pretrained | Non
     """
     if not config.model.pretrained:
         return None
-    for path in [] if fresh else checkpoint.list_checkpoints(run.checkpoints):
-        if (path / "config.yaml").is_file():
+    checkpoints = [] if fresh else checkpoint.list_checkpoints(run.checkpoints)
+    for path in checkpoints:
+        with contextlib.suppress(ValueError):  # a damaged one is passed over, and said, later
             saved = load_config(path / "config.yaml").model.pretrained_window_sizes
             stated = config.model.pretrained_window_sizes
             config.model.pretrained_window_sizes = stated or saved
             return None
+    if checkpoints:
+        return None
     source = read_pretrained(Path(config.model.pretrained))
     config.model = adopt_pretrained_window(config.model, source)
     return source

@@ -46,7 +46,8 @@ def open_checkpoint(path: Path, world: World, overrides: list[str], command: str
     found = checkpoint.choose(path)
     source = read_pretrained(found)
     config = load_config(found / "config.yaml", overrides)
-    _find_data(config, found)
+    if not any(override.startswith("data.path=") for override in overrides):
+        _find_data(config, found)
     torch.set_flush_denormal(config.precision.flush_denormals)
     if config.model.num_classes != source.config.model.num_classes:
         raise ConfigError(
@@ -61,6 +62,7 @@ def open_checkpoint(path: Path, world: World, overrides: list[str], command: str
     dtype = resolve_precision(config.precision, world.device)
     forward = in_precision(model, dtype, cast_weights=config.zero.stage > 0)
     loader = loader_of(config, training=False, classes=checkpoint.class_names(found))
+    loader.check_room()
     return Opened(found, config, model, forward, loader)
 
 

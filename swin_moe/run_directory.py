@@ -98,7 +98,9 @@ def _write_config(folder: Path, config: Config, changed_since: checkpoint.Reader
     path, text = folder / "config.yaml", dump_config(config)
     try:
         if changed_since is not None and path.is_file():
-            path.replace(folder / f"config-until-{changed_since.path.name}.yaml")
+            kept = folder / f"config-until-{changed_since.path.name}.yaml"
+            if not kept.exists():  # else this is another start from the same checkpoint
+                path.replace(kept)
         path.write_text(text, encoding="utf-8")
     except OSError as error:
         log.warning("%s cannot be written (%s); training goes on", path, error.strerror)

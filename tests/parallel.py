@@ -6,6 +6,7 @@ They are forked from a server that has imported everything, once a session (``te
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -154,7 +155,10 @@ def train(
 def ranks(launcher: int) -> list[psutil.Process]:
     """The processes that train under a launcher, by rank."""
     family = psutil.Process(launcher).children(recursive=True)
-    named = {process: process.name() for process in family}
+    named = {}
+    for process in family:
+        with contextlib.suppress(psutil.NoSuchProcess):  # it may end meanwhile
+            named[process] = process.name()
     return sorted((p for p, name in named.items() if name.startswith("swin-moe r")), key=named.get)
 
 

@@ -178,6 +178,7 @@ def test_the_console_shows_warnings_as_lines_and_leaves_timm_to_the_logs(monkeyp
     root = logging.getLogger()
     monkeypatch.setattr(root, "handlers", [])
     monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
+    logging.captureWarnings(False)  # a command that ran in this process has left it on
     try:
         cli._quiet()
         logging.getLogger("timm.scheduler").warning("a cosine of one update has no effect")

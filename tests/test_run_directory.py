@@ -1,12 +1,15 @@
 """The directory of a run: whose it is and what life in it goes on."""
 
 import os
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
 
 from swin_moe import ranks, run_directory
-from swin_moe.run_directory import MARKER, Run, _adopt
+from swin_moe.config import load_config
+from swin_moe.run_directory import MARKER, Run, _adopt, _write_config
+from tests.parallel import MICRO
 from tests.saving import ALONE
 
 
@@ -78,3 +81,14 @@ def test_restarts_are_known(monkeypatch, name):
     assert not ranks.started_again()
     monkeypatch.setenv(name, "2")
     assert ranks.started_again()
+
+
+def test_the_config_before_a_change_is_kept_through_further_starts(tmp_path):
+    reader = SimpleNamespace(path=tmp_path / "step-00000135")
+    old, new = (load_config(MICRO, [f"optimizer.base_lr={rate}"]) for rate in ("1e-3", "2e-3"))
+    _write_config(tmp_path, old, None)
+    for _ in range(2):  # the second start comes before the next checkpoint
+        _write_config(tmp_path, new, reader)
+    kept = load_config(tmp_path / "config-until-step-00000135.yaml")
+    assert kept.optimizer.base_lr == 1e-3
+    assert load_config(tmp_path / "config.yaml").optimizer.base_lr == 2e-3

@@ -251,7 +251,11 @@ class Writer:
 
     def check_folder(self) -> None:
         """Raise ``RunRemoved`` if somebody has removed or moved the run directory."""
-        if self._of_a_run and not self.folder.parent.is_dir():
+        try:
+            gone = self._of_a_run and not self.folder.parent.is_dir()
+        except OSError:  # a file server that stumbles is no removal
+            gone = False
+        if gone:
             raise RunRemoved(
                 f"the run directory {self.folder.parent} was removed while the training ran, "
                 "with its checkpoints: put it back, or start again from the beginning"

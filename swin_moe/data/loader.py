@@ -100,8 +100,6 @@ class Loader:
                 read than are allowed.
             RuntimeError: a worker process died; :func:`why_died` explains it.
         """
-        if self._loader._iterator is None:  # else its workers run already
-            self.check_room()
         self._sampler.set_position(epoch, start_batch)
         for batch in self._loader:
             if batch.skipped:
@@ -111,6 +109,8 @@ class Loader:
 
     def check_room(self) -> None:
         """Make sure that the workers can hand over their batches.
+
+        To be called before any worker of the run has started: their batches take the same memory.
 
         Raises:
             ValueError: there is too little shared memory.

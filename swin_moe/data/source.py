@@ -95,8 +95,9 @@ def open_source(
         if not len(source):
             said = f" ({source.passed_over})" if source.passed_over else ""
             raise ValueError(f"{root / split} holds no images{said}")
-        if classes is None and not training:
+        if not training and (classes is None or data.match_classes == "number"):
             _check_same_classes(root / split, root / data.train)
+        _check_names(source)
     except ValueError as error:
         raise ValueError(f"{name}={split}: {error}") from None
     source.max_pixels = data.max_pixels
@@ -229,6 +230,11 @@ def _files(folder: Path, ends: str | tuple[str, ...]) -> list[Path]:
 
 
 def _no_such_folder(path: str) -> str:
+    if Path(path).is_file():
+        return (
+            f"data.path={plain(path)} is a file: give the folder that it is in, and its name as "
+            "data.train or data.val"
+        )
     place = "" if Path(path).is_absolute() else f" in {plain(Path.cwd())}, where you are"
     return (
         f"data.path={plain(path)}: no such folder{place}: give a folder of images, a folder of "
@@ -267,13 +273,17 @@ def _named_by_place(split: Path) -> list[str] | None:
     return None
 
 
-def _check_labels(source: Source, num_classes: int) -> None:
+def _check_names(source: Source) -> None:
     counts, names = source.class_counts, source.class_names
     if names is not None and len(counts) > len(names):
         raise ValueError(
             f"{len(names)} class names, but a label is {len(counts) - 1}: give every class a line "
             "in classes.txt, or remove the file"
         )
+
+
+def _check_labels(source: Source, num_classes: int) -> None:
+    counts, names = source.class_counts, source.class_names
     if num_classes and len(counts) > num_classes:
         first = int(np.argmax(source.labels >= num_classes))
         raise ValueError(

@@ -11,7 +11,6 @@ import re
 import warnings
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..reading import openable
 from ..text import plain
 from .dialects import State
 from .file_kind import WeightsError, check_zip, kind_of, unreadable
@@ -72,7 +72,7 @@ def load_pickled(path: Path) -> Any:
     mapped = facts is not None and not facts.compressed and not misnamed
     try:
         with (
-            path.open("rb") if misnamed else nullcontext(path) as source,
+            path.open("rb") if misnamed else openable(path) as source,
             warnings.catch_warnings(),
             torch.serialization.safe_globals(_ALLOWED),
         ):

@@ -240,7 +240,9 @@ def _load(model: SwinTransformer, source: Pretrained, classes: list[str] | None)
     notes = [f"{len(result.state)} tensors of {source.dialect} names"]
     if result.resized:
         notes.append(f"{len(result.resized)} resized")
-    if head := head or result.head:
+    if HEAD[0] in state:  # else its reason is why it was dropped
+        head = result.head or head
+    if head:
         notes.append(f"head {head}")
     return ", ".join(notes)
 

@@ -77,3 +77,23 @@ def test_a_name_without_samples_may_be_unknown():
     found = match(source, ["b", "a"], "data.val=val")
     assert found.labels.tolist() == [0, 1, 0]
     assert found.class_counts.tolist() == [2, 1]
+
+
+def test_held_out_folders_must_be_those_of_training_where_numbers_count(tmp_path):
+    make_folder(tmp_path / "train", ["a", "b", "c"])
+    make_folder(tmp_path / "val", ["a", "c"])
+    with pytest.raises(ValueError, match="differ in 1 class folders, first 'b'"):
+        open_loader(tmp_path, training=False, classes=["x", "y", "z"], match_classes="number")
+
+
+def test_a_list_shorter_than_the_labels_is_said(tmp_path):
+    make_shards(tmp_path, 3, split="val", shards=1)
+    (tmp_path / "classes.txt").write_text("a\nb\n")
+    with pytest.raises(ValueError, match="2 class names, but a label is 2"):
+        open_loader(tmp_path, training=False, classes=["a", "b", "c"])
+
+
+def test_a_file_as_data_path_is_called_a_file(tmp_path):
+    (tmp_path / "d.zip").touch()
+    with pytest.raises(ValueError, match=r"d\.zip is a file: give the folder that it is in"):
+        open_loader(tmp_path / "d.zip")

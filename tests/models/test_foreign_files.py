@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import save
 
 from swin_moe.models import SwinTransformer
+from swin_moe.models.pickled import load_pickled
 from swin_moe.models.pretrained import read_pretrained
 from swin_moe.models.weights import WeightsError, read
 from tests.models.test_dialects import config
@@ -187,3 +188,10 @@ def test_folders_of_other_programs(tmp_path):
     (folder / "latest").write_text("../elsewhere")
     with pytest.raises(WeightsError, match=f"{folder}/latest names"):
         read_pretrained(folder)
+
+
+def test_weights_in_a_folder_whose_name_is_not_utf8(tmp_path):
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    folder.mkdir()
+    torch.save({"a": torch.arange(3)}, folder / "w.pth")
+    assert load_pickled(folder / "w.pth")["a"].tolist() == [0, 1, 2]
