@@ -1,5 +1,6 @@
 """The server that ranks are forked from: a program there is what a fresh interpreter would run."""
 
+import contextlib
 import json
 import os
 import signal
@@ -215,29 +216,39 @@ def test_without_its_server_a_program_counts_as_killed(server, tmp_path):
         run(tmp_path, "exit", "0")
 
 
+def _children(process):
+    """All below a process; empty if it has ended meanwhile."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return process.children(recursive=True)
+    return []
+
+
+def _listening(process):
+    """Addresses at which a process listens; none if it has ended meanwhile."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        found = process.net_connections("inet")
+        return {one.laddr.ip for one in found if one.status == psutil.CONN_LISTEN}
+    return set()
+
+
 def test_the_launcher_forks_its_ranks_and_leaves_nothing_behind(tmp_path):
     process = parallel.start(
         "swin_moe", *parallel.training(tmp_path / "run", "data.num_workers=1", processes=2),
         processes=2, TMPDIR=str(tmp_path),
     )  # fmt: skip
     deadline = time.monotonic() + PATIENCE
-    family = []
-    while len(family) < 5:  # a server, the ranks, and a worker that reads data for each
-        family = psutil.Process(process.pid).children(recursive=True)
+    ranks = []
+    while len(ranks) < 2 or not all(map(_children, ranks)):  # each has a worker that reads data
+        ranks = parallel.ranks(process.pid)
         assert process.poll() is None, process.complaints()
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    ranks = parallel.ranks(process.pid)
+    family = _children(psutil.Process(process.pid))
     assert [rank.name() for rank in ranks] == ["swin-moe r0", "swin-moe r1"]
     (server,) = {rank.parent() for rank in ranks}
     assert server.ppid() == process.pid
-    listening = {
-        connection.laddr.ip
-        for member in (psutil.Process(process.pid), *family)
-        for connection in member.net_connections("inet")
-        if connection.status == psutil.CONN_LISTEN
-    }
-    assert listening == {"127.0.0.1"}
+    members = (psutil.Process(process.pid), *family)
+    assert {address for member in members for address in _listening(member)} == {"127.0.0.1"}
     process.send_signal(signal.SIGKILL)
     assert process.wait(PATIENCE) == -signal.SIGKILL
     psutil.wait_procs(family, timeout=PATIENCE)
