@@ -180,7 +180,7 @@ def test_a_section_on_the_command_line(tmp_path):
 
 
 def test_paths_are_treated_alike(tmp_path, monkeypatch):
-    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("HOME", str(tmp_path))
     path = write(tmp_path, "")
     for key in ("data.path", "data.train", "data.val", "train.output", "model.pretrained",
                 "zero.nvme_path"):  # fmt: skip
@@ -189,7 +189,7 @@ def test_paths_are_treated_alike(tmp_path, monkeypatch):
         def value(word, key=key, section=section, name=name):
             return getattr(getattr(load_config(path, [f"{key}={word}"]), section), name)
 
-        assert value("~/a") == "/home/me/a"
+        assert value("~/a") == f"{tmp_path}/a"
         assert value("~nobody-of-this-name/a") == "~nobody-of-this-name/a"
         assert value("s3://~/a") == "s3://~/a"
         assert value("~root") == "~root"  # a name like another

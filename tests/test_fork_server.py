@@ -7,11 +7,12 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import psutil
 import pytest
 
-from swin_moe import fork_server
+from swin_moe import elastic, fork_server
 from tests import parallel
 from tests.parallel import PATIENCE, ROOT, environment
 
@@ -254,3 +255,28 @@ def test_the_launcher_forks_its_ranks_and_leaves_nothing_behind(tmp_path):
     psutil.wait_procs(family, timeout=PATIENCE)
     assert not any(member.is_running() for member in family)
     assert not [*tmp_path.glob("swin_moe-*"), *tmp_path.glob("torchelastic_*")]
+
+
+def test_a_pipe_in_place_of_a_lock_holds_up_no_start(tmp_path):
+    folder = tmp_path / f"{fork_server._PREFIX}x"
+    folder.mkdir()
+    os.mkfifo(folder / fork_server._OWNER)
+    os.utime(folder, (0, 0))  # long abandoned
+    fork_server._remove_abandoned(tmp_path)  # opened to be read, the pipe would block
+    assert not folder.exists()
+    (folder).symlink_to(tmp_path / "elsewhere")
+    fork_server._remove_abandoned(tmp_path)
+    assert folder.is_symlink()
+
+
+@pytest.mark.parametrize(("ended", "closing"), [([None, None], False), ([None, 1], True)])
+def test_only_a_failure_takes_the_order_to_save_from_a_signal(
+    tmp_path, monkeypatch, ended, closing
+):
+    """Processes that end because a node joins must save; the others of a failed one cannot."""
+    monkeypatch.setenv(elastic.FINAL, str(tmp_path / "final"))
+    group = [SimpleNamespace(poll=lambda code=code: code) for code in ended]
+    monkeypatch.setattr(elastic._Process, "group", group)
+    monkeypatch.setattr(elastic.SubprocessHandler, "close", lambda *_: None)
+    elastic._Process.close(object.__new__(elastic._Process))
+    assert (tmp_path / "closing").exists() == closing

@@ -114,7 +114,7 @@ def _places(theirs: list[str], counts: np.ndarray, classes: list[str], split: st
     foreign = [theirs[label] for label in np.flatnonzero((place < 0) & (counts > 0))]
     if foreign:
         raise ValueError(
-            f"{split}: {len(foreign)} of its classes are unknown to the model: {quoted(foreign)}. "
+            f"{split}: the model does not know {len(foreign)} of its classes: {quoted(foreign)}. "
             f"It knows {len(classes)}: {quoted(classes)}. Rename or remove them, or set "
             "data.match_classes=number if the numbers agree"
         )

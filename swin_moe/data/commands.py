@@ -48,18 +48,8 @@ def prepare_data(
         from . import transforms  # noqa: F401 - imports torch, which the processes then share
     with console.status(Text(f"looking at {plain(path)}")):
         sources = open_splits(path)
-    if "val" in sources and val_share:
-        raise ValueError(f"--val={val_share}: {path} has a validation split of its own")
-    if "val" in sources and sources["val"].class_names != sources["train"].class_names:
-        raise ValueError(
-            f"{path}: the validation split has other classes than the training split: labels would "
-            "shift, so give both the same class folders (one may be empty)"
-        )
-    kept = None
-    if classes is not None:
-        kept = [line.strip() for line in "\n".join(read_classes(classes)).strip().split("\n")]
-        if "" in kept:
-            raise ValueError(f"{classes}: line {kept.index('') + 1} is empty: labels are lines")
+    _check_splits(path, sources, val_share)
+    kept = None if classes is None else _kept_classes(classes)
     for split, source in sources.items():
         source.max_pixels = max_pixels
         _tell_source(split, source, console)
@@ -91,6 +81,26 @@ def prepare_data(
         markup=False,
         soft_wrap=True,
     )
+
+
+def _check_splits(path: Path, sources: dict[str, Source], val_share: float) -> None:
+    if "val" not in sources:
+        return
+    if val_share:
+        raise ValueError(f"--val={val_share}: {plain(path)} has a validation split of its own")
+    if sources["val"].class_names != sources["train"].class_names:
+        raise ValueError(
+            f"{plain(path)}: the validation split has other classes than the training split: "
+            "labels would shift, so give both the same class folders (one may be empty)"
+        )
+
+
+def _kept_classes(path: Path) -> list[str]:
+    """The names in a file, a line each, in the order of their labels."""
+    kept = [line.strip() for line in "\n".join(read_classes(path)).strip().split("\n")]
+    if "" in kept:
+        raise ValueError(f"{plain(path)}: line {kept.index('') + 1} is empty: labels are lines")
+    return kept
 
 
 def verify_data(

@@ -21,8 +21,8 @@ class Bounded:
 
     Attributes:
         max_pixels: of an image, see ``data.max_pixels``; it bounds the bytes of a file, too.
-        numbered: the data hold numbers as labels, and a list of names beside them; else a label
-            is a name's place in a sorted list.
+        numbered: labels are numbers in the data. Else a label is the place of a class's name in
+            the sorted list of names.
         renamed: the model's names of the classes that this data set names differently.
     """
 

@@ -264,8 +264,8 @@ def head_by_name(
     if unknown := [name for name in ours if name not in rows]:
         way = "; data.match_classes=number takes it as it is" * (len(theirs) == len(ours))
         return without, (
-            f"re-initialised for {len(ours):,} classes ({len(unknown):,} of them are not among the "
-            f"file's {len(theirs):,}, first '{plain(unknown[0])}'{way})"
+            f"re-initialised for {len(ours):,} classes (the file's {len(theirs):,} lack "
+            f"{len(unknown):,} of them, first '{plain(unknown[0])}'{way})"
         )
     if len(rows) < len(theirs):
         return without, f"re-initialised for {len(ours):,} classes (the file names two alike)"

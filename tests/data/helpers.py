@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import tarfile
 from collections.abc import Iterable
 from itertools import pairwise
 from pathlib import Path
@@ -41,6 +42,13 @@ def make_shards(root: Path, count: int, split: str = "train", shards: int = 2) -
     for shard, (start, stop) in enumerate(pairwise(cuts)):
         write_shard(root / f"{split}-{shard}.tar", samples(stop - start, start))
     return root
+
+
+def add_member(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+    """Add a file to a tar that is being written."""
+    member = tarfile.TarInfo(name)
+    member.size = len(data)
+    tar.addfile(member, io.BytesIO(data))
 
 
 def make_folder(root: Path, classes: Iterable[str], per_class: int = 2) -> Path:

@@ -29,7 +29,7 @@ def test_another_order_is_mapped(tmp_path):
 def test_unknown_classes_are_refused_by_name(tmp_path):
     make_folder(tmp_path / "val", ["[cat]", "dog"])
     message = (
-        r"data\.path=.*, data\.val=val: 1 of its classes are unknown to the model: '\[cat\]'\. "
+        r"data\.path=.*, data\.val=val: the model does not know 1 of its classes: '\[cat\]'\. "
         r"It knows 2: 'cat', 'dog'\. Rename .* data\.match_classes=number"
     )
     with pytest.raises(ValueError, match=message):
@@ -61,7 +61,7 @@ def test_a_list_of_names_beside_numbers_may_rename_some(tmp_path, caplog):
     assert loader.class_names == ["[cat]", "dog", "fox"]
     assert "calls 1 of the 3 classes differently ('[cat]'); its labels are numbers" in caplog.text
     names.write_text("dog\ncow\nfox\n")  # a name of the model's at another place
-    with pytest.raises(ValueError, match="unknown to the model: 'cow'"):
+    with pytest.raises(ValueError, match="does not know 1 of its classes: 'cow'"):
         open_loader(tmp_path, training=False, classes=["[cat]", "dog", "fox"])
 
 

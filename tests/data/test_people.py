@@ -26,19 +26,13 @@ from swin_moe.data.source import open_path, open_source
 from swin_moe.data.which import is_image
 from swin_moe.data.zipped import ZipSource
 from swin_moe.text import plain
-from tests.data.helpers import encode, make_folder, open_loader
+from tests.data.helpers import add_member, encode, make_folder, open_loader
 
 LATIN = "caf\udce9"  # a name whose bytes are not UTF-8
 
 
 def contents(source):
     return [source.read(i) for i in range(len(source))]
-
-
-def add(tar, name, data):
-    member = tarfile.TarInfo(name)
-    member.size = len(data)
-    tar.addfile(member, io.BytesIO(data))
 
 
 def test_folder_zip_and_tar_per_class_are_one_data_set(tmp_path):
@@ -90,9 +84,9 @@ def test_a_folder_with_dots_gives_no_suffix():
 def test_the_number_in_a_json_is_named(tmp_path, place):
     with tarfile.open(tmp_path / "0.tar", "w") as tar:
         for number in range(place):
-            add(tar, f"plain{number}.jpg", b"")
-        add(tar, "7.jpg", b"")
-        add(tar, "7.json", json.dumps({"label": 3, "url": "x"}).encode())
+            add_member(tar, f"plain{number}.jpg", b"")
+        add_member(tar, "7.jpg", b"")
+        add_member(tar, "7.json", json.dumps({"label": 3, "url": "x"}).encode())
     with pytest.raises(ValueError, match=r'\.cls.*"label": 3, which may be that number'):
         open_path(tmp_path)
 

@@ -1,6 +1,5 @@
 """Every reader takes the same files as samples."""
 
-import io
 import os
 import tarfile
 import zipfile
@@ -14,7 +13,7 @@ from swin_moe.data.shards import find_shards
 from swin_moe.data.source import open_path
 from swin_moe.data.which import PassedOver, among_companions, is_image
 from swin_moe.data.zipped import ZipSource
-from tests.data.helpers import encode, make_folder, make_shards, open_loader
+from tests.data.helpers import add_member, encode, make_folder, make_shards, open_loader
 
 
 def keys(source):
@@ -111,17 +110,11 @@ def test_links(tmp_path):
         class_folders(root)
 
 
-def add(tar, name, data):
-    member = tarfile.TarInfo(name)
-    member.size = len(data)
-    tar.addfile(member, io.BytesIO(data))
-
-
 def test_keys_with_dots_are_samples_and_fields_are_not(tmp_path):
     path = tmp_path / "x-0.tar"
     with tarfile.open(path, "w") as tar:
         for name in ("a.jpg", "a.mask.png", "a.cls", "v1.0_b.jpg", "v1.0_b.cls", "._a.jpg"):
-            add(tar, name, b"1" if name.endswith("cls") else encode(1))
+            add_member(tar, name, b"1" if name.endswith("cls") else encode(1))
     scan = scan_shard(path, 0)
     assert scan.table["label"].tolist() == [1, 1]
     assert scan.passed_over == 1
@@ -135,7 +128,7 @@ def test_shards_without_labels_are_not_a_tar_per_class(tmp_path):
         write(tmp_path / "train" / "x")
         with tarfile.open(tmp_path / "train" / f"{shard:05d}.tar", "w") as tar:
             for end in ("jpg", "json", "txt"):
-                add(tar, f"000.{end}", encode(1))
+                add_member(tar, f"000.{end}", encode(1))
     with pytest.raises(ValueError, match=r"images have \.json and \.txt beside them, but no label"):
         open_path(tmp_path / "train")
 

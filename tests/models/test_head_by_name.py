@@ -26,7 +26,7 @@ def test_a_head_that_lacks_a_class_is_not_taken():
     state, said = head_by_name({**STATE, "norm.bias": torch.zeros(2)}, NAMES, ["cat", "cow", "dog"])
     assert set(state) == {"norm.bias"}
     assert said == (
-        "re-initialised for 3 classes (1 of them are not among the file's 3, first 'cow'; "
+        "re-initialised for 3 classes (the file's 3 lack 1 of them, first 'cow'; "
         "data.match_classes=number takes it as it is)"
     )
     state, said = head_by_name(STATE, ["cat", "cat", "fox"], ["fox", "cat"])
