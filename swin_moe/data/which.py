@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from functools import lru_cache
 
 # What decode.py reads. A file's content decides how it is decoded, not its suffix.
 SUFFIXES = frozenset(
@@ -52,6 +53,12 @@ def walk_order(path: str) -> tuple[list[str], str]:
 
 def among_companions(path: str) -> bool:
     """Whether any part of a path is a companion, see :func:`is_companion`."""
+    folder, _, name = path.rpartition("/")
+    return is_companion(name) or (folder != "" and _companion_folder(folder))
+
+
+@lru_cache(maxsize=1024)  # files of a folder come one after the other
+def _companion_folder(path: str) -> bool:
     return any(is_companion(part) for part in path.split("/"))
 
 

@@ -31,6 +31,8 @@ RECORD = np.dtype(
     [("offset", "<u8"), ("packed", "<u4"), ("size", "<u4"), ("crc", "<u4"), ("method", "<u4")]
 )
 
+MOST = [int(np.iinfo(RECORD[name]).max) for name in RECORD.names or ()]  # no image has more bytes
+
 
 class _Entry(NamedTuple):
     name: str
@@ -70,8 +72,11 @@ class ZipSource(Bounded):
         names, records, parents = Names(), array("Q"), array("i")
         number: dict[str, int] = {}
         folders, passed = set(), PassedOver()
+        last, in_order = _Entry("", 0, 0, 0, 0, 0), True
         for entry in _entries(self.archive):
             if (parent := _class_folder(entry.name)) is not None:
+                in_order = in_order and _follows(entry.name, last.name)
+                last = entry
                 names.append(entry.name)
                 records.extend(entry[1:])
                 parents.append(number.setdefault(parent, len(number)))
@@ -86,13 +91,14 @@ class ZipSource(Bounded):
         ranks = {name: rank for rank, name in enumerate(self.class_names)}
         label_of = np.array([ranks[name] for name in class_of], np.int32)
         places = np.array(parents, np.int64)
-        order = _walk(names, places, list(number))
-        self._names = Names()
-        for place in order.tolist():
-            self._names.append(names[place])
-        self._names.freeze()
-        self._table = _table(records)[order]
-        self.labels = label_of[places[order]]
+        self._names, self._table, self.labels = names, _table(records), label_of[places]
+        if not in_order:
+            order = _walk(names, places, list(number))
+            self._names = Names()
+            for place in order.tolist():
+                self._names.append(names[place])
+            self._names.freeze()
+            self._table, self.labels = self._table[order], self.labels[order]
 
     def _by_list(self, listing: Path) -> None:
         self._names, labels = Names(), array("i")
@@ -113,7 +119,7 @@ class ZipSource(Bounded):
         for entry in _entries(self.archive):
             at = int(np.searchsorted(ordered, _hash(entry.name)))
             if at < len(order) and self._names[place := int(order[at])] == entry.name:
-                self._table[place] = _table(array("Q", entry[1:]))[0]
+                self._table[place] = tuple(map(min, entry[1:], MOST))
                 found[place] = True
         if not found.all():
             name = self._names[int(np.argmin(found))]
@@ -207,6 +213,15 @@ def _class_names(parents: Iterable[str], folders: Iterable[str]) -> tuple[list[s
     return class_of, sorted(empty.union(class_of))
 
 
+def _follows(name: str, former: str) -> bool:
+    """Whether a folder's walk comes to a file after another."""
+    folder, _, file = name.rpartition("/")
+    former_folder, _, former_file = former.rpartition("/")
+    if folder == former_folder:
+        return file > former_file
+    return folder.split("/") > former_folder.split("/")
+
+
 def _walk(names: Names, parents: np.ndarray, folders: list[str]) -> np.ndarray:
     """The order that the same files have in a folder, as places in ``names``.
 
@@ -229,9 +244,8 @@ def _hash(name: str) -> int:
 def _table(records: array) -> np.ndarray:
     columns = np.array(records, np.uint64).reshape(-1, len(RECORD.names or ()))
     table = np.empty(len(columns), RECORD)
-    for place, name in enumerate(RECORD.names or ()):
-        most = np.uint64(np.iinfo(RECORD[name]).max)  # of bytes: more than any image has
-        table[name] = np.minimum(columns[:, place], most)
+    for place, (name, most) in enumerate(zip(RECORD.names or (), MOST, strict=True)):
+        table[name] = np.minimum(columns[:, place], np.uint64(most))
     return table
 
 
