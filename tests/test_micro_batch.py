@@ -39,7 +39,7 @@ def test_micro_batches_shrink_with_the_memory_and_make_up_the_same_update(capfd)
 
 def test_recomputing_makes_room():
     sizes = [
-        chosen(500 * MB, f"model.use_checkpoint={on}", "data.batch_size=2520")[0]
+        chosen(300 * MB, f"model.use_checkpoint={on}", "data.batch_size=720")[0]
         for on in ("false", "true")
     ]
     assert sizes[1] > sizes[0]

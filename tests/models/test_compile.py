@@ -47,7 +47,11 @@ def test_compiled_equals_eager(family, backend, shape):
 
 @pytest.mark.filterwarnings("error:.*lru_cache")
 @pytest.mark.parametrize(
-    ("family", "shape", "graphs"), [("swinv2", ONE_STAGE, 3), ("swin_mlp", TWO_STAGES, 4)]
+    ("family", "shape", "graphs"),
+    [
+        ("swinv2", ONE_STAGE, 3),
+        pytest.param("swin_mlp", TWO_STAGES, 4, marks=pytest.mark.long),
+    ],
 )
 @torch.no_grad()
 def test_one_compiled_model_for_all_sizes(family, shape, graphs):

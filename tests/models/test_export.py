@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 from swin_moe.config import MoEConfig
 from tests.models.test_swin import lively
 
-FAMILIES = ["swin", "swinv2", "swin_mlp", "swin_moe"]
+FAMILIES = ["swinv2", "swin", "swin_mlp", "swin_moe"]
 SIZE = (30, 41)
 BATCH = ({0: Dim("batch")},)
 DENSE = {"depths": [2, 1], "num_heads": [1, 1], "embed_dim": 16}
@@ -88,7 +88,9 @@ def test_exported_equals_eager(family):
     check_export(*exported(family))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family", [FAMILIES[0], *(pytest.param(name, marks=pytest.mark.long) for name in FAMILIES[1:])]
+)
 def test_onnx_equals_eager(family, tmp_path):
     check_onnx(*exported(family), tmp_path / "model.onnx")
 
@@ -119,7 +121,9 @@ def test_a_mixture_exported_and_traced_equals_eager(routing):
     check_export(model, torch.export.export(model, (images(2),), dynamic_shapes=BATCH))
 
 
-@pytest.mark.parametrize("routing", ["capacity of an image", "expert_choice"])
+@pytest.mark.parametrize(
+    "routing", ["capacity of an image", pytest.param("expert_choice", marks=pytest.mark.long)]
+)
 @torch.no_grad()
 def test_a_mixture_in_onnx_equals_eager(routing, tmp_path):
     """With a router that is all zeros, as upcycling makes it: equal scores keep their order."""

@@ -156,7 +156,16 @@ def test_published_runs_are_layouts_of_recipes(run):
     assert run.cluster.size % choice.expert_parallel_size == 0
 
 
-@pytest.mark.parametrize("recipe", sorted((ROOT / "configs/scale").glob("*.yaml"), key=str))
+LIKE_THE_100B = {"swin_moe_13b", "swin_moe_1b"}
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        pytest.param(path, id=path.stem, marks=[pytest.mark.long] * (path.stem in LIKE_THE_100B))
+        for path in sorted((ROOT / "configs/scale").glob("*.yaml"))
+    ],
+)
 def test_large_recipes_pass(recipe, tmp_path):
     """Each is laid out; the roads to what fits are the planner's business."""
     config = load_config(recipe)
