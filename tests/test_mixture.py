@@ -9,7 +9,7 @@ from rich.console import Console
 from swin_moe import build_model
 from swin_moe.config import Architecture, ConfigError, MoEConfig, dump_config, load_config
 from swin_moe.distributed import Group, World
-from swin_moe.models.weights import write
+from swin_moe.models.weights import WeightsError, write
 from swin_moe.moe import lost_gate
 from swin_moe.run_directory import Run, keep_former_defaults
 from tests.parallel import MICRO
@@ -178,6 +178,12 @@ def test_weights_of_a_gate_before_the_norm_are_told_apart(tmp_path, caplog):
     model = build_model("swinv2_moe", moe=moe, **shape)
     config = Architecture(model=model.config, moe=model.moe)
     write(tmp_path / "old.safetensors", model.state_dict(), config)
-    now = {**moe, "gate_after_norm": True}
-    build_model("swinv2_moe", moe=now, pretrained=str(tmp_path / "old.safetensors"), **shape)
-    assert "moe.gate_after_norm=True, but the pretrained model has False" in caplog.text
+    old = {"pretrained": str(tmp_path / "old.safetensors"), **shape}
+    for key, value in (("gate_after_norm", True), ("routing", "expert_choice")):
+        now = build_model("swinv2_moe", moe={**moe, key: value}, **old).moe
+        was = getattr(model.moe, key)
+        assert f"moe.{key}={getattr(now, key)}, but the pretrained model has {was}" in caplog.text
+    caplog.clear()
+    with pytest.raises(WeightsError, match=r"mixture of experts: set moe.blocks and moe.num_exp"):
+        build_model("swinv2", **old)
+    assert "normalize_gate" not in caplog.text
