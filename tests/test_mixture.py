@@ -10,7 +10,7 @@ from swin_moe import build_model
 from swin_moe.config import Architecture, ConfigError, MoEConfig, dump_config, load_config
 from swin_moe.distributed import Group, World
 from swin_moe.models.weights import WeightsError, write
-from swin_moe.moe import lost_gate
+from swin_moe.moe import idle_keys, lost_gate
 from swin_moe.run_directory import Run, keep_former_defaults
 from tests.parallel import MICRO
 
@@ -119,6 +119,27 @@ def test_who_trains_a_router_without_a_gradient_is_warned(changes, post_norm, wa
     said = lost_gate(MoEConfig(**{"blocks": [[1]], **changes}), post_norm)
     assert said.endswith("start new runs with moe.gate_after_norm=true") == warned
     assert bool(said) == warned
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({}, ""),
+        ({"top_k": 2, "eval_top_k": 1, "capacity_factor": 0.0}, ""),
+        ({"routing": "expert_choice", "top_k": 2, "gate_noise": 0.5}, ""),
+        ({"routing": "expert_choice", "eval_top_k": 1}, "moe.eval_top_k with moe.routing=exp"),
+        ({"routing": "soft", "slots_per_expert": 2}, ""),
+        ({"routing": "soft", "top_k": 2}, "moe.top_k with moe.routing=soft"),
+        ({"slots_per_expert": 2}, "moe.slots_per_expert with moe.routing=token_choice"),
+        ({"cosine_router_dim": 8}, "moe.cosine_router_dim with moe.router=linear"),
+        ({"router": "cosine", "cosine_router_dim": 8}, ""),
+        ({"balance": "none", "balance_weight": 0.1}, "moe.balance_weight with moe.balance=none"),
+    ],
+)
+def test_keys_that_the_routing_does_not_read_are_named(changes, named):
+    said = idle_keys(MoEConfig(**{"blocks": [[1]], **changes}))
+    assert named in said
+    assert bool(said) == bool(named)
 
 
 def kept(tmp_path, began, now, fresh=False):
