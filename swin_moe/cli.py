@@ -210,9 +210,11 @@ def _alone(command: str) -> Any:
 
 def _existing_folder(text: str) -> Path:
     path = Path(text)
-    if path.is_file():
+    # A folder of another program's weights, such as Hugging Face's, has this file.
+    if path.is_file() or (path / "config.json").is_file():
+        what = "is a file" if path.is_file() else "is a folder of weights alone"
         raise ValueError(
-            f"{plain(text)} is a file; a run or checkpoint folder also knows its data: make one of "
+            f"{plain(text)} {what}; a run or checkpoint folder also knows its data: make one of "
             f"these weights by `swin-moe train CONFIG model.pretrained={plain(text)} "
             "train.output=FOLDER train.max_steps=1 schedule.warmup_epochs=1 schedule.warmup_lr=0` "
             "(one update at a rate of 0), and give FOLDER"

@@ -31,7 +31,7 @@ from .models.cost import count
 from .models.parts import build_in_parts
 from .models.pretrained import Pretrained, as_it_is, load_pretrained
 from .models.swin import FAMILIES
-from .moe import MoELayer, choose_overlap, lost_gate
+from .moe import MoELayer, choose_overlap, idle_keys, lost_gate
 from .optim import build_schedule
 from .placement import Layout, expert_share
 from .precision import resolve_precision
@@ -152,7 +152,8 @@ def _job(
 
 
 def _say_how_it_starts(run: Run, config: Config) -> None:
-    if warning := lost_gate(config.moe, FAMILIES[config.model.family].post_norm):
+    post_norm = FAMILIES[config.model.family].post_norm
+    for warning in filter(None, (lost_gate(config.moe, post_norm), idle_keys(config.moe))):
         run.say(f"warning: {warning}")
     _log_place(run.world)
     restart, allowed = ranks.restarts()

@@ -445,13 +445,15 @@ def test_a_dense_run_becomes_a_mixture(tmp_path):
 
 
 @pytest.mark.parametrize("command", ["evaluate", "inspect"])
-def test_a_file_of_weights_is_no_run(timm_v1, capsys, command):
+def test_a_file_of_weights_is_no_run(timm_v1, tmp_path, capsys, command):
     _, path = timm_v1
-    assert main([command, str(path)]) == 2
-    said = capsys.readouterr().err
-    assert f"{path} is a file" in said
-    assert f"`swin-moe train CONFIG model.pretrained={path} train.output=FOLDER" in said
-    assert len(said.splitlines()) == 1
+    (tmp_path / "config.json").write_text("{}")  # Hugging Face's folder
+    for weights, what in ((path, "is a file"), (tmp_path, "is a folder of weights alone")):
+        assert main([command, str(weights)]) == 2
+        said = capsys.readouterr().err
+        assert f"{weights} {what}" in said
+        assert f"`swin-moe train CONFIG model.pretrained={weights} train.output=FOLDER" in said
+        assert len(said.splitlines()) == 1
 
 
 def test_one_of_two_networks_is_chosen_by_command(timm_v1, tmp_path, capsys):

@@ -9,8 +9,8 @@ from rich.console import Console
 from swin_moe import build_model
 from swin_moe.config import Architecture, ConfigError, MoEConfig, dump_config, load_config
 from swin_moe.distributed import Group, World
-from swin_moe.models.weights import write
-from swin_moe.moe import lost_gate
+from swin_moe.models.weights import WeightsError, write
+from swin_moe.moe import idle_keys, lost_gate
 from swin_moe.run_directory import Run, keep_former_defaults
 from tests.parallel import MICRO
 
@@ -121,6 +121,27 @@ def test_who_trains_a_router_without_a_gradient_is_warned(changes, post_norm, wa
     assert bool(said) == warned
 
 
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({}, ""),
+        ({"top_k": 2, "eval_top_k": 1, "capacity_factor": 0.0}, ""),
+        ({"routing": "expert_choice", "top_k": 2, "gate_noise": 0.5}, ""),
+        ({"routing": "expert_choice", "eval_top_k": 1}, "moe.eval_top_k with moe.routing=exp"),
+        ({"routing": "soft", "slots_per_expert": 2}, ""),
+        ({"routing": "soft", "top_k": 2}, "moe.top_k with moe.routing=soft"),
+        ({"slots_per_expert": 2}, "moe.slots_per_expert with moe.routing=token_choice"),
+        ({"cosine_router_dim": 8}, "moe.cosine_router_dim with moe.router=linear"),
+        ({"router": "cosine", "cosine_router_dim": 8}, ""),
+        ({"balance": "none", "balance_weight": 0.1}, "moe.balance_weight with moe.balance=none"),
+    ],
+)
+def test_keys_that_the_routing_does_not_read_are_named(changes, named):
+    said = idle_keys(MoEConfig(**{"blocks": [[1]], **changes}))
+    assert named in said
+    assert bool(said) == bool(named)
+
+
 def kept(tmp_path, began, now, fresh=False):
     """The config of a resume, and its message, if the checkpoint has another config."""
     text = io.StringIO()
@@ -178,6 +199,12 @@ def test_weights_of_a_gate_before_the_norm_are_told_apart(tmp_path, caplog):
     model = build_model("swinv2_moe", moe=moe, **shape)
     config = Architecture(model=model.config, moe=model.moe)
     write(tmp_path / "old.safetensors", model.state_dict(), config)
-    now = {**moe, "gate_after_norm": True}
-    build_model("swinv2_moe", moe=now, pretrained=str(tmp_path / "old.safetensors"), **shape)
-    assert "moe.gate_after_norm=True, but the pretrained model has False" in caplog.text
+    old = {"pretrained": str(tmp_path / "old.safetensors"), **shape}
+    for key, value in (("gate_after_norm", True), ("routing", "expert_choice")):
+        now = build_model("swinv2_moe", moe={**moe, key: value}, **old).moe
+        was = getattr(model.moe, key)
+        assert f"moe.{key}={getattr(now, key)}, but the pretrained model has {was}" in caplog.text
+    caplog.clear()
+    with pytest.raises(WeightsError, match=r"mixture of experts: set moe.blocks and moe.num_exp"):
+        build_model("swinv2", **old)
+    assert "normalize_gate" not in caplog.text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,27 @@ from .layers import Fp32Linear
 from .position import relative_coords, resize_bias_table, spread_bias_table
 
 CPB_HIDDEN = 512
+
+
+class Evaluated(NamedTuple):
+    """A position bias that evaluation keeps, and copies of the weights that it was made of."""
+
+    window_size: int
+    sources: list[Tensor]
+    bias: Tensor
+
+
+def _is_kept(source: Tensor) -> bool:
+    """Whether a bias made of this weight is kept.
+
+    Elsewhere than on a CPU, a comparison would wait for the device. ZeRO-3 leaves an empty tensor.
+    What a transform, a fake mode or a functional call puts in a parameter's place is not its own.
+    """
+    return type(source) is nn.Parameter and source.is_cpu and source.numel() > 0
+
+
+def _same(kept: Tensor, source: Tensor) -> bool:
+    return kept.dtype == source.dtype and torch.equal(kept, source)
 
 
 class WindowAttention(nn.Module):
@@ -72,7 +94,7 @@ class WindowAttention(nn.Module):
             self.register_buffer("coords", coords, persistent=False)
         self.proj = nn.Linear(dim, dim)
         self.proj_drop = nn.Dropout(proj_drop)
-        self._evaluated_bias: tuple[tuple[object, ...], Tensor] | None = None
+        self._evaluated_bias: Evaluated | None = None
 
     def train(self, mode: bool = True) -> WindowAttention:
         """As any module; and forgets the bias that evaluation keeps."""
@@ -95,23 +117,28 @@ class WindowAttention(nn.Module):
     def position_bias(self, window_size: int) -> Tensor:
         """The bias of each pair of positions in a window: [heads, N, N]; networks give fp32.
 
-        In evaluation without gradients it is computed once, and anew when weights have changed in
-        place or the module was put in training or evaluation mode again.
+        In evaluation without gradients on a CPU it is computed once, and anew when weights have
+        changed, however they were written.
         """
         graph = torch.compiler.is_compiling() or is_leaving()
         if self.training or torch.is_grad_enabled() or graph:
             return self._position_bias(window_size)
         table = self.kind == "table"
         sources = [self.relative_position_bias_table] if table else [*self.cpb_mlp.parameters()]
-        # Changes of inference tensors are not counted, and what a transform, a fake mode or a
-        # functional call puts in the parameters' place is not theirs to keep.
-        if any(type(source) is not nn.Parameter or source.is_inference() for source in sources):
+        if not all(map(_is_kept, sources)):
             return self._position_bias(window_size)
-        key = (window_size, *((source.data_ptr(), source._version) for source in sources))
-        if self._evaluated_bias is None or self._evaluated_bias[0] != key:
+        kept = self._evaluated_bias
+        # By value: what is written to `.data`, as averages of weights do, is counted nowhere.
+        if (
+            kept is None
+            or kept.window_size != window_size
+            or not all(map(_same, kept.sources, sources))
+        ):
             with torch.inference_mode(False), torch.no_grad():
-                self._evaluated_bias = (key, self._position_bias(window_size))
-        return self._evaluated_bias[1]
+                copies = [source.detach().clone() for source in sources]
+                kept = Evaluated(window_size, copies, self._position_bias(window_size))
+            self._evaluated_bias = kept
+        return kept.bias
 
     def _position_bias(self, window_size: int) -> Tensor:
         table: Tensor

@@ -45,6 +45,7 @@ def build_model(name: str, **overrides: Any) -> SwinTransformer:
     """
     if name not in KNOWN:
         raise ConfigError(unknown_model(name))
+    overrides = _plain(overrides)
     moe = overrides.pop("moe", {})
     stated = {"model": {"name": name, **overrides}, "moe": moe}
     config = validate_architecture(stated, source=name)
@@ -57,6 +58,15 @@ def build_model(name: str, **overrides: Any) -> SwinTransformer:
     if "re-initialised" in done or source.notes:
         log.warning("%s: %s", config.model.pretrained, done)
     return built
+
+
+def _plain(value: Any) -> Any:
+    """Tuples as lists and paths as text, as a config has them."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
 
 
 def list_models(pattern: str = "*") -> list[str]:

@@ -29,6 +29,11 @@ class PatchEmbed(nn.Module):
         self.norm = nn.LayerNorm(embed_dim) if norm else nn.Identity()
 
     def forward(self, images: Tensor) -> Tensor:
+        if images.dim() != 4:
+            raise ValueError(
+                f"images have shape {tuple(images.shape)}, expected [B, C, H, W]; a single image "
+                "is images[None]"
+            )
         height, width = fixed(images.shape[2]), fixed(images.shape[3])
         p = self.patch_size
         if height % p or width % p:

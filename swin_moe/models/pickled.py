@@ -6,9 +6,12 @@ dicts.
 
 from __future__ import annotations
 
+import builtins
 import pickle
 import re
+import sys
 import warnings
+from _compat_pickle import IMPORT_MAPPING
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -27,14 +30,17 @@ _LEVELS = 8  # of dictionaries within each other; no program needs as many
 
 
 class _PlainDict:
-    """What a pickled configuration object becomes: its items, with none of its code."""
+    """What an object of another program becomes: its items, with none of its code."""
 
-    def __new__(cls) -> Any:
+    def __new__(cls, *arguments: Any) -> Any:
         return OrderedDict()  # of the mappings that the unpickler fills, the one with attributes
 
 
 # Their module changed its name in numpy 2.
 _NUMPY_SCALAR, _NUMPY_ARRAY = np.float64(0).__reduce__()[0], np.ones(1).__reduce__()[0]
+# Modules of Python's own whose objects programs keep beside weights. What else is Python's own has
+# no business there.
+_HARMLESS = {"pathlib", "datetime", "collections", "types", "uuid", "decimal", "typing"}
 _ALLOWED: list[Any] = [
     (_PlainDict, "yacs.config.CfgNode"),  # official files
     (_PlainDict, "argparse.Namespace"),  # DeiT-style and timm training files
@@ -54,12 +60,12 @@ _ALLOWED: list[Any] = [
     (_NUMPY_ARRAY, "numpy._core.multiarray._reconstruct"),
     np.ndarray,
     np.dtype,
-    *(type(np.dtype(code)) for code in np.typecodes["AllInteger"] + np.typecodes["Float"] + "?"),
+    *(type(np.dtype(code)) for code in np.typecodes["All"].replace("O", "")),
 ]
 
 
 def load_pickled(path: Path) -> Any:
-    """The content of a ``.pth``; objects of other than harmless classes are refused.
+    """The content of a ``.pth``; objects become plain dicts, and what may run code is refused.
 
     Raises:
         WeightsError: the file is missing, damaged, or could run code.
@@ -70,27 +76,60 @@ def load_pickled(path: Path) -> Any:
     facts = check_zip(path) if kind == "zip" else None
     misnamed = path.suffix == ".safetensors"  # torch would go by the name
     mapped = facts is not None and not facts.compressed and not misnamed
-    try:
-        with (
-            path.open("rb") if misnamed else openable(path) as source,
-            warnings.catch_warnings(),
-            torch.serialization.safe_globals(_ALLOWED),
-        ):
-            warnings.simplefilter("ignore")  # on how torch checks sparse tensors
-            content = torch.load(source, map_location="cpu", weights_only=True, mmap=mapped)
-    except pickle.UnpicklingError as error:
-        found = re.search(r"(?:GLOBAL|global:?|class) '?([\w.]+\.[\w.]+)", str(error))
-        what = f"a Python object ({found[1]})" if found else "more than weights"
-        raise WeightsError(
-            f"{plain(path)}: holds {what}; loading that could run code, so it is refused. If you "
-            "trust the file, open it with torch.load(file, weights_only=False) and torch.save only "
-            "its dictionary of weights"
-        ) from None
-    except Exception as error:  # whatever a damaged file makes the reader stumble over
-        raise WeightsError(unreadable(path, error)) from None
+    with torch.serialization.safe_globals(_ALLOWED):
+        others = _other_programs_classes(path) if kind == "zip" else []
+        try:
+            with torch.serialization.safe_globals(others):
+                content = _load(path, misnamed, mapped)
+        except pickle.UnpicklingError as error:
+            raise WeightsError(_refusal(path, error)) from None
+        except Exception as error:  # whatever a damaged file makes the reader stumble over
+            raise WeightsError(unreadable(path, error)) from None
     if facts and mapped:
         _check_records(content, facts.sizes, path)
     return content
+
+
+def _load(path: Path, misnamed: bool, mapped: bool) -> Any:
+    with (
+        path.open("rb") if misnamed else openable(path) as source,
+        warnings.catch_warnings(),
+    ):
+        warnings.simplefilter("ignore")  # on how torch checks sparse tensors
+        return torch.load(source, map_location="cpu", weights_only=True, mmap=mapped)
+
+
+def _refusal(path: Path, error: Exception) -> str:
+    found = re.search(r"(?:GLOBAL|global:?|class) '?([\w.]+\.[\w.]+)", str(error))
+    what = f"a Python object ({found[1]})" if found else "more than weights"
+    return (
+        f"{plain(path)}: holds {what}; loading that could run code, so it is refused. If you "
+        "trust the file, open it with torch.load(file, weights_only=False) and torch.save only "
+        "its dictionary of weights"
+    )
+
+
+def _other_programs_classes(path: Path) -> list[Any]:
+    """Stand-ins for classes that a zip names beside its weights, as in hyper-parameters.
+
+    The classes themselves are neither imported nor called. What remains of Python and PyTorch is
+    left to the unpickler's list, so that a file that means harm is refused.
+    """
+    try:
+        with path.open("rb") as file:
+            names = torch.serialization.get_unsafe_globals_in_checkpoint(file)
+    except Exception:  # a damaged file's reader will tell
+        return []
+    return [(_PlainDict, name) for name in names if _is_harmless(name)]
+
+
+def _is_harmless(name: str) -> bool:
+    module, _, rest = name.partition(".")
+    if module == "builtins":
+        return isinstance(getattr(builtins, rest, None), type)
+    # pickle writes some modules by their names in Python 2.
+    pythons = {*sys.stdlib_module_names, *(old.partition(".")[0] for old in IMPORT_MAPPING)}
+    return module in _HARMLESS or module not in pythons | {"torch"}
 
 
 def _check_records(content: Any, sizes: set[int], path: Path) -> None:

@@ -230,9 +230,10 @@ def _load(model: SwinTransformer, source: Pretrained, classes: list[str] | None)
         state[name] = layer.share.of(name, state[name])
     grids = source.config.model.token_grid, model.config.token_grid
     result = fit(state, {name: p.data for name, p in target.items()}, *grids)
-    missing = [n for n in result.missing if not n.startswith("head.") and n not in buffers]
+    missing = [n for n in result.missing if n not in HEAD and n not in buffers]
     extra = [*source.translation.unknown, *result.left_over]
-    extra = [name for name in extra if not name.startswith("head.")]
+    other_head = [name for name in extra if name.startswith("head.") and HEAD[0] not in state]
+    extra = [name for name in extra if name not in (*HEAD, *other_head)]
     if missing or extra:
         raise WeightsError(explain_difference(missing, extra))
     for name, tensor in result.state.items():
@@ -242,6 +243,9 @@ def _load(model: SwinTransformer, source: Pretrained, classes: list[str] | None)
         notes.append(f"{len(result.resized)} resized")
     if HEAD[0] in state:  # else its reason is why it was dropped
         head = result.head or head
+    elif HEAD[0] in target:
+        held = f"has another one: {other_head[0]} …" if other_head else "has none"
+        head = head or f"re-initialised (the file {held})"
     if head:
         notes.append(f"head {head}")
     return ", ".join(notes)
@@ -293,9 +297,9 @@ def as_it_is(model: SwinTransformer) -> Callable[[str, str, int, int], Tensor]:
 def _warn_of_other_routing(model: SwinTransformer, source: Pretrained) -> None:
     """Our files know how their mixtures route; another way computes something else."""
     theirs = source.config.moe
-    if not source.own or not theirs.enabled:
+    if not (source.own and theirs.enabled and model.moe.enabled):
         return
-    for key in ("top_k", "normalize_gate", "gate_after_norm"):
+    for key in ("routing", "score", "top_k", "normalize_gate", "gate_after_norm"):
         if getattr(theirs, key) != getattr(model.moe, key):
             log.warning(
                 "moe.%s=%s, but the pretrained model has %s",
@@ -312,6 +316,9 @@ def explain_difference(missing: list[str], extra: list[str]) -> str:
         parts.append(f"{len(missing)} tensors of the model are not in the file ({missing[0]} …)")
     if extra:
         parts.append(f"{len(extra)} tensors of the file are not in the model ({extra[0]} …)")
-    experts = any(".experts." in name for name in missing)
-    hint = "; a dense model becomes a mixture by `swin-moe convert --upcycle`" if experts else ""
+    hint = ""
+    if any(".experts." in name for name in missing):
+        hint = "; a dense model becomes a mixture by `swin-moe convert --upcycle`"
+    elif any(".experts." in name for name in extra):
+        hint = "; the file's model is a mixture of experts: set moe.blocks and moe.num_experts"
     return " and ".join(parts) + hint

@@ -96,6 +96,8 @@ def take_network(state: State, path: Path, wanted: str = "") -> Taken:
         else:
             beside.append(full)
     own_head = any(_HEAD.fullmatch(name) for name in mine)
+    if own_head and not any(name.startswith("head.") for name in mine):
+        mine = _renamed(mine, mine)
     for before in sorted(heads, key=len, reverse=True):  # the nearest one is the network's
         if own_head:
             beside += heads[before].values()

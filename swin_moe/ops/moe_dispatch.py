@@ -48,7 +48,7 @@ def moe_combine(y: Tensor, gate: Tensor, source: Tensor, destination: Tensor) ->
 
     Args:
         y: [S, D] slot rows.
-        gate: [T, k] float32.
+        gate: [T, k] float32; float64 beside a float64 ``y``, which the reference does.
         source: [S] int32, see above.
         destination: [T, k] int32, see above.
 
@@ -60,13 +60,14 @@ def moe_combine(y: Tensor, gate: Tensor, source: Tensor, destination: Tensor) ->
         RuntimeError, IndexError: an index is out of range (on CUDA: a device-side assertion).
     """
     _check("y", y, source.shape, source, destination)
-    if gate.dtype != torch.float32:
+    double = gate.dtype == y.dtype == torch.float64
+    if gate.dtype != torch.float32 and not double:
         raise ValueError(f"gate must be float32, not {gate.dtype}")
     if gate.shape != destination.shape:
         raise ValueError(
             f"gate has shape {tuple(gate.shape)}, destination {tuple(destination.shape)}"
         )
-    if not _library.has_kernel("moe_combine", y):
+    if double or not _library.has_kernel("moe_combine", y):
         return moe_combine_reference(y, gate, source, destination)
     return torch.ops.swin_moe.moe_combine(y, gate, source, destination)
 

@@ -148,3 +148,16 @@ def test_checkpointing_recomputes_the_same(calls):
         gradients.append([parameter.grad for parameter in model.parameters()])
     assert len(calls) == 4 + 8  # forward, then forward and its recomputation
     assert all(torch.equal(plain, again) for plain, again in zip(*gradients, strict=True))
+
+
+def test_a_mixture_computes_in_double():
+    torch.manual_seed(0)
+    moe = {"blocks": [[1], [1]], "num_experts": 4, "gate_noise": 0.0, "balance": "gshard"}
+    model, images = build_model("swinv2_moe", moe=moe, **SHAPE), torch.randn(2, 3, 64, 64)
+    for train in (False, True):
+        expected = model.float().train(train)(images).logits
+        logits = model.double()(images.double()).logits
+        assert logits.dtype == torch.float64
+        torch.testing.assert_close(logits.float(), expected)
+    logits.sum().backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)

@@ -1,8 +1,12 @@
-"""The head of a pretrained file goes to the classes of the same names."""
+"""The head of a pretrained file: its classes go by name, and what becomes of it is said."""
 
+import pytest
 import torch
 
-from swin_moe.models.pretrained import head_by_name
+from swin_moe.models import SwinTransformer
+from swin_moe.models.pretrained import head_by_name, load_pretrained, read_pretrained
+from swin_moe.models.weights import WeightsError
+from tests.models.test_dialects import config
 
 STATE = {"head.weight": torch.arange(6.0).view(3, 2), "head.bias": torch.arange(3.0)}
 NAMES = ["cat", "dog", "fox"]
@@ -32,3 +36,20 @@ def test_a_head_that_lacks_a_class_is_not_taken():
     state, said = head_by_name(STATE, ["cat", "cat", "fox"], ["fox", "cat"])
     assert state == {}
     assert "the file names two alike" in said
+
+
+def test_a_head_that_is_absent_or_another_one_is_said(tmp_path):
+    model = SwinTransformer(config("swinv2", depths=[1, 1], num_heads=[2, 4]))
+    weights = model.state_dict()
+    body = {name: tensor for name, tensor in weights.items() if not name.startswith("head.")}
+
+    def loaded(state):
+        torch.save(state, tmp_path / "x.pth")
+        return load_pretrained(model, read_pretrained(tmp_path / "x.pth"))
+
+    assert loaded(body).endswith("head re-initialised (the file has none)")
+    said = loaded(body | {"head.1.weight": weights["head.weight"]})
+    assert said.endswith("head re-initialised (the file has another one: head.1.weight …)")
+    with pytest.raises(WeightsError, match=r"not in the model \(head.norm.weight"):
+        loaded(weights | {"head.norm.weight": torch.ones(1)})
+    assert "head" not in loaded(weights)

@@ -54,17 +54,33 @@ def test_changed_weights_are_seen(family):
         assert torch.equal(model(images), changed(images))
 
 
-def test_weights_replaced_behind_autograds_back_are_seen_after_eval():
-    """As engines do that keep masters elsewhere and copy into ``.data``."""
-    model, images = lively("swinv2").eval(), torch.randn(2, 3, 32, 32)
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("way", ["data", "numpy", "swapped"])
+def test_weights_replaced_behind_autograds_back_are_seen(family, way):
+    """As averages of weights do that stay in evaluation mode, and engines with masters."""
+    model, images = lively(family).eval(), torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         before = model(images)
-        for parameter in attention_of(model).cpb_mlp.parameters():
-            parameter.data.copy_(5 * parameter.data)
-        model.train()
-        after = model.eval()(images)
+        for parameter in model.parameters():
+            if way == "data":
+                parameter.data.mul_(0.5).add_(0.01)
+            elif way == "numpy":
+                parameter.numpy()[...] *= 0.5
+            else:
+                parameter.data = 0.5 * parameter.data
+        after = model(images)
         assert not torch.equal(before, after)
         assert torch.equal(after, copy.deepcopy(model).train().eval()(images))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_another_dtype_is_not_served_from_it(family):
+    """Weights that are the same numbers in both, as those of a file in bf16."""
+    model, images = lively(family).eval().bfloat16().float(), torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        model(images)
+        kept = model.double()(images.double())
+        assert torch.equal(kept, model.train().eval()(images.double()))
 
 
 def test_another_window_and_training_are_not_served_from_it(monkeypatch):

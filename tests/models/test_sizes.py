@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from swin_moe import build_model
 from swin_moe.config import MoEConfig
 from swin_moe.models.attention import SpatialMlp, WindowAttention
 from swin_moe.models.swin import effective_window
@@ -125,3 +126,18 @@ def test_spatial_mlp_equals_a_loop_over_windows(shift, sides):
         mixed = weight[:, positions][:, :, positions] @ tokens + bias[:, positions]
         expected[:, rows, columns] = mixed.transpose(1, 2).flatten(2)
     torch.testing.assert_close(mixer.mix(x, shift), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_an_image_without_its_batch_is_refused_in_words():
+    with pytest.raises(ValueError, match=r"shape \(3, 32, 32\), expected \[B, C, H, W\]"):
+        lively("swinv2")(torch.randn(3, 32, 32))
+
+
+def test_a_model_takes_tuples_and_paths(tmp_path):
+    shape = {"img_size": (32, 64), "depths": (1, 1), "num_heads": (1, 2), "embed_dim": 16}
+    moe = {"blocks": ((), (0,)), "num_experts": 2}
+    model = build_model("swinv2_moe", moe=moe, **shape)
+    torch.save(model.state_dict(), tmp_path / "x.pth")
+    again = build_model("swinv2_moe", moe=moe, pretrained=tmp_path / "x.pth", **shape)
+    assert again.config.img_size == [32, 64]
+    assert torch.equal(again.head.weight, model.head.weight)

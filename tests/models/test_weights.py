@@ -1,9 +1,12 @@
 """Files of weights: every form is read, nothing in them is executed, damage is told in one line."""
 
 import argparse
+import collections
+import datetime
 import json
 import os
 import pathlib
+import subprocess
 import sys
 import types
 
@@ -30,6 +33,20 @@ class Evil:
 
     def __reduce__(self):
         return (os.system, (f"touch {self.path}",))
+
+
+class Reduced:
+    """Pickled as the call of a function."""
+
+    def __init__(self, *call):
+        self.call = call
+
+    def __reduce__(self):
+        return self.call[0], self.call[1:]
+
+
+def touched(path):
+    path.touch()
 
 
 @pytest.mark.parametrize(
@@ -107,9 +124,29 @@ def test_code_in_a_pickle_never_runs(tmp_path):
     torch.save({"model": STATE, "extra": Evil(mark)}, tmp_path / "evil.pth")
     with pytest.raises(WeightsError, match=r"holds a Python object \(posix.system\).*refused"):
         read(tmp_path / "evil.pth")
-    torch.save({"model": STATE, "extra": pathlib.PurePosixPath("x")}, tmp_path / "odd.pth")
-    with pytest.raises(WeightsError, match="PurePosixPath"):
-        read(tmp_path / "odd.pth")
+    for harmful in (
+        Reduced(subprocess.getoutput, f"touch {mark}"),
+        Reduced(eval, f"open('{mark}', 'w')"),
+    ):
+        torch.save({"model": STATE, "extra": harmful}, tmp_path / "odd.pth")
+        with pytest.raises(WeightsError, match="could run code"):
+            read(tmp_path / "odd.pth")
+    assert not mark.exists()
+
+
+def test_objects_of_other_programs_beside_the_weights_are_left_out(tmp_path):
+    """Lightning keeps whatever its user's hyper-parameters are; their code is not called."""
+    mark = tmp_path / "it-ran"
+    parameters = {
+        "path": pathlib.PurePosixPath("/data"),
+        "since": datetime.datetime(2026, 1, 1),
+        "counts": collections.defaultdict(list, a=[1]),
+        "own": Evil(mark).__class__,
+        "called": Reduced(touched, mark),
+        "name": np.str_("swin"),
+    }
+    torch.save({"state_dict": STATE, "hyper_parameters": parameters}, tmp_path / "x.ckpt")
+    same(read(tmp_path / "x.ckpt").state, STATE)
     assert not mark.exists()
 
 

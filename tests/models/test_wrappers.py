@@ -50,7 +50,10 @@ def test_prefixes_on_some_names_only():
     inner = itertools.cycle(["", "_orig_mod.", "module.", "_checkpoint_wrapped_module."])
     check({n.replace("blocks.", next(inner) + "blocks."): t for n, t in STATE.items()})
     check(named("img.backbone.", BODY) | named("img.", HEAD))
-    check(named("backbone.", BODY) | {n.replace("head", "fc"): t for n, t in HEAD.items()})
+    for name in ("fc", "classifier"):
+        head = {n.replace("head", name): t for n, t in HEAD.items()}
+        check(named("backbone.", BODY) | head)
+        check(BODY | head)
 
 
 def test_of_two_networks_the_one_in_training_is_taken():
