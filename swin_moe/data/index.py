@@ -34,7 +34,7 @@ RECORD = np.dtype(
     ]
 )
 MAX_CLASSES = 1 << 24  # what is beyond is no class number, but some other id
-RULE = "2"  # how shards are understood: indexes that were kept under another are not used
+RULE = "3"  # how shards are understood: indexes that were kept under another are not used
 CACHES = (".swin_moe_index", "~/.cache/swin_moe/index")  # beside the shards, or else there
 
 
