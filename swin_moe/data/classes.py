@@ -30,6 +30,7 @@ class Relabelled(Bounded):
         self.class_names: list[str] | None = classes
         self.labels = place[source.labels]
         self.runs, self.passed_over = source.runs, source.passed_over
+        self.max_pixels = source.max_pixels
         self.class_counts = np.zeros(len(classes), source.class_counts.dtype)
         known = place[: len(source.class_counts)] >= 0
         self.class_counts[place[: len(source.class_counts)][known]] = source.class_counts[known]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
@@ -168,6 +169,8 @@ def _naming(path: Path) -> Iterator[None]:
 
     try:
         yield
+    except PermissionError:  # no damage; pyarrow's own names no file
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path)) from None
     except (OSError, pyarrow.ArrowException) as error:
         told = f"{plain(path)}: the shard is damaged ({reason(error)}): copy it again"
         raise ValueError(told) from None

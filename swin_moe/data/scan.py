@@ -85,6 +85,8 @@ def scan_shard(path: Path, number: int, label: int | None = None) -> Scan:
                 scanner.add(member)
             _check_end(path, stream, tar.offset)
             scanner.finish()
+    except PermissionError:  # no damage
+        raise
     except (OSError, EOFError, zlib.error, tarfile.TarError) as error:
         raise ValueError(
             f"{plain(path)}: the shard is truncated or damaged ({error}): copy or write it again"
@@ -122,6 +124,8 @@ def has_labels(path: Path) -> bool:
             found = list(itertools.islice(_members(tar), LOOKED_AT))
             names = [member.name for member in found]
             number = next((n for member in found if (n := _number_in(tar, member))), "")
+    except PermissionError:  # no damage
+        raise
     except (OSError, EOFError, zlib.error, tarfile.TarError) as error:
         raise ValueError(f"{plain(path)}: not a tar file, or a damaged one ({error})") from None
     kinds = {suffix(name) for name in names}

@@ -69,7 +69,7 @@ def test_a_list_of_names_beside_numbers_may_rename_some(tmp_path, caplog):
 
 def test_a_name_without_samples_may_be_unknown():
     class Source:
-        runs, passed_over, numbered = None, "", False
+        runs, passed_over, numbered, max_pixels = None, "", False, 1
 
     import numpy as np
 

@@ -22,6 +22,7 @@ from swin_moe.data.folder import open_folder
 from swin_moe.data.listing import open_list
 from swin_moe.data.names import read_classes, write_classes
 from swin_moe.data.prepare import image_extension
+from swin_moe.data.scan import has_labels, scan_shard
 from swin_moe.data.shards import class_of, find_shards
 from swin_moe.data.source import open_path, open_source
 from swin_moe.data.which import is_image
@@ -319,3 +320,15 @@ def test_parquet_shards_must_agree_on_their_classes(tmp_path):
 def test_a_grey_image_of_16_bits_is_read_as_pnm_too():
     data = b"P5 2 1 65535\n" + bytes([0, 0, 128, 128])
     assert EncodedImage(data, "L").pixels().ravel().tolist() == [0, 128]
+
+
+def test_what_may_not_be_read_is_not_called_damaged(tmp_path, monkeypatch):
+    def refused(*_args, **_kwargs):
+        raise PermissionError(13, "Permission denied", "x")
+
+    shard = a_tar(tmp_path / "x.tar", "a.png", "a.cls")
+    monkeypatch.setattr(tarfile, "open", refused)
+    monkeypatch.setattr(Path, "read_bytes", refused)
+    for look in (has_labels, lambda path: scan_shard(path, 0), index.read_index):
+        with pytest.raises(PermissionError):
+            look(shard)
