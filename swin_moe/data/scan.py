@@ -10,7 +10,7 @@ import re
 import tarfile
 import zlib
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
@@ -112,8 +112,20 @@ def is_compressed(path: Path) -> bool:
     return path.name.endswith("gz")
 
 
-def has_labels(path: Path) -> bool:
-    """Whether a tar's samples have a ``.cls``; else it is a tar of one class.
+def have_labels(paths: Sequence[Path]) -> bool:
+    """Whether the samples of tars have a ``.cls``; else each is a tar of one class.
+
+    The first tar with samples tells, for a class may be empty.
+
+    Raises:
+        ValueError: see :func:`has_labels`.
+    """
+    told = (has_labels(path) for path in paths)
+    return next((found for found in told if found is not None), True)
+
+
+def has_labels(path: Path) -> bool | None:
+    """Whether a tar's samples have a ``.cls``; None if it has neither images nor labels.
 
     Raises:
         ValueError: the tar cannot be read; or its images have other files beside them, as those of
@@ -129,8 +141,10 @@ def has_labels(path: Path) -> bool:
     except (OSError, EOFError, zlib.error, tarfile.TarError) as error:
         raise ValueError(f"{plain(path)}: not a tar file, or a damaged one ({error})") from None
     kinds = {suffix(name) for name in names}
-    if "cls" in kinds or not kinds & SUFFIXES:
+    if "cls" in kinds:
         return True
+    if not kinds & SUFFIXES:
+        return None
     images = {name.rpartition(".")[0] for name in names if suffix(name) in SUFFIXES}
     beside = {suffix(n) for n in names if n.rpartition(".")[0] in images} - SUFFIXES
     if beside:

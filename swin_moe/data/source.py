@@ -18,7 +18,7 @@ from .index import is_manifest, read_timm_info
 from .listing import open_list
 from .names import read_classes
 from .parquet import ParquetSource
-from .scan import has_labels
+from .scan import have_labels
 from .shards import (
     SUFFIXES,
     class_of,
@@ -33,6 +33,7 @@ from .zipped import ZipSource, zipped_class_folders
 
 log = logging.getLogger(__name__)
 
+SPLITS = ("train", "training", "val", "valid", "validation", "test", "testing")
 BUNDLED = {"fashion_mnist": Path(__file__).parent / "fashion_mnist"}
 
 
@@ -211,7 +212,7 @@ def _open_folder(root: Path) -> Source:
     shards, parquets = _files(root, SUFFIXES), _files(root, ".parquet")
     if packed := shards or parquets:
         _check_alone(root, packed)
-    if shards and has_labels(shards[0]):
+    if shards and have_labels(shards):
         return open_shards(shards, _class_names(root) or _class_names(root.parent))
     if shards:
         shards.sort(key=class_of)  # as class folders would come
@@ -281,7 +282,7 @@ def _named_by_place(split: Path) -> list[str] | None:
         tars = _files(split, SUFFIXES)
         if not tars:
             return class_folders(split)
-        return None if has_labels(tars[0]) else sorted(map(class_of, tars))
+        return None if have_labels(tars) else sorted(map(class_of, tars))
     archive = split if split.suffix == ".zip" else split.with_name(f"{split.name}.zip")
     if archive.is_file() and not archive.with_name(f"{archive.stem}_map.txt").is_file():
         return zipped_class_folders(archive)
@@ -294,6 +295,12 @@ def _check_names(source: Source) -> None:
         raise ValueError(
             f"{len(names)} class names, but a label is {len(counts) - 1}: give every class a line "
             "in classes.txt, or remove the file"
+        )
+    split = [name for name in names or () if name.lower() in SPLITS]
+    if len(split) > 1 and split == names:
+        raise ValueError(
+            f"its classes are '{split[0]}' and '{split[1]}', which are splits: set data.path to "
+            "the folder that holds them, and unzip an archive of them first"
         )
 
 

@@ -332,3 +332,16 @@ def test_what_may_not_be_read_is_not_called_damaged(tmp_path, monkeypatch):
     for look in (has_labels, lambda path: scan_shard(path, 0), index.read_index):
         with pytest.raises(PermissionError):
             look(shard)
+
+
+def test_the_first_tar_per_class_may_be_empty(tmp_path):
+    a_tar(tmp_path / "a.tar")
+    a_tar(tmp_path / "b.tar", "1.png")
+    source = open_path(tmp_path)
+    assert (source.class_names, source.labels.tolist()) == (["a", "b"], [1])
+
+
+def test_splits_are_not_taken_for_classes(tmp_path):
+    make_folder(tmp_path / "x", ["train/a", "train/b", "val/a", "val/b"])
+    with pytest.raises(ValueError, match=r"data\.train=x: its classes are 'train' and 'val'"):
+        open_source(DataConfig(path=str(tmp_path), train="x"), 2, True)
