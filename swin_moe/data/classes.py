@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -29,6 +30,7 @@ class Relabelled(Bounded):
         self.class_names: list[str] | None = classes
         self.labels = place[source.labels]
         self.runs, self.passed_over = source.runs, source.passed_over
+        self.max_pixels = source.max_pixels
         self.class_counts = np.zeros(len(classes), source.class_counts.dtype)
         known = place[: len(source.class_counts)] >= 0
         self.class_counts[place[: len(source.class_counts)][known]] = source.class_counts[known]
@@ -81,7 +83,7 @@ def difference(source: Source, classes: list[str]) -> str:
     if source.class_names is None:
         return (
             "its classes have no names, so its labels count as places in the model's list of "
-            f"{len(classes):,} classes"
+            f"{len(classes):,} classes{_other_numbers(classes)}"
         )
     there = set(np.flatnonzero(source.class_counts).tolist())
     missing = [name for label, name in enumerate(classes) if label not in there]
@@ -91,6 +93,25 @@ def difference(source: Source, classes: list[str]) -> str:
         f"no sample of {len(missing):,} of the {len(classes):,} classes that the model knows "
         f"({quoted(missing)}); the others are matched by name"
     )
+
+
+def places_as_labels(source: Source) -> str:
+    """A note on a held-out split with names, for a model whose labels are mere numbers."""
+    names = source.class_names
+    if names is None or source.numbered:
+        return ""
+    return (
+        "the model's classes have no names, so labels count as places in this data set's list of "
+        f"{len(names):,} classes{_other_numbers(names)}"
+    )
+
+
+def _other_numbers(names: Sequence[str]) -> str:
+    """Names that are numbers, but not those of their places: ``10`` sorts before ``2``."""
+    for place, name in enumerate(names):
+        if name.isdecimal() and int(name[:9]) != place:
+            return f": label {place} is class '{name}'"
+    return ""
 
 
 def _is_renamed(theirs: list[str], ours: list[str]) -> bool:
@@ -109,8 +130,12 @@ def _places(theirs: list[str], counts: np.ndarray, classes: list[str], split: st
                 "stands twice, so they cannot be matched: give each class a name of its own, or "
                 "set data.match_classes=number if the numbers agree"
             )
-    known = {name: place for place, name in enumerate(classes)}
-    place = np.array([known.get(name, -1) for name in theirs], np.int32)
+    # macOS writes accents as characters of their own, and they look alike.
+    known = {unicodedata.normalize("NFC", name): place for place, name in enumerate(classes)}
+    known |= {name: place for place, name in enumerate(classes)}
+    place = np.array(
+        [known.get(n, known.get(unicodedata.normalize("NFC", n), -1)) for n in theirs], np.int32
+    )
     foreign = [theirs[label] for label in np.flatnonzero((place < 0) & (counts > 0))]
     if foreign:
         raise ValueError(

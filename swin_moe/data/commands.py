@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.text import Text
 
 from ..text import plain
+from .classes import match
 from .decode import MAX_PIXELS
 from .names import read_classes
 from .prepare import Settings, finish, prepare
@@ -48,10 +49,11 @@ def prepare_data(
         from . import transforms  # noqa: F401 - imports torch, which the processes then share
     with console.status(Text(f"looking at {plain(path)}")):
         sources = open_splits(path)
+    for source in sources.values():
+        source.max_pixels = max_pixels
     _check_splits(path, sources, val_share)
     kept = None if classes is None else _kept_classes(classes)
     for split, source in sources.items():
-        source.max_pixels = max_pixels
         _tell_source(split, source, console)
         settings = Settings(
             source=plain(path.resolve()),
@@ -88,7 +90,10 @@ def _check_splits(path: Path, sources: dict[str, Source], val_share: float) -> N
         return
     if val_share:
         raise ValueError(f"--val={val_share}: {plain(path)} has a validation split of its own")
-    if sources["val"].class_names != sources["train"].class_names:
+    known, there = sources["train"].class_names, sources["val"].class_names
+    if known is not None and there is not None and set(there) < set(known):
+        sources["val"] = match(sources["val"], known, plain(path))  # some classes have no sample
+    elif there != known:
         raise ValueError(
             f"{plain(path)}: the validation split has other classes than the training split: "
             "labels would shift, so give both the same class folders (one may be empty)"

@@ -179,7 +179,7 @@ def _orientation(image: Image.Image) -> int:
 
 def _convert(image: Image.Image, mode: str) -> Image.Image:
     """To ``mode``, as a viewer would show it: transparency on white, deep pixels scaled."""
-    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
         deep = np.asarray(image).astype(np.float32)  # Pillow would clip them to a white image
         return Image.fromarray((deep / 257).round().astype(np.uint8)).convert(mode)
     if image.mode[0] in "IF":

@@ -34,7 +34,7 @@ RECORD = np.dtype(
     ]
 )
 MAX_CLASSES = 1 << 24  # what is beyond is no class number, but some other id
-RULE = "2"  # how shards are understood: indexes that were kept under another are not used
+RULE = "3"  # how shards are understood: indexes that were kept under another are not used
 CACHES = (".swin_moe_index", "~/.cache/swin_moe/index")  # beside the shards, or else there
 
 
@@ -89,6 +89,8 @@ def read_index(path: Path) -> tuple[Manifest, np.ndarray]:
     try:
         manifest = Manifest.model_validate_json(path.read_bytes())
         table = np.load(table_path(path), mmap_mode="r", allow_pickle=False)
+    except PermissionError:  # no damage
+        raise
     except (OSError, EOFError, ValueError) as error:  # pydantic's is a ValueError, of many lines
         first = error.errors()[0] if isinstance(error, ValidationError) else None
         why = f"{'.'.join(map(str, first['loc']))}: {first['msg']}" if first else reason(error)
@@ -176,7 +178,7 @@ def read_cache(paths: Sequence[Path], kind: str) -> tuple[Manifest, np.ndarray] 
             continue
         try:
             manifest, table = read_index(path)
-        except ValueError:  # a cache is made anew, not complained about
+        except (PermissionError, ValueError):  # a cache is made anew, not complained about
             continue
         stats = [file.stat() for file in paths]
         if [(s.st_size, s.st_mtime_ns) for s in stats] == [

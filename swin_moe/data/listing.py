@@ -107,7 +107,10 @@ def _lines(path: Path) -> Iterator[tuple[int, tuple[object, object]]]:
                 continue
             name, tab, label = line.rstrip("\r\n").partition("\t")
             if not tab:
-                raise ValueError(f"{path}, line {number}: no tab between a path and its label")
+                raise ValueError(
+                    f"{path}, line {number}: no tab between a path and its label: write "
+                    "path<TAB>number"
+                )
             yield number, (name, label.strip())
 
 

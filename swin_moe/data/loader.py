@@ -25,7 +25,7 @@ from ..fork_server import die_with_parent
 from ..ranks import local_world_size
 from ..text import plain
 from .bad_samples import BadSamples, allowed_bad
-from .classes import difference
+from .classes import difference, places_as_labels
 from .dataset import Batch, ImageDataset, collate, replace_unreadable
 from .normalise import Normalise
 from .sampler import Position, ResumableSampler
@@ -326,6 +326,9 @@ def build_loader(
         log.warning("data.train=%s: %s", data.train, told)
     by_name = classes is not None and data.match_classes == "name"
     if by_name and not training and rank == 0 and (note := difference(source, classes or [])):
+        log.warning("data.path=%s, data.val=%s: %s", plain(data.path), plain(data.val), note)
+    by_place = classes is None and data.match_classes == "name"
+    if by_place and not training and rank == 0 and (note := places_as_labels(source)):
         log.warning("data.path=%s, data.val=%s: %s", plain(data.path), plain(data.val), note)
     sampler = ResumableSampler(
         len(source),

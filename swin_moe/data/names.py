@@ -56,7 +56,9 @@ def read_classes(path: Path) -> list[str]:
         raise ValueError(f"{plain(path)} has {size:,} bytes; at most {LIMIT:,} are read here")
     text = path.read_bytes().removeprefix(b"\xef\xbb\xbf").decode("utf-8", "surrogateescape")
     lines = text.replace("\r\n", "\n").split("\n")
-    return lines[:-1] if lines[-1] == "" else lines
+    while lines and not lines[-1]:
+        lines.pop()
+    return lines
 
 
 def write_classes(path: Path, names: Iterable[str]) -> None:

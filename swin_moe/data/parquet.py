@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
@@ -43,7 +44,7 @@ class ParquetSource(Bounded):
         with ThreadPoolExecutor(THREADS) as pool:
             shards = list(pool.map(_look, self.paths))
         self._images = [shard.image for shard in shards]
-        self.class_names = next((s.class_names for s in shards if s.class_names), None)
+        self.class_names = self._agreed_names([shard.class_names for shard in shards])
         self._groups = [
             (number, group) for number, s in enumerate(shards) for group in range(len(s.runs))
         ]
@@ -56,6 +57,16 @@ class ParquetSource(Bounded):
         self._kept: OrderedDict[int, list[bytes | None]] = OrderedDict()
         self._files: OrderedDict[int, Any] = OrderedDict()
         self._process = os.getpid()
+
+    def _agreed_names(self, names: list[list[str] | None]) -> list[str] | None:
+        named = [place for place, found in enumerate(names) if found]
+        for place in named[1:]:
+            if names[place] != names[named[0]]:
+                raise ValueError(
+                    f"{plain(self.paths[place])} names its classes otherwise than "
+                    f"{plain(self.paths[named[0]].name)}: give shards of one data set"
+                )
+        return names[named[0]] if named else None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -158,6 +169,8 @@ def _naming(path: Path) -> Iterator[None]:
 
     try:
         yield
+    except PermissionError:  # no damage; pyarrow's own names no file
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path)) from None
     except (OSError, pyarrow.ArrowException) as error:
         told = f"{plain(path)}: the shard is damaged ({reason(error)}): copy it again"
         raise ValueError(told) from None

@@ -10,7 +10,7 @@ import re
 import tarfile
 import zlib
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
@@ -26,6 +26,7 @@ LOOKED_AT = 20  # members of a tar, to tell what it is
 LABEL_BYTES = 64  # of a .cls: a number has fewer
 JSON_BYTES = 1 << 16  # of a .json that is looked into for a number
 MAX_SIZE = 0xFFFFFFFF  # bytes that the table can hold: more than any image has
+ZEROS_READ = 1 << 20  # bytes at a time after the end of a tar
 MAX_UNPACKED = 1 << 30  # bytes of one .gz shard
 
 _REMEDY = "mend the shard, or write the set anew with `swin-moe prepare-data`"
@@ -79,12 +80,13 @@ def scan_shard(path: Path, number: int, label: int | None = None) -> Scan:
         with stream, tarfile.open(fileobj=stream, mode="r:") as tar:
             scanner = _Scanner(path, tar, label)
             for member in _members(tar):
+                if not member.isfile():
+                    raise _link(path, member)
                 scanner.add(member)
-            stream.seek(tar.offset)
-            if stream.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-                # tarfile takes this for a quiet end; it is a lost tail or a damaged header.
-                raise tarfile.ReadError("no end-of-archive block")
+            _check_end(path, stream, tar.offset)
             scanner.finish()
+    except PermissionError:  # no damage
+        raise
     except (OSError, EOFError, zlib.error, tarfile.TarError) as error:
         raise ValueError(
             f"{plain(path)}: the shard is truncated or damaged ({error}): copy or write it again"
@@ -92,12 +94,38 @@ def scan_shard(path: Path, number: int, label: int | None = None) -> Scan:
     return Scan(scanner.table(number), content, scanner.passed_over)
 
 
+def _check_end(path: Path, stream: IO[bytes], start: int) -> None:
+    """Where tarfile sees the end of an archive, there must be one, and nothing after it."""
+    stream.seek(start)
+    if stream.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+        # tarfile takes this for a quiet end; it is a lost tail or a damaged header.
+        raise tarfile.ReadError("no end-of-archive block")
+    while rest := stream.read(ZEROS_READ):
+        if rest.count(0) < len(rest):
+            raise ValueError(
+                f"{plain(path)}: more follows after the end of the tar, as if tars were joined by "
+                "cat: keep them apart, or join them with `tar --concatenate`"
+            )
+
+
 def is_compressed(path: Path) -> bool:
     return path.name.endswith("gz")
 
 
-def has_labels(path: Path) -> bool:
-    """Whether a tar's samples have a ``.cls``; else it is a tar of one class.
+def have_labels(paths: Sequence[Path]) -> bool:
+    """Whether the samples of tars have a ``.cls``; else each is a tar of one class.
+
+    The first tar with samples tells, for a class may be empty.
+
+    Raises:
+        ValueError: see :func:`has_labels`.
+    """
+    told = (has_labels(path) for path in paths)
+    return next((found for found in told if found is not None), True)
+
+
+def has_labels(path: Path) -> bool | None:
+    """Whether a tar's samples have a ``.cls``; None if it has neither images nor labels.
 
     Raises:
         ValueError: the tar cannot be read; or its images have other files beside them, as those of
@@ -108,11 +136,15 @@ def has_labels(path: Path) -> bool:
             found = list(itertools.islice(_members(tar), LOOKED_AT))
             names = [member.name for member in found]
             number = next((n for member in found if (n := _number_in(tar, member))), "")
+    except PermissionError:  # no damage
+        raise
     except (OSError, EOFError, zlib.error, tarfile.TarError) as error:
         raise ValueError(f"{plain(path)}: not a tar file, or a damaged one ({error})") from None
     kinds = {suffix(name) for name in names}
-    if "cls" in kinds or not kinds & SUFFIXES:
+    if "cls" in kinds:
         return True
+    if not kinds & SUFFIXES:
+        return None
     images = {name.rpartition(".")[0] for name in names if suffix(name) in SUFFIXES}
     beside = {suffix(n) for n in names if n.rpartition(".")[0] in images} - SUFFIXES
     if beside:
@@ -139,11 +171,19 @@ def _number_in(tar: tarfile.TarFile, member: tarfile.TarInfo) -> str:
 
 
 def _members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
-    """Files in their order, without the list of all of them that tarfile keeps."""
+    """Files, and links named like images or labels, without the list of all that tarfile keeps."""
     while (member := tar.next()) is not None:
         tar.members.clear()  # type: ignore[attr-defined]
-        if member.isfile() and not among_companions(member.name):
+        linked = (member.islnk() or member.issym()) and suffix(member.name) in KNOWN
+        if (member.isfile() or linked) and not among_companions(member.name):
             yield member
+
+
+def _link(path: Path, member: tarfile.TarInfo) -> ValueError:
+    return ValueError(
+        f"{plain(path)}: '{plain(member.name)}' is a link to '{plain(member.linkname)}', and links "
+        "in tars are not followed: write the tar again with `tar --dereference --hard-dereference`"
+    )
 
 
 def sample_key(member: tarfile.TarInfo) -> tuple[str, str]:

@@ -234,6 +234,7 @@ def open_shards(
         ValueError: see :func:`.scan.scan_shard`; or too much is compressed.
     """
     kind = "tar shards" if labels is None else PER_CLASS
+    _check_doubles(paths)
     packed = [path for path in paths if is_compressed(path)]
     _check_compressed(packed)
     if packed or sum(path.stat().st_size for path in paths) < INDEXED_BYTES:
@@ -282,6 +283,16 @@ def _scanned(
             return ShardSource(paths, *kept, class_names, {}, kind)
     contents = {n: scan.content for n, scan in enumerate(scans) if scan.content is not None}
     return ShardSource(paths, manifest, table, class_names, contents, kind)
+
+
+def _check_doubles(paths: Sequence[Path]) -> None:
+    """A shard may have been left beside its compressed copy."""
+    seen: dict[Path, Path] = {}
+    for path in paths:
+        if (other := seen.setdefault(path.with_name(class_of(path)), path)) != path:
+            raise ValueError(
+                f"{plain(other)} and {plain(path.name)} are one shard twice: remove one of them"
+            )
 
 
 def _check_compressed(packed: list[Path]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -17,7 +18,7 @@ from .index import is_manifest, read_timm_info
 from .listing import open_list
 from .names import read_classes
 from .parquet import ParquetSource
-from .scan import has_labels
+from .scan import have_labels
 from .shards import (
     SUFFIXES,
     class_of,
@@ -27,11 +28,12 @@ from .shards import (
     open_manifest,
     open_shards,
 )
-from .which import is_companion
+from .which import is_companion, is_image
 from .zipped import ZipSource, zipped_class_folders
 
 log = logging.getLogger(__name__)
 
+SPLITS = ("train", "training", "val", "valid", "validation", "test", "testing")
 BUNDLED = {"fashion_mnist": Path(__file__).parent / "fashion_mnist"}
 
 
@@ -207,20 +209,34 @@ def _places(root: Path, split: str) -> Iterator[Path]:
 
 
 def _open_folder(root: Path) -> Source:
-    shards = _files(root, SUFFIXES)
-    if shards and has_labels(shards[0]):
+    shards, parquets = _files(root, SUFFIXES), _files(root, ".parquet")
+    if packed := shards or parquets:
+        _check_alone(root, packed)
+    if shards and have_labels(shards):
         return open_shards(shards, _class_names(root) or _class_names(root.parent))
     if shards:
         shards.sort(key=class_of)  # as class folders would come
         return open_shards(shards, [class_of(path) for path in shards], range(len(shards)))
-    if parquets := _files(root, ".parquet"):
+    if parquets:
         return ParquetSource(parquets)
     if not class_folders(root):
         raise ValueError(
-            f"{root} has no class folders: sort its images into one folder per class "
-            "(a flat validation folder carries no labels)"
+            f"{root} has no class folders: sort its images into one folder per class, or give a "
+            "list of files with labels instead (a flat validation folder carries no labels)"
         )
     return open_folder(root)
+
+
+def _check_alone(root: Path, packed: list[Path]) -> None:
+    """Images in class folders beside tars or parquet files: which of them are meant?"""
+    tars = {class_of(path) for path in packed if path.name.endswith(SUFFIXES)}
+    folders = (entry for entry in root.iterdir() if entry.name not in tars and entry.is_dir())
+    for name in sorted(folder.name for folder in folders if not is_companion(folder.name)):
+        if any(is_image(file) for _, _, files in os.walk(root / name) for file in files):
+            raise ValueError(
+                f"{root} holds {plain(packed[0].name)} beside the class folder '{plain(name)}': "
+                "move one of them away"
+            )
 
 
 def _files(folder: Path, ends: str | tuple[str, ...]) -> list[Path]:
@@ -266,7 +282,7 @@ def _named_by_place(split: Path) -> list[str] | None:
         tars = _files(split, SUFFIXES)
         if not tars:
             return class_folders(split)
-        return None if has_labels(tars[0]) else sorted(map(class_of, tars))
+        return None if have_labels(tars) else sorted(map(class_of, tars))
     archive = split if split.suffix == ".zip" else split.with_name(f"{split.name}.zip")
     if archive.is_file() and not archive.with_name(f"{archive.stem}_map.txt").is_file():
         return zipped_class_folders(archive)
@@ -280,10 +296,21 @@ def _check_names(source: Source) -> None:
             f"{len(names)} class names, but a label is {len(counts) - 1}: give every class a line "
             "in classes.txt, or remove the file"
         )
+    split = [name for name in names or () if name.lower() in SPLITS]
+    if len(split) > 1 and split == names:
+        raise ValueError(
+            f"its classes are '{split[0]}' and '{split[1]}', which are splits: set data.path to "
+            "the folder that holds them, and unzip an archive of them first"
+        )
 
 
 def _check_labels(source: Source, num_classes: int) -> None:
     counts, names = source.class_counts, source.class_names
+    if num_classes and names and len(counts) > num_classes and not counts[num_classes:].any():
+        raise ValueError(
+            f"it has {len(names):,} classes, of which the last, '{plain(names[-1])}', has no "
+            f"sample: set model.num_classes={len(names)}, or remove what is empty"
+        )
     if num_classes and len(counts) > num_classes:
         first = int(np.argmax(source.labels >= num_classes))
         raise ValueError(

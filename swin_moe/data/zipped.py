@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import struct
 import zlib
@@ -21,6 +22,7 @@ from .names import Names
 from .which import PassedOver, among_companions, is_image
 
 STORED, DEFLATED = 0, 8
+DOS = 0  # the system that an entry was made on
 DIRECTORY = struct.Struct("<4s6H3L5H2L")  # an entry of the central directory, without its name
 LOCAL = struct.Struct("<4s5H3L2H")  # header before an entry's data
 CHUNK = 4 << 20  # bytes of the directory that are read at a time
@@ -95,6 +97,7 @@ class ZipSource(Bounded):
         if not in_order:
             order = _walk(names, places, list(number))
             self._names = Names()
+            order = order[_last_of_each(names, places, order)]
             for place in order.tolist():
                 self._names.append(names[place])
             self._names.freeze()
@@ -237,6 +240,14 @@ def _walk(names: Names, parents: np.ndarray, folders: list[str]) -> np.ndarray:
     return order
 
 
+def _last_of_each(names: Names, parents: np.ndarray, order: np.ndarray) -> np.ndarray:
+    """Which places of a walk to keep: an entry written again replaces the one before it."""
+    keep = np.ones(len(order), bool)
+    for at, (place, after) in enumerate(pairwise(order.tolist())):
+        keep[at] = parents[place] != parents[after] or names[place] != names[after]
+    return keep
+
+
 def _hash(name: str) -> int:
     return hash(name)  # of this process; equal ones are compared by name
 
@@ -282,7 +293,9 @@ def _parse_entry(buffer: bytes, start: int, archive: Path) -> tuple[_Entry, int]
         raise _damaged(archive)
     name_end = start + DIRECTORY.size + name_size
     raw = buffer[start + DIRECTORY.size : name_end]
-    name = raw.decode("utf-8" if flags & 0x800 else "cp437", "surrogateescape")
+    name = _decoded(raw, flags & 0x800 != 0)
+    if fields[1] >> 8 == DOS:  # where some programs write folders so
+        name = name.replace("\\", "/")
     if flags & 1 or method not in (STORED, DEFLATED):
         raise ValueError(
             f"{archive}: '{plain(name)}' is encrypted or compressed in an unusual way: zip the "
@@ -297,6 +310,13 @@ def _parse_entry(buffer: bytes, start: int, archive: Path) -> tuple[_Entry, int]
         except (StopIteration, struct.error):
             raise _damaged(archive) from None
     return _Entry(name, offset, packed, size, crc, method), used
+
+
+def _decoded(name: bytes, is_utf8: bool) -> str:
+    """Many programs write UTF-8 without saying so; the old code page hardly ever reads as that."""
+    with contextlib.suppress(UnicodeDecodeError):
+        return name.decode("utf-8")
+    return name.decode("utf-8" if is_utf8 else "cp437", "surrogateescape")
 
 
 def _zip64(extra: bytes) -> Iterator[int]:

@@ -2,7 +2,9 @@
 
 import pytest
 
+from swin_moe.config import DataConfig
 from swin_moe.data.classes import match
+from swin_moe.data.source import open_source
 from tests.data.helpers import NO_AUGMENT, make_folder, make_shards, open_loader
 
 
@@ -67,7 +69,7 @@ def test_a_list_of_names_beside_numbers_may_rename_some(tmp_path, caplog):
 
 def test_a_name_without_samples_may_be_unknown():
     class Source:
-        runs, passed_over, numbered = None, "", False
+        runs, passed_over, numbered, max_pixels = None, "", False, 1
 
     import numpy as np
 
@@ -97,3 +99,31 @@ def test_a_file_as_data_path_is_called_a_file(tmp_path):
     (tmp_path / "d.zip").touch()
     with pytest.raises(ValueError, match=r"d\.zip is a file: give the folder that it is in"):
         open_loader(tmp_path / "d.zip")
+
+
+def test_names_for_a_model_that_knows_only_numbers_are_told(tmp_path, caplog):
+    make_folder(tmp_path / "val", ["0", "1", "10", "2"])
+    (tmp_path / "train").write_text("val/0/0.png\t0\n")
+    open_loader(tmp_path, training=False)
+    assert "classes have no names, so labels count as places in this data set's list" in caplog.text
+    assert "4 classes: label 2 is class '10'" in caplog.text
+
+
+def test_numbers_for_classes_named_by_numbers_in_another_order_are_told(tmp_path, caplog):
+    make_folder(tmp_path / "a", ["0", "1", "10", "2"])
+    (tmp_path / "val").write_text("a/2/0.png\t2\n")
+    open_loader(tmp_path, training=False, classes=["0", "1", "10", "2"])
+    assert "places in the model's list of 4 classes: label 2 is class '10'" in caplog.text
+
+
+def test_accents_that_macos_writes_apart_are_the_same_name(tmp_path):
+    make_folder(tmp_path / "val", ["cafe\u0301", "bar"])
+    loader = open_loader(tmp_path, training=False, classes=["caf\u00e9", "bar"])
+    assert labels(loader) == [1, 1, 0, 0]
+
+
+def test_an_empty_class_that_the_model_lacks_is_named(tmp_path):
+    make_folder(tmp_path / "train", ["a", "b"])
+    (tmp_path / "train" / "c").mkdir()
+    with pytest.raises(ValueError, match=r"the last, 'c', has no sample: set model\.num_classes=3"):
+        open_source(DataConfig(path=str(tmp_path)), 2, True)

@@ -1,5 +1,6 @@
 """Names, sizes and layouts of real data: no sample is lost, doubled or mislabelled."""
 
+import gzip
 import io
 import json
 import os
@@ -21,6 +22,7 @@ from swin_moe.data.folder import open_folder
 from swin_moe.data.listing import open_list
 from swin_moe.data.names import read_classes, write_classes
 from swin_moe.data.prepare import image_extension
+from swin_moe.data.scan import has_labels, scan_shard
 from swin_moe.data.shards import class_of, find_shards
 from swin_moe.data.source import open_path, open_source
 from swin_moe.data.which import is_image
@@ -228,3 +230,118 @@ def test_a_relative_path_names_the_working_directory(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match=f"no such folder in {plain(tmp_path)}, where you are"):
         open_source(DataConfig(path="nowhere"), 0, training=True)
+
+
+def a_tar(path, *names):
+    with tarfile.open(path, "w") as tar:
+        for number, name in enumerate(names):
+            add_member(tar, name, encode(number) if name.endswith("png") else b"0")
+    return path
+
+
+def test_what_follows_after_the_end_of_a_tar_is_not_lost(tmp_path):
+    first, second = (a_tar(tmp_path / f"{n}.tar", f"{n}.png", f"{n}.cls") for n in "ab")
+    second.write_bytes(first.read_bytes() + second.read_bytes())
+    first.unlink()
+    with pytest.raises(ValueError, match=r"b\.tar: more follows .* joined by cat"):
+        open_path(tmp_path)
+
+
+@pytest.mark.parametrize("kind", [tarfile.LNKTYPE, tarfile.SYMTYPE])
+def test_a_link_in_a_tar_per_class_is_not_lost(tmp_path, kind):
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        add_member(tar, "1.png", encode(0))
+        link = tarfile.TarInfo("2.png")
+        link.type, link.linkname = kind, "1.png"
+        tar.addfile(link)
+    with pytest.raises(ValueError, match=r"a\.tar: '2\.png' is a link to '1\.png'.*--hard-deref"):
+        open_path(tmp_path)
+
+
+def test_a_shard_beside_its_compressed_copy_does_not_count_twice(tmp_path):
+    shard = a_tar(tmp_path / "train-0.tar", "a.png", "a.cls")
+    (tmp_path / "train-0.tar.gz").write_bytes(gzip.compress(shard.read_bytes()))
+    with pytest.raises(ValueError, match=r"train-0\.tar and train-0\.tar\.gz are one shard twice"):
+        open_path(tmp_path / "train")
+
+
+def test_a_stray_tar_does_not_take_the_place_of_class_folders(tmp_path):
+    make_folder(tmp_path, ["a", "b"])
+    a_tar(tmp_path / "a.tar", "1.png")  # the class that was unpacked
+    with pytest.raises(ValueError, match=r"holds a\.tar beside the class folder 'b'"):
+        open_path(tmp_path)
+    a_tar(tmp_path / "b.tar", "1.png")
+    assert open_path(tmp_path).class_names == ["a", "b"]
+
+
+def test_an_entry_that_a_zip_holds_twice_counts_once(tmp_path):
+    with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
+        for number, name in enumerate(["a/1.png", "a/2.png", "b/1.png"]):
+            archive.writestr(name, encode(number))
+        with pytest.warns(UserWarning, match="Duplicate name"):
+            archive.writestr("a/1.png", encode(3))
+    source = ZipSource(tmp_path / "x.zip", None)
+    assert contents(source) == [encode(3), encode(1), encode(2)]
+    assert source.labels.tolist() == [0, 0, 1]
+
+
+def test_zips_of_macos_and_of_windows_have_the_names_of_folders(tmp_path):
+    info = zipfile.ZipInfo("caf__/1.png")
+    with zipfile.ZipFile(tmp_path / "mac.zip", "w") as archive:
+        archive.writestr(info, encode(0))
+    content = (tmp_path / "mac.zip").read_bytes().replace(b"caf__", "caf\u00e9".encode())
+    (tmp_path / "mac.zip").write_bytes(content)  # without the flag that says UTF-8
+    assert ZipSource(tmp_path / "mac.zip", None).class_names == ["caf\u00e9"]
+    info = zipfile.ZipInfo("dog\\1.png")
+    info.create_system = 0
+    with zipfile.ZipFile(tmp_path / "windows.zip", "w") as archive:
+        archive.writestr(info, encode(0))
+    assert ZipSource(tmp_path / "windows.zip", None).class_names == ["dog"]
+
+
+def test_blank_lines_at_the_end_of_a_list_of_classes_are_no_classes(tmp_path):
+    (tmp_path / "classes.txt").write_text("cat\ndog\n\n\n")
+    assert read_classes(tmp_path / "classes.txt") == ["cat", "dog"]
+
+
+def test_parquet_shards_must_agree_on_their_classes(tmp_path):
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as pq
+
+    for number, names in enumerate([["a", "b"], ["b", "a"]]):
+        table = pa.table({"image": [encode(number)], "label": [0]})
+        told = {"info": {"features": {"label": {"names": names}}}}
+        table = table.replace_schema_metadata({"huggingface": json.dumps(told)})
+        pq.write_table(table, tmp_path / f"train-{number}.parquet")
+    with pytest.raises(ValueError, match=r"train-1\.parquet names its classes otherwise"):
+        open_path(tmp_path / "train")
+
+
+def test_a_grey_image_of_16_bits_is_read_as_pnm_too():
+    data = b"P5 2 1 65535\n" + bytes([0, 0, 128, 128])
+    assert EncodedImage(data, "L").pixels().ravel().tolist() == [0, 128]
+
+
+def test_what_may_not_be_read_is_not_called_damaged(tmp_path, monkeypatch):
+    def refused(*_args, **_kwargs):
+        raise PermissionError(13, "Permission denied", "x")
+
+    shard = a_tar(tmp_path / "x.tar", "a.png", "a.cls")
+    monkeypatch.setattr(tarfile, "open", refused)
+    monkeypatch.setattr(Path, "read_bytes", refused)
+    for look in (has_labels, lambda path: scan_shard(path, 0), index.read_index):
+        with pytest.raises(PermissionError):
+            look(shard)
+
+
+def test_the_first_tar_per_class_may_be_empty(tmp_path):
+    a_tar(tmp_path / "a.tar")
+    a_tar(tmp_path / "b.tar", "1.png")
+    source = open_path(tmp_path)
+    assert (source.class_names, source.labels.tolist()) == (["a", "b"], [1])
+
+
+def test_splits_are_not_taken_for_classes(tmp_path):
+    make_folder(tmp_path / "x", ["train/a", "train/b", "val/a", "val/b"])
+    with pytest.raises(ValueError, match=r"data\.train=x: its classes are 'train' and 'val'"):
+        open_source(DataConfig(path=str(tmp_path), train="x"), 2, True)

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -162,6 +163,9 @@ def test_both_splits_of_a_root(tmp_path):
     splits = _prepare(tmp_path / "in", tmp_path / "out")
     assert {name: len(source) for name, source in splits.items()} == {"train": 4, "val": 2}
     _refused("has a validation split of its own", tmp_path / "in", tmp_path / "o", val_share=0.1)
+    shutil.rmtree(tmp_path / "in" / "val" / "ant")
+    val = _prepare(tmp_path / "in", tmp_path / "less")["val"]
+    assert val.labels.tolist() == [1]  # by name: none of the first class
     make_folder(tmp_path / "in" / "val", ["cow"])
     _refused("the validation split has other classes than", tmp_path / "in", tmp_path / "o")
 
