@@ -139,8 +139,9 @@ class MetricLog:
         if resume_step is not None:
             kept = [r for r in read_metrics(self.path.parent) if r["step"] <= resume_step]
         text = "".join(json.dumps(record) + "\n" for record in kept).encode()
-        if self.path.is_file() and self.path.read_bytes().startswith(text):
-            os.truncate(self.path, len(text))  # needs no room on the disk
+        if self.path.is_file() and (there := self.path.read_bytes()).startswith(text):
+            if there != text:
+                os.truncate(self.path, len(text))  # needs no room on the disk
             return
         if not self.path.exists():
             with contextlib.suppress(OSError):  # the first record reports it

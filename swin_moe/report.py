@@ -136,7 +136,8 @@ def closing(folder: Path, trainer: Trainer, seconds: float) -> Table:
     last = folder / "checkpoints" / "last"
     newest = list_checkpoints(last.parent)
     # A file system without links has no last, or a copy that stays behind.
-    table.add_row("checkpoint", cell(newest[0] if newest and not last.is_symlink() else last))
+    is_last = not newest or last.resolve().name == newest[0].name
+    table.add_row("checkpoint", cell(last if is_last else newest[0]))
     table.add_row("metrics", cell(folder / "metrics.jsonl"))
     table.add_row("logs", cell(folder / "logs"))
     quoted = shlex.quote(str(folder))

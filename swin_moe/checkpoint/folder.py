@@ -306,7 +306,7 @@ def _point(link: Path, target: str) -> None:
         temporary.symlink_to(target)
         temporary.replace(link)
     except OSError as error:  # as where there are no links
-        _warn_once(f"{plain(link)} cannot be made a link to {target} ({error.strerror})")
+        _warn_once(f"{plain(link)} cannot be made a link to a checkpoint ({error.strerror})")
 
 
 def remove(path: Path) -> None:
