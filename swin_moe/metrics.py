@@ -6,6 +6,7 @@ import contextlib
 import json
 import logging
 import os
+import re
 import socket
 import time
 from pathlib import Path
@@ -67,6 +68,9 @@ class Events:
         with contextlib.suppress(OSError):  # the first record reports it
             folder.mkdir(exist_ok=True)
         seconds, rest = divmod(time.time_ns(), 10**9)
+        # TensorBoard reads in the order of names: a clock that was set back must not change it.
+        former = [re.match(r"events\.out\.tfevents\.(\d{10})\.", p.name) for p in folder.glob("*")]
+        seconds = max([seconds, *(int(one[1]) + 1 for one in former if one)])
         name = f"events.out.tfevents.{seconds:010d}.{socket.gethostname()}.{os.getpid()}.{rest}"
         self._file = Appender(folder / name)
         self._records = RecordWriter(self._file)
