@@ -438,9 +438,10 @@ class Trainer:
                     "data/unreadable": result.unreadable + position.unreadable,
                 }
             )
+        without = f"  ({result.unreadable} images unreadable)" if result.unreadable else ""
         self.say(
             f"epoch {self._epochs_done():.4g}/{self.plan.epochs}  step {position.step}  "
             f"top-1 {result.top1:.2f} %  top-5 {result.top5:.2f} %  val loss {result.loss:.4f}  "
-            f"{self.images_per_second:.0f} img/s" + ("  (best)" if best else "")
+            f"{self.images_per_second:.0f} img/s{without}" + ("  (best)" if best else "")
         )
         return best
