@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
+import re
 import socket
 import time
 from pathlib import Path
@@ -17,7 +19,10 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from torch import Tensor
 
 from .terminal import Terminal
+from .text import plain
 from .writing import Appender
+
+log = logging.getLogger("swin_moe")
 
 Record = dict[str, Any]
 
@@ -60,8 +65,12 @@ class Events:
         from torch.utils.tensorboard import summary
 
         self._event, self._summary = Event, summary
-        folder.mkdir(exist_ok=True)
+        with contextlib.suppress(OSError):  # the first record reports it
+            folder.mkdir(exist_ok=True)
         seconds, rest = divmod(time.time_ns(), 10**9)
+        # TensorBoard reads in the order of names: a clock that was set back must not change it.
+        former = [re.match(r"events\.out\.tfevents\.(\d{10})\.", p.name) for p in folder.glob("*")]
+        seconds = max([seconds, *(int(one[1]) + 1 for one in former if one)])
         name = f"events.out.tfevents.{seconds:010d}.{socket.gethostname()}.{os.getpid()}.{rest}"
         self._file = Appender(folder / name)
         self._records = RecordWriter(self._file)
@@ -115,20 +124,37 @@ class MetricLog:
 
     def __init__(self, folder: Path, tensorboard: bool, resume_step: int | None) -> None:
         self.path = folder / "metrics.jsonl"
-        kept = []
-        if resume_step is not None:
-            kept = [r for r in read_metrics(folder) if r["step"] <= resume_step]
-        temporary = self.path.with_suffix(".tmp")  # a kill here must not lose what there is
-        temporary.write_text("".join(json.dumps(record) + "\n" for record in kept))
-        with contextlib.suppress(
-            IsADirectoryError
-        ):  # somebody's folder: the first record reports it
-            temporary.replace(self.path)
+        try:
+            self._take_back(resume_step)
+        except OSError as error:
+            log.warning(
+                "%s may hold records of a life taken back, after step %s: it cannot be written "
+                "anew (%s)", plain(self.path), resume_step, error.strerror,
+            )  # fmt: skip
         self._file = Appender(self.path)
         self._step = resume_step or 0
         self._loads: list[list[float]] = []  # of the layers, as last written
         purge = None if resume_step is None else resume_step + 1
         self._events = Events(folder / "tensorboard", purge) if tensorboard else None
+
+    def _take_back(self, resume_step: int | None) -> None:
+        """Leave nothing but whole records of up to ``resume_step``."""
+        kept = []
+        if resume_step is not None:
+            kept = [r for r in read_metrics(self.path.parent) if r["step"] <= resume_step]
+        text = "".join(json.dumps(record) + "\n" for record in kept).encode()
+        if self.path.is_file() and (there := self.path.read_bytes()).startswith(text):
+            if there != text:
+                os.truncate(self.path, len(text))  # needs no room on the disk
+            return
+        if not self.path.exists():
+            with contextlib.suppress(OSError):  # the first record reports it
+                self.path.touch()
+            return
+        temporary = self.path.with_suffix(".tmp")  # a kill here must not lose what there is
+        temporary.unlink(missing_ok=True)
+        temporary.write_bytes(text)
+        temporary.replace(self.path)
 
     def write(self, record: Record) -> None:
         """Append one record with keys ``step`` and ``epoch``."""

@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from . import ops
+from .checkpoint import list_checkpoints
 from .config import Config, ModelConfig, MoEConfig
 from .data import Loader
 from .distributed import World
@@ -132,7 +133,11 @@ def closing(folder: Path, trainer: Trainer, seconds: float) -> Table:
         table.add_row("unreadable", f"{unreadable} images were skipped; see the logs")
     if (folder / "summary.png").exists():
         table.add_row("picture", cell(folder / "summary.png"))
-    table.add_row("checkpoint", cell(folder / "checkpoints" / "last"))
+    last = folder / "checkpoints" / "last"
+    newest = list_checkpoints(last.parent)
+    # A file system without links has no last, or a copy that stays behind.
+    is_last = not newest or last.resolve().name == newest[0].name
+    table.add_row("checkpoint", cell(last if is_last else newest[0]))
     table.add_row("metrics", cell(folder / "metrics.jsonl"))
     table.add_row("logs", cell(folder / "logs"))
     quoted = shlex.quote(str(folder))

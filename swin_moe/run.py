@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import hashlib
 import logging
+import signal
 import time
 from dataclasses import dataclass, replace
 from functools import partial
@@ -222,6 +223,8 @@ def _fit(job: _Job, trainer: Trainer) -> Trainer:
                 distributed.barrier()  # else another's end would end rank 0 before it has reported
             raise
         except BaseException:
+            # The system kills several workers at once: each would raise anew, in the report, too.
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             job.writer.close()
             raise
         with job.watchdog.phase("the save before the way back was awaited", writes=True):

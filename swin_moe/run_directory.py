@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import logging
@@ -30,12 +31,13 @@ from .models.pretrained import built_windows
 from .ranks import hostname, restarts, started_again
 from .text import plain
 from .variants import FORMER
-from .writing import LogFile, PlainFormatter
+from .writing import LogFile, PlainFormatter, open_to_append
 
 log = logging.getLogger("swin_moe")
 
 MARKER = ".swin_moe"  # in every run directory: nothing else is ever moved or written over
 _held: list[IO[str]] = []
+_NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP}
 _PATIENCE, _LEAVING = 60.0, 10.0  # seconds for the processes of an earlier start to end
 
 
@@ -101,7 +103,9 @@ def _write_config(folder: Path, config: Config, changed_since: checkpoint.Reader
             kept = folder / f"config-until-{changed_since.path.name}.yaml"
             if not kept.exists():  # else this is another start from the same checkpoint
                 path.replace(kept)
-        path.write_text(text, encoding="utf-8")
+        temporary = folder / ".config.yaml"  # a full disk or a kill leaves no half of one
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
     except OSError as error:
         log.warning("%s cannot be written (%s); training goes on", path, error.strerror)
 
@@ -137,8 +141,8 @@ def record_start(run: Run, resumed_from: str) -> None:
         },
     }
     try:
-        with (run.folder / "starts.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+        with open_to_append(run.folder / "starts.jsonl") as file:
+            file.write(f"{json.dumps(record)}\n".encode())
     except OSError as error:
         log.warning("this start is not recorded in %s: %s", error.filename, error.strerror)
 
@@ -205,11 +209,11 @@ def _adopt(run: Run, fresh: bool) -> str:
     """
     folder = run.folder
     marker = folder / MARKER
-    if folder.exists() and not marker.exists() and any(folder.iterdir()):
+    if folder.exists() and not _is_run(folder) and any(folder.iterdir()):
         raise ValueError(
             f"train.output={folder} is not empty and was not made by swin-moe: choose another"
         )
-    if marker.exists():
+    if _is_run(folder):
         _lock(marker)
         checkpoint.clear_partial(run.checkpoints)
         found = None if fresh else checkpoint.latest(run.checkpoints)
@@ -224,6 +228,12 @@ def _adopt(run: Run, fresh: bool) -> str:
     folder.mkdir(parents=True, exist_ok=True)
     _lock(marker)
     return ""
+
+
+def _is_run(folder: Path) -> bool:
+    """Whether swin-moe made the folder; copies often lack the marker, whose name is hidden."""
+    found = checkpoint.list_checkpoints(folder / "checkpoints")
+    return (folder / MARKER).exists() or any((one / "manifest.json").exists() for one in found)
 
 
 def _lock(marker: Path) -> None:
@@ -243,6 +253,14 @@ def _lock(marker: Path) -> None:
             break
         except BlockingIOError:
             holder = _holder(handle)
+        except OSError as error:  # Lustre mounted without flock, NFS without its lock daemon
+            if error.errno not in _NO_LOCKS:
+                raise
+            log.warning(
+                "%s: this file system has no locks (%s); let no second training run in this folder",
+                plain(marker.parent), error.strerror,
+            )  # fmt: skip
+            break
         if time.monotonic() >= deadline:
             raise ValueError(
                 f"another training runs in {plain(marker.parent)}{holder}: wait for it, end it, or "
@@ -335,7 +353,8 @@ _SHAPE_KEYS = {
 
 def log_to_file(path: Path) -> None:
     """Send everything that is logged by this rank to ``path`` as well."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    with contextlib.suppress(OSError):  # the first line reports it
+        path.parent.mkdir(parents=True, exist_ok=True)
     handler = LogFile(path)
     handler.setFormatter(PlainFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     handler.setLevel(logging.DEBUG)

@@ -136,17 +136,16 @@ class Trainer:
             self._train_epoch()
             finished = position.epoch > epoch
             done = plan.is_done(position)
-            best = False
-            if done or (finished and position.epoch % plan.eval_every_epochs == 0):
-                best = self._evaluate()
+            evaluated = done or (finished and position.epoch % plan.eval_every_epochs == 0)
+            best = evaluated and self._evaluate()
             if done or best or (finished and position.epoch % plan.save_every_epochs == 0):
-                self._save()
+                self._save(proven=evaluated)
         complete = self._wait_for_save()
         if not complete:
             self.saver.check_folder()
             raise TrainingError(
-                "the last checkpoint could not be written (the warning above says why); the one "
-                "before it is whole: make room and start again"
+                "the last checkpoint could not be written (the warning above says why); "
+                f"{self._mend()}"
             )
 
     def _train_epoch(self) -> None:
@@ -169,8 +168,8 @@ class Trainer:
                 last = position.update == plan.updates_per_epoch or plan.is_done(position)
                 every = plan.save_every_steps
                 saves = every > 0 and position.step % every == 0 and not last
-                # Also at each save, so that a resumed run repeats the records.
-                if position.step % plan.log_every_steps == 0 or saves or last:
+                # Also at each save, so that a resumed run repeats the records and loses none.
+                if position.step % plan.log_every_steps == 0 or saves or last or stop:
                     bar.update(task, status=self._log_training())
                 bar.update(task, completed=position.update)
                 if saves:
@@ -185,9 +184,13 @@ class Trainer:
             position.epoch, position.update = position.epoch + 1, 0
             position.unreadable_before = position.unreadable
 
-    def _save(self) -> None:
-        """Not while updates are being left out: the weights may be what is wrong."""
-        if not self._bad_in_a_row:
+    def _save(self, proven: bool = False) -> None:
+        """Not while updates are being left out: the weights may be what is wrong.
+
+        Args:
+            proven: an evaluation has shown that they are not.
+        """
+        if proven or not self._bad_in_a_row:
             with self.watchdog.phase("a checkpoint was copied", writes=True):
                 self.save(self.position)
 
@@ -205,7 +208,7 @@ class Trainer:
         if not complete:
             raise TrainingError(
                 f"{told}, but the checkpoint could not be written (the warning above says why); "
-                "the one before it is whole: make room and start again"
+                f"{self._mend()}"
             )
         if self._bad_in_a_row:
             raise Preempted(
@@ -215,6 +218,12 @@ class Trainer:
             )
         again = "the same command goes on" if interrupted else "start again to go on"
         raise Preempted(f"{told}; the checkpoint is written: {again} from it", interrupted)
+
+    def _mend(self) -> str:
+        """What there is, and what helps, where a checkpoint could not be written."""
+        good = self.saver.writing.good
+        there = f"the last good one is {good}" if good else "no other of this run is complete"
+        return f"{there}: mend that and start again"
 
     def _update(self, batches: Iterator[Batch]) -> int:
         """One optimizer update: ``accumulation_steps`` micro-batches and a step.
@@ -429,9 +438,10 @@ class Trainer:
                     "data/unreadable": result.unreadable + position.unreadable,
                 }
             )
+        without = f"  ({result.unreadable} images unreadable)" if result.unreadable else ""
         self.say(
             f"epoch {self._epochs_done():.4g}/{self.plan.epochs}  step {position.step}  "
             f"top-1 {result.top1:.2f} %  top-5 {result.top5:.2f} %  val loss {result.loss:.4f}  "
-            f"{self.images_per_second:.0f} img/s" + ("  (best)" if best else "")
+            f"{self.images_per_second:.0f} img/s{without}" + ("  (best)" if best else "")
         )
         return best

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import io
 import math
 import os
 import signal
@@ -24,6 +25,7 @@ from typing import Protocol
 import psutil
 
 from . import ranks
+from .writing import open_to_append
 
 HUNG, PREEMPTED = 1, 75  # exit codes; a launcher restarts after the first
 START = 2.0  # each part of a start may take this many limits
@@ -127,8 +129,9 @@ class Watchdog:
         threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
 
     def log_to(self, path: Path) -> None:
-        """The file that gets the stacks; until then they go to stderr."""
-        self._file, self._path = path.open("a", encoding="utf-8"), path
+        """The file that gets the stacks; until then, or if it cannot be written, stderr does."""
+        with contextlib.suppress(OSError):  # the log itself has said so
+            self._file, self._path = io.TextIOWrapper(open_to_append(path), "utf-8"), path
         self._go_on()
 
     def meet(self, peers: Peers | None) -> None:
@@ -195,7 +198,8 @@ class Watchdog:
         self._heard.clear()
         if limit := self._doing.limit:
             file = sys.stderr if self._path is None else self._file
-            with contextlib.suppress(AttributeError, ValueError, OSError):  # a replaced stderr
+            # Where stderr is replaced or closed there is nowhere to report to.
+            with contextlib.suppress(AttributeError, ValueError, OSError, RuntimeError):
                 faulthandler.dump_traceback_later(limit + _GRACE, exit=True, file=file)
 
     # ----------------------------------------------------------------------------------------

@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 
 from .text import plain, plain_lines, reason
 
@@ -38,6 +39,18 @@ class Outage:
             log.warning("%s is written again, %s", self.name, left)
 
 
+def open_to_append(path: Path) -> IO[bytes]:
+    """Open a file, without a buffer, to append to it.
+
+    Raises:
+        OSError: as usual, and for a pipe that nobody reads, which would be waited for.
+    """
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK
+    descriptor = os.open(path, flags, 0o666)
+    os.set_blocking(descriptor, True)
+    return os.fdopen(descriptor, "ab", buffering=0)
+
+
 class Appender:
     """Appends to a file; what the disk does not take waits in memory and is written later."""
 
@@ -55,7 +68,7 @@ class Appender:
         self._waiting += data
         try:
             # Opened each time: if the file is removed or moved, a new one takes its place.
-            with self.path.open("ab", buffering=0) as file:
+            with open_to_append(self.path) as file:
                 while self._waiting:
                     del self._waiting[: file.write(self._waiting)]
         except OSError as error:
@@ -134,6 +147,9 @@ class _Outlet(io.FileIO):
 def unbreakable_streams() -> Iterator[None]:
     """Go on whatever happens to what is printed: a full disk, a closed pipe, a lost terminal."""
     streams = {"stdout": sys.stdout, "stderr": sys.stderr}
+    for name, stream in streams.items():
+        if stream is None:  # closed by who started this program
+            streams[name] = open(os.devnull, "w")  # noqa: SIM115
     for name, stream in streams.items():
         with contextlib.suppress(OSError, AttributeError):  # a test's, or none at all
             outlet = _Outlet(stream.fileno(), f"the program's {name}")

@@ -103,6 +103,7 @@ def test_corrupt_images_are_skipped_counted_and_reported(tmp_path):
     assert last["data/unreadable"] == 2
     assert "class0/3.png" in done.stderr
     assert "class1/0.png" in done.stderr
+    assert "img/s  (1 images unreadable)" in done.stdout  # of those held out
     assert re.search(r"unreadable\W+2 images were skipped", done.stdout)
     lists = sorted((tmp_path / "run/logs").glob("bad-samples-rank-*.jsonl"))
     listed = [json.loads(line) for path in lists for line in path.read_text().splitlines()]

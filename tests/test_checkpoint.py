@@ -413,7 +413,7 @@ def test_a_failing_write_is_told_and_leaves_the_old_ones_alone(tmp_path, monkeyp
         patched.setattr(type(tmp_path), "mkdir", raising(OSError(28, "No space left on device")))
         begin(saver, 2, torch.ones(1))
         assert not saver.wait()
-    assert told[-1].error == "No space left on device"
+        assert told[-1].error.startswith("No space left on device (")
     begin(saver, 3, torch.ones(1))  # there is room again
     assert saver.wait()
     assert checkpoint.latest(tmp_path).name == "step-00000003"

@@ -1,6 +1,9 @@
 """Folders of checkpoints among what people and programs leave beside them."""
 
+import errno
+import os
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,6 +11,7 @@ import torch
 from swin_moe import checkpoint
 from swin_moe.checkpoint import CheckpointError
 from swin_moe.checkpoint import folder as folder_module
+from swin_moe.checkpoint import writer as writer_module
 from tests.saving import save
 
 
@@ -64,3 +68,56 @@ def test_what_lies_beside_checkpoints_is_no_obstacle(tmp_path, caplog):
     assert {path.name for path in tmp_path.iterdir()} == {"last", "best", "step-00000001"}
     assert (tmp_path / "last" / "mine").exists()
     assert "last is a folder where a link belongs" in caplog.text
+
+
+def refuse(monkeypatch, owner, name, number, only=""):
+    """Let ``owner.name`` fail with an error of the system, of paths that contain ``only``."""
+    usual = getattr(owner, name)
+
+    def refused(path, *others, **options):
+        place = os.readlink(f"/proc/self/fd/{path}") if isinstance(path, int) else str(path)
+        if only in place and (name != "fsync" or os.path.isdir(place)):
+            raise OSError(number, os.strerror(number), place)
+        return usual(path, *others, **options)
+
+    monkeypatch.setattr(owner, name, refused)
+
+
+def test_a_file_system_without_links_rights_and_flushed_folders_holds_checkpoints(
+    tmp_path, monkeypatch, caplog
+):
+    refuse(monkeypatch, Path, "symlink_to", errno.EPERM)
+    refuse(monkeypatch, Path, "chmod", errno.EPERM)
+    refuse(monkeypatch, os, "fsync", errno.EINVAL)
+    for step in (1, 2):
+        checkpoint.verify(write(tmp_path, step, best_step=1))
+    told = [f"{tmp_path / n} cannot be made a link to a checkpoint" for n in ("last", "best")]
+    assert [caplog.text.count(text) for text in told] == [1, 1]
+
+
+def test_what_cannot_be_removed_makes_no_save_fail(tmp_path, monkeypatch, caplog):
+    first = write(tmp_path, 1)
+    (tmp_path / "partial-x").mkdir()
+    refuse(monkeypatch, folder_module, "remove", errno.EACCES, only="partial-")
+    checkpoint.clear_partial(tmp_path)
+    checkpoint.verify(write(tmp_path, 2, keep_last=1))
+    assert f"{first} cannot be removed (Permission denied)" in caplog.text
+    assert f"{tmp_path / 'partial-x'} cannot be removed (Permission denied)" in caplog.text
+
+
+def test_the_former_best_stays_where_the_best_could_not_be_written(tmp_path):
+    first = write(tmp_path, 1, keep_last=1, best_step=1)
+    for step in (3, 4):  # the save of step 2 has failed
+        write(tmp_path, step, keep_last=1, best_step=2)
+    assert checkpoint.list_checkpoints(tmp_path) == [tmp_path / "step-00000004", first]
+    assert (tmp_path / "best").resolve() == first
+
+
+def test_an_error_of_a_write_names_the_file(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")  # as a write's, without a name
+
+    monkeypatch.setattr(writer_module, "write_file", full)
+    file = r"\S+partial-step-00000001-\S+/rank-00000.safetensors"
+    with pytest.raises(OSError, match=rf"No space left on device \({file}\)"):
+        write(tmp_path, 1)

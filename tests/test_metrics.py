@@ -6,6 +6,7 @@ import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from swin_moe import metrics
 from swin_moe.metrics import CELL, Meter, MetricLog, heat_map, read_metrics
 from swin_moe.summary import draw_summary, show_picture
 
@@ -41,6 +42,19 @@ def test_resume_cuts_off_what_it_takes_back(tmp_path):
     events.Reload()
     assert [event.step for event in events.Scalars("train/loss")] == [1, 2, 3, 4]
     assert "moe/layers.0.blocks.1/load/expert1" in events.Tags()["scalars"]
+
+
+def test_a_clock_that_was_set_back_doubles_no_step_in_tensorboard(tmp_path, monkeypatch):
+    now = [1_800_000_000 * 10**9]
+    monkeypatch.setattr(metrics.time, "time_ns", lambda: now[0])
+    for resume_step, steps in ((None, range(1, 7)), (4, range(5, 9))):
+        log = MetricLog(tmp_path, tensorboard=True, resume_step=resume_step)
+        for record in records(steps):
+            log.write(record)
+        log.close()
+        now[0] -= 3600 * 10**9
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [event.step for event in events.Scalars("train/loss")] == list(range(1, 9))
 
 
 def test_a_full_disk_is_told_once_and_ends_nothing(tmp_path, caplog):

@@ -1,6 +1,8 @@
 """What two processes began, any others finish as if nothing had happened."""
 
 import json
+import signal
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -74,3 +76,22 @@ def test_each_rank_wrote_its_part(results):
     assert {n for n in reader.files if n.startswith("rank")} == {
         "rank-00000.safetensors", "rank-00001.safetensors",
     }  # fmt: skip
+
+
+def test_after_a_workers_death_others_interrupt_nothing():
+    """PyTorch's handler raises at each death, wherever the program stands."""
+    from swin_moe import run  # imports DeepSpeed
+
+    def fit():
+        raise RuntimeError("DataLoader worker (pid 1) is killed by signal: Killed.")
+
+    former = signal.signal(signal.SIGCHLD, lambda *_: fit())
+    closed = []
+    job = SimpleNamespace(writer=SimpleNamespace(close=lambda: closed.append(True)))
+    try:
+        with pytest.raises(RuntimeError, match="is killed"):
+            run._fit(job, SimpleNamespace(fit=fit))
+        assert closed
+        assert signal.getsignal(signal.SIGCHLD) == signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGCHLD, former)

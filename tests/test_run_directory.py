@@ -1,16 +1,22 @@
 """The directory of a run: whose it is and what life in it goes on."""
 
+import errno
+import logging
 import os
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from rich.console import Console
 
 from swin_moe import ranks, run_directory
 from swin_moe.config import load_config
+from swin_moe.metrics import MetricLog, read_metrics
 from swin_moe.run_directory import MARKER, Run, _adopt, _write_config
+from swin_moe.watchdog import Watchdog
 from tests.parallel import MICRO
-from tests.saving import ALONE
+from tests.saving import ALONE, save
 
 
 @pytest.fixture(autouse=True)
@@ -52,6 +58,64 @@ def test_what_ends_within_some_seconds_does_not_stop_the_next_start(tmp_path, mo
     assert _adopt(run_of(tmp_path / "run"), fresh=False) == ""
     monkeypatch.setattr(run_directory.time, "sleep", lambda _: run_directory._held.pop().close())
     assert _adopt(run_of(tmp_path / "run"), fresh=False) == ""
+
+
+def test_a_copy_without_the_hidden_marker_is_a_run(tmp_path):
+    path = save(tmp_path / "run/checkpoints", 1, [("a", {"weight": torch.zeros(2)})])
+    assert _adopt(run_of(tmp_path / "run"), fresh=False) == str(path)
+    assert (tmp_path / "run" / MARKER).exists()
+    (tmp_path / "other/checkpoints/step-00000001").mkdir(parents=True)  # another program's
+    with pytest.raises(ValueError, match="was not made by swin-moe"):
+        _adopt(run_of(tmp_path / "other"), fresh=False)
+
+
+def test_a_file_system_without_locks_is_told_and_used(tmp_path, monkeypatch, caplog):
+    def refuse(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(run_directory.fcntl, "flock", refuse)
+    assert _adopt(run_of(tmp_path / "run"), fresh=False) == ""
+    assert "has no locks (Function not implemented); let no second training run" in caplog.text
+
+
+@pytest.mark.parametrize("kind", ["a file", "a broken link", "a folder", "a pipe"])
+def test_odd_things_in_a_run_stop_no_start(tmp_path, kind, monkeypatch, caplog):
+    """Each makes a warning at most."""
+    make = {
+        "a file": Path.touch,
+        "a broken link": lambda path: path.symlink_to("/nowhere/else"),
+        "a folder": lambda path: (path / "mine").mkdir(parents=True),
+        "a pipe": os.mkfifo,
+    }[kind]
+    log_file = tmp_path / "logs/rank-0.log"
+    inner = kind in ("a folder", "a pipe")
+    if inner:
+        log_file.parent.mkdir()
+    files = ("starts.jsonl", "config.yaml", "metrics.jsonl", "metrics.tmp", "tensorboard")
+    for path in (*(tmp_path / name for name in files), log_file if inner else log_file.parent):
+        make(path)
+    run = run_of(tmp_path)
+    root = logging.getLogger()
+    former = list(root.handlers)
+    run_directory.log_to_file(run.log_file)
+    dog = Watchdog(0, 0)
+    dog.log_to(run.log_file)
+    monkeypatch.setattr(run_directory, "gather_objects", lambda one: [one])
+    run_directory.record_start(run, "")
+    _write_config(tmp_path, load_config(MICRO, []), None)
+    metrics = MetricLog(tmp_path, tensorboard=True, resume_step=3)
+    metrics.write({"step": 4, "epoch": 1.0})
+    metrics.close()
+    dog.stop()
+    for handler in [one for one in root.handlers if one not in former]:
+        root.removeHandler(handler)
+        handler.close()
+    if kind != "a folder":
+        assert load_config(tmp_path / "config.yaml") == load_config(MICRO, [])
+    if kind in ("a file", "a pipe"):
+        assert [record["step"] for record in read_metrics(tmp_path)] == [4]
+    if kind == "a file":
+        assert "logs/rank-0.log cannot be written (Not a directory)" in caplog.text
 
 
 @pytest.mark.parametrize("fresh", [False, True])

@@ -32,13 +32,8 @@ def disk(monkeypatch):
             room[0] -= written
             return written
 
-    opened = writing.Path.open
-
-    def open_(path, mode="r", **options):
-        file = opened(path, mode, **options)
-        return Full(file) if mode == "ab" else file
-
-    monkeypatch.setattr(writing.Path, "open", open_)
+    opened = writing.open_to_append
+    monkeypatch.setattr(writing, "open_to_append", lambda path: Full(opened(path)))
     return room
 
 
@@ -86,6 +81,26 @@ def test_a_folder_that_is_removed_and_comes_back(tmp_path, caplog):
     file.write(b"third\n")
     assert file.path.read_bytes() == b"first\nsecond\nthird\n"
     assert len(caplog.messages) == 2
+
+
+def test_a_pipe_without_a_reader_is_not_waited_for(tmp_path, caplog):
+    os.mkfifo(tmp_path / "rank-0.log")
+    file = Appender(tmp_path / "rank-0.log")
+    file.write(b"first\n")
+    assert "rank-0.log cannot be written (No such device or address)" in caplog.text
+    reader = os.open(file.path, os.O_RDONLY | os.O_NONBLOCK)
+    file.write(b"second\n")
+    assert os.read(reader, 100) == b"first\nsecond\n"
+    os.close(reader)
+
+
+def test_a_program_without_standard_output_goes_on(monkeypatch):
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, None)
+    with unbreakable_streams():
+        print("step 1", flush=True)
+        print("a warning", file=sys.stderr, flush=True)
+    assert not sys.stdout.closed
 
 
 @pytest.mark.parametrize("fault", ["a closed pipe", "a full disk"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import functools
 import hashlib
 import json
 import logging
@@ -23,6 +25,7 @@ CLASSES = "classes.json"  # a list of names by label; only where the data has na
 MANIFEST_LIMIT = 1 << 30  # bytes: it grows with tensors and processes
 REQUIRED = {"rank-00000.safetensors", "state.json", "config.yaml"}
 READS = 5  # tries to read a run whose training goes on
+_NO_SYNC = {errno.EINVAL, errno.EBADF, errno.ENOSYS, errno.ENOTSUP}  # what no disk fault gives
 _NAME = re.compile(r"^step-(\d{8,})$")
 
 
@@ -124,10 +127,16 @@ def file_digest(file: Path) -> dict[str, Any]:
 
 
 def sync(path: Path) -> None:
-    """Flush a file or folder to disk, so that the rename never points at lost data."""
+    """Flush a file or folder to disk, so that the rename never points at lost data.
+
+    Some network file systems flush no folders; they need not.
+    """
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _NO_SYNC or not path.is_dir():
+            raise
     finally:
         os.close(descriptor)
 
@@ -262,25 +271,42 @@ def set_aside(path: Path) -> None:
 
 
 def prune(folder: Path, keep_last: int, best: Path | None) -> None:
-    """Remove all but the newest ``keep_last`` and the best; point ``last`` and ``best`` at them."""
+    """Remove all but the newest ``keep_last`` and the best; point ``last`` and ``best`` at them.
+
+    Where the best could not be written, the former best stays. What the file system refuses is a
+    warning: the checkpoints are there without it.
+    """
     found = list_checkpoints(folder)
+    if best is not None and not best.exists():
+        best = folder / (folder / "best").resolve().name
     for path in found[keep_last:]:
         if best is None or path.name != best.name:
-            discard(path)
+            try:
+                discard(path)
+            except OSError as error:
+                _warn_once(f"{plain(path)} cannot be removed ({error.strerror})")
     for name, target in (("last", found[0] if found else None), ("best", best)):
-        if target is not None and target.exists():
+        if target in found:
             _point(folder / name, target.name)
+
+
+@functools.cache  # each save would say it again
+def _warn_once(text: str) -> None:
+    log.warning("%s", text)
 
 
 def _point(link: Path, target: str) -> None:
     """Make ``link`` a link to ``target`` and replace a former file; a folder of that name stays."""
     if link.is_dir() and not link.is_symlink():
-        log.warning("%s is a folder where a link belongs: remove it", plain(link))
+        _warn_once(f"{plain(link)} is a folder where a link belongs: remove it")
         return
     temporary = link.with_name(f".{link.name}")
-    remove(temporary)
-    temporary.symlink_to(target)
-    temporary.replace(link)
+    try:
+        remove(temporary)
+        temporary.symlink_to(target)
+        temporary.replace(link)
+    except OSError as error:  # as where there are no links
+        _warn_once(f"{plain(link)} cannot be made a link to a checkpoint ({error.strerror})")
 
 
 def remove(path: Path) -> None:
@@ -302,4 +328,7 @@ def discard(path: Path) -> None:
 def clear_partial(folder: Path) -> None:
     """Remove what writes and removals that did not finish have left; none may be under way."""
     for path in folder.glob("partial-*") if folder.is_dir() else []:
-        remove(path)
+        try:
+            remove(path)
+        except OSError as error:
+            log.warning("%s cannot be removed (%s)", plain(path), error.strerror)

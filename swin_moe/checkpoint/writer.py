@@ -10,6 +10,7 @@ communication beside the training's.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import re
@@ -283,7 +284,7 @@ class Writer:
             if self.world.is_main:
                 self._commit(job)
         except Exception as error:  # whatever it is, this checkpoint is not there
-            job.saved.error = _reason(error)
+            job.saved.error = _reason(error, self.writing.file)
             log.debug("save of %s failed", job.saved.path, exc_info=True)
             if self.world.is_main:
                 shutil.rmtree(job.partial, ignore_errors=True)
@@ -302,7 +303,8 @@ class Writer:
             on(file)
             if job.tensors:
                 write_file(job.tensors, file, lambda: on(file))
-            file.chmod(job.partial.stat().st_mode & 0o666)  # not for its writer alone
+            with contextlib.suppress(PermissionError):  # a file system without rights
+                file.chmod(job.partial.stat().st_mode & 0o666)  # not for its writer alone
             sync(file)
             on(file)
             files = {file.name: file_digest(file)}
@@ -314,7 +316,7 @@ class Writer:
             mine = json.dumps({"files": files, "tensors": to_json(job.entries)})
             _appear(job.partial / f"rank-{rank}.json", mine)
         except Exception as error:
-            text = _reason(error)
+            text = _reason(error, self.writing.file)
             try:
                 _appear(job.partial / f"rank-{rank}.failed", text)
             except OSError:
@@ -360,10 +362,14 @@ def _appear(path: Path, text: str) -> None:
     temporary.rename(path)
 
 
-def _reason(error: Exception) -> str:
-    """One line: for an error of the system its own words, which name the cause and the file."""
+def _reason(error: Exception, file: str) -> str:
+    """One line: for an error of the system its own words, which name the cause, and the file.
+
+    Args:
+        file: being written; the error of a write names none.
+    """
     if isinstance(error, OSError) and error.strerror:
-        return f"{error.strerror} ({plain(error.filename)})" if error.filename else error.strerror
+        return f"{error.strerror} ({plain(error.filename or file)})"
     # How safetensors words an error of the system.
     quoted = re.search(r'message: "(.+?)"', str(error))
     return quoted[1] if quoted else reason(error)

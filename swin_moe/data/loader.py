@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import errno
 import itertools
 import logging
 import math
@@ -35,7 +36,7 @@ from .transforms import build_transform
 log = logging.getLogger(__name__)
 
 _SHARED = "/dev/shm"
-_NO_ROOM = 28  # exit code of a worker that could not hand over a batch
+_NO_ROOM, _NO_FILES = 28, 24  # exit codes of a worker that could not hand over a batch
 _READY = 2  # batches that each worker makes ahead, as PyTorch has it
 TERM_GRACE_S = 60  # workers outlive a SIGTERM for so long
 
@@ -206,9 +207,9 @@ def _defer_signals(_worker: int) -> None:
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(TERM_GRACE_S))
 
 
-def _give_up(_error: Exception, _batch: object) -> None:
+def _give_up(error: Exception, _batch: object) -> None:
     """End a worker that cannot hand a batch over: without it the training would wait for ever."""
-    os._exit(_NO_ROOM)
+    os._exit(_NO_FILES if os.strerror(errno.EMFILE) in str(error) else _NO_ROOM)
 
 
 def why_died(error: BaseException) -> str:
@@ -222,6 +223,11 @@ def why_died(error: BaseException) -> str:
         return (
             f"a worker of the data loader found no room for a batch in {_SHARED}{room}: start the "
             "container with a larger --shm-size, or lower data.num_workers or the batch"
+        )
+    if f"exit code {_NO_FILES}" in told:
+        return (
+            "a worker of the data loader may open no more files: raise the limit (ulimit -n), or "
+            "lower data.num_workers"
         )
     return (
         f"a worker of the data loader died ({told.splitlines()[0]}): the system may have been "

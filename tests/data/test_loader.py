@@ -368,5 +368,7 @@ def test_a_worker_that_died_is_explained(monkeypatch):
         "there): start the container with a larger --shm-size, or lower data.num_workers or the "
         "batch"
     )
+    error.__cause__ = RuntimeError(cause.replace(str(batches._NO_ROOM), str(batches._NO_FILES)))
+    assert "may open no more files: raise the limit (ulimit -n)" in batches.why_died(error)
     bus = RuntimeError("DataLoader worker (pid 1) is killed by signal: Bus error. It is possible")
     assert "no room for a batch in /dev/shm" in batches.why_died(bus)

@@ -45,6 +45,14 @@ def test_a_bad_update_is_left_out_and_told(tmp_path):
         assert len(re.search(r"samples of step 6: (.*)", log)[1].split()) == 50
 
 
+def test_a_run_that_ends_with_a_bad_update_saves_its_end(tmp_path):
+    """The evaluation before it shows that the weights are well."""
+    done = run(tmp_path, [(1, 12)], "optimizer.base_lr=1e-4")
+    assert done.returncode == 0, done.stderr
+    position = last_state(tmp_path)["position"]
+    assert (position["step"], position["skipped"], position["best_step"]) == (12, 1, 12)
+
+
 @pytest.mark.parametrize(("policy", "last"), [("stop", 6), ("skip", 8)])
 def test_it_stops_when_it_must(tmp_path, policy, last):
     poison = [(1, update) for update in range(6, 12)]
