@@ -101,6 +101,17 @@ def test_a_hugging_face_folder_opens_by_itself(timm_v1, tmp_path):
     assert read_pretrained(tmp_path / "hf").config.model.window_size == 7
 
 
+def test_a_file_of_a_model_that_computes_otherwise_at_its_size_says_so(timm_v1, tmp_path):
+    """Where windows do not divide the map, the other program pads in another way."""
+    run(timm_v1[1], tmp_path / "hf", dialect="huggingface")
+    assert read_pretrained(tmp_path / "hf").notes == []
+    path = tmp_path / "hf/config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"image_size": 60}))
+    (note,) = read_pretrained(tmp_path / "hf").notes
+    assert "huggingface at img_size=60 would compute something else" in note
+    assert "15×15 tokens, which windows of 7 do not divide" in note
+
+
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_official_moe_files_round_trip(tmp_path, ranks):
     golden = Golden("swin_moe_official")

@@ -16,7 +16,7 @@ from ..moe.experts import ExpertLinear
 from ..text import plain
 from ..variants import VARIANTS
 from .described import Described, timm_model
-from .dialects import Images, Translation, detect, to_swin_moe
+from .dialects import Images, Translation, computes_otherwise, detect, to_swin_moe
 from .swin import SwinTransformer
 from .transfer import HEAD, fit, infer_model
 from .weights import State, WeightsError, read
@@ -86,6 +86,8 @@ def read_pretrained(path: Path, dialect: str = "auto", network: str = "") -> Pre
     config = validate_architecture({"model": model, "moe": moe}, source=plain(path))
     parts = [name for name in translation.dropped if not name.endswith(_COMPUTED)]
     about.notes += not_read(parts, path)
+    if about.config is None and "img_size" in model:  # it states where it was trained
+        about.notes += filter(None, [computes_otherwise(dialect, config.model)])
     return Pretrained(
         translation,
         dialect,

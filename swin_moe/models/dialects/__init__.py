@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from ...config import ModelConfig
-from .base import Dialect, Images, Translation, read, write
+from .base import Dialect, Images, Translation, check_sizes, read, write
 from .huggingface import HUGGINGFACE, huggingface_config, huggingface_processor
 from .mmseg import MMSEG
 from .official import OFFICIAL
@@ -27,6 +27,7 @@ __all__ = [
     "Images",
     "State",
     "Translation",
+    "computes_otherwise",
     "detect",
     "from_swin_moe",
     "huggingface_config",
@@ -78,6 +79,18 @@ def from_swin_moe(state: State, dialect: str, model: ModelConfig) -> State:
             implementation does not have or would compute otherwise.
     """
     return write(_dialect(dialect), state, model)
+
+
+def computes_otherwise(dialect: str, model: ModelConfig) -> str:
+    """Why the other implementation's outputs differ at the model's image size, else empty."""
+    spec = _dialect(dialect)
+    if model.family not in spec.windows:
+        return ""
+    try:
+        check_sizes(spec, model)
+    except DialectError as error:
+        return str(error)
+    return ""
 
 
 def _dialect(name: str) -> Dialect:

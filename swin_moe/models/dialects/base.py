@@ -148,6 +148,11 @@ def check(dialect: Dialect, model: ModelConfig, *, moe: bool = False) -> None:
                 f"{dialect.name} has no {option}={getattr(model, option)} (always {value}) "
                 f"in family {model.family}"
             )
+    check_sizes(dialect, model)
+
+
+def check_sizes(dialect: Dialect, model: ModelConfig) -> None:
+    """Raise :class:`DialectError` if the other one pads or clips otherwise at the image size."""
     if any(side % model.patch_size for side in model.image_sides):
         raise DialectError(
             f"{dialect.name} may not pad images: img_size={model.img_size} must be a multiple of "
