@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .text import plain, plain_lines, reason
 
@@ -121,13 +122,31 @@ class _Outlet(io.FileIO):
         self._outage = Outage(name)
 
     def write(self, data: ReadableBuffer, /) -> int:
+        left = memoryview(data).cast("B")
+        size = left.nbytes
         try:
-            written = super().write(data)
+            while left:
+                left = left[super().write(left) :]
         except OSError as error:
             self._outage.began(error, "this program goes on")
-            return memoryview(data).nbytes
-        self._outage.ended("what was printed meanwhile is lost")
-        return written
+        else:
+            self._outage.ended("what was printed meanwhile is lost")
+        return size
+
+
+def open_streams() -> None:
+    """Let streams that the caller has closed lead nowhere.
+
+    Else there is nothing to print to, and the next file that is opened takes their numbers.
+    """
+    number = 0
+    while number <= 2:
+        number = os.open(os.devnull, os.O_RDWR)  # the lowest one that is free
+        os.set_inheritable(number, number <= 2)
+    os.close(number)
+    sys.stdin = sys.stdin or os.fdopen(0)
+    sys.stdout = sys.stdout or os.fdopen(1, "w")
+    sys.stderr = sys.stderr or os.fdopen(2, "w")
 
 
 @contextlib.contextmanager
@@ -136,10 +155,11 @@ def unbreakable_streams() -> Iterator[None]:
     streams = {"stdout": sys.stdout, "stderr": sys.stderr}
     for name, stream in streams.items():
         with contextlib.suppress(OSError, AttributeError):  # a test's, or none at all
-            outlet = _Outlet(stream.fileno(), f"the program's {name}")
-            buffer = io.BufferedWriter(outlet)
+            # Without a buffer below, which could not be used again while the outlet tells, there,
+            # that it cannot write. The text's own buffer keeps lines whole.
+            outlet: Any = _Outlet(stream.fileno(), f"the program's {name}")
             text = io.TextIOWrapper(
-                buffer, stream.encoding, "backslashreplace", line_buffering=True
+                outlet, stream.encoding, "backslashreplace", line_buffering=True
             )
             setattr(sys, name, text)
     try:
