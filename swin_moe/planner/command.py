@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..config import Config, load_config
+from ..drawing import check_picture
 from ..models.cost import count
 from ..ranks import check_world
 from ..text import plain
@@ -49,6 +50,7 @@ def plan(
         ValueError: the config cannot be laid out on so many ranks.
         DoesNotFit: the config as it stands is too large, or everything is.
     """
+    check_picture(output, ".jpg", ".pdf", ".svg")
     fused = config.ops.fused and (cluster.name == "cpu" or config.ops.allow_unverified)
     planner = Planner(config, cluster, fused)
     asked_choice = planner.asked()
