@@ -64,6 +64,7 @@ def test_variant_fills_what_the_file_leaves_open(tmp_path):
         ("model:\n  window_size: big\n", None, ["c.yaml:2", "'big'", "integer"]),
         ("", "model.window_size=4.5", ["model.window_size", "4.5", "integer"]),
         ("", "zero.stage=4", ["zero.stage=4", "less than or equal to 3"]),
+        ("", "model.drop_path_rate=1", ["model.drop_path_rate=1", "less than 1"]),
         ("", "moe.top_k=true", ["moe.top_k"]),
         ("", "train.seed=-1", ["train.seed=-1", "greater than or equal to 0"]),
         ("", "optimizer.base_lr=.nan", ["optimizer.base_lr"]),
