@@ -263,6 +263,13 @@ class _Report:
             f"speed       {self.images_per_second(asked):,.0f} images/s a {self.unit}, "
             f"{self.batch / asked.seconds:,.0f} in all; MFU {100 * self.mfu(asked):.1f} %"
         )
+        if self.images < self.batch:
+            console.print(
+                f"the run     none: the {self.images:,} images of an epoch ({self.images_from}) do "
+                f"not fill a batch of {self.batch:,}: lower data.batch_size, or take fewer "
+                f"{self.unit}s",
+                style="bold",
+            )
         hours, cost = self.hours(asked), self.cost_of(asked)
         bill = "" if cost is None else f", {cost:,.2f} at {self.price:g} a {self.unit}-hour"
         console.print(
