@@ -52,7 +52,9 @@ def build_parser() -> argparse.ArgumentParser:
         "training resumes from the last complete one.",
     )
     train.add_argument("config", metavar="CONFIG", help="YAML file, e.g. from configs/")
-    train.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. zero.stage=2")
+    train.add_argument(
+        "overrides", nargs="*", default=[], metavar="key=value", help="e.g. zero.stage=2"
+    )
     train.add_argument(
         "--fresh",
         action="store_true",
@@ -71,7 +73,9 @@ def build_parser() -> argparse.ArgumentParser:
         "the config's held-out data. Any checkpoint works on one process, whatever trained it.",
     )
     evaluate.add_argument("path", metavar="RUN_OR_CHECKPOINT")
-    evaluate.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. data.path=DIR")
+    evaluate.add_argument(
+        "overrides", nargs="*", default=[], metavar="key=value", help="e.g. data.path=DIR"
+    )
     inspect = _add_inspect(commands)
     models = commands.add_parser("models", help="list the models, their parameters and GMACs")
     models.add_argument("pattern", nargs="?", default="*", help="e.g. 'swinv2_base*'")
@@ -96,7 +100,9 @@ def _add_doctor(commands: Any) -> argparse.ArgumentParser:
         "the same at each start.",
     )
     doctor.add_argument("config", metavar="CONFIG", help="YAML file, e.g. from configs/")
-    doctor.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. zero.stage=2")
+    doctor.add_argument(
+        "overrides", nargs="*", default=[], metavar="key=value", help="e.g. zero.stage=2"
+    )
     doctor.add_argument("--json", type=Path, metavar="FILE", help="write all figures there, too")
     doctor.add_argument(
         "--timeout",
@@ -120,7 +126,9 @@ def _add_inspect(commands: Any) -> argparse.ArgumentParser:
     inspect.add_argument(
         "data", nargs="?", metavar="DATA", help="instead of the config's data.path"
     )
-    inspect.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. data.val=test")
+    inspect.add_argument(
+        "overrides", nargs="*", default=[], metavar="key=value", help="e.g. data.val=test"
+    )
     inspect.add_argument("--images", type=int, default=8, metavar="N", help="to draw (default 8)")
     inspect.add_argument(
         "--output", type=Path, metavar="FILE.png", help="default: inspect.png in the run directory"
@@ -144,7 +152,9 @@ def _add_plan(commands: Any) -> argparse.ArgumentParser:
         "not fit.",
     )
     plan.add_argument("config", metavar="CONFIG", help="YAML file, e.g. from configs/")
-    plan.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. zero.stage=2")
+    plan.add_argument(
+        "overrides", nargs="*", default=[], metavar="key=value", help="e.g. zero.stage=2"
+    )
     plan.add_argument("--nodes", type=int, default=1, metavar="N", help="default 1")
     plan.add_argument("--gpus-per-node", type=int, default=8, metavar="M", help="default 8")
     plan.add_argument(
@@ -178,7 +188,9 @@ def _add_convert(commands: Any) -> argparse.ArgumentParser:
         metavar="OUT",
         help="FILE.safetensors or FILE.pth; for timm and huggingface also a folder",
     )
-    convert.add_argument("overrides", nargs="*", metavar="key=value", help="model.img_size=384")
+    convert.add_argument(
+        "overrides", nargs="*", default=[], metavar="key=value", help="model.img_size=384"
+    )
     known = ["swin_moe", "official", "timm", "huggingface", "torchvision", "mmseg"]
     convert.add_argument("--from", dest="source", choices=["auto", *known], default="auto")
     convert.add_argument("--to", dest="target", choices=known, default="swin_moe")
@@ -251,7 +263,9 @@ def _add_data(commands: Any) -> list[argparse.ArgumentParser]:
     actions = data.add_subparsers(dest="action", required=True, metavar="ACTION")
     show = actions.add_parser("show", help="draw augmented and mixed batches with their labels")
     show.add_argument("config", metavar="CONFIG")
-    show.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. augment.mixup=0")
+    show.add_argument(
+        "overrides", nargs="*", default=[], metavar="key=value", help="e.g. augment.mixup=0"
+    )
     show.add_argument("--output", type=Path, default=Path("data.png"), metavar="FILE.png")
     verify = actions.add_parser("verify", help="read and decode every sample, list the bad ones")
     verify.add_argument("path", metavar="PATH")
@@ -277,7 +291,9 @@ def _add_launch(commands: Any) -> argparse.ArgumentParser:
         "launch/ for the engine, or hand Kubernetes a manifest. See docs/launching.md.",
     )
     launch.add_argument("config", metavar="CONFIG")
-    launch.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. zero.stage=2")
+    launch.add_argument(
+        "overrides", nargs="*", default=[], metavar="key=value", help="e.g. zero.stage=2"
+    )
     engines = ["local", "torchrun", "slurm", "deepspeed", "mpi", "kubernetes"]
     launch.add_argument("--on", required=True, choices=engines, dest="engine")
     launch.add_argument("--nodes", default="", metavar="N", help="torchrun: or MIN:MAX")
@@ -318,5 +334,5 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         hint = f"; an override has no dashes: {dashed[1]}{dashed[2] or '=...'}" if dashed else ""
         parser.error(plain(f"unrecognized arguments: {' '.join(unknown)}{hint}"))
     if rest:
-        arguments.overrides += rest
+        arguments.overrides = [*arguments.overrides, *rest]
     return arguments

@@ -125,7 +125,7 @@ def init(
     per_node = node_share(expert_parallel_size, hierarchical)
     # DeepSpeed reads these three.
     for name, value in (("RANK", rank), ("LOCAL_RANK", local_rank), ("WORLD_SIZE", size)):
-        os.environ.setdefault(name, str(value))
+        os.environ[name] = str(value)
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", local_rank % torch.cuda.device_count())

@@ -44,6 +44,23 @@ def drawing(*names: str) -> Iterator[None]:
         yield
 
 
+def check_picture(path: Path, *kinds: str) -> Path:
+    """The path that ``--output`` gives, if a picture can be written there.
+
+    Args:
+        kinds: suffixes beside .png that are possible.
+
+    Raises:
+        ValueError: its suffix is another, perhaps of a file that is no picture, or there is no
+            such folder.
+    """
+    if path.suffix.lower() not in (".png", *kinds):
+        raise ValueError(f"--output={plain(path)}: give the name of a .png file")
+    if not path.parent.is_dir():
+        raise ValueError(f"--output={plain(path)}: there is no folder {plain(path.parent)}")
+    return path
+
+
 def write_png(path: Path, save: Callable[[IO[bytes]], Any]) -> None:
     """Write a picture whole or not at all.
 

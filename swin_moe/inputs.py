@@ -86,9 +86,14 @@ def _plan(config: Config, loader: Loader) -> Plan:
     accumulation = config.train.micro_steps
     updates = len(loader) // accumulation
     if updates == 0:
+        if total := config.data.global_batch:
+            raise ValueError(
+                f"data.global_batch={total} is more than the images of an epoch, which make "
+                f"{len(loader)} of the {accumulation} batches of an update: lower it"
+            )
         raise ValueError(
             f"train.accumulation_steps={accumulation} is more than the {len(loader)} batches of an "
-            "epoch: lower data.global_batch, or else it or data.batch_size"
+            "epoch: lower it or data.batch_size"
         )
     return Plan(
         epochs=config.schedule.epochs,

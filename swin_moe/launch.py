@@ -22,11 +22,13 @@ from .data.source import BUNDLED
 from .host import count_gpus
 from .nodes import PORT, check_port
 from .ranks import check_world
+from .reading import read_text
 from .text import plain
 
 FOLDER = Path(__file__).resolve().parent.parent / "launch"
 RENDEZVOUS = "PET_RDZV_ID"  # torchrun's --rdzv-id
 ON_A_CPU = 2  # processes of launch/local.sh where there is no GPU
+_LARGEST = 1 << 20  # bytes of a file of hosts or experiments
 POD_TIMEOUT = 900  # seconds for all pods to be scheduled and to have their image
 
 # What each engine takes beside CONFIG and its overrides.
@@ -38,6 +40,7 @@ ENGINES = {
     "mpi": {"nodes", "gpus_per_node", "master", "hostfile"},
     "kubernetes": {"nodes", "gpus_per_node", "cpu", "max_restarts", "timeout", "manifest"},
 }
+_BOUNDS = (("gpus_per_node", 1, 9_999), ("max_restarts", 0, 999_999), ("timeout", 1, 999_999))
 ON_THIS_MACHINE = ("local", "torchrun")  # engines whose processes run where they are called
 
 
@@ -161,19 +164,15 @@ def check(request: Request) -> Config:
             raise ValueError(
                 f"--{name.replace('_', '-')} is not for --on {request.engine}, but for {engines}"
             )
-    for name, least in (("gpus_per_node", 1), ("max_restarts", 0), ("timeout", 1)):
+    for name, least, most in _BOUNDS:
         value = getattr(request, name)
-        if value is not None and value < least:
+        if value is not None and not least <= value <= most:
             raise ValueError(
-                f"--{name.replace('_', '-')} {value}: expected a number from {least} on"
+                f"--{name.replace('_', '-')} {value}: expected a number from {least} to {most}"
             )
     config = load_config(request.config, request.overrides)
     if request.experiments:
-        for number, words in read_experiments(Path(request.experiments)):
-            try:
-                load_config(request.config, [*request.overrides, *words])
-            except ValueError as error:
-                raise ValueError(f"{request.experiments}:{number}: {error}") from None
+        _check_experiments(request)
     size = config.parallel.expert_parallel_size
     for processes in _worlds(request):
         if size != "auto":
@@ -183,6 +182,26 @@ def check(request: Request) -> Config:
     if request.engine in ON_THIS_MACHINE:
         _check_this_machine(request, config)
     return config
+
+
+def _check_experiments(request: Request) -> None:
+    """Check each experiment's config, and that each has a run directory of its own."""
+    lines: dict[str, int] = {}
+    for task, (number, words) in enumerate(read_experiments(Path(request.experiments)), start=1):
+        place = f"{request.experiments}:{number}"
+        try:
+            own = (
+                f"train.output=runs/{Path(request.config).stem}/{task}"  # as slurm.sbatch gives it
+            )
+            output = load_config(request.config, [own, *request.overrides, *words]).train.output
+        except ValueError as error:
+            raise ValueError(f"{place}: {error}") from None
+        first = lines.setdefault(os.path.abspath(output), number)
+        if first != number:
+            raise ValueError(
+                f"{place}: train.output={plain(output)} is also that of line {first}: leave it "
+                "out, or give each line its own"
+            )
 
 
 def _check_this_machine(request: Request, config: Config) -> None:
@@ -218,7 +237,8 @@ def _worlds(request: Request) -> list[int]:
     elastic = request.engine == "torchrun"
     if match is None or (match[2] and not elastic):
         raise ValueError(
-            f"--nodes {request.nodes}: expected a number" + (" or MIN:MAX" if elastic else "")
+            f"--nodes {request.nodes}: expected a number from 1 on"
+            + (" or MIN:MAX" if elastic else "")
         )
     least, most = int(match[1]), int(match[2] or match[1])
     if least > most:
@@ -277,7 +297,7 @@ def _check_hostfile(request: Request) -> int:
 
 def read_experiments(path: Path) -> list[tuple[int, list[str]]]:
     """Line number and overrides of each experiment, as ``launch/slurm.sbatch`` reads them."""
-    found = [(number, line.split()) for number, line in _lines(path, "--experiments")]
+    found = [(n, re.findall(r"[^ \t]+", line)) for n, line in _lines(path, "--experiments")]
     if not found:
         raise ValueError(f"{path}: no experiments in this file: a line of key=value each")
     return found
@@ -286,12 +306,12 @@ def read_experiments(path: Path) -> list[tuple[int, list[str]]]:
 def _lines(path: Path, option: str) -> list[tuple[int, str]]:
     """Lines with their numbers, without comments and blank ones."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_text(path, _LARGEST)
     except OSError as error:
         raise ValueError(f"{option} {path}: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise ValueError(f"{option} {path}: not a text file") from None
-    numbered = enumerate(text.split("\n"), start=1)
+    except ValueError as error:  # it names the file
+        raise ValueError(f"{option}: {error}") from None
+    numbered = ((n, line.removesuffix("\r")) for n, line in enumerate(text.split("\n"), start=1))
     return [(n, line) for n, line in numbered if not re.fullmatch(r"\s*(#.*)?", line)]
 
 

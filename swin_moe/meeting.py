@@ -197,7 +197,9 @@ def open_store(
         ConnectionError: it cannot be reached, or opened.
     """
     place = f"{address}:{port}"
-    if not serve:
+    if serve:
+        _await_name(address, timeout)
+    else:
         _await_port(address, port, rank, timeout)
     made: list[dist.Store | Exception] = []
 
@@ -232,6 +234,25 @@ def open_store(
         f"what answers at {place} is not rank 0 of this run: check MASTER_ADDR and MASTER_PORT, "
         "and that nothing else uses that port"
     )
+
+
+def _await_name(address: str, timeout: float) -> None:
+    """Wait until the name of this machine is known, as it may not be at once in a new pod."""
+    deadline, report = time.monotonic() + timeout, _Report()
+    while True:
+        try:
+            socket.getaddrinfo(address, None)
+            return
+        except (OSError, UnicodeError) as error:
+            why = f"MASTER_ADDR={address}: {getattr(error, 'strerror', None) or error}"
+        going_on()
+        report.due(partial("rank 0 waits for its own name to be known ({})".format, why))
+        if time.monotonic() >= deadline:
+            raise ConnectionError(
+                f"rank 0 cannot open its store after {timeout:g} s ({why}): set MASTER_ADDR to a "
+                "name or address of this machine that the others reach"
+            )
+        time.sleep(min(0.5, max(deadline - time.monotonic(), 0.05)))
 
 
 def _await_port(address: str, port: int, rank: int, timeout: float) -> None:

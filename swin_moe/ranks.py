@@ -83,6 +83,8 @@ def world_variables() -> str:
 
 def check_launcher() -> None:
     """Raise ``ValueError`` if there are several processes, but nothing says which this one is."""
+    if not _launcher():
+        _refuse_many_alone()
     size = os.environ.get("WORLD_SIZE", "")
     if not _launcher() and size not in ("", "1"):
         raise ValueError(
@@ -91,16 +93,31 @@ def check_launcher() -> None:
         )
 
 
+def _refuse_many_alone() -> None:
+    """Raise ``ValueError`` if srun or mpirun has started several processes that cannot meet."""
+    for names, also in _LAUNCHERS:
+        several = also and names[0] in os.environ and _number(names[2], 1, _MOST, 1) > 1
+        if several and (names[0] != "SLURM_PROCID" or _in_step()):
+            raise ValueError(
+                f"{names[2]}={os.environ[names[2]]}, but {also} is not set, and each process would "
+                f"train alone: export {also}=HOST of rank 0, or start one process"
+            )
+
+
+def _in_step() -> bool:
+    """Whether srun has started this process."""
+    step = os.environ.get("SLURM_STEP_ID", "")
+    return step.isdecimal() and int(step) < _NO_STEP
+
+
 def without_srun() -> bool:
     """Whether Slurm set the rank of this process, but no srun started it.
 
     That is so in a batch script or in the shell of salloc. There the number of tasks is that of the
     job, and this process is the only one.
     """
-    step = os.environ.get("SLURM_STEP_ID", "")
     names = _launcher()
-    slurm = names is not None and names[0] == "SLURM_PROCID"
-    return slurm and (not step.isdecimal() or int(step) >= _NO_STEP)
+    return names is not None and names[0] == "SLURM_PROCID" and not _in_step()
 
 
 def become_alone() -> None:

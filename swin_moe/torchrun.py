@@ -4,10 +4,12 @@ import os
 import sys
 
 from .signals import watch
+from .writing import open_streams
 
 
 def main() -> int:
     watch()  # the imports take seconds
+    open_streams()
     # NumPy's pool of threads would be there before the fork server is, and no thread survives that.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     from .elastic import main

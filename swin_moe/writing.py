@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, Any
 
 from .text import plain, plain_lines, reason
 
@@ -134,13 +134,31 @@ class _Outlet(io.FileIO):
         self._outage = Outage(name)
 
     def write(self, data: ReadableBuffer, /) -> int:
+        left = memoryview(data).cast("B")
+        size = left.nbytes
         try:
-            written = super().write(data)
+            while left:
+                left = left[super().write(left) :]
         except OSError as error:
             self._outage.began(error, "this program goes on")
-            return memoryview(data).nbytes
-        self._outage.ended("what was printed meanwhile is lost")
-        return written
+        else:
+            self._outage.ended("what was printed meanwhile is lost")
+        return size
+
+
+def open_streams() -> None:
+    """Let streams that the caller has closed lead nowhere.
+
+    Else there is nothing to print to, and the next file that is opened takes their numbers.
+    """
+    number = 0
+    while number <= 2:
+        number = os.open(os.devnull, os.O_RDWR)  # the lowest one that is free
+        os.set_inheritable(number, number <= 2)
+    os.close(number)
+    sys.stdin = sys.stdin or os.fdopen(0)
+    sys.stdout = sys.stdout or os.fdopen(1, "w")
+    sys.stderr = sys.stderr or os.fdopen(2, "w")
 
 
 @contextlib.contextmanager
@@ -148,14 +166,12 @@ def unbreakable_streams() -> Iterator[None]:
     """Go on whatever happens to what is printed: a full disk, a closed pipe, a lost terminal."""
     streams = {"stdout": sys.stdout, "stderr": sys.stderr}
     for name, stream in streams.items():
-        if stream is None:  # closed by who started this program
-            streams[name] = open(os.devnull, "w")  # noqa: SIM115
-    for name, stream in streams.items():
         with contextlib.suppress(OSError, AttributeError):  # a test's, or none at all
-            outlet = _Outlet(stream.fileno(), f"the program's {name}")
-            buffer = io.BufferedWriter(outlet)
+            # The outlet warns in the middle of a write, and the warning may come back to it: a
+            # buffer between the two would raise. The text's own buffer keeps lines whole.
+            outlet: Any = _Outlet(stream.fileno(), f"the program's {name}")
             text = io.TextIOWrapper(
-                buffer, stream.encoding, "backslashreplace", line_buffering=True
+                outlet, stream.encoding, "backslashreplace", line_buffering=True
             )
             setattr(sys, name, text)
     try:

@@ -9,6 +9,7 @@ import numpy
 import pytest
 from PIL import Image
 
+from swin_moe.arguments import parse
 from swin_moe.checkpoint import list_checkpoints
 from swin_moe.config import ConfigError, load_config
 from swin_moe.metrics import read_metrics
@@ -23,6 +24,7 @@ from tests.parallel import MICRO, SMALL, one_error, start, swin_moe, train
         (["parallel.expert_parallel_size=4"], "does not divide the 2 processes"),
         (["moe.num_experts=5"], "moe.num_experts=5 is not divisible"),
         (["train.accumulation_steps=1000"], "train.accumulation_steps=1000"),
+        (["data.global_batch=1000000"], "data.global_batch=1000000 is more than the images of an"),
     ],
 )  # fmt: skip
 def test_bad_input_ends_every_rank_with_one_line(tmp_path, overrides, expected):
@@ -147,3 +149,9 @@ def test_a_resume_keeps_its_windows(tmp_path):
     ):
         with pytest.raises(ConfigError, match=message):
             _check_same_model(reader, saved, load_config(MICRO, overrides))
+
+
+def test_a_missing_argument_is_named_alone(capsys):
+    with pytest.raises(SystemExit):
+        parse(["train"])
+    assert "are required: CONFIG (see swin-moe train --help)" in capsys.readouterr().err

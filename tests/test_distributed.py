@@ -121,3 +121,23 @@ def test_several_processes_of_srun_are_refused_where_one_is_meant(environment, s
 def test_the_shell_of_salloc_is_no_step_of_srun(environment):
     environment(SLURM_PROCID=0, SLURM_NTASKS=4, MASTER_ADDR="a", SLURM_STEP_ID=4294967290)
     assert ranks.without_srun()
+
+
+def test_processes_that_cannot_meet_do_not_train_alone(environment):
+    environment(SLURM_PROCID=0, SLURM_NTASKS=4)
+    ranks.check_launcher()  # a batch script, where there is one process
+    environment(SLURM_STEP_ID=0)
+    with pytest.raises(ValueError, match="SLURM_NTASKS=4, but MASTER_ADDR is not set"):
+        ranks.check_launcher()
+    environment(SLURM_NTASKS=1)
+    ranks.check_launcher()
+    environment(OMPI_COMM_WORLD_RANK=1, OMPI_COMM_WORLD_SIZE=2)
+    with pytest.raises(ValueError, match="OMPI_COMM_WORLD_SIZE=2, but MASTER_ADDR is not set"):
+        ranks.check_launcher()
+
+
+def test_empty_variables_count_as_not_set(environment, monkeypatch):
+    environment(RANK="", WORLD_SIZE="")
+    monkeypatch.setattr(distributed.dist, "is_initialized", lambda: True)
+    distributed.init()
+    assert [os.environ[name] for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")] == ["0", "0", "1"]

@@ -162,6 +162,7 @@ def front(engine, *overrides, config=RECIPE, **options):
         (front("slurm", nodes="2:4", gpus_per_node=8), "--nodes 2:4: expected a number"),
         (front("slurm", nodes="2"), "--gpus-per-node M is missing"),
         (front("kubernetes", gpus_per_node=0), "--gpus-per-node 0: expected"),
+        (front("local", gpus_per_node=10**9, cpu=True), "expected a number from 1 to 9999"),
         (front("local", gpus_per_node=8), "8: this machine has no GPU; add --cpu for 8 processes"),
         (front("local", "parallel.expert_parallel_size=4"), "does not divide the 2 processes"),
         (front("local", SMALL, "data.path=/no/where"), "data.path=/no/where: no such file"),
@@ -227,6 +228,30 @@ def test_the_front_hands_slurm_an_array(tmp_path):
     bad = front("slurm", gpus_per_node=4, experiments=str(file))
     with pytest.raises(ValueError, match=r"experiments:2: .*zero.stage"):
         launch.check(bad)
+
+
+def test_experiments_have_folders_of_their_own(tmp_path):
+    file = tmp_path / "experiments"
+    file.write_text("zero.stage=1\nzero.stage=2 train.output=a\n")
+    options = {"gpus_per_node": 4, "experiments": str(file)}
+    launch.check(front("slurm", SMALL, **options))
+    with pytest.raises(ValueError, match=r"experiments:2: train\.output=a is also that of line 1"):
+        launch.check(front("slurm", "train.output=a", **options))
+    file.write_text("train.output=a\n\ntrain.output=./a\n")
+    with pytest.raises(ValueError, match=r"experiments:3: train\.output=\./a is also"):
+        launch.check(front("slurm", **options))
+
+
+def test_lines_of_windows_and_endless_files(tmp_path):
+    file = tmp_path / "experiments"
+    file.write_bytes(b"\xef\xbb\xbftrain.output=a\r\n\r\n# b\r\ntrain.output=c\r\n")
+    assert launch.read_experiments(file) == [(1, ["train.output=a"]), (4, ["train.output=c"])]
+    for task, output in (("1", "a"), ("2", "c")):
+        options = ["--dry-run", "--processes", "1", "--experiments", str(file), "c.yaml"]
+        done = run("slurm.sbatch", *options, SLURM_ARRAY_TASK_ID=task)
+        assert shlex.split(done.stdout)[-1] == f"train.output={output}"
+    with pytest.raises(ValueError, match="--experiments: /dev/zero is a device, not a file"):
+        launch.read_experiments(Path("/dev/zero"))
 
 
 def test_the_manifest_fits_the_schema_and_the_plain_file():

@@ -207,3 +207,12 @@ def test_ranks_hear_of_one_another_while_they_run():
     assert mine.hear() == {0: "4 5 6"}
     assert mine.whose([0, 1]) == f"{socket.gethostname()} (rank 0), never connected (rank 1)"
     assert meeting.Meeting(None, 0, 1, "", 1.0).pulses() is None
+
+
+def test_rank_0_says_that_its_own_name_is_unknown(monkeypatch, capsys):
+    monkeypatch.setattr(meeting, "_SAID_AFTER", 0.0)
+    with pytest.raises(ConnectionError, match=r"after 0.1 s \(MASTER_ADDR=no name: .*: set MAS"):
+        meeting.open_store("no name", 1, 0, 2, 0.1, serve=True)
+    assert (
+        "rank 0 waits for its own name to be known (MASTER_ADDR=no name" in capsys.readouterr().err
+    )

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import subprocess
 import sys
 
 import pytest
@@ -94,15 +95,6 @@ def test_a_pipe_without_a_reader_is_not_waited_for(tmp_path, caplog):
     os.close(reader)
 
 
-def test_a_program_without_standard_output_goes_on(monkeypatch):
-    for name in ("stdout", "stderr"):
-        monkeypatch.setattr(sys, name, None)
-    with unbreakable_streams():
-        print("step 1", flush=True)
-        print("a warning", file=sys.stderr, flush=True)
-    assert not sys.stdout.closed
-
-
 @pytest.mark.parametrize("fault", ["a closed pipe", "a full disk"])
 def test_printing_never_ends_a_training(fault, monkeypatch, caplog):
     if fault == "a closed pipe":
@@ -128,3 +120,35 @@ def test_printing_goes_through_where_all_is_well(monkeypatch):
             print("caf\udce9")
             assert os.read(reader, 100) == b"caf\\udce9\n"  # a line is there at once
     os.close(reader)
+
+
+def test_a_console_that_is_gone_does_not_end_a_training():
+    """A lost terminal takes both streams, and the console's log handler writes to one of them."""
+    reader, number = os.pipe()
+    code = (
+        "import logging, sys\n"
+        "from swin_moe.writing import unbreakable_streams\n"
+        "logging.getLogger().addHandler(logging.StreamHandler())\n"
+        "with unbreakable_streams():\n"
+        "    for stream in 2 * (sys.stdout, sys.stderr):\n"
+        "        print('step 1', file=stream, flush=True)\n"
+        "import os; os._exit(7)\n"
+    )
+    os.close(reader)
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, stdout=number, stderr=number, check=False)
+    os.close(number)
+    assert done.returncode == 7
+
+
+def test_closed_streams_lead_nowhere(tmp_path):
+    code = (
+        "import sys\n"
+        "from swin_moe.writing import open_streams\n"
+        "open_streams()\n"
+        "print('lost'); print('lost', file=sys.stderr)\n"
+        "file = open(sys.argv[1], 'w'); file.write(f'{file.fileno() > 2} {sys.stdin.read()!r}')\n"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "told")]
+    subprocess.run(["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", *command], check=True)
+    assert (tmp_path / "told").read_text() == "True ''"

@@ -29,6 +29,7 @@ ImagesOrNone = Annotated[int, Field(ge=0, le=2**20), _Whole]
 Workers = Annotated[int, Field(ge=0, le=4096), _Whole]
 
 Rate = Annotated[float, Field(ge=0.0, le=1.0)]
+DropRate = Annotated[float, Field(ge=0.0, lt=1.0)]  # at 1 nothing would be left
 NonNegativeFloat = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
 Factor = Annotated[float, Field(ge=0.0, le=_SIZE)]
 PositiveFactor = Annotated[float, Field(gt=0.0, le=_SIZE)]

@@ -155,19 +155,30 @@ def _all_keys() -> list[str]:
 
 
 def _suggest(key: Key) -> str:
-    """The nearest valid key, first beside the mistake, then anywhere."""
+    """The likeliest valid key: of that very name, beside the mistake, or anywhere."""
     name = ".".join(key)
     if len(key) == 1 and name in _all_keys():
         section, _, leaf = name.partition(".")
         return f"in a file, write '{section}:' and below it '{leaf}:'"
-    beside = difflib.get_close_matches(name, _valid_keys(key[:-1]), n=1, cutoff=0.6)
-    same_leaf = [other for other in _all_keys() if other.rsplit(".", 1)[-1] == key[-1]]
-    anywhere = difflib.get_close_matches(name, _all_keys(), n=1, cutoff=0.6)
-    found = beside or same_leaf[:1] or anywhere
+    leaf = key[-1].lower().replace("-", "_")
+    leaf = "base_lr" if leaf in ("lr", "learning_rate") else leaf
+    same = [other for other in _all_keys() if _leaf(other) == leaf]
+    found = same or _near(leaf, _valid_keys(key[:-1])) or _near(leaf, _all_keys())
     if found:
         return f"did you mean '{found[0]}'?"
-    valid = [other.rsplit(".", 1)[-1] for other in _valid_keys(key[:-1])]
+    valid = [_leaf(other) for other in _valid_keys(key[:-1])]
     return f"valid keys: {', '.join(valid)}"
+
+
+def _leaf(name: str) -> str:
+    return name.rpartition(".")[2]
+
+
+def _near(leaf: str, names: list[str]) -> list[str]:
+    """The dotted names that hold ``leaf`` as whole words; else the most similar one."""
+    parts = [name for name in names if f"_{leaf}_" in f"_{_leaf(name)}_"]
+    close = difflib.get_close_matches(leaf, map(_leaf, names), n=1, cutoff=0.6)
+    return parts or [name for name in names if _leaf(name) in close]
 
 
 def _explain(error: ValidationError, origins: Origins, source: str) -> ConfigError:
@@ -183,7 +194,8 @@ def _explain(error: ValidationError, origins: Origins, source: str) -> ConfigErr
     known = key
     while known and known not in origins:
         known = known[:-1]
-    place = origins.get(known, source)
+    below = (place for other, place in origins.items() if other[: len(key)] == key)
+    place = origins.get(known) or next(below, source)
     name = ".".join(key) + "".join(f"[{index}]" for index in _indices(first))
     value = "null" if first["input"] is None else _short(repr(first["input"]), 60)
     if first["type"] == "extra_forbidden":

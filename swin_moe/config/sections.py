@@ -33,9 +33,9 @@ class ModelConfig(Section):
     mlp_fc2_bias: bool = True  # of dense feed-forwards; experts have moe.fc2_bias
     qkv_bias: bool = True
     qk_scale: kinds.PositiveFactor | None = None  # None = head_dim^-0.5; not for swinv2
-    drop_rate: Rate = 0.0
-    attn_drop_rate: Rate = 0.0
-    drop_path_rate: Rate = 0.1
+    drop_rate: kinds.DropRate = 0.0
+    attn_drop_rate: kinds.DropRate = 0.0
+    drop_path_rate: kinds.DropRate = 0.1
     ape: bool = False
     patch_norm: bool = True
     pretrained_window_sizes: list[kinds.SizeOrNone] = []
@@ -132,7 +132,7 @@ class MoEConfig(Section):
     bias_update_rate: kinds.Weight = 0.0  # balance without a loss; DeepSeek-V3 has 0.001
     fc2_bias: bool = True
     init_std: kinds.Deviation = 0.02
-    drop_rate: Rate = 0.0
+    drop_rate: kinds.DropRate = 0.0
     overlap_degree: kinds.Size | Literal["auto"] = 1  # chunks that travel while others are computed
     backend: Literal["fused", "reference", "tutel"] = "fused"
 

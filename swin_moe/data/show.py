@@ -15,7 +15,7 @@ from rich.console import Console
 from torch import Tensor
 
 from ..config import Config
-from ..drawing import font_file, write_png
+from ..drawing import check_picture, font_file, write_png
 from ..text import plain, shorten
 from .loader import Loader, loader_of
 from .mixing import build_mixing
@@ -32,6 +32,7 @@ def show(config: Config, output: Path, console: Console) -> None:
     Raises:
         ValueError: one line, for a config or data that cannot be used.
     """
+    check_picture(output)
     train = loader_of(config, True)
     loaders = [train, loader_of(config, False, classes=train.class_names)]
     for loader in loaders:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -82,6 +83,7 @@ class TrainTransform:
     ) -> None:
         self.sides, self.mode, self._max_pixels = sides, mode, max_pixels
         try:
+            _check_policy(augment.auto_augment)
             first, second, _ = create_transform(
                 sides,
                 is_training=True,
@@ -118,6 +120,14 @@ class TrainTransform:
         for operation in self._augment:
             image = operation(image)
         return _pixels(image)
+
+
+def _check_policy(policy: str) -> None:
+    """Raise ``ValueError`` for a part without a number, such as ``mX``: timm passes over it."""
+    name, *parts = policy.split("-")
+    for part in parts:
+        if not re.match(r"[a-z]+\d", part) and not (name == "rand" and part.startswith("t")):
+            raise ValueError(part)
 
 
 class EvalTransform:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..data import Loader
 from ..distributed import World
-from ..drawing import drawing
+from ..drawing import check_picture, drawing
 from ..models import SwinTransformer
 from ..opened import Opened, open_checkpoint
 from ..terminal import cell
@@ -78,11 +78,7 @@ def _output(path: Path, output: Path | None) -> Path:
             folder = folder.parent
             folder = folder.parent if folder.name == "checkpoints" else folder
         return folder / "inspect.png"
-    if output.suffix != ".png":
-        raise ValueError(f"--output={plain(output)}: give the name of a .png file")
-    if not output.parent.is_dir():
-        raise ValueError(f"--output={plain(output)}: there is no folder {plain(output.parent)}")
-    return output
+    return check_picture(output)
 
 
 def _title(checkpoint: Path) -> str:

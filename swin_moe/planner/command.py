@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..config import Config, load_config
+from ..drawing import check_picture
 from ..models.cost import count
 from ..ranks import check_world
 from ..text import plain
@@ -49,6 +50,7 @@ def plan(
         ValueError: the config cannot be laid out on so many ranks.
         DoesNotFit: the config as it stands is too large, or everything is.
     """
+    check_picture(output, ".jpg", ".pdf", ".svg")
     fused = config.ops.fused and (cluster.name == "cpu" or config.ops.allow_unverified)
     planner = Planner(config, cluster, fused)
     asked_choice = planner.asked()
@@ -261,6 +263,13 @@ class _Report:
             f"speed       {self.images_per_second(asked):,.0f} images/s a {self.unit}, "
             f"{self.batch / asked.seconds:,.0f} in all; MFU {100 * self.mfu(asked):.1f} %"
         )
+        if self.images < self.batch:
+            console.print(
+                f"the run     none: the {self.images:,} images of an epoch ({self.images_from}) do "
+                f"not fill a batch of {self.batch:,}: lower data.batch_size, or take fewer "
+                f"{self.unit}s",
+                style="bold",
+            )
         hours, cost = self.hours(asked), self.cost_of(asked)
         bill = "" if cost is None else f", {cost:,.2f} at {self.price:g} a {self.unit}-hour"
         console.print(

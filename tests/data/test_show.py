@@ -1,6 +1,7 @@
 """The contact sheet, its labels, and the warning of a slow loader."""
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 from rich.console import Console
@@ -33,6 +34,14 @@ def test_show_draws_training_and_held_out_images(tmp_path, capsys):
     pixels = np.asarray(Image.open(output).convert("RGB"))
     assert pixels.shape[:2] == (5 * 182 + 34, 8 * 150 + 8)
     assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 1000
+
+
+def test_a_picture_takes_no_other_files_place(tmp_path):
+    config = tmp_path / "x.yaml"
+    config.write_text(CONFIG % tmp_path)
+    with pytest.raises(ValueError, match=r"x\.yaml: give the name of a \.png file"):
+        show(load_config(config), config, Console())
+    assert config.read_text() == CONFIG % tmp_path
 
 
 def test_labels_of_mixed_images():

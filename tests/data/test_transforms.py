@@ -1,5 +1,6 @@
 import io
 import random
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -150,3 +151,18 @@ def test_unknown_policy(policy):
 def test_unsupported_channels():
     with pytest.raises(ValueError, match=r"model\.in_chans=4"):
         image_mode(4)
+
+
+@pytest.mark.parametrize(
+    ("policy", "known"),
+    [
+        ("rand-m9-mstd0.5-inc1", True), ("rand-m9-tweights", True), ("original-mstd0.5", True),
+        ("augmix-m5-w4-d2", True), ("", True), ("rand-mX", False), ("rand-m9-", False),
+        ("augmix-m", False), ("original-t1-x", False),
+    ],
+)  # fmt: skip
+def test_a_policy_is_read_to_its_end(policy, known):
+    """timm passes over what has no number."""
+    augment = AugmentConfig(auto_augment=policy)
+    with nullcontext() if known else pytest.raises(ValueError, match="is not a policy of timm"):
+        build_transform(augment, (32, 32), 3, (0.5, 0.5, 0.5), training=True)

@@ -27,6 +27,12 @@ def planned(tmp_path, config, overrides, cluster, **more):
     return json.loads((tmp_path / "plan.json").read_text()), console.export_text(), found
 
 
+def test_plan_says_that_there_are_too_few_images(tmp_path):
+    overrides = [*SMALL, "data.batch_size=8"]
+    text = planned(tmp_path, MICRO, overrides, Cluster("h100", 1, 2), images=15)[1]
+    assert "15 images of an epoch (--images) do not fill a batch of 16: lower data.batch" in text
+
+
 def test_plan_ranks_layouts_of_the_same_global_batch(tmp_path):
     cluster = Cluster("a100-40", 2, 2)
     figures, text, error = planned(
