@@ -103,7 +103,11 @@ def everything(folder):
     ("label", "links", "message"),
     [
         ("1", False, ""),
-        ("1", True, "sample 'link' has no image"),
+        (
+            "1",
+            True,
+            "'link.png' is a link to '../../secret.png', and links in tars are not followed",
+        ),
         (f"__import__('os').system('{ATTACK}')", False, "the label of sample 'bad' is"),
     ],
 )
