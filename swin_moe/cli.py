@@ -34,7 +34,7 @@ _LOST_PEER = ("closed by peer", "reset by peer", "remote process exited", "Broke
 def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit code."""
     arguments = parse(argv)
-    if arguments.command != "train":
+    if arguments.command not in ("train", "launch"):  # a launch begins a training
         signals.release()
     _quiet()
     try:
