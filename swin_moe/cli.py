@@ -7,6 +7,7 @@ import contextlib
 import io
 import logging
 import math
+import os
 import sys
 import time
 import traceback
@@ -38,7 +39,11 @@ def main(argv: list[str] | None = None) -> int:
         signals.release()
     _quiet()
     try:
+        os.getcwd()  # without it torch's libraries abort
         rank, local_rank, size = ranks.environment_rank()
+    except FileNotFoundError:
+        gone = "the folder in which this was started has been removed: cd to another one"
+        return _fail(gone, True, WRONG_USE)
     except ValueError as error:
         return _fail(reason(error), True, WRONG_USE)
     where = f"[rank {rank}] " if local_rank else ""
