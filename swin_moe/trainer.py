@@ -78,7 +78,13 @@ class Plan:
     max_bad_share: float
 
     def is_done(self, position: Position) -> bool:
-        return position.epoch >= self.epochs or 0 < self.max_steps <= position.step
+        return bool(self.limit(position))
+
+    def limit(self, position: Position) -> str:
+        """The key that ends training at this position, empty if none does."""
+        if position.epoch >= self.epochs:
+            return "schedule.epochs"
+        return "train.max_steps" if 0 < self.max_steps <= position.step else ""
 
 
 @dataclass
