@@ -16,6 +16,8 @@ from .checkpoint.contents import Contents
 from .terminal import Terminal, cell
 from .text import plain, reason
 
+_GONE = "removed meanwhile by a running training"
+
 
 def list_table(path: Path) -> Table:
     """What each checkpoint of a run is: where in the training, how large, written by whom."""
@@ -27,8 +29,8 @@ def list_table(path: Path) -> Table:
         names = [n for n in ("last", "best") if (folder.parent / n).resolve() == folder.resolve()]
         try:
             table.add_row(cell(folder), *_row(folder), ", ".join(names))
-        except CheckpointError as error:
-            damage = str(error).removeprefix(f"{folder}: ")
+        except (CheckpointError, FileNotFoundError) as error:
+            damage = str(error).removeprefix(f"{folder}: ") if folder.is_dir() else _GONE
             table.add_row(cell(folder), *[""] * 6, cell(damage))
     return table
 
@@ -68,8 +70,10 @@ def verify(path: Path, console: Console) -> bool:
             checkpoint.verify(folder)
             Contents(folder).check_complete()
             text = f"{plain(folder)}: whole ({_size(folder) / 1e6:.1f} MB)"
-        except CheckpointError as error:
-            whole, text = False, reason(error)
+        except (CheckpointError, FileNotFoundError) as error:
+            there = folder.is_dir()
+            whole = whole and not there
+            text = reason(error) if there else f"{plain(folder)}: {_GONE}"
         console.print(text, highlight=False, markup=False, soft_wrap=True)
     return whole
 
@@ -100,4 +104,4 @@ def export(path: Path, target: Path, console: Console, overwrite: bool) -> None:
         raise ValueError(f"{target}: export writes .safetensors (`swin-moe convert` knows others)")
     from .convert import convert  # imports torch
 
-    convert(checkpoint.choose(path), target, console, overwrite=overwrite)
+    checkpoint.read_newest(path, lambda found: convert(found, target, console, overwrite=overwrite))

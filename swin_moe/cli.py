@@ -7,6 +7,7 @@ import contextlib
 import io
 import logging
 import math
+import os
 import sys
 import time
 import traceback
@@ -34,11 +35,15 @@ _LOST_PEER = ("closed by peer", "reset by peer", "remote process exited", "Broke
 def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit code."""
     arguments = parse(argv)
-    if arguments.command != "train":
+    if arguments.command not in ("train", "launch"):  # a launch begins a training
         signals.release()
     _quiet()
     try:
+        os.getcwd()  # without it torch's libraries abort
         rank, local_rank, size = ranks.environment_rank()
+    except FileNotFoundError:
+        gone = "the folder in which this was started has been removed: cd to another one"
+        return _fail(gone, True, WRONG_USE)
     except ValueError as error:
         return _fail(reason(error), True, WRONG_USE)
     where = f"[rank {rank}] " if local_rank else ""

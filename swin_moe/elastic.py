@@ -136,7 +136,7 @@ class _Agent(LocalElasticAgent):
         _Process.group.clear()
         started = super()._start_workers(worker_group)
         if _told:  # before there was one to tell
-            _pass_on(_told[-1], None)
+            _send(_told[-1])
         return started
 
 
@@ -150,6 +150,10 @@ _told: list[int] = []  # signals that came so far
 
 def _pass_on(number: int, _frame: object) -> None:
     _told.append(number)
+    _send(number)
+
+
+def _send(number: int) -> None:
     for process in _Process.living:
         process.send_signal(signal.SIGKILL if _interrupted_twice() else number)
 

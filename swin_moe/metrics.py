@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
 import os
 import re
 import socket
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -142,7 +144,7 @@ class MetricLog:
         kept = []
         if resume_step is not None:
             kept = [r for r in read_metrics(self.path.parent) if r["step"] <= resume_step]
-        text = "".join(json.dumps(record) + "\n" for record in kept).encode()
+        text = b"".join(map(_line, kept))
         if self.path.is_file() and (there := self.path.read_bytes()).startswith(text):
             if there != text:
                 os.truncate(self.path, len(text))  # needs no room on the disk
@@ -159,7 +161,7 @@ class MetricLog:
     def write(self, record: Record) -> None:
         """Append one record with keys ``step`` and ``epoch``."""
         self._step = record["step"]
-        self._file.write(f"{json.dumps(record)}\n".encode())
+        self._file.write(_line(record))
         loads = [value for key, value in record.items() if key.endswith("/load")]
         self._loads = loads or self._loads
         if self._events:
@@ -177,6 +179,20 @@ class MetricLog:
             self._events.close()
 
 
+def _line(record: Record) -> bytes:
+    """A record as strict JSON, which knows no NaN and no infinity: they are null."""
+    strict = _replaced(record, lambda x: isinstance(x, float) and not math.isfinite(x), None)
+    return f"{json.dumps(strict, allow_nan=False)}\n".encode()
+
+
+def _replaced(value: Any, wrong: Callable[[Any], bool], right: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _replaced(one, wrong, right) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_replaced(one, wrong, right) for one in value]
+    return right if wrong(value) else value
+
+
 def heat_map(loads: list[list[float]]) -> np.ndarray:
     """Loads [layers][E] as pixels [H, W, 3] uint8: a row per layer, a column per expert.
 
@@ -190,7 +206,7 @@ def heat_map(loads: list[list[float]]) -> np.ndarray:
 
 
 def read_metrics(folder: Path) -> list[Record]:
-    """The records of a run; a line that is no record, such as half of one, is left out."""
+    """The records of a run, with NaN for null; a line that is no whole record is left out."""
     records = []
     path = folder / "metrics.jsonl"
     if not path.is_file():
@@ -201,7 +217,7 @@ def read_metrics(folder: Path) -> list[Record]:
         except (ValueError, RecursionError):
             continue
         if isinstance(record, dict) and type(record.get("step")) is int:
-            records.append(record)
+            records.append(_replaced(record, lambda x: x is None, math.nan))
     return records
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,11 @@ def open_checkpoint(path: Path, world: World, overrides: list[str], command: str
     """
     if world.size > 1:
         raise ValueError(f"{command} runs as one process: start it without a launcher")
-    found = checkpoint.choose(path)
+    return checkpoint.read_newest(path, partial(_open, world=world, overrides=overrides))
+
+
+def _open(found: Path, world: World, overrides: list[str]) -> Opened:
+    class_names = checkpoint.class_names(found)  # first: without the folder there seem to be none
     source = read_pretrained(found)
     config = load_config(found / "config.yaml", overrides)
     if not any(override.startswith("data.path=") for override in overrides):
@@ -61,7 +66,7 @@ def open_checkpoint(path: Path, world: World, overrides: list[str], command: str
     model.eval().to(world.device)
     dtype = resolve_precision(config.precision, world.device)
     forward = in_precision(model, dtype, cast_weights=config.zero.stage > 0)
-    loader = loader_of(config, training=False, classes=checkpoint.class_names(found))
+    loader = loader_of(config, training=False, classes=class_names)
     loader.check_room()
     return Opened(found, config, model, forward, loader)
 

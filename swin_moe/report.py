@@ -127,7 +127,9 @@ def closing(folder: Path, trainer: Trainer, seconds: float) -> Table:
         table.add_row("top-1", f"{result.top1:.2f} % ({best})")
         table.add_row("time", f"{seconds / 60:.1f} min, {trainer.images_per_second:.0f} images/s")
     else:
-        table.add_row("trained", "nothing was left to do; --fresh starts from the beginning")
+        limit = trainer.plan.limit(position)
+        way = f"raise {limit} to go on; --fresh starts from the beginning"
+        table.add_row("trained", f"nothing was left to do: {way}")
     unreadable = position.unreadable + (result.unreadable if result is not None else 0)
     if unreadable:
         table.add_row("unreadable", f"{unreadable} images were skipped; see the logs")

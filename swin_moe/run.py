@@ -201,7 +201,7 @@ def _assemble(
         verb = "resumed from" if place is None else "went back to"
         run.say(f"{verb} {reader.path.name} (epoch {epoch}, step {position.step})")
     _tune_overlap(run, config, engine)
-    trainer = _build_trainer(job, engine, position)
+    trainer = _build_trainer(job, engine, position, went_back=place is not None)
     # Last, for everything above may draw.
     distributed.seed_everything(config.train.seed, world.rank)
     if reader is not None and not reader.restore_rng(world.rank):
@@ -342,7 +342,7 @@ def _open_log(run: Run, config: Config, reader: checkpoint.Reader | None) -> Met
     return MetricLog(run.folder, config.log.tensorboard, resume_step)
 
 
-def _build_trainer(job: _Job, engine: Engine, position: Position) -> Trainer:
+def _build_trainer(job: _Job, engine: Engine, position: Position, went_back: bool) -> Trainer:
     config, world, plan = job.config, job.run.world, job.plan
     batch = _global_batch(config, world)
     return Trainer(
@@ -363,6 +363,7 @@ def _build_trainer(job: _Job, engine: Engine, position: Position) -> Trainer:
         stop_signal=job.stop_signal,
         say=job.run.say,
         position=position,
+        went_back=went_back,
         profile=job.profile,
     )
 

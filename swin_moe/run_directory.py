@@ -209,9 +209,11 @@ def _adopt(run: Run, fresh: bool) -> str:
     """
     folder = run.folder
     marker = folder / MARKER
-    if folder.exists() and not _is_run(folder) and any(folder.iterdir()):
+    there = folder.iterdir() if folder.exists() and not _is_run(folder) else iter(())
+    if other := next((path for path in there if not _may_stay(path)), None):
         raise ValueError(
-            f"train.output={folder} is not empty and was not made by swin-moe: choose another"
+            f"train.output={plain(folder)} is not empty and was not made by swin-moe (it holds "
+            f"{plain(other.name)}): choose another"
         )
     if _is_run(folder):
         _lock(marker)
@@ -228,6 +230,13 @@ def _adopt(run: Run, fresh: bool) -> str:
     folder.mkdir(parents=True, exist_ok=True)
     _lock(marker)
     return ""
+
+
+def _may_stay(path: Path) -> bool:
+    """Whether a new run may begin beside this: what was printed to a file, a disk's lost+found."""
+    if path.name == "lost+found":
+        return True
+    return path.suffix in (".log", ".out", ".err", ".txt") and path.is_file()
 
 
 def _is_run(folder: Path) -> bool:

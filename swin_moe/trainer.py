@@ -78,7 +78,13 @@ class Plan:
     max_bad_share: float
 
     def is_done(self, position: Position) -> bool:
-        return position.epoch >= self.epochs or 0 < self.max_steps <= position.step
+        return bool(self.limit(position))
+
+    def limit(self, position: Position) -> str:
+        """The key that ends training at this position, empty if none does."""
+        if position.epoch >= self.epochs:
+            return "schedule.epochs"
+        return "train.max_steps" if 0 < self.max_steps <= position.step else ""
 
 
 @dataclass
@@ -86,7 +92,8 @@ class Trainer:
     """Everything a loop needs, built elsewhere.
 
     ``save`` begins to write a checkpoint of the position it is handed; ``saver`` tells of it when
-    it is done, and waits for it. ``say`` prints a line on rank 0.
+    it is done, and waits for it. ``say`` prints a line on rank 0. ``went_back``: the weights are
+    those of a checkpoint before ``position``.
     """
 
     plan: Plan
@@ -104,6 +111,7 @@ class Trainer:
     stop_signal: StopSignal
     say: Callable[[str], None]
     position: Position = field(default_factory=Position)
+    went_back: bool = False
     profile: Profile | None = None
     last_evaluation: Evaluation | None = None
 
@@ -131,6 +139,9 @@ class Trainer:
         """Train from the current position to the end of the plan."""
         position, plan = self.position, self.plan
         self.watchdog.enter("the first batch was awaited")
+        if self.went_back and plan.is_done(position):  # no update is left: these are the result
+            self._evaluate()
+            self._save(proven=True)
         while not plan.is_done(position):
             epoch = position.epoch
             self._train_epoch()
@@ -334,11 +345,19 @@ class Trainer:
             )
 
     def _nonfinite_error(self, what: str) -> TrainingError:
+        ways = ["a lower optimizer.base_lr", "a longer schedule.warmup_epochs"]
+        if self.engine.dtype != torch.float32:
+            ways.append("precision.dtype=fp32")
         return TrainingError(
-            f"non-finite {what} at step {self.position.step}; the weights were not changed and the "
-            "last checkpoint is kept (try a lower optimizer.base_lr, a longer "
-            "schedule.warmup_epochs or precision.dtype=fp32)"
+            f"non-finite {what} at step {self.position.step}; the weights were not changed and "
+            f"{self._kept()} (try {' or '.join(ways)})"
         )
+
+    def _kept(self) -> str:
+        """What a failure of all ranks leaves."""
+        self._wait_for_save()
+        kept = self.saver.writing.good
+        return "the last checkpoint is kept" if kept else "there is no checkpoint yet"
 
     # ----------------------------------------------------------------------------------------
     # Figures
@@ -422,7 +441,7 @@ class Trainer:
         if not math.isfinite(result.loss):
             raise TrainingError(
                 f"non-finite loss on the held-out images after step {position.step}: the weights "
-                "have blown up; they are not saved and the last checkpoint is kept"
+                f"have blown up; they are not saved and {self._kept()}"
             )
         best = result.top1 > position.best_top1
         if best:

@@ -206,6 +206,7 @@ class Watchdog:
     # In the threads
 
     def _watch(self) -> None:
+        signal.pthread_sigmask(signal.SIG_BLOCK, self._signals)  # else none is seen as pending
         while not self._ended.wait(min(self.limit / 10, 1.0) if self.limit else 1.0):
             self._take_signals()
             self.look()
@@ -225,10 +226,13 @@ class Watchdog:
                 continue
 
     def _take_signals(self) -> None:
+        came: list[int] = []
         with contextlib.suppress(OSError):
-            came = [number for number in os.read(self._woken, 512) if number in self._signals]
-            if came and not self._signal:
-                self._signal, self._asked = came[0], self._clock()
+            came += [number for number in os.read(self._woken, 512) if number in self._signals]
+        # The main thread takes none while it waits for a file system that does not answer.
+        came += signal.sigpending() & self._signals
+        if came and not self._signal:
+            self._signal, self._asked = came[0], self._clock()
 
     def look(self) -> None:
         """End the process if it has been silent for too long."""

@@ -48,6 +48,14 @@ def test_nonfinite_loss_stops_before_the_step(tmp_path):
     kept = list_checkpoints(folder / "checkpoints")
     assert [int(path.name[5:]) for path in kept] == list(range(step - 1, max(step - 3, 0), -1))
     assert "last checkpoint is kept" in message
+    assert "precision.dtype=fp32" not in message  # it is that already
+
+
+def test_where_there_is_no_checkpoint_yet_none_is_said_to_be_kept(tmp_path):
+    done = train(tmp_path / "run", "precision.dtype=fp32", "optimizer.base_lr=1e38",
+                 "schedule.warmup_epochs=0", "faults.nonfinite=stop")  # fmt: skip
+    assert done.returncode == 1
+    assert "the weights were not changed and there is no checkpoint yet (try" in one_error(done)
 
 
 def test_a_directory_of_somebody_else_is_left_alone(tmp_path):

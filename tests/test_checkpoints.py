@@ -1,10 +1,12 @@
 """``swin-moe checkpoint``: what there is, whether it is whole, other files, the weights alone."""
 
+import shutil
+
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from swin_moe.checkpoint import Reader
+from swin_moe.checkpoint import Reader, contents
 from swin_moe.cli import main
 from swin_moe.config import dump_config, load_config
 from swin_moe.models import build
@@ -65,3 +67,31 @@ def test_verify_finds_a_flipped_bit_and_says_so_by_its_code(run, tmp_path, capsy
     assert main(["checkpoint", "verify", str(tmp_path / "out")]) == 1
     assert "has changed (SHA-256)" in capsys.readouterr().out
     assert main(["checkpoint", "verify", str(tmp_path)]) == 2
+
+
+def test_what_a_running_training_removes_meanwhile_is_no_damage(run, tmp_path, capsys, monkeypatch):
+    live = tmp_path / "run"
+    shutil.copytree(run, live, symlinks=True)
+    removed = live / "checkpoints/step-00000002"
+    names = contents.class_names
+
+    def prune(path):  # while the first is read
+        if path == removed:
+            shutil.rmtree(removed, ignore_errors=True)
+        return names(path)
+
+    monkeypatch.setattr(contents, "class_names", prune)
+    assert main(["checkpoint", "verify", str(live)]) == 0
+    printed = capsys.readouterr().out
+    assert "step-00000002: removed meanwhile by a running training" in printed
+    assert "step-00000001: whole" in printed
+    shutil.copytree(run / "checkpoints/step-00000002", removed)
+    assert main(["checkpoint", "list", str(live)]) == 0
+    assert "removed meanwhile" in capsys.readouterr().out
+    shutil.copytree(run / "checkpoints/step-00000002", removed)
+    target = tmp_path / "weights.safetensors"
+    assert main(["checkpoint", "export", str(live), str(target)]) == 0
+    assert target.exists()
+    shutil.copytree(run / "checkpoints/step-00000002", removed)
+    assert main(["checkpoint", "export", str(removed), str(target), "--overwrite"]) == 2
+    assert "step-00000002 is gone" in capsys.readouterr().err

@@ -1,5 +1,8 @@
 """Logs survive a kill and a resume; the picture is drawn from them."""
 
+import json
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -42,6 +45,29 @@ def test_resume_cuts_off_what_it_takes_back(tmp_path):
     events.Reload()
     assert [event.step for event in events.Scalars("train/loss")] == [1, 2, 3, 4]
     assert "moe/layers.0.blocks.1/load/expert1" in events.Tags()["scalars"]
+
+
+def test_what_is_not_finite_is_null_in_strict_json(tmp_path):
+    def refuse(word):
+        raise ValueError(word)
+
+    bad = {"step": 2, "epoch": 0.5, "train/loss": float("nan"), "train/grad_norm": float("inf"),
+           "moe/layers.0.blocks.1/load": [float("nan"), 0.5]}  # fmt: skip
+    log = MetricLog(tmp_path, tensorboard=True, resume_step=None)
+    for record in (*records([1]), bad):
+        log.write(record)
+    log.close()
+    with log.path.open("a") as file:
+        file.write('{"step": 3, "epoch": 1.0, "train/loss": NaN}\n')  # of an older version
+    MetricLog(tmp_path, tensorboard=False, resume_step=3).close()
+    lines = log.path.read_text().splitlines()
+    strict = [json.loads(line, parse_constant=refuse) for line in lines]
+    assert [record["train/loss"] for record in strict] == [1.0, None, None]
+    assert strict[1]["moe/layers.0.blocks.1/load"] == [None, 0.5]
+    assert [math.isnan(record["train/loss"]) for record in read_metrics(tmp_path)] == [0, 1, 1]
+    assert draw_summary(tmp_path).exists()
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert math.isnan(events.Scalars("train/loss")[1].value)
 
 
 def test_a_clock_that_was_set_back_doubles_no_step_in_tensorboard(tmp_path, monkeypatch):

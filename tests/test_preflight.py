@@ -3,6 +3,7 @@
 import json
 import shutil
 import socket
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from swin_moe.preflight import links
 from swin_moe.preflight.agreement import compare, named
 from swin_moe.preflight.facts import Facts, collect
 from swin_moe.preflight.shared import check_folder
+from swin_moe.preflight.start import _short_of_disk
 from tests.parallel import MICRO, one_error, run_worker, swin_moe
 from tests.saving import ALONE
 
@@ -158,6 +160,14 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     config = load_config(MICRO, [f"train.output={tmp_path}/new/er/run"])
     assert check_folder(config, ALONE, facts_of("a")) == []
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_small_disk_is_told_in_numbers_that_are_not_0():
+    config, facts = load_config(MICRO), [SimpleNamespace(disk=2.5e6, host="a")]
+    (told,) = _short_of_disk(config, SimpleNamespace(parameters=10**6), facts)
+    assert told.startswith("a: 2.5 MB are free for train.output, but its ")
+    assert " MB (checkpoint.keep_last)" in told
+    assert _short_of_disk(config, SimpleNamespace(parameters=10), facts) == []
 
 
 def test_spans():

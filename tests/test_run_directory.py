@@ -69,6 +69,18 @@ def test_a_copy_without_the_hidden_marker_is_a_run(tmp_path):
         _adopt(run_of(tmp_path / "other"), fresh=False)
 
 
+def test_a_run_begins_beside_what_was_printed_to_a_file_and_beside_nothing_else(tmp_path):
+    folder = tmp_path / "run"
+    (folder / "lost+found").mkdir(parents=True)
+    (folder / "slurm-12.out").write_text("printed")
+    (folder / "notes").write_text("mine")
+    with pytest.raises(ValueError, match=r"was not made by swin-moe \(it holds notes\)"):
+        _adopt(run_of(folder), fresh=False)
+    (folder / "notes").unlink()
+    assert _adopt(run_of(folder), fresh=False) == ""
+    assert (folder / "slurm-12.out").read_text() == "printed"
+
+
 def test_a_file_system_without_locks_is_told_and_used(tmp_path, monkeypatch, caplog):
     def refuse(*_):
         raise OSError(errno.ENOSYS, "Function not implemented")

@@ -3,10 +3,12 @@
 import signal
 import subprocess
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from swin_moe import signals
+from swin_moe import elastic, signals
 from swin_moe.signals import StopSignal
 from tests.parallel import PATIENCE, ROOT, environment
 
@@ -100,6 +102,32 @@ def test_other_programs_than_training_have_the_usual_signals():
     )
     done = run("", program=program)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_launch_that_still_checks_asks_to_be_started_again():
+    program = (
+        "import os, signal, swin_moe.launch as launch\n"
+        "from swin_moe import cli, signals\n"
+        "launch.launch = lambda *_: os.kill(os.getpid(), signal.SIGTERM)\n"
+        "signals.watch(); cli.main(['launch', '--on', 'local', 'x.yaml'])"
+    )
+    done = run("", program=program)
+    assert done.returncode == 75
+    assert "told to stop by SIGTERM before the first update" in done.stderr
+
+
+def test_one_interrupt_that_is_sent_again_to_new_processes_counts_once(monkeypatch):
+    sent = []
+    monkeypatch.setattr(elastic, "_told", [])
+    monkeypatch.setattr(elastic._Process, "living", [SimpleNamespace(send_signal=sent.append)])
+    monkeypatch.setattr(elastic, "_closing", lambda: Path("nowhere"))
+    monkeypatch.setenv(elastic.FINAL, "nowhere/final")
+    # It comes while the processes are started.
+    start = lambda *_: elastic._pass_on(signal.SIGINT, None)  # noqa: E731
+    monkeypatch.setattr(elastic.LocalElasticAgent, "_start_workers", start)
+    elastic._Agent._start_workers(object.__new__(elastic._Agent), None)
+    assert sent == [signal.SIGINT] * 2
+    assert not elastic._interrupted_twice()
 
 
 def test_handlers_are_what_they_were_after_a_training_within_another_program():

@@ -6,6 +6,7 @@ import os
 
 import pytest
 
+from swin_moe.cli import main
 from swin_moe.system_errors import explain
 from tests.parallel import MICRO
 
@@ -45,3 +46,13 @@ def test_without_a_config_or_a_number_there_is_less_to_say():
     assert explain(OSError(28, "No space left on device"), broken) == (
         "No space left on device: make room there"
     )
+
+
+def test_a_folder_that_was_removed_under_the_program_is_told(tmp_path, monkeypatch, capsys):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    assert main(["train", "x.yaml"]) == 2
+    assert capsys.readouterr().err.splitlines() == [
+        "swin-moe: error: the folder in which this was started has been removed: cd to another one"
+    ]

@@ -5,6 +5,8 @@ import json
 import re
 import shutil
 import time
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +14,8 @@ import torch
 from swin_moe.checkpoint import list_checkpoints
 from swin_moe.checkpoint.folder import read_manifest
 from swin_moe.metrics import read_metrics
+from swin_moe.report import closing
+from swin_moe.trainer import Plan, Position
 from tests.parallel import PATIENCE, one_error, start, swin_moe, train, training
 
 RECIPE = ["precision.dtype=fp32", "zero.stage=2", "log.every_steps=1", "train.max_steps=60",
@@ -191,3 +195,15 @@ def test_another_model_does_not_resume(undisturbed):
     assert done.returncode == 2
     assert one_error(done).startswith("model.embed_dim=32, but the checkpoint")
     assert (folder / "config.yaml").read_text() == before
+
+
+def test_a_run_that_is_done_names_the_key_that_ends_it():
+    plan = Plan(3, 10, 1, 1, 1, 0, 1, 25, 2, 0.0)
+    assert plan.limit(Position(step=24, epoch=2, update=4)) == ""
+    assert plan.limit(Position(step=25, epoch=2, update=5)) == "train.max_steps"
+    assert plan.limit(Position(step=30, epoch=3)) == "schedule.epochs"
+    trainer = SimpleNamespace(
+        last_evaluation=None, plan=plan, position=Position(step=25, epoch=2, update=5)
+    )
+    (said,) = closing(Path("run"), trainer, 1.0).columns[1]._cells[:1]
+    assert said.startswith("nothing was left to do: raise train.max_steps to go on; --fresh")

@@ -247,6 +247,23 @@ def test_a_signal_is_noticed_while_the_main_thread_is_busy():
         signal.signal(signal.SIGUSR1, former)
 
 
+def test_a_signal_is_noticed_though_the_main_thread_does_not_take_it():
+    """So it is while that thread waits for a disk: no signal reaches even its C library."""
+    former = signal.signal(signal.SIGUSR1, lambda *_: None)
+    dog = Watchdog(0.0, 0)
+    dog._signals = frozenset([signal.SIGUSR1])
+    signal.pthread_sigmask(signal.SIG_BLOCK, dog._signals)
+    try:
+        dog._take_signals()
+        assert dog._signal == 0
+        signal.pthread_kill(threading.get_ident(), signal.SIGUSR1)
+        dog._take_signals()
+        assert dog._signal == signal.SIGUSR1
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, dog._signals)
+        signal.signal(signal.SIGUSR1, former)
+
+
 def test_work_is_seen():
     dog = Watchdog(10.0, 0)
     begun = dog._worked_so_far()

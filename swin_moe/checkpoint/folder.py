@@ -10,15 +10,17 @@ import logging
 import os
 import re
 import shutil
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ..reading import read_json
 from ..text import plain
 
 log = logging.getLogger("swin_moe")
+T = TypeVar("T")
 
 FORMAT = 2
 CLASSES = "classes.json"  # a list of names by label; only where the data has names
@@ -183,6 +185,28 @@ def choose(path: Path) -> Path:
     raise CheckpointError(f"{path}: its checkpoints change while they are read: try again")
 
 
+def read_newest(path: Path, read: Callable[[Path], T]) -> T:
+    """What ``read`` makes of the checkpoint that :func:`choose` finds.
+
+    A link is followed first, for it may move. If a running training removes the checkpoint
+    meanwhile, a newer one takes its place.
+
+    Raises:
+        CheckpointError: there is none, or it is gone.
+    """
+    for _ in range(READS):
+        found = choose(path)
+        found = found.resolve() if found.is_symlink() else found
+        try:
+            return read(found)
+        except (OSError, ValueError):
+            if found.is_dir():
+                raise
+        if found == path:
+            raise CheckpointError(f"{path} is gone: did a running training remove it?")
+    raise CheckpointError(f"{path}: its checkpoints change while they are read: try again")
+
+
 def step_of(path: Path) -> int:
     return int(path.name.removeprefix("step-"))
 
@@ -244,7 +268,8 @@ def latest(folder: Path) -> Path | None:
         except FormatError:
             raise
         except CheckpointError as error:
-            log.warning("damaged checkpoint passed over: %s", error)
+            if path.is_dir():  # else a running training has removed it
+                log.warning("damaged checkpoint passed over: %s", error)
             continue
         return path
     if found:

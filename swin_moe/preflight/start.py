@@ -96,9 +96,13 @@ def _short_of_disk(config: Config, cost: Cost, facts: list[Facts]) -> list[str]:
     if facts[0].disk >= needed:
         return []
     return [
-        f"{facts[0].host}: {facts[0].disk / 1e9:.1f} GB are free for train.output, but its "
-        f"{kept} checkpoints may take {needed / 1e9:.1f} GB (checkpoint.keep_last)"
+        f"{facts[0].host}: {_size(facts[0].disk)} are free for train.output, but its "
+        f"{kept} checkpoints may take {_size(needed)} (checkpoint.keep_last)"
     ]
+
+
+def _size(count: float) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 
 
 def told(checked: Checked) -> str:

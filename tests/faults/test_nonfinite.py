@@ -91,6 +91,16 @@ def test_it_goes_back_from_the_end_of_an_epoch(tmp_path):
     assert (position["step"], position["epoch"], position["update"]) == (7, 1, 2)
 
 
+def test_what_it_goes_back_to_at_the_very_end_is_evaluated_and_saved(tmp_path):
+    poison = [(0, update) for update in (11, 12)]
+    done = run(tmp_path, poison, "faults.nonfinite=rollback", "faults.max_nonfinite=2")
+    assert done.returncode == 0, done.stderr
+    assert "went back to step-00000008 (epoch 1, step 12)" in done.stdout
+    assert re.search(r"step 12  top-1 [\d.]+ %", done.stdout)
+    position = last_state(tmp_path)["position"]
+    assert (position["step"], position["skipped"], position["best_step"]) == (12, 4, 12)
+
+
 def test_a_checkpoint_that_leads_nowhere_is_passed_over(tmp_path):
     """What was saved after the weights went wrong and before it showed is no way back."""
     poison = [(0, update) for update in (9, 10)]
