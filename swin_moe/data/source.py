@@ -231,6 +231,11 @@ def _open_folder(root: Path) -> Source:
         _check_alone(root, packed)
     if shards and have_labels(shards):
         return open_shards(shards, _class_names(root) or _class_names(root.parent))
+    if len(shards) == 1 and class_of(shards[0]).lower() in SPLITS:
+        raise ValueError(
+            f"{plain(shards[0])} has no labels (.cls), and a tar per class is called like its "
+            "class: unpack it"
+        )
     if shards:
         shards.sort(key=class_of)  # as class folders would come
         return open_shards(shards, [class_of(path) for path in shards], range(len(shards)))
