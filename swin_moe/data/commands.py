@@ -45,6 +45,7 @@ def prepare_data(
         raise ValueError(f"--val={val_share}: give a share in [0, 1)")
     if shard_megabytes < 1:
         raise ValueError(f"--shard-size={shard_megabytes}: give megabytes")
+    _check_max_pixels(max_pixels)
     if resize < 0:
         raise ValueError(f"--resize={resize}: give pixels")
     if resize:
@@ -88,6 +89,11 @@ def prepare_data(
     )
 
 
+def _check_max_pixels(max_pixels: int) -> None:
+    if max_pixels < 1:
+        raise ValueError(f"--max-pixels={max_pixels}: give a number above 0")
+
+
 def _check_splits(path: Path, sources: dict[str, Source], val_share: float) -> None:
     if "val" not in sources:
         return
@@ -129,6 +135,7 @@ def verify_data(
     Raises:
         ValueError: one line, if there is nothing that can be read.
     """
+    _check_max_pixels(max_pixels)
     well, sources = True, open_splits(path)
     if not any(map(len, sources.values())):
         said = sources["train"].passed_over

@@ -57,6 +57,17 @@ def finder(names: Sequence[str]) -> Callable[[str], int]:
     return lambda name: known.get(name, known.get(unicodedata.normalize("NFC", name), -1))
 
 
+def alike(names: Sequence[str]) -> str:
+    """The first name that stands twice with its accents written differently; empty if none does."""
+    seen: set[str] = set()
+    for name in names:
+        composed = unicodedata.normalize("NFC", name)
+        if composed in seen:
+            return name
+        seen.add(composed)
+    return ""
+
+
 def other_numbers(names: Sequence[str]) -> str:
     """Names that are numbers, but not those of their places: ``10`` sorts before ``2``."""
     for place, name in enumerate(names):

@@ -261,7 +261,9 @@ def _write_shard(shard: int) -> tuple[int, int]:
                     encoded = job.source.read(index)
                     data, extension = _encoded(encoded, job.resize, job.source.max_pixels)
                 # An OSError ends the run, which may go on later: the disk may be at fault.
-                except ValueError as error:
+                except (FileNotFoundError, ValueError) as error:
+                    if isinstance(error, FileNotFoundError) and not _is_missing(error, job, index):
+                        raise
                     kind = error.kind if isinstance(error, UnreadableImage) else "cannot be read"
                     skipped.append(Skipped(job.source.key(index), kind, str(error)))
                     continue
@@ -281,6 +283,12 @@ def _write_shard(shard: int) -> tuple[int, int]:
     with replacing(work) as temporary:
         temporary.write_text(json.dumps(state), encoding="utf-8")
     return shard, size
+
+
+def _is_missing(error: FileNotFoundError, job: _Job, index: int) -> bool:
+    """Whether this image alone is not there, as a list may name it; else a disk went away."""
+    key = job.source.key(index)
+    return error.filename == key and Path(key).parent.is_dir()
 
 
 def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:

@@ -196,6 +196,13 @@ def test_splits_are_no_classes_and_are_named_if_left_out(tmp_path, caplog):
     assert "train and val are read, but not valid: rename it to val" in caplog.text
 
 
+def test_a_file_that_a_list_names_and_that_is_not_there_is_left_out(tmp_path):
+    make_folder(tmp_path, ["ant"])
+    (tmp_path / "x_map.txt").write_text("ant/0.png\t0\nant/gone.png\t0\nant/1.png\t0\n")
+    assert len(_prepare(tmp_path / "x_map.txt", tmp_path / "out")["train"]) == 2
+    assert "gone.png" in (tmp_path / "out" / "bad-samples-train.jsonl").read_text()
+
+
 def test_a_big_tiff_is_kept(tmp_path):
     folder = make_folder(tmp_path / "train", ["ant"])
     Image.new("RGB", (4, 4)).save(folder / "ant" / "big.tif", big_tiff=True)
@@ -204,6 +211,7 @@ def test_a_big_tiff_is_kept(tmp_path):
 
 def test_wrong_use(tmp_path, monkeypatch):
     folder = make_folder(tmp_path / "train", ["ant"])
+    _refused(r"--max-pixels=0: give", folder, tmp_path / "o", max_pixels=0)
     _refused(r"--resize=-3: give pixels", folder, tmp_path / "o", resize=-3)
     _refused(r"--val=0\.01: it would hold out none of 2", folder, tmp_path / "o", val_share=0.01)
     _refused(r"--val=0\.99: it would hold out all of 2", folder, tmp_path / "o", val_share=0.99)
