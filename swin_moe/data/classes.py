@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import unicodedata
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -10,6 +9,7 @@ import numpy as np
 
 from ..text import plain
 from .files import Bounded
+from .names import finder, other_numbers
 
 if TYPE_CHECKING:
     from .source import Source
@@ -83,7 +83,7 @@ def difference(source: Source, classes: list[str]) -> str:
     if source.class_names is None:
         return (
             "its classes have no names, so its labels count as places in the model's list of "
-            f"{len(classes):,} classes{_other_numbers(classes)}"
+            f"{len(classes):,} classes{other_numbers(classes)}"
         )
     there = set(np.flatnonzero(source.class_counts).tolist())
     missing = [name for label, name in enumerate(classes) if label not in there]
@@ -102,16 +102,8 @@ def places_as_labels(source: Source) -> str:
         return ""
     return (
         "the model's classes have no names, so labels count as places in this data set's list of "
-        f"{len(names):,} classes{_other_numbers(names)}"
+        f"{len(names):,} classes{other_numbers(names)}"
     )
-
-
-def _other_numbers(names: Sequence[str]) -> str:
-    """Names that are numbers, but not those of their places: ``10`` sorts before ``2``."""
-    for place, name in enumerate(names):
-        if name.isdecimal() and int(name[:9]) != place:
-            return f": label {place} is class '{name}'"
-    return ""
 
 
 def _is_renamed(theirs: list[str], ours: list[str]) -> bool:
@@ -130,12 +122,7 @@ def _places(theirs: list[str], counts: np.ndarray, classes: list[str], split: st
                 "stands twice, so they cannot be matched: give each class a name of its own, or "
                 "set data.match_classes=number if the numbers agree"
             )
-    # macOS writes accents as characters of their own, and they look alike.
-    known = {unicodedata.normalize("NFC", name): place for place, name in enumerate(classes)}
-    known |= {name: place for place, name in enumerate(classes)}
-    place = np.array(
-        [known.get(n, known.get(unicodedata.normalize("NFC", n), -1)) for n in theirs], np.int32
-    )
+    place = np.array(list(map(finder(classes), theirs)), np.int32)
     foreign = [theirs[label] for label in np.flatnonzero((place < 0) & (counts > 0))]
     if foreign:
         raise ValueError(

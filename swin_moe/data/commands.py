@@ -9,10 +9,10 @@ from rich.console import Console
 from rich.text import Text
 
 from ..text import plain
-from .classes import match
+from .classes import match, quoted
 from .decode import MAX_PIXELS
-from .names import read_classes
-from .prepare import Settings, finish, prepare
+from .names import finder, read_classes
+from .prepare import Settings, finish, names_or_numbers, prepare
 from .shards import ShardSource
 from .source import Source, open_splits
 from .verify import verify
@@ -45,6 +45,9 @@ def prepare_data(
         raise ValueError(f"--val={val_share}: give a share in [0, 1)")
     if shard_megabytes < 1:
         raise ValueError(f"--shard-size={shard_megabytes}: give megabytes")
+    _check_max_pixels(max_pixels)
+    if resize < 0:
+        raise ValueError(f"--resize={resize}: give pixels")
     if resize:
         from . import transforms  # noqa: F401 - imports torch, which the processes then share
     with console.status(Text(f"looking at {plain(path)}")):
@@ -53,6 +56,7 @@ def prepare_data(
         source.max_pixels = max_pixels
     _check_splits(path, sources, val_share)
     kept = None if classes is None else _kept_classes(classes)
+    _tell_absent(kept or [], sources["train"], console)
     for split, source in sources.items():
         _tell_source(split, source, console)
         settings = Settings(
@@ -85,19 +89,34 @@ def prepare_data(
     )
 
 
+def _check_max_pixels(max_pixels: int) -> None:
+    if max_pixels < 1:
+        raise ValueError(f"--max-pixels={max_pixels}: give a number above 0")
+
+
 def _check_splits(path: Path, sources: dict[str, Source], val_share: float) -> None:
     if "val" not in sources:
         return
     if val_share:
         raise ValueError(f"--val={val_share}: {plain(path)} has a validation split of its own")
     known, there = sources["train"].class_names, sources["val"].class_names
-    if known is not None and there is not None and set(there) < set(known):
+    if there == known:
+        return
+    if known and there and all(finder(known)(name) >= 0 for name in there):
         sources["val"] = match(sources["val"], known, plain(path))  # some classes have no sample
-    elif there != known:
+    else:
         raise ValueError(
             f"{plain(path)}: the validation split has other classes than the training split: "
             "labels would shift, so give both the same class folders (one may be empty)"
         )
+
+
+def _tell_absent(kept: list[str], source: Source, console: Console) -> None:
+    """A class that is listed and not in the data may be misspelt."""
+    place = finder(names_or_numbers(source))
+    if absent := [name for name in kept if place(name) < 0]:
+        told = f"not in the data, {len(absent):,} of {len(kept):,} of --classes: {quoted(absent)}"
+        console.print(told, highlight=False, markup=False, soft_wrap=True)
 
 
 def _kept_classes(path: Path) -> list[str]:
@@ -116,8 +135,12 @@ def verify_data(
     Raises:
         ValueError: one line, if there is nothing that can be read.
     """
-    well = True
-    for split, source in open_splits(path).items():
+    _check_max_pixels(max_pixels)
+    well, sources = True, open_splits(path)
+    if not any(map(len, sources.values())):
+        said = sources["train"].passed_over
+        raise ValueError(f"{plain(path)} holds no images" + f" ({said})" * bool(said))
+    for split, source in sources.items():
         source.max_pixels = max_pixels
         _tell_source(split, source, console)
         listed = output.with_name(f"{output.stem}-{split}{output.suffix}")

@@ -21,6 +21,7 @@ from .which import is_companion
 
 CHUNK = 1 << 20  # characters of a JSON list that are read at a time
 MAX_ENTRY = 1 << 20  # characters of one entry of a JSON list
+TABBED = re.compile(r"\t *\d+\s*$")  # how a line ends: its path may begin like JSON
 GAP = re.compile(r"[ \t\r\n,]*")  # between two of them
 
 
@@ -66,14 +67,15 @@ def read_list(path: Path) -> Iterator[tuple[str, int]]:
         start = file.read(1024)
     if "\0" in start:
         raise ValueError(f"{plain(path)}: not a list of files: it is not UTF-8 text")
-    is_json = start.lstrip().startswith("[")
+    first_line = start.lstrip().partition("\n")[0]
+    is_json = first_line.startswith("[") and not TABBED.search(first_line)
     entries = _json_entries(path) if is_json else _lines(path)
     what = "entry" if is_json else "line"
     for number, entry in entries:
         name, label = _checked(path, f"{what} {number}", *entry)
         # A program that lists files also lists hidden ones; folders in a list are deliberate.
         if not is_companion(name.rpartition("/")[2]):
-            yield name, label
+            yield name.removeprefix("./"), label
 
 
 def _open(path: Path) -> TextIO:

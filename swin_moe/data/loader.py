@@ -28,9 +28,10 @@ from ..text import plain
 from .bad_samples import BadSamples, allowed_bad
 from .classes import difference, places_as_labels
 from .dataset import Batch, ImageDataset, collate, replace_unreadable
+from .names import alike
 from .normalise import Normalise
 from .sampler import Position, ResumableSampler
-from .source import empty_classes, open_source
+from .source import Source, empty_classes, open_source
 from .transforms import build_transform
 
 log = logging.getLogger(__name__)
@@ -325,17 +326,9 @@ def build_loader(
         augment, image_sides, in_chans, data.mean, training, data.max_pixels
     )
     source = open_source(data, num_classes, training, classes)
-    name, split = ("train", data.train) if training else ("val", data.val)
-    if rank == 0 and source.passed_over:
-        log.warning("%s (data.%s=%s)", source.passed_over, name, plain(split))
-    if training and rank == 0 and (told := empty_classes(source, num_classes)):
-        log.warning("data.train=%s: %s", data.train, told)
-    by_name = classes is not None and data.match_classes == "name"
-    if by_name and not training and rank == 0 and (note := difference(source, classes or [])):
-        log.warning("data.path=%s, data.val=%s: %s", plain(data.path), plain(data.val), note)
-    by_place = classes is None and data.match_classes == "name"
-    if by_place and not training and rank == 0 and (note := places_as_labels(source)):
-        log.warning("data.path=%s, data.val=%s: %s", plain(data.path), plain(data.val), note)
+    split = data.train if training else data.val
+    if rank == 0:
+        _tell_of(source, data, num_classes, training, classes)
     sampler = ResumableSampler(
         len(source),
         data.batch_size if training else data.eval_batch_size or data.batch_size,
@@ -361,3 +354,29 @@ def build_loader(
         f"{split}: {content}",
         allowed_bad(len(source), data.max_bad_share),
     )
+
+
+def _tell_of(
+    source: Source,
+    data: DataConfig,
+    num_classes: int,
+    training: bool,
+    classes: list[str] | None,
+) -> None:
+    """Warn of files that are passed over, and of classes that may not be what is meant."""
+    split = f"data.train={plain(data.train)}" if training else f"data.val={plain(data.val)}"
+    if source.passed_over:
+        log.warning("%s (%s)", source.passed_over, split)
+    notes = []
+    if training:
+        notes.append(empty_classes(source, num_classes))
+        if name := alike(source.class_names or []):
+            notes.append(
+                f"two classes look alike, '{plain(name)}': if they are one, move their images "
+                "into one folder"
+            )
+    elif data.match_classes == "name":
+        split = f"data.path={plain(data.path)}, {split}"
+        notes.append(places_as_labels(source) if classes is None else difference(source, classes))
+    for note in filter(None, notes):
+        log.warning("%s: %s", split, note)

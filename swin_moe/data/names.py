@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import unicodedata
 from array import array
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -44,6 +45,35 @@ class Names:
     def __getitem__(self, index: int) -> str:
         start, stop = self._bounds[index], self._bounds[index + 1]
         return os.fsdecode(self._bytes[start:stop].tobytes())
+
+
+def finder(names: Sequence[str]) -> Callable[[str], int]:
+    """A function from a name to its place in a list, −1 for one that is not there.
+
+    macOS writes accents as characters of their own, and both ways look alike: they count as one.
+    """
+    known = {unicodedata.normalize("NFC", name): place for place, name in enumerate(names)}
+    known |= {name: place for place, name in enumerate(names)}
+    return lambda name: known.get(name, known.get(unicodedata.normalize("NFC", name), -1))
+
+
+def alike(names: Sequence[str]) -> str:
+    """The first name that stands twice with its accents written differently; empty if none does."""
+    seen: set[str] = set()
+    for name in names:
+        composed = unicodedata.normalize("NFC", name)
+        if composed in seen:
+            return name
+        seen.add(composed)
+    return ""
+
+
+def other_numbers(names: Sequence[str]) -> str:
+    """Names that are numbers, but not those of their places: ``10`` sorts before ``2``."""
+    for place, name in enumerate(names):
+        if name.isdecimal() and int(name[:9]) != place:
+            return f": label {place} is class '{name}'"
+    return ""
 
 
 def read_classes(path: Path) -> list[str]:

@@ -143,12 +143,19 @@ def _look(path: Path) -> _Shard:
         kind = file.schema_arrow.field(image).type
         if pyarrow.types.is_struct(kind) and "bytes" in {f.name for f in kind.fields}:
             kind = kind.field("bytes").type
-        if not (pyarrow.types.is_binary(kind) or pyarrow.types.is_large_binary(kind)):
+        if pyarrow.types.is_dictionary(kind):
+            kind = kind.value_type
+        if str(kind) not in ("binary", "large_binary", "binary_view"):
             raise ValueError(f"{path}: the column '{image}' holds {kind}, not encoded images")
         with _naming(path):
             column = file.read(columns=[label]).column(0)
+            if pyarrow.types.is_dictionary(column.type):
+                column = column.cast(column.type.value_type)
         if not pyarrow.types.is_integer(column.type):
-            raise ValueError(f"{path}: the column '{label}' holds {column.type}, not class numbers")
+            raise ValueError(
+                f"{path}: the column '{label}' holds {column.type}, not class numbers: write "
+                "numbers from 0 on"
+            )
         if column.null_count:
             row = column.is_null().to_pylist().index(True)
             raise ValueError(f"{path}: row {row} has no label")

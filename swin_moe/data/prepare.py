@@ -26,7 +26,7 @@ from ..text import plain
 from .bad_samples import Skipped
 from .decode import EncodedImage, UnreadableImage
 from .index import Manifest, Shard, replacing, write_index
-from .names import write_classes
+from .names import finder, write_classes
 from .parallel import in_processes
 from .progress import sample_progress
 from .rng import permutation
@@ -143,15 +143,19 @@ def _relabel(source: Source, classes: list[str] | None) -> tuple[np.ndarray, lis
     if len(set(classes)) < len(classes):
         twice = next(name for name in classes if classes.count(name) > 1)
         raise ValueError(f"the class '{twice}' is listed twice")
-    known = source.class_names or [str(number) for number in range(len(source.class_counts))]
-    new = {name: label for label, name in enumerate(classes)}
-    table = np.array([new.get(name, -1) for name in known], np.int32)
+    known = names_or_numbers(source)
+    table = np.array(list(map(finder(classes), known)), np.int32)
     if (table < 0).all():
         raise ValueError(
             f"none of the {len(classes):,} listed classes is in the data, first listed "
             f"'{classes[0]}', first there '{known[0]}'"
         )
     return table[source.labels], classes
+
+
+def names_or_numbers(source: Source) -> list[str]:
+    """What ``--classes`` calls the classes of a source."""
+    return source.class_names or [str(number) for number in range(len(source.class_counts))]
 
 
 def _split(labels: np.ndarray, settings: Settings, split: str) -> dict[str, np.ndarray]:
@@ -167,6 +171,12 @@ def _split(labels: np.ndarray, settings: Settings, split: str) -> dict[str, np.n
     rank = np.empty(len(order), np.int64)
     rank[by_class] = place
     held_out = rank < np.round(settings.val_share * counts)[mine]
+    if len(order) and (held_out.all() or not held_out.any()):
+        what, how = ("all", "smaller") if held_out.all() else ("none", "larger")
+        raise ValueError(
+            f"--val={settings.val_share}: it would hold out {what} of {len(order):,} samples, for "
+            f"it counts in each class: give a {how} share"
+        )
     return {split: order[~held_out], "val": order[held_out]}
 
 
@@ -251,7 +261,9 @@ def _write_shard(shard: int) -> tuple[int, int]:
                     encoded = job.source.read(index)
                     data, extension = _encoded(encoded, job.resize, job.source.max_pixels)
                 # An OSError ends the run, which may go on later: the disk may be at fault.
-                except ValueError as error:
+                except (FileNotFoundError, ValueError) as error:
+                    if isinstance(error, FileNotFoundError) and not _is_missing(error, job, index):
+                        raise
                     kind = error.kind if isinstance(error, UnreadableImage) else "cannot be read"
                     skipped.append(Skipped(job.source.key(index), kind, str(error)))
                     continue
@@ -271,6 +283,12 @@ def _write_shard(shard: int) -> tuple[int, int]:
     with replacing(work) as temporary:
         temporary.write_text(json.dumps(state), encoding="utf-8")
     return shard, size
+
+
+def _is_missing(error: FileNotFoundError, job: _Job, index: int) -> bool:
+    """Whether this image alone is not there, as a list may name it; else a disk went away."""
+    key = job.source.key(index)
+    return error.filename == key and Path(key).parent.is_dir()
 
 
 def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
@@ -315,7 +333,7 @@ def image_extension(data: bytes) -> str | None:
     """What an image file begins with, as an extension."""
     for start, extension in (
         (b"\xff\xd8\xff", "jpg"), (b"\x89PNG\r\n", "png"), (b"GIF8", "gif"), (b"BM", "bmp"),
-        (b"II*\0", "tif"), (b"MM\0*", "tif"),
+        (b"II*\0", "tif"), (b"MM\0*", "tif"), (b"II+\0", "tif"), (b"MM\0+", "tif"),
     ):  # fmt: skip
         if data.startswith(start):
             return extension

@@ -48,7 +48,8 @@ class Scan:
 
     Attributes:
         content: the unpacked archive, if it was compressed.
-        passed_over: how many images have no label of their key.
+        passed_over: how many images have no label of their key; in a tar per class, how many files
+            are not named like images.
     """
 
     table: np.ndarray
@@ -219,7 +220,7 @@ class _Scanner:
     path: Path
     tar: tarfile.TarFile
     class_label: int | None
-    passed_over: int = 0  # images without a label of their key
+    passed_over: int = 0
     seen: set[str] = field(default_factory=set)
     group: _Group | None = None
     dotted: _Group | None = None
@@ -234,8 +235,9 @@ class _Scanner:
             if extension == "cls":
                 raise self._wrong("it has labels (.cls), but others beside it do not")
         if extension not in KNOWN:
-            if self.class_label is not None and self.group is not None:
+            if self.class_label is not None:
                 self._check_alone(member)
+                self.passed_over += 1
             return
         dotted = self.class_label is None and base_plus_ext(member.name)[0] != key
         group = self.dotted if dotted else self.group
@@ -260,7 +262,8 @@ class _Scanner:
 
     def _check_alone(self, member: tarfile.TarInfo) -> None:
         """In a tar per class, an image has no text or JSON of its own beside it."""
-        assert self.group is not None
+        if self.group is None:
+            return
         if self.group.key.rpartition(".")[0] == member.name.rpartition(".")[0]:
             raise self._wrong(
                 f"'{plain(self.group.key)}' has '{plain(member.name)}' beside it and no label "
@@ -294,7 +297,7 @@ class _Scanner:
         return ValueError(f"{plain(self.path)}: {what}: {_REMEDY}")
 
     def table(self, number: int) -> np.ndarray:
-        if self.passed_over and not len(self.fields[0]):
+        if self.passed_over and not len(self.fields[0]) and self.class_label is None:
             raise self._wrong(f"{self.passed_over} images, but none with a .cls of its key")
         table = np.empty(len(self.fields[0]), RECORD)
         table["shard"] = number
@@ -305,10 +308,8 @@ class _Scanner:
         return table
 
     def _parse(self, key: str, text: bytes) -> int:
-        try:
-            label = int(text)
-        except ValueError:
-            label = -1
+        digits = text.strip()
+        label = int(digits) if digits.isdigit() else -1
         if not 0 <= label < MAX_CLASSES:
             raise self._wrong(
                 f"the label of sample '{plain(key)}' is {text[:20]!r}, not a class number from 0 on"

@@ -139,9 +139,12 @@ class ShardSource(Bounded):
         self.numbered = kind != PER_CLASS
         self._files: dict[int, IO[bytes]] = {}
         self.manifest: Path | None = None  # that came with the shards
-        unlabelled = int(manifest.preparation.get(PASSED_OVER) or 0)
-        said = f"{unlabelled:,} images passed over: no .cls of the same key stands beside them"
-        self.passed_over = said if unlabelled else ""
+        passed = int(manifest.preparation.get(PASSED_OVER) or 0)
+        if self.numbered:
+            said = f"{passed:,} images passed over: no .cls of the same key stands beside them"
+        else:
+            said = f"{passed:,} files in the tars passed over: they are not named like images"
+        self.passed_over = said if passed else ""
 
     @property
     def labels(self) -> np.ndarray:

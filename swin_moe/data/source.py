@@ -165,6 +165,7 @@ def open_splits(path: Path) -> dict[str, Source]:
         found = {name: _open_split(path, name) for name in ("train", "val", "validation")}
         if found["train"] is not None:
             held_out = found["val"] or found["validation"]
+            _tell_other_splits(path, "val" if found["val"] else "validation")
             return {"train": found["train"]} | ({"val": held_out} if held_out else {})
     source = open_path(path)
     if source is None:
@@ -172,7 +173,23 @@ def open_splits(path: Path) -> dict[str, Source]:
             f"{path}: nothing that can be read: give a folder of class folders, of tars or of "
             "parquet files, a .zip, a list of files with labels, or a pattern of shards"
         )
+    if splits := _splits_as_classes(source):
+        raise ValueError(
+            f"{plain(path)}: {splits}: give a folder of train/CLASS/… and val/CLASS/…, or each "
+            "split by itself, unpacked"
+        )
     return {"train": source}
+
+
+def _tell_other_splits(root: Path, held_out: str) -> None:
+    """Folders that look like splits, but are not read."""
+    rest = [name for name in SPLITS if name not in ("train", held_out) and (root / name).is_dir()]
+    if rest := [name for name in rest if not _is_flat(root / name)]:
+        log.warning(
+            "%s: train and val are read, but not %s: rename it to val, or give it by itself",
+            plain(root),
+            " and ".join(rest),
+        )
 
 
 def _is_flat(folder: Path) -> bool:
@@ -214,6 +231,11 @@ def _open_folder(root: Path) -> Source:
         _check_alone(root, packed)
     if shards and have_labels(shards):
         return open_shards(shards, _class_names(root) or _class_names(root.parent))
+    if len(shards) == 1 and class_of(shards[0]).lower() in SPLITS:
+        raise ValueError(
+            f"{plain(shards[0])} has no labels (.cls), and a tar per class is called like its "
+            "class: unpack it"
+        )
     if shards:
         shards.sort(key=class_of)  # as class folders would come
         return open_shards(shards, [class_of(path) for path in shards], range(len(shards)))
@@ -296,12 +318,20 @@ def _check_names(source: Source) -> None:
             f"{len(names)} class names, but a label is {len(counts) - 1}: give every class a line "
             "in classes.txt, or remove the file"
         )
-    split = [name for name in names or () if name.lower() in SPLITS]
-    if len(split) > 1 and split == names:
+    if splits := _splits_as_classes(source):
         raise ValueError(
-            f"its classes are '{split[0]}' and '{split[1]}', which are splits: set data.path to "
-            "the folder that holds them, and unzip an archive of them first"
+            f"{splits}: set data.path to the folder that holds them, and unzip an archive of them "
+            "first"
         )
+
+
+def _splits_as_classes(source: Source) -> str:
+    """What to tell of a set of splits that was taken for one of classes; empty if it is none."""
+    names = source.class_names or []
+    split = [name for name in names if name.lower() in SPLITS]
+    if len(split) < 2 or split != names:
+        return ""
+    return f"its classes are '{split[0]}' and '{split[1]}', which are splits"
 
 
 def _check_labels(source: Source, num_classes: int) -> None:

@@ -60,7 +60,7 @@ class ZipSource(Bounded):
     """
 
     def __init__(self, archive: Path, listing: Path | None) -> None:
-        self.archive, self.passed_over = archive, ""
+        self.archive, self.passed_over, self._around = archive, "", ""
         self._bytes = archive.stat().st_size
         if listing is None:
             self._by_folder()
@@ -88,7 +88,7 @@ class ZipSource(Bounded):
                 passed.add(entry.name)
         names.freeze()
         self.passed_over = passed.line()
-        class_of, all_classes = _class_names(number, folders)
+        class_of, all_classes, self._around = _class_names(number, folders)
         self.class_names: list[str] | None = all_classes
         ranks = {name: rank for rank, name in enumerate(self.class_names)}
         label_of = np.array([ranks[name] for name in class_of], np.int32)
@@ -140,7 +140,8 @@ class ZipSource(Bounded):
 
     def describe(self) -> str:
         """Format and size, for the log."""
-        return f"zip ({self.archive}, {decimal(self._bytes)})"
+        below = f", classes are the folders in {plain(self._around)}" * bool(self._around)
+        return f"zip ({self.archive}, {decimal(self._bytes)}{below})"
 
     def key(self, index: int) -> str:
         """Name of a sample: the archive and its member."""
@@ -195,8 +196,10 @@ def _class_folder(name: str) -> str | None:
     return parent or None
 
 
-def _class_names(parents: Iterable[str], folders: Iterable[str]) -> tuple[list[str], list[str]]:
-    """Each folder's class, and all classes sorted by name.
+def _class_names(
+    parents: Iterable[str], folders: Iterable[str]
+) -> tuple[list[str], list[str], str]:
+    """Each folder's class, all classes sorted by name, and the path of the folder they are in.
 
     The class is the first part of the path below what all folders of images have in common.
 
@@ -213,7 +216,7 @@ def _class_names(parents: Iterable[str], folders: Iterable[str]) -> tuple[list[s
         for parts in (folder.split("/") for folder in folders if not among_companions(folder))
         if split and len(parts) > common and parts[:common] == split[0][:common]
     } - {""}
-    return class_of, sorted(empty.union(class_of))
+    return class_of, sorted(empty.union(class_of)), "/".join(split[0][:common]) if split else ""
 
 
 def _follows(name: str, former: str) -> bool:
@@ -296,6 +299,7 @@ def _parse_entry(buffer: bytes, start: int, archive: Path) -> tuple[_Entry, int]
     name = _decoded(raw, flags & 0x800 != 0)
     if fields[1] >> 8 == DOS:  # where some programs write folders so
         name = name.replace("\\", "/")
+    name = name.removeprefix("./") or "/"
     if flags & 1 or method not in (STORED, DEFLATED):
         raise ValueError(
             f"{archive}: '{plain(name)}' is encrypted or compressed in an unusual way: zip the "

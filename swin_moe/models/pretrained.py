@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..checkpoint import persistent_buffers
 from ..config import Architecture, ModelConfig, validate_architecture
+from ..data.names import finder, other_numbers
 from ..moe.experts import ExpertLinear
 from ..text import plain
 from ..variants import VARIANTS
@@ -243,9 +244,10 @@ def _load(model: SwinTransformer, source: Pretrained, classes: list[str] | None)
     notes = [f"{len(result.state)} tensors of {source.dialect} names"]
     if result.resized:
         notes.append(f"{len(result.resized)} resized")
-    if HEAD[0] in state:  # else its reason is why it was dropped
-        head = result.head or head
-    elif HEAD[0] in target:
+    if HEAD[0] in state and result.head:  # else its reason is why it was dropped
+        few = f"re-initialised for {model.config.num_classes} classes (the data name {{}} of them)"
+        head = few.format(len(classes or ())) if head.endswith("by name") else result.head
+    elif HEAD[0] in target and HEAD[0] not in state:
         held = f"has another one: {other_head[0]} …" if other_head else "has none"
         head = head or f"re-initialised (the file {held})"
     if head:
@@ -261,22 +263,24 @@ def head_by_name(
     Returns:
         the weights, and what became of the head; empty if names are unknown or the same.
     """
-    if theirs is None or ours is None or theirs == ours or HEAD[0] not in state:
+    if theirs == ours or HEAD[0] not in state:
         return state, ""
-    rows = {name: row for row, name in enumerate(theirs)}
+    if theirs is None or ours is None:
+        unlike = other_numbers(theirs or ours or [])
+        return state, f"taken by number{unlike}" if unlike else ""
     without = {name: tensor for name, tensor in state.items() if name not in HEAD}
     if (len(theirs), len(ours)) == (21841, 1000):
         return state, ""  # their official map of rows knows one class more than the names
-    if unknown := [name for name in ours if name not in rows]:
+    rows = list(map(finder(theirs), ours))
+    if unknown := [name for name, row in zip(ours, rows, strict=True) if row < 0]:
         way = "; data.match_classes=number takes it as it is" * (len(theirs) == len(ours))
         return without, (
             f"re-initialised for {len(ours):,} classes (the file's {len(theirs):,} lack "
             f"{len(unknown):,} of them, first '{plain(unknown[0])}'{way})"
         )
-    if len(rows) < len(theirs):
+    if len(set(theirs)) < len(theirs):
         return without, f"re-initialised for {len(ours):,} classes (the file names two alike)"
-    chosen = torch.tensor([rows[name] for name in ours])
-    head = {name: state[name][chosen] for name in HEAD if name in state}
+    head = {name: state[name][rows] for name in HEAD if name in state}
     return without | head, f"of {len(theirs):,} classes, {len(ours):,} taken by name"
 
 

@@ -122,6 +122,12 @@ def test_accents_that_macos_writes_apart_are_the_same_name(tmp_path):
     assert labels(loader) == [1, 1, 0, 0]
 
 
+def test_two_classes_that_look_alike_are_told(tmp_path, caplog):
+    make_folder(tmp_path / "train", ["caf\u00e9", "cafe\u0301"])
+    open_loader(tmp_path, num_classes=2)
+    assert "two classes look alike, 'caf" in caplog.text
+
+
 def test_an_empty_class_that_the_model_lacks_is_named(tmp_path):
     make_folder(tmp_path / "train", ["a", "b"])
     (tmp_path / "train" / "c").mkdir()

@@ -109,6 +109,15 @@ def test_classes_are_chosen_and_numbered_by_a_file(tmp_path):
              folder, tmp_path / "o", classes=tmp_path / "none.txt")  # fmt: skip
 
 
+def test_listed_classes_are_found_with_either_accents_and_named_if_absent(tmp_path, capsys):
+    folder = make_folder(tmp_path / "train", ["ant", "cafe\u0301"])
+    (tmp_path / "classes.txt").write_text("caf\u00e9\nyak\n", encoding="utf-8")
+    options = {"classes": tmp_path / "classes.txt", "workers": 1}
+    commands.prepare_data(folder, tmp_path / "out", Console(), **options)
+    assert open_splits(tmp_path / "out")["train"].class_counts.tolist() == [2]
+    assert "not in the data, 1 of 2 of --classes: 'yak'" in capsys.readouterr().out
+
+
 def test_larger_images_are_resized(tmp_path):
     folder = make_folder(tmp_path / "train", ["ant"], per_class=1)
     exif = Image.Exif()
@@ -166,12 +175,49 @@ def test_both_splits_of_a_root(tmp_path):
     shutil.rmtree(tmp_path / "in" / "val" / "ant")
     val = _prepare(tmp_path / "in", tmp_path / "less")["val"]
     assert val.labels.tolist() == [1]  # by name: none of the first class
+    shutil.rmtree(tmp_path / "in" / "val")
+    make_folder(tmp_path / "in" / "train", ["cafe\u0301"])
+    make_folder(tmp_path / "in" / "val", ["caf\u00e9"])
+    assert _prepare(tmp_path / "in", tmp_path / "accents")["val"].labels.tolist() == [2, 2]
     make_folder(tmp_path / "in" / "val", ["cow"])
     _refused("the validation split has other classes than", tmp_path / "in", tmp_path / "o")
 
 
+def test_splits_are_no_classes_and_are_named_if_left_out(tmp_path, caplog):
+    make_folder(tmp_path / "in" / "training", ["ant", "bee"])
+    make_folder(tmp_path / "in" / "validation", ["ant", "bee"])
+    _refused("its classes are 'training' and 'validation', which", tmp_path / "in", tmp_path / "o")
+    (tmp_path / "in" / "training").rename(tmp_path / "in" / "train")
+    make_folder(tmp_path / "in", ["test"])  # flat: it has no labels
+    open_splits(tmp_path / "in")
+    assert not caplog.messages
+    (tmp_path / "in" / "validation").rename(tmp_path / "in" / "valid")
+    assert list(open_splits(tmp_path / "in")) == ["train"]
+    assert "train and val are read, but not valid: rename it to val" in caplog.text
+
+
+def test_a_file_that_a_list_names_and_that_is_not_there_is_left_out(tmp_path):
+    make_folder(tmp_path, ["ant"])
+    (tmp_path / "x_map.txt").write_text("ant/0.png\t0\nant/gone.png\t0\nant/1.png\t0\n")
+    assert len(_prepare(tmp_path / "x_map.txt", tmp_path / "out")["train"]) == 2
+    assert "gone.png" in (tmp_path / "out" / "bad-samples-train.jsonl").read_text()
+
+
+def test_a_big_tiff_is_kept(tmp_path):
+    folder = make_folder(tmp_path / "train", ["ant"])
+    Image.new("RGB", (4, 4)).save(folder / "ant" / "big.tif", big_tiff=True)
+    assert len(_prepare(folder, tmp_path / "out")["train"]) == 3
+
+
 def test_wrong_use(tmp_path, monkeypatch):
     folder = make_folder(tmp_path / "train", ["ant"])
+    _refused(r"--max-pixels=0: give", folder, tmp_path / "o", max_pixels=0)
+    _refused(r"--resize=-3: give pixels", folder, tmp_path / "o", resize=-3)
+    _refused(r"--val=0\.01: it would hold out none of 2", folder, tmp_path / "o", val_share=0.01)
+    _refused(r"--val=0\.99: it would hold out all of 2", folder, tmp_path / "o", val_share=0.99)
+    make_folder(tmp_path / "empty", ["ant"], per_class=0)
+    with pytest.raises(ValueError, match="empty holds no images"):
+        commands.verify_data(tmp_path / "empty", Console(quiet=True), tmp_path / "bad.jsonl")
     _refused(r"--val=1\.5", folder, tmp_path / "o", val_share=1.5)
     _refused(r"--shard-size=0", folder, tmp_path / "o", shard_megabytes=0)
     _refused(r"nowhere: nothing that can be read", tmp_path / "nowhere", tmp_path / "o")

@@ -97,6 +97,25 @@ def test_folders_around_the_classes_of_a_zip(tmp_path):
     assert one.class_names == ["cat"]
 
 
+def test_the_folder_around_the_classes_of_a_zip_is_said(tmp_path):
+    with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
+        for name in ("cat/a/1.jpg", "cat/b/2.jpg"):  # folders of one class, or a folder of classes?
+            archive.writestr(name, encode(0))
+    source = ZipSource(tmp_path / "x.zip", None)
+    assert source.class_names == ["a", "b"]
+    assert "classes are the folders in cat)" in source.describe()
+
+
+def test_paths_that_begin_with_here_or_a_bracket(tmp_path):
+    names = ["./cat/1.jpg", "[dog]/2.jpg"]
+    _make_zip(tmp_path / "x.zip", names=names)
+    for lines in ("cat/1.jpg\t1\n./[dog]/2.jpg\t0\n", "[dog]/2.jpg\t0\n./cat/1.jpg\t1\n"):
+        (tmp_path / "x_map.txt").write_text(lines)
+        source = open_path(tmp_path / "x.zip")
+        found = {source.key(i).rpartition("/")[2]: int(source.labels[i]) for i in range(2)}
+        assert found == {"1.jpg": 1, "2.jpg": 0}
+
+
 def test_a_validation_zip_with_other_classes(tmp_path):
     for split, classes in (("train", "abc"), ("val", "ac")):
         with zipfile.ZipFile(tmp_path / f"{split}.zip", "w") as archive:
@@ -297,6 +316,19 @@ def test_parquet_keeps_few_row_row_groups(tmp_path, monkeypatch):
     assert len(source._kept) == 2
 
 
+def test_parquet_of_repeated_values(tmp_path):
+    path = _make_parquet(tmp_path / "x.parquet")
+    import pyarrow
+    import pyarrow.parquet
+
+    images = pyarrow.array([encode(0), encode(1), encode(0)]).dictionary_encode()
+    labels = pyarrow.array([4, 7, 4]).dictionary_encode()
+    pyarrow.parquet.write_table(pyarrow.table({"image": images, "label": labels}), path)
+    source = open_path(path)
+    assert source.labels.tolist() == [4, 7, 4]
+    assert _read_all(source) == [encode(0), encode(1), encode(0)]
+
+
 def test_faulty_parquet(tmp_path):
     path = _make_parquet(tmp_path / "x.parquet", label="target")
     _refused(r"x\.parquet: no column label or .*: it has image, target", open_path, path)
@@ -340,6 +372,19 @@ def test_odd_members_do_not_hide_the_labels(tmp_path):
     plain = [("b.1.png", encode(1)), ("b.2.png", encode(2))]
     _write_members(tmp_path / "train" / "001.tar", plain)
     _refused(r"001\.tar: 2 images, but none with a \.cls", open_splits, tmp_path)
+
+
+def test_what_a_tar_of_one_class_holds_besides_is_counted(tmp_path):
+    _write_members(tmp_path / "ant.tar", [("README", b"?"), ("a.heic", b"?"), ("b.png", encode(0))])
+    _write_members(tmp_path / "bee.tar", [("c.png", encode(1))])
+    source = open_path(tmp_path)
+    assert source.passed_over == "2 files in the tars passed over: they are not named like images"
+    assert source.labels.tolist() == [0, 1]
+
+
+def test_a_tar_that_is_called_like_a_split_is_no_class(tmp_path):
+    _write_members(tmp_path / "train.tar", [("cat/a.png", encode(0)), ("dog/b.png", encode(1))])
+    _refused(r"train\.tar has no labels .* unpack it", open_path, tmp_path)
 
 
 def test_tars_of_one_class_keep_every_name(tmp_path):

@@ -26,6 +26,30 @@ def test_the_same_or_unknown_names_leave_the_head_as_it_is():
         assert said == ""
 
 
+def test_accents_written_either_way_are_the_same_class():
+    state, said = head_by_name(STATE, ["cat", "caf\u00e9", "fox"], ["cafe\u0301", "fox"])
+    assert state["head.bias"].tolist() == [1, 2]
+    assert said == "of 3 classes, 2 taken by name"
+
+
+def test_numbers_as_names_are_not_taken_for_places_in_silence():
+    numbers = ["1", "10", "2"]
+    for theirs, ours in [(None, numbers), (numbers, None)]:
+        state, said = head_by_name(STATE, theirs, ours)
+        assert state is STATE
+        assert said == "taken by number: label 0 is class '1'"
+
+
+def test_data_with_fewer_names_than_the_model_has_classes(tmp_path):
+    model = SwinTransformer(config("swinv2", depths=[1, 1], num_heads=[2, 4]))
+    torch.save(model.state_dict(), tmp_path / "x.pth")
+    source = read_pretrained(tmp_path / "x.pth")
+    classes = model.config.num_classes
+    source.class_names = [f"c{number}" for number in range(classes)]
+    said = load_pretrained(model, source, ["c1"])
+    assert said.endswith(f"head re-initialised for {classes} classes (the data name 1 of them)")
+
+
 def test_a_head_that_lacks_a_class_is_not_taken():
     state, said = head_by_name({**STATE, "norm.bias": torch.zeros(2)}, NAMES, ["cat", "cow", "dog"])
     assert set(state) == {"norm.bias"}
