@@ -5,6 +5,7 @@ Every rank asserts; the folder is only told how much was checked.
 
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import torch
 
@@ -63,8 +64,7 @@ def make_trainer(world, spoilt: int = -1, **changes):
         train_loader=Images(world.rank, spoilt), eval_loader=None,
         mixing=lambda images, labels, step: (images, torch.eye(5)[labels]), world=world,
         log=SimpleNamespace(write=records.append), save=None,
-        saver=SimpleNamespace(poll=lambda: None), faults=FaultsConfig(nonfinite="stop"),
-        watchdog=SimpleNamespace(beat=lambda: None, doing=lambda what: None),
+        saver=MagicMock(), faults=FaultsConfig(nonfinite="stop"), watchdog=MagicMock(),
         stop_signal=lambda: False, say=print,
     )  # fmt: skip
     return trainer, records
