@@ -37,6 +37,27 @@ def _same(kept: Tensor, source: Tensor) -> bool:
     return kept.dtype == source.dtype and torch.equal(kept, source)
 
 
+def _is_plain(module: nn.Module) -> bool:
+    """Whether its parameters alone say what it computes: pruning and adapters know more."""
+    hooks = module._forward_pre_hooks or module._forward_hooks
+    return type(module) in (nn.Sequential, Fp32Linear, nn.ReLU) and not hooks
+
+
+@torch.no_grad()
+def _make_coords(attention: WindowAttention, _: object = None) -> None:
+    """Set the coordinates. No file holds them, so that each loading of weights does, too.
+
+    A model that was made on the meta device has none, nor after ``to_empty``.
+    """
+    if attention.kind == "table":
+        return
+    if attention.coords.is_meta:
+        device = next(attention.parameters()).device
+        attention.coords = torch.empty_like(attention.coords, device=device)
+    sizes = attention.window_size, attention.pretrained_window_size
+    attention.coords.copy_(relative_coords(*sizes, torch.device("cpu")))
+
+
 class WindowAttention(nn.Module):
     """Attention of one block; state-dict names are the official ones.
 
@@ -92,6 +113,7 @@ class WindowAttention(nn.Module):
             )
             coords = torch.empty((2 * window_size - 1) ** 2, 2)
             self.register_buffer("coords", coords, persistent=False)
+            self.register_load_state_dict_post_hook(_make_coords)
         self.proj = nn.Linear(dim, dim)
         self.proj_drop = nn.Dropout(proj_drop)
         self._evaluated_bias: Evaluated | None = None
@@ -106,8 +128,7 @@ class WindowAttention(nn.Module):
         """What is the attention's own, buffers included; the Linear layers are reset elsewhere."""
         if self.kind == "table":
             nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
-        else:
-            self.coords.copy_(relative_coords(self.window_size, self.pretrained_window_size))
+        _make_coords(self)
         if self.cosine:
             nn.init.constant_(self.logit_scale, math.log(10.0))
             for bias in (self.q_bias, self.v_bias):
@@ -125,7 +146,8 @@ class WindowAttention(nn.Module):
             return self._position_bias(window_size)
         table = self.kind == "table"
         sources = [self.relative_position_bias_table] if table else [*self.cpb_mlp.parameters()]
-        if not all(map(_is_kept, sources)):
+        plain = table or all(map(_is_plain, self.cpb_mlp.modules()))
+        if not (plain and all(map(_is_kept, sources))):
             return self._position_bias(window_size)
         kept = self._evaluated_bias
         # By value: what is written to `.data`, as averages of weights do, is counted nowhere.

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
+from torch.nn.utils import prune
 
 from tests.models.test_swin import lively
 
@@ -112,3 +113,32 @@ def test_what_stands_in_for_the_parameters_is_not_kept(family):
         expected = functional_call(copy.deepcopy(model).train(False), other, (images,))
         model(images)  # keeps its own
         assert torch.equal(functional_call(model, other, (images,)), expected)
+
+
+@pytest.mark.parametrize("family", ["swinv2", "swin_moe"])
+def test_pruning_that_goes_on_is_seen(family):
+    """Its mask is a buffer, and the parameter stays as it was."""
+    model, images = lively(family).eval(), torch.randn(2, 3, 32, 32)
+    linear = attention_of(model).cpb_mlp[0]
+    with torch.no_grad():
+        for _ in range(2):
+            prune.l1_unstructured(linear, "weight", amount=0.6)
+            assert torch.equal(model(images), copy.deepcopy(model).train().eval()(images))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("way", ["to_empty", "assign", "rounded before"])
+def test_loading_weights_sets_what_no_file_holds(family, way):
+    """The coordinates of a model that was made without memory, or rounded to bf16 since."""
+    model, images = lively(family).eval(), torch.randn(2, 3, 32, 32)
+    if way == "rounded before":
+        other = copy.deepcopy(model).bfloat16().float()
+    else:
+        other = copy.deepcopy(model).to("meta")
+    if way == "to_empty":
+        other.to_empty(device="cpu")
+        for buffer in other.buffers():
+            buffer.fill_(-7)
+    other.load_state_dict(model.state_dict(), assign=way == "assign")
+    with torch.no_grad():
+        assert torch.equal(other(images), model(images))
