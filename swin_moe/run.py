@@ -18,7 +18,7 @@ from rich.console import Console
 from . import checkpoint, distributed, ops, preflight, ranks, report
 from .changes import data_facts
 from .checkpoint import Saved, Writer
-from .config import Config, ZeroConfig, dump_config, share_global_batch
+from .config import Config, ZeroConfig, dump_config, idle_keys, share_global_batch
 from .data import Loader, build_mixing
 from .data.show import contact_sheet
 from .distributed import World
@@ -32,7 +32,7 @@ from .models.cost import count
 from .models.parts import build_in_parts
 from .models.pretrained import Pretrained, as_it_is, load_pretrained
 from .models.swin import FAMILIES
-from .moe import MoELayer, choose_overlap, idle_keys, lost_gate
+from .moe import MoELayer, choose_overlap, lost_gate
 from .optim import build_schedule
 from .placement import Layout, expert_share
 from .precision import resolve_precision
@@ -154,7 +154,7 @@ def _job(
 
 def _say_how_it_starts(run: Run, config: Config) -> None:
     post_norm = FAMILIES[config.model.family].post_norm
-    for warning in filter(None, (lost_gate(config.moe, post_norm), idle_keys(config.moe))):
+    for warning in filter(None, (lost_gate(config.moe, post_norm), idle_keys(config))):
         run.say(f"warning: {warning}")
     _log_place(run.world)
     restart, allowed = ranks.restarts()

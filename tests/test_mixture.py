@@ -7,10 +7,18 @@ import torch
 from rich.console import Console
 
 from swin_moe import build_model
-from swin_moe.config import Architecture, ConfigError, MoEConfig, dump_config, load_config
+from swin_moe.config import (
+    Architecture,
+    Config,
+    ConfigError,
+    MoEConfig,
+    dump_config,
+    idle_keys,
+    load_config,
+)
 from swin_moe.distributed import Group, World
 from swin_moe.models.weights import WeightsError, write
-from swin_moe.moe import idle_keys, lost_gate
+from swin_moe.moe import lost_gate
 from swin_moe.run_directory import Run, keep_former_defaults
 from tests.parallel import MICRO
 
@@ -137,7 +145,32 @@ def test_who_trains_a_router_without_a_gradient_is_warned(changes, post_norm, wa
     ],
 )
 def test_keys_that_the_routing_does_not_read_are_named(changes, named):
-    said = idle_keys(MoEConfig(**{"blocks": [[1]], **changes}))
+    said = idle_keys(Config(moe=MoEConfig(**{"blocks": [[1]], **changes})))
+    assert named in said
+    assert bool(said) == bool(named)
+
+
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [
+        ("zero.nvme_path=/tmp", "zero.nvme_path with zero.offload=none"),
+        ("augment.mixup_switch_prob=0.3", ""),
+        ("augment.cutmix=0 augment.mixup_prob=0.3", ""),
+        ("augment.cutmix=0 augment.mixup_switch_prob=0.3",
+         "augment.mixup_switch_prob with augment.cutmix=0.0"),
+        ("augment.cutmix=0 augment.mixup=0 augment.mixup_prob=0.3",
+         "augment.mixup_prob with augment.mixup=0.0"),
+        ("augment.color_jitter=0.8", "augment.color_jitter with augment.auto_augment=rand"),
+        ("augment.color_jitter=0", ""),
+        ("augment.color_jitter=0.8 augment.auto_augment=3a", ""),
+        ("schedule.warmup_epochs=0 schedule.warmup_lr=0", "schedule.warmup_lr with schedule.warm"),
+        ("faults.nonfinite=stop faults.max_nonfinite=3", "faults.max_nonfinite with faults.nonf"),
+        ("ops.fused=false ops.allow_unverified=true", "ops.allow_unverified with ops.fused=False"),
+    ],
+)  # fmt: skip
+def test_keys_that_nothing_reads_are_named(tmp_path, override, named):
+    (tmp_path / "c.yaml").write_text("model: {name: swinv2}\n")
+    said = idle_keys(load_config(tmp_path / "c.yaml", override.split()))
     assert named in said
     assert bool(said) == bool(named)
 

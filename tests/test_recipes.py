@@ -9,7 +9,7 @@ from rich.console import Console
 
 from swin_moe import build_model, list_models
 from swin_moe.catalog import models_table
-from swin_moe.config import ConfigError, load_config, validate
+from swin_moe.config import ConfigError, idle_keys, load_config, validate
 from swin_moe.models.cost import count
 from swin_moe.moe import lost_gate
 from swin_moe.variants import PUBLISHED, VARIANTS
@@ -135,6 +135,7 @@ def test_recipes_are_those_that_were_published(path):
               for key in expected}  # fmt: skip
     assert values == expected
     assert not lost_gate(config.moe, config.model.family == "swinv2")
+    assert not idle_keys(config)
 
 
 # Image, window and drop path of the official configs, by name; experts have theirs above.

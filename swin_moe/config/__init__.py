@@ -1,6 +1,7 @@
 """Typed configuration: strict YAML in, sections of typed keys out."""
 
 from .batch import micro_batches, share_global_batch
+from .idle import idle_keys
 from .loading import (
     KNOWN,
     ConfigError,
@@ -56,6 +57,7 @@ __all__ = [
     "check_moe_blocks",
     "dump_config",
     "dump_plain",
+    "idle_keys",
     "load_config",
     "load_plain",
     "micro_batches",

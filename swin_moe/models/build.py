@@ -7,6 +7,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..config import (
@@ -52,6 +53,8 @@ def build_model(name: str, **overrides: Any) -> SwinTransformer:
     refuse_dense(config, stated, {}, source=name)
     if not config.model.pretrained:
         return build(config.model, config.moe)
+    if torch.empty(0).is_meta:
+        raise ConfigError(f"{name}: pretrained has no effect under torch.device('meta')")
     source = read_pretrained(Path(config.model.pretrained))
     built = build(adopt_pretrained_window(config.model, source), config.moe)
     done = load_pretrained(built, source)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -75,6 +76,7 @@ def read_pretrained(path: Path, dialect: str = "auto", network: str = "") -> Pre
             dialect = "swin_moe" if about.config else detect(weights.state)
         translation = to_swin_moe(weights.state, dialect)
         _check_numbers(translation.state)
+        about.notes += filter(None, [_not_finite(translation.state)])
         if about.config is not None:
             raw = about.config.model_dump()
             model, moe = raw["model"], raw["moe"]
@@ -85,6 +87,7 @@ def read_pretrained(path: Path, dialect: str = "auto", network: str = "") -> Pre
         raise WeightsError(f"{plain(path)}: {error}") from None
     model["pretrained"] = ""  # a run's own beginning is of no interest to who goes on from it
     config = validate_architecture({"model": model, "moe": moe}, source=plain(path))
+    _check_positions(translation.state, config.model, path)
     parts = [name for name in translation.dropped if not name.endswith(_COMPUTED)]
     about.notes += not_read(parts, path)
     if about.config is None and "img_size" in model:  # it states where it was trained
@@ -107,6 +110,35 @@ def _check_numbers(state: State) -> None:
         if not tensor.is_floating_point() and not name.endswith(CHOICE_BIAS):
             kind = str(tensor.dtype).removeprefix("torch.")
             raise WeightsError(f"'{name}' holds {kind} numbers: quantised weights are not read")
+
+
+def _check_positions(state: State, model: ModelConfig, path: Path) -> None:
+    if "absolute_pos_embed" not in state:
+        return
+    positions, grid = state["absolute_pos_embed"].shape[1], math.prod(model.token_grid)
+    if positions == grid:
+        return
+    why = "; only a file that tells its image size can have a rectangle's"
+    if positions == grid + 1 and model.family == "swinv2":
+        why = ": one is for a class token, as transformers' Swinv2 has it, which cannot run so"
+    height, width = model.image_sides
+    raise WeightsError(
+        f"{plain(path)}: absolute_pos_embed has {positions} positions, images of {height} x "
+        f"{width} pixels have {grid}{why}"
+    )
+
+
+def _not_finite(state: State) -> str:
+    """A line on weights that are NaN or infinite, else empty."""
+    found = [name for name, t in state.items() if t.is_floating_point() and not _is_finite(t)]
+    if not found:
+        return ""
+    return f"{len(found)} of {len(state)} tensors hold NaN or infinity, first '{found[0]}'"
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    wide = tensor if tensor.element_size() > 1 else tensor.float()  # fp8 lacks most operations
+    return bool(torch.stack(wide.aminmax()).isfinite().all())
 
 
 def _names_of_head(about: Described, classes: int, path: Path) -> list[str] | None:

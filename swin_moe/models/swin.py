@@ -258,7 +258,7 @@ class SwinTransformer(nn.Module):
         if is_moe:
             names = self.moe_layer_names()
             own = self.moe.of_layer(names.index(f"layers.{stage}.blocks.{index}"))
-            mlp = build_moe(dim, hidden, own, expert_group)
+            mlp = build_moe(dim, hidden, own, expert_group, initialise=False)
         else:
             mlp = Mlp(dim, hidden, model.drop_rate, model.mlp_fc2_bias)
         before, blocks = sum(model.depths[:stage]) + index, sum(model.depths)

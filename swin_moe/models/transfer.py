@@ -194,8 +194,8 @@ def _infer_model(state: State, dropped: State) -> tuple[dict[str, object], dict[
             if window != min(max(windows.values()), grid >> max(stage, 0)):
                 sizes = [size for _, size in sorted(windows.items())]
                 raise WeightsError(f"its stages have windows {sizes}: no single window_size fits")
-    if "absolute_pos_embed" in state:
-        model["img_size"] = _square_side(state["absolute_pos_embed"]) * patch_size
+    if "absolute_pos_embed" in state:  # a rectangle's size is the file's to tell
+        model["img_size"] = math.isqrt(state["absolute_pos_embed"].shape[1]) * patch_size
     if pretrained := _pretrained_windows(dropped, len(depths)):
         model["pretrained_window_sizes"] = pretrained
     return model, _infer_moe(state, depths)
@@ -252,16 +252,6 @@ def _infer_moe(state: State, depths: list[int]) -> dict[str, object]:
     if cosine := [n for n in state if n.endswith("router.sim_matrix")]:
         moe |= {"router": "cosine", "cosine_router_dim": state[cosine[0]].shape[0]}
     return moe
-
-
-def _square_side(embedding: Tensor) -> int:
-    side = math.isqrt(embedding.shape[1])
-    if side * side != embedding.shape[1]:
-        raise WeightsError(
-            f"absolute_pos_embed has {embedding.shape[1]} positions, which is no square: only a "
-            "file that tells its image size can have a rectangle's"
-        )
-    return side
 
 
 def _stage_windows(state: State, dropped: State) -> dict[int, int]:

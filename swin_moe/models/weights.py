@@ -26,6 +26,7 @@ from .wrappers import take_network
 PICKLED = (".pth", ".pt", ".bin", ".ckpt", ".tar")
 _RANK_FILE = re.compile(r"\.(rank\d+|master|global)$")
 _ADDRESS = re.compile(r"\w{2,}:/|hf-hub:")
+_EXPANDED = 1 << 30  # bytes of tensors that repeat few numbers, and so make a small file large
 # Hugging Face's lists of shards.
 _INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 
@@ -62,6 +63,7 @@ def read(path: Path, network: str = "") -> Weights:
 
 def _check_plain(state: State, path: Path) -> None:
     """Refuse what is not a plain tensor on the CPU."""
+    expanded = 0
     for name, tensor in state.items():
         if not name.isprintable():
             raise WeightsError(f"{plain(path)}: {name!r:.80} is no name of a tensor")
@@ -73,10 +75,13 @@ def _check_plain(state: State, path: Path) -> None:
                 "the checkpoint's folder"
             )
         size = tensor.numel() * tensor.element_size()
-        if size > (held := tensor.untyped_storage().nbytes()):
-            raise WeightsError(
-                f"{plain(path)}: '{name}' has {size:,} bytes, the file holds {held:,} of them"
-            )
+        if size > (held := tensor.untyped_storage().nbytes()):  # as `expand` makes them
+            expanded += size
+            if expanded > _EXPANDED:
+                raise WeightsError(
+                    f"{plain(path)}: '{name}' has {size:,} bytes, the file holds {held:,} of them; "
+                    "save it again with tensor.contiguous()"
+                )
 
 
 def _read(path: Path) -> Weights:

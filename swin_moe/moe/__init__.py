@@ -1,7 +1,7 @@
 """Mixture-of-Experts layers: plan, router, routing modes, balance, exchange, experts, layer."""
 
 from .backends import build as build_moe
-from .health import RouterWatch, idle_keys, lost_gate
+from .health import RouterWatch, lost_gate
 from .layer import MoELayer, MoEResult
 from .meter import ChoiceCounter, LayerTotals, RouterMeter
 from .plan import Routing, RoutingPlan, RoutingStats
@@ -19,6 +19,5 @@ __all__ = [
     "RoutingStats",
     "build_moe",
     "choose_overlap",
-    "idle_keys",
     "lost_gate",
 ]

@@ -32,32 +32,6 @@ def lost_gate(moe: MoEConfig, post_norm: bool) -> str:
     )
 
 
-def idle_keys(moe: MoEConfig) -> str:
-    """A warning on keys that are set and that this kind of routing does not read, else empty."""
-    of_tokens = ("eval_top_k", "batch_prioritized", "route_per_image", "balance", "balance_weight")
-    idle: dict[str, tuple[str, ...]] = {}
-    if moe.routing == "token_choice":
-        idle["routing"] = ("slots_per_expert",)
-    elif moe.routing == "expert_choice":
-        gate = () if moe.gate_after_norm else ("normalize_gate",)
-        idle["routing"] = ("slots_per_expert", *of_tokens, *gate)
-    else:
-        choice = ("top_k", "score", "normalize_gate", "gate_noise")
-        idle["routing"] = (*of_tokens, *choice, "capacity_factor", "eval_capacity_factor")
-    if moe.router == "linear":
-        idle["router"] = ("cosine_router_dim", "cosine_router_init_t")
-    if moe.balance == "none":
-        idle["balance"] = ("balance_weight",)
-    usual = MoEConfig()
-    said = [
-        f"moe.{key} with moe.{why}={getattr(moe, why)}"
-        for why, keys in idle.items()
-        for key in keys
-        if moe.enabled and getattr(moe, key) != getattr(usual, key)
-    ]
-    return f"without effect: {', '.join(said)}" if said else ""
-
-
 class Symptom(NamedTuple):
     """What is wrong with a layer; ``severity`` grows from 0 to 1."""
 

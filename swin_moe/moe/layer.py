@@ -50,6 +50,7 @@ class MoELayer(nn.Module):
         group: expert-parallel group; its ranks hold E / size experts each, or if there are more
             ranks than experts, size / E ranks hold equal parts of one expert's hidden width.
         kernels: the ops of a backend.
+        initialise: draw the experts' weights; else whoever builds the layer sets them.
 
     Attributes:
         overlap_degree: chunks in which rows travel, see :class:`~swin_moe.moe.exchange.Exchange`.
@@ -67,6 +68,8 @@ class MoELayer(nn.Module):
         moe: MoEConfig,
         group: Group | None = None,
         kernels: Kernels | None = None,
+        *,
+        initialise: bool = True,
     ) -> None:
         super().__init__()
         self.group = group or Group()
@@ -86,6 +89,9 @@ class MoELayer(nn.Module):
         self.experts = Experts(
             share, dim, hidden_dim, self.kernels, fc2_bias=moe.fc2_bias, drop=moe.drop_rate
         )
+        if initialise:
+            with torch.random.fork_rng(devices=[]):  # what is drawn later stays as it was
+                self.experts.reset_parameters(moe.init_std)
         self.choice_bias: ChoiceBias | None = None
         if moe.bias_update_rate:
             self.choice_bias = ChoiceBias(moe.num_experts, moe.bias_update_rate)

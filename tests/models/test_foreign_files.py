@@ -12,9 +12,11 @@ import zipfile
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save
+from safetensors.torch import save, save_file
 
 from swin_moe.models import SwinTransformer
+from swin_moe.models.dialects import from_swin_moe
+from swin_moe.models.dialects.huggingface import huggingface_config
 from swin_moe.models.pickled import load_pickled
 from swin_moe.models.pretrained import read_pretrained
 from swin_moe.models.weights import WeightsError, read
@@ -114,8 +116,9 @@ FILES = {
     "short.pth": (edited(lambda n, d: d[:4] if n.endswith("data/0") else d), "claims"),
     "numbers.pth": (saved({"epoch": 3}), "no weights found"),
     "list.pth": (saved([1, 2]), "it is a list"),
-    "expanded.pth": (saved({**STATE, "patch_embed.proj.weight": torch.ones(1).expand(24, 3, 4, 4)}),
-                     "the file holds 4 of them"),
+    "expanded.pth": (saved({**STATE, "patch_embed.proj.weight":
+                            torch.ones(1).expand(24, 3, 4, 1 << 22)}),
+                     "the file holds 4 of them; save it again with tensor.contiguous()"),
     "int8.pth": (saved({name: t.to(torch.int8) for name, t in STATE.items()}), "int8 numbers"),
     "resnet.pth": (saved({"model": {"conv1.weight": torch.ones(2)}}), "no Swin state dict"),
     "adapter.pth": (saved({**STATE, "layers.0.blocks.0.lora.weight": torch.ones(2)}), ""),
@@ -136,6 +139,45 @@ def test_one_line_says_what_a_file_is(tmp_path, name):
     assert str(path) in said
     assert len(said.splitlines()) == 1
     assert "weights_only=False" not in said
+
+
+def test_tensors_that_were_expanded_are_read(tmp_path):
+    name = "layers.0.blocks.0.norm1.bias"
+    (tmp_path / "x.pth").write_bytes(saved({**STATE, name: torch.ones(1).expand(len(STATE[name]))}))
+    assert torch.equal(
+        read_pretrained(tmp_path / "x.pth").state[name], torch.ones(len(STATE[name]))
+    )
+
+
+def test_weights_that_are_not_finite_are_told(tmp_path):
+    name = "layers.0.blocks.0.norm1.bias"
+    for number in (float("nan"), float("-inf")):
+        (tmp_path / "x.pth").write_bytes(saved({**STATE, name: torch.tensor([1.0, number])}))
+        (note,) = read_pretrained(tmp_path / "x.pth").notes
+        assert note == f"1 of {len(STATE)} tensors hold NaN or infinity, first '{name}'"
+    (tmp_path / "x.pth").write_bytes(saved(STATE))
+    assert not read_pretrained(tmp_path / "x.pth").notes
+
+
+@pytest.mark.parametrize("sides", [[64, 128], [64, 64]])
+def test_a_rectangles_position_embedding(tmp_path, sides):
+    """A rectangle's is read where ``config.json`` tells the image size."""
+    model = config("swin", ape=True, img_size=sides)
+    state = from_swin_moe(SwinTransformer(model).state_dict(), "huggingface", model)
+    save_file(state, tmp_path / "model.safetensors")
+    if sides == [64, 128]:
+        with pytest.raises(WeightsError, match=r"512 positions, images of 88 x 88 .* have 484; "):
+            read_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(huggingface_config(model)))
+    assert read_pretrained(tmp_path).config.model.img_size == sides
+
+
+def test_a_position_for_a_class_token_is_refused(tmp_path):
+    state = dict(SwinTransformer(config("swinv2", ape=True, img_size=32)).state_dict())
+    state["absolute_pos_embed"] = torch.zeros(1, 65, state["absolute_pos_embed"].shape[2])
+    (tmp_path / "x.pth").write_bytes(saved(state))
+    with pytest.raises(WeightsError, match=r"65 positions, .* 64: one is for a class token"):
+        read_pretrained(tmp_path / "x.pth")
 
 
 def test_weights_are_known_by_their_content(tmp_path):

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from swin_moe.config import ModelConfig, MoEConfig
-from swin_moe.models import SimMIM, SwinTransformer
+from swin_moe.config import ConfigError, ModelConfig, MoEConfig
+from swin_moe.models import SimMIM, SwinTransformer, build_model
 from swin_moe.models.layers import Fp32Linear
 
 TINY = {"img_size": 32, "patch_size": 2, "num_classes": 5, "embed_dim": 8, "depths": [2, 2],
@@ -68,6 +68,12 @@ def test_meta_model_becomes_the_same_model(family, router):
 def test_meta_model_with_pretrained_windows_and_no_biases():
     changes = {"pretrained_window_sizes": [6, 6], "qkv_bias": False, "patch_norm": False}
     assert_equal_after_init(lambda: build(mlp_fc2_bias=False, **changes), IMAGES)
+
+
+def test_pretrained_weights_for_a_model_without_memory_are_refused(tmp_path):
+    torch.save(build().state_dict(), tmp_path / "x.pth")
+    with torch.device("meta"), pytest.raises(ConfigError, match="pretrained has no effect under"):
+        build_model("swinv2", pretrained=tmp_path / "x.pth", **TINY)
 
 
 @pytest.mark.parametrize("router", ["", "linear"])

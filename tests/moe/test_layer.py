@@ -27,6 +27,14 @@ def test_expert_parallel_equals_one_process_in_fp64(tmp_path, processes):
     assert int((tmp_path / "passed").read_text()) == 2 * len(cases(processes))
 
 
+@pytest.mark.parametrize("routing", ["token_choice", "expert_choice", "soft"])
+def test_a_layer_alone_has_weights(routing):
+    layer = build_moe(8, 16, MoEConfig(num_experts=4, routing=routing, init_std=0.1))
+    for linear in (layer.experts.fc1, layer.experts.fc2):
+        assert 0.05 < linear.weight.std() < 0.15
+        assert not linear.bias.any()
+
+
 def evaluate(logits, moe):
     return route(logits, moe, RouteContext(KERNELS, training=False)).plan
 

@@ -9,5 +9,7 @@ from ..plan import Kernels
 KERNELS = Kernels(moe_route, moe_dispatch, moe_combine, moe_experts)
 
 
-def build(dim: int, hidden_dim: int, moe: MoEConfig, group: Group | None) -> MoELayer:
-    return MoELayer(dim, hidden_dim, moe, group, KERNELS)
+def build(
+    dim: int, hidden_dim: int, moe: MoEConfig, group: Group | None, initialise: bool
+) -> MoELayer:
+    return MoELayer(dim, hidden_dim, moe, group, KERNELS, initialise=initialise)

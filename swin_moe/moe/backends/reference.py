@@ -16,5 +16,7 @@ KERNELS = Kernels(
 )
 
 
-def build(dim: int, hidden_dim: int, moe: MoEConfig, group: Group | None) -> MoELayer:
-    return MoELayer(dim, hidden_dim, moe, group, KERNELS)
+def build(
+    dim: int, hidden_dim: int, moe: MoEConfig, group: Group | None, initialise: bool
+) -> MoELayer:
+    return MoELayer(dim, hidden_dim, moe, group, KERNELS, initialise=initialise)

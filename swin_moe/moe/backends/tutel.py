@@ -118,9 +118,15 @@ class TutelLayer(MoELayer):
     """
 
     def __init__(
-        self, dim: int, hidden_dim: int, moe: MoEConfig, group: Group | None = None
+        self,
+        dim: int,
+        hidden_dim: int,
+        moe: MoEConfig,
+        group: Group | None = None,
+        *,
+        initialise: bool = True,
     ) -> None:
-        super().__init__(dim, hidden_dim, moe, group, KERNELS)
+        super().__init__(dim, hidden_dim, moe, group, KERNELS, initialise=initialise)
         _refuse_what_tutel_lacks(moe, self.group)
         try:
             from tutel import moe as tutel_moe
@@ -212,5 +218,7 @@ class TutelLayer(MoELayer):
                 )
 
 
-def build(dim: int, hidden_dim: int, moe: MoEConfig, group: Group | None) -> MoELayer:
-    return TutelLayer(dim, hidden_dim, moe, group)
+def build(
+    dim: int, hidden_dim: int, moe: MoEConfig, group: Group | None, initialise: bool
+) -> MoELayer:
+    return TutelLayer(dim, hidden_dim, moe, group, initialise=initialise)
