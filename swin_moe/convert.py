@@ -31,6 +31,7 @@ from .models.pretrained import (
     adopt_pretrained_window,
     explain_difference,
     misfit,
+    not_finite,
     read_pretrained,
 )
 from .models.transfer import Fit, fit, upcycle
@@ -131,7 +132,7 @@ def convert(
     complete = result.state | _fresh(config, result.missing)
     stated = {"window_size", "img_size"} <= overrides.get("model", {}).keys()
     known = source.window_known or stated or bool(model_name)
-    notes = list(source.notes)
+    notes = [*source.notes, *filter(None, [not_finite(result.state)])]
     about = _about(source, config, result, dialect, notes)
     _write(output, complete, config, dialect, ranks, known, about, notes)
     for line in (*_closing(output, config, dialect, known), *notes):

@@ -130,8 +130,8 @@ class MetricLog:
             self._take_back(resume_step)
         except OSError as error:
             log.warning(
-                "%s may hold records of a life taken back, after step %s: it cannot be written "
-                "anew (%s)", plain(self.path), resume_step, error.strerror,
+                "%s cannot be written (%s): it keeps records after step %s, which come again",
+                plain(self.path), error.strerror, resume_step or 0,
             )  # fmt: skip
         self._file = Appender(self.path)
         self._step = resume_step or 0

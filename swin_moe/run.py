@@ -223,7 +223,7 @@ def _fit(job: _Job, trainer: Trainer) -> Trainer:
                 distributed.barrier()  # else another's end would end rank 0 before it has reported
             raise
         except BaseException:
-            # The system kills several workers at once: each would raise anew, in the report, too.
+            # Several workers may die at once. Each further one would raise here and in the report.
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             job.writer.close()
             raise

@@ -12,7 +12,7 @@ def environment(monkeypatch):
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR",
              "SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS", "SLURM_NTASKS_PER_NODE",
              "SLURM_STEP_ID")  # fmt: skip
-    # What the code itself sets is taken back, too.
+    # What the code itself sets is undone, too.
     monkeypatch.setattr(os, "environ", os.environ.copy())
     for name in names:
         monkeypatch.delenv(name, raising=False)

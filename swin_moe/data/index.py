@@ -178,7 +178,7 @@ def read_cache(paths: Sequence[Path], kind: str) -> tuple[Manifest, np.ndarray] 
             continue
         try:
             manifest, table = read_index(path)
-        except (PermissionError, ValueError):  # a cache is made anew, not complained about
+        except (PermissionError, ValueError):  # the cache is written again
             continue
         stats = [file.stat() for file in paths]
         if [(s.st_size, s.st_mtime_ns) for s in stats] == [

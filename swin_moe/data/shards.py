@@ -141,7 +141,7 @@ class ShardSource(Bounded):
         self.manifest: Path | None = None  # that came with the shards
         passed = int(manifest.preparation.get(PASSED_OVER) or 0)
         if self.numbered:
-            said = f"{passed:,} images passed over: no .cls of the same key stands beside them"
+            said = f"{passed:,} images passed over: no .cls has the same key"
         else:
             said = f"{passed:,} files in the tars passed over: they are not named like images"
         self.passed_over = said if passed else ""

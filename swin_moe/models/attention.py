@@ -138,7 +138,7 @@ class WindowAttention(nn.Module):
     def position_bias(self, window_size: int) -> Tensor:
         """The bias of each pair of positions in a window: [heads, N, N]; networks give fp32.
 
-        In evaluation without gradients on a CPU it is computed once, and anew when weights have
+        In evaluation without gradients on a CPU it is computed once, and again when weights have
         changed, however they were written.
         """
         graph = torch.compiler.is_compiling() or is_leaving()

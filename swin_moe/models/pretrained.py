@@ -76,7 +76,6 @@ def read_pretrained(path: Path, dialect: str = "auto", network: str = "") -> Pre
             dialect = "swin_moe" if about.config else detect(weights.state)
         translation = to_swin_moe(weights.state, dialect)
         _check_numbers(translation.state)
-        about.notes += filter(None, [_not_finite(translation.state)])
         if about.config is not None:
             raw = about.config.model_dump()
             model, moe = raw["model"], raw["moe"]
@@ -128,15 +127,17 @@ def _check_positions(state: State, model: ModelConfig, path: Path) -> None:
     )
 
 
-def _not_finite(state: State) -> str:
+def not_finite(state: State) -> str:
     """A line on weights that are NaN or infinite, else empty."""
-    found = [name for name, t in state.items() if t.is_floating_point() and not _is_finite(t)]
+    found = [name for name, tensor in state.items() if not _is_finite(tensor)]
     if not found:
         return ""
     return f"{len(found)} of {len(state)} tensors hold NaN or infinity, first '{found[0]}'"
 
 
 def _is_finite(tensor: Tensor) -> bool:
+    if not (tensor.is_floating_point() and tensor.numel()):
+        return True
     wide = tensor if tensor.element_size() > 1 else tensor.float()  # fp8 lacks most operations
     return bool(torch.stack(wide.aminmax()).isfinite().all())
 
@@ -284,6 +285,7 @@ def _load(model: SwinTransformer, source: Pretrained, classes: list[str] | None)
         head = head or f"re-initialised (the file {held})"
     if head:
         notes.append(f"head {head}")
+    notes += filter(None, [not_finite(result.state)])  # of what this rank holds
     return ", ".join(notes)
 
 
