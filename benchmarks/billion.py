@@ -37,10 +37,10 @@ WAYS = {
     "bf16-moments": ["optimizer.moments=bf16"],
     "bf16-all": ["precision.dtype=bf16", "optimizer.moments=bf16"],
     "nvme": [
-        "zero.offload=nvme", "zero.nvme_path={folder}/nvme", "optimizer.moments=fp32",
+        "zero.offload_optimizer=nvme", "zero.nvme_path={folder}/nvme", "optimizer.moments=fp32",
     ],
     "nvme-bf16-moments": [
-        "zero.offload=nvme", "zero.nvme_path={folder}/nvme", "optimizer.moments=bf16",
+        "zero.offload_optimizer=nvme", "zero.nvme_path={folder}/nvme", "optimizer.moments=bf16",
     ],
 }  # fmt: skip
 
@@ -91,7 +91,12 @@ def train(way: str, folder: Path, processes: int, overrides: list[str]) -> dict[
     keys = [key.format(folder=folder) for key in WAYS[way]]
     command = [sys.executable]
     if processes > 1:
-        command += ["-m", "swin_moe.torchrun", "--standalone", f"--nproc-per-node={processes}"]
+        command += [
+            "-m",
+            "swin_moe.launch.torchrun",
+            "--standalone",
+            f"--nproc-per-node={processes}",
+        ]
     command += ["-m", "swin_moe", "train", str(CONFIG)]
     command += ["--fresh", f"train.output={output}", "log.every_steps=1", *keys, *overrides]
     samples, problem = watched(command, processes, folder / f"{way}.log")

@@ -29,7 +29,7 @@ from swin_moe import checkpoint, distributed
 from swin_moe.checkpoint import Saved, Writer
 from swin_moe.config import ModelConfig, MoEConfig, OptimizerConfig, ZeroConfig
 from swin_moe.distributed import World
-from swin_moe.placement import Layout, expert_share
+from swin_moe.distributed.expert_placement import ExpertLayout, expert_share
 
 PROCESSES, BATCH = 2, 16
 MODEL = ModelConfig(
@@ -43,17 +43,17 @@ class Bench:
     """A training on this rank, and the contenders' ways to save it."""
 
     def __init__(self, world: World, folder: Path) -> None:
-        from swin_moe.engine import Engine
         from swin_moe.models import build, expert_parameter_names
+        from swin_moe.training.engine import Engine
 
         distributed.seed_everything(0)
         model = build(MODEL, MOE, world.expert)
         share = expert_share(MOE.num_experts, world.expert.rank, world.expert.size)
-        self.layout = Layout(expert_parameter_names(model), MOE.num_experts, share)
+        self.layout = ExpertLayout(expert_parameter_names(model), MOE.num_experts, share)
         self.world, self.folder, self.step = world, folder, 0
         self.engine = Engine(
             model, world, optimizer=OptimizerConfig(), zero=ZeroConfig(stage=1),
-            dtype=torch.float32, micro_batch=BATCH, accumulation_steps=1,
+            dtype=torch.float32, micro_batch=BATCH, gradient_accumulation_steps=1,
         )  # fmt: skip
         self.engine.train()
         self.saved: list[Saved] = []

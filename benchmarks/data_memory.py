@@ -25,7 +25,7 @@ from PIL import Image
 from benchmarks import harness
 from swin_moe.config import AugmentConfig, DataConfig
 from swin_moe.data import build_loader
-from swin_moe.data.parallel import in_processes
+from swin_moe.data.tools.parallel import in_processes
 
 COUNTS = (10_000, 100_000, 1_000_000)
 SHARD = 10_000  # samples of a shard to begin with

@@ -34,8 +34,8 @@ from rich.table import Table
 
 from benchmarks import harness
 from benchmarks.photos import photo
-from swin_moe.data.parallel import in_processes
 from swin_moe.data.source import open_splits
+from swin_moe.data.tools.parallel import in_processes
 
 CLASSES, BASES = 20, 60  # class folders; images that all others are cut from
 CONFIG = """\
@@ -126,7 +126,7 @@ def swin_moe(*arguments: str) -> list[str]:
 
 
 def train(config: Path, shards: Path, output: Path) -> list[str]:
-    launcher = ["-m", "swin_moe.torchrun", "--standalone", "--nproc-per-node", "2", "-m"]
+    launcher = ["-m", "swin_moe.launch.torchrun", "--standalone", "--nproc-per-node", "2", "-m"]
     settings = [f"data.path={shards}", f"train.output={output}", "checkpoint.every_steps=50"]
     return [sys.executable, *launcher, "swin_moe", "train", str(config), *settings]
 

@@ -28,7 +28,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from swin_moe import distributed, ranks
+from swin_moe import distributed
+from swin_moe.common import ranks
 from swin_moe.distributed import World
 
 # The launchers' setting for glibc, see launch/common.sh.
@@ -239,7 +240,13 @@ def on_processes(module: str, count: int, *more: str) -> list[dict[str, object]]
     """
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "cells.json"
-        command = [sys.executable, "-m", "swin_moe.torchrun", "--standalone", "--nproc-per-node"]
+        command = [
+            sys.executable,
+            "-m",
+            "swin_moe.launch.torchrun",
+            "--standalone",
+            "--nproc-per-node",
+        ]
         command += [str(count), "-m", module, *sys.argv[1:], *more, "--worker", str(path)]
         done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False)
         if done.returncode:

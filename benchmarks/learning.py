@@ -32,8 +32,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from benchmarks import harness
 from swin_moe.config import Config, ConfigError, load_config
-from swin_moe.metrics import read_metrics
 from swin_moe.models.cost import count
+from swin_moe.reporting.metric_log import read_metrics
 
 ROOT = Path(__file__).parents[1]
 MICRO = ROOT / "configs" / "fashion_mnist" / "swin_moe_micro.yaml"
@@ -59,7 +59,7 @@ class Group:
 # What the search starts from, spelled out so that it stays put when the micro config moves on.
 START = [
     "moe.blocks=[[],[0,1],[0,1]]", "moe.num_experts=8", "moe.top_k=1", "moe.capacity_factor=1.25",
-    "moe.eval_capacity_factor=0", "moe.balance=gshard", "moe.balance_weight=0.01",
+    "moe.eval_capacity_factor=0", "moe.balance=gshard", "moe.aux_loss_weight=0.01",
     "moe.gate_noise=1.0", "moe.normalize_gate=false", "moe.init_std=0.02", "moe.fc2_bias=true",
     "moe.drop_rate=0.0", "moe.gate_after_norm=true",
 ]  # fmt: skip
@@ -76,9 +76,9 @@ FACTORS: Settings = {
     "capacity 2": ["moe.capacity_factor=2.0"],
     "dropless": ["moe.capacity_factor=0"],
     "importance and load": ["moe.balance=importance_load"],
-    "balance 0.001": ["moe.balance_weight=0.001"],
-    "balance 0.1": ["moe.balance_weight=0.1"],
-    "balance 0.3": ["moe.balance_weight=0.3"],
+    "balance 0.001": ["moe.aux_loss_weight=0.001"],
+    "balance 0.1": ["moe.aux_loss_weight=0.1"],
+    "balance 0.3": ["moe.aux_loss_weight=0.3"],
     "no gate noise": ["moe.gate_noise=0"],
     "init 0.005": ["moe.init_std=0.005"],
     "no fc2 bias": ["moe.fc2_bias=false"],
@@ -91,7 +91,7 @@ ROUTERS: Settings = {
     "cosine": ["moe.router=cosine"],
     "top-2": ["moe.top_k=2"],
     "sigmoid, bias": [
-        "moe.score=sigmoid", "moe.balance=none", "moe.bias_update_rate=0.001",
+        "moe.score=sigmoid", "moe.balance=none", "moe.expert_bias_update_rate=0.001",
     ],
     "expert choice": ["moe.routing=expert_choice"],
     "soft": ["moe.routing=soft", "moe.slots_per_expert=2", "moe.gate_after_norm=false"],

@@ -29,9 +29,9 @@ from benchmarks import harness
 from benchmarks.photos import jpeg
 from swin_moe.config import AugmentConfig, DataConfig
 from swin_moe.data import build_loader
-from swin_moe.data.bundle import write_shard
 from swin_moe.data.rng import seeded
 from swin_moe.data.sampler import ResumableSampler
+from swin_moe.data.tools.bundle import write_shard
 from swin_moe.data.transforms import TrainTransform
 
 SIDE, BATCH, CLASSES = 192, 32, 8

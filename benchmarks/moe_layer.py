@@ -28,7 +28,8 @@ from torch import Tensor, nn
 
 from benchmarks import harness, moe_peers
 from benchmarks.moe_peers import Result, Spec, Weights
-from swin_moe import distributed, ranks
+from swin_moe import distributed
+from swin_moe.common import ranks
 from swin_moe.config import MoEConfig
 from swin_moe.distributed import World
 from swin_moe.moe import MoELayer

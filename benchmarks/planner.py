@@ -23,14 +23,15 @@ from timm.loss import SoftTargetCrossEntropy
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from benchmarks import harness
-from swin_moe import distributed, engine
+from swin_moe import distributed
+from swin_moe.common.hardware import Cluster
 from swin_moe.config import Config, validate
 from swin_moe.models import build, split_output
 from swin_moe.planner.choices import Planner
-from swin_moe.planner.hardware import Cluster
 from swin_moe.planner.memory import memory
 from swin_moe.planner.states import spread, states
-from swin_moe.precision import resolve_precision
+from swin_moe.training import engine
+from swin_moe.training.precision import resolve_precision
 
 BUCKET = 1_000_000  # elements
 STEPS = 3
@@ -58,7 +59,7 @@ def _cell(
         "zero": {"stage": stage},
         "precision": {"dtype": dtype},
         "parallel": {"expert_parallel_size": expert_parallel_size},
-        "train": {"accumulation_steps": steps},
+        "train": {"gradient_accumulation_steps": steps},
     }
     return config, processes
 
@@ -162,7 +163,7 @@ def _train(config: Config) -> dict[str, float]:
             zero=config.zero,
             dtype=resolve_precision(config.precision, world.device),
             micro_batch=config.data.batch_size,
-            accumulation_steps=steps,
+            gradient_accumulation_steps=steps,
         )
         trained.train()
         for step in range(STEPS):

@@ -28,10 +28,11 @@ import torch.nn.functional as F
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from benchmarks import harness
-from swin_moe import distributed, ranks
+from swin_moe import distributed
+from swin_moe.common import ranks
+from swin_moe.common.host import silenced
 from swin_moe.config import load_config
-from swin_moe.host import silenced
-from swin_moe.profiling import KINDS, read, split
+from swin_moe.reporting.profiler import KINDS, read, split
 
 RECIPE = Path(__file__).parent.parent / "configs/fashion_mnist/swin_moe_micro.yaml"
 KINDS_OF_MODEL = ("dense", "MoE, experts on each", "MoE, experts shared out")
@@ -54,8 +55,10 @@ def work(name: str, port: int, quick: bool) -> None:
     torch.set_flush_denormal(True)
     told = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=PATIENCE)
     distributed.init()
-    from swin_moe.engine import Engine  # imports DeepSpeed, which looks at what init has set
     from swin_moe.models import build, split_output
+    from swin_moe.training.engine import (
+        Engine,  # imports DeepSpeed, which looks at what init has set
+    )
 
     turn = 0
     for kind, stage in cells(quick):
@@ -68,7 +71,7 @@ def work(name: str, port: int, quick: bool) -> None:
         batch = 16 if quick else 32
         engine = Engine(
             build(config.model, config.moe, world.expert), world, optimizer=config.optimizer,
-            zero=config.zero, dtype=torch.float32, micro_batch=batch, accumulation_steps=1,
+            zero=config.zero, dtype=torch.float32, micro_batch=batch, gradient_accumulation_steps=1,
         )  # fmt: skip
         engine.train()
         images = torch.randn(batch, config.model.in_chans, *config.model.image_sides)
@@ -132,7 +135,7 @@ class Crew:
     def _start(self, name: str, quick: bool) -> subprocess.Popen[bytes]:
         command = [sys.executable]
         if WORKERS[name] > 1:
-            command += ["-m", "swin_moe.torchrun", "--standalone", "--nproc-per-node", "2"]
+            command += ["-m", "swin_moe.launch.torchrun", "--standalone", "--nproc-per-node", "2"]
         command += ["-m", "benchmarks.scaling", "--worker", name, "--port", str(self.store.port)]
         command += ["--quick"] if quick else []
         env = {**os.environ, **harness.ALLOCATOR, "OMP_NUM_THREADS": "1"}

@@ -26,8 +26,8 @@ from swin_moe import build_model
 from swin_moe.config import Architecture, AugmentConfig, DataConfig, ModelConfig, MoEConfig
 from swin_moe.data import Loader, build_loader
 from swin_moe.models import SwinTransformer
-from swin_moe.models.weights import write
-from swin_moe.optim import parameter_groups
+from swin_moe.training.optim import parameter_groups
+from swin_moe.weights.files import write
 
 SHAPE = {"patch_size": 4, "in_chans": 1, "num_classes": 10, "embed_dim": 32, "depths": [2, 2],
          "num_heads": [2, 4], "mlp_ratio": 2.0, "drop_path_rate": 0.0}  # fmt: skip

@@ -15,5 +15,5 @@ fi
 whole_number --processes "$processes" 1
 
 share_cores "$processes"
-launch "$python" -m swin_moe.torchrun --standalone --nproc-per-node "$processes" \
+launch "$python" -m swin_moe.launch.torchrun --standalone --nproc-per-node "$processes" \
   --max-restarts "$max_restarts" -m swin_moe "$action" "${rest[@]}"

@@ -29,7 +29,7 @@ if [[ $processes != gpu ]]; then
   whole_number --processes "$processes" 1
   share_cores "$processes"
 fi
-launch "$python" -m swin_moe.torchrun --nnodes "$nodes" --nproc-per-node "$processes" \
+launch "$python" -m swin_moe.launch.torchrun --nnodes "$nodes" --nproc-per-node "$processes" \
   --rdzv-backend c10d --rdzv-endpoint "$master_host:$master_port" \
   --rdzv-conf "join_timeout=$timeout" --max-restarts "$max_restarts" \
   -m swin_moe "$action" "${rest[@]}"

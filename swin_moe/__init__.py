@@ -6,23 +6,24 @@
 
 from typing import TYPE_CHECKING
 
-from .deferred import defer_packages, exports
+from .common.deferred import defer_packages, exports
 
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from .config import load_config
-    from .models import build_model, list_models
+    from .factory import build_features, build_model, list_models
     from .moe import MoELayer
 
-__all__ = ["MoELayer", "build_model", "list_models", "load_config"]
+__all__ = ["MoELayer", "build_features", "build_model", "list_models", "load_config"]
 
 defer_packages()
 __getattr__ = exports(
     __name__,
     {
-        "build_model": "models",
-        "list_models": "models",
+        "build_features": "factory",
+        "build_model": "factory",
+        "list_models": "factory",
         "load_config": "config",
         "MoELayer": "moe",
     },

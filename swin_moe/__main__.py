@@ -1,15 +1,15 @@
 """The program: it answers signals before it imports the rest."""
 
-from .signals import watch
-from .writing import open_streams
+from .common.signals import watch
+from .common.writing import open_streams
 
 
 def entry() -> None:
     watch()
     open_streams()
-    from . import cli
+    from .cli import main
 
-    cli.entry()
+    main.entry()
 
 
 if __name__ == "__main__":

@@ -123,7 +123,7 @@ def start(
         options: torchrun's. extra: for the environment.
     """
     if processes > 1 or options:
-        torchrun = ["swin_moe.torchrun", "--standalone", "--nproc-per-node", str(processes)]
+        torchrun = ["swin_moe.launch.torchrun", "--standalone", "--nproc-per-node", str(processes)]
         words = (*torchrun, *options, "-m", *words)
     return Running([*words], environment(**extra), fresh, folder)
 

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from swin_moe.checkpoint import Saved, Writer, persistent_buffers, whole_fragments
 from swin_moe.distributed import Group, World
+from swin_moe.distributed.expert_placement import ExpertLayout, whole_layout
 from swin_moe.models import expert_parameter_names
-from swin_moe.placement import Layout, whole_layout
 
 ALONE = World(0, 0, 1, torch.device("cpu"), Group(), Group())
 States = Iterable[tuple[str, dict[str, Tensor]]]
@@ -21,7 +21,7 @@ def save(
     folder: Path,
     step: int,
     states: States,
-    layout: Layout | None = None,
+    layout: ExpertLayout | None = None,
     *,
     state: dict | None = None,
     config_text: str = "",

@@ -11,15 +11,15 @@ import time
 from pathlib import Path
 from typing import IO
 
-from swin_moe import fork_server
+from swin_moe.common import fork_server
 
 SOCKET = "SWIN_MOE_TESTS_FORK"  # environment variable: where the server listens
 MODULES = (
-    "swin_moe.elastic", "swin_moe.run", "swin_moe.opened", "swin_moe.inspection",
-    "swin_moe.data.show", "sympy", "matplotlib.pyplot", "torch.utils.tensorboard",
+    "swin_moe.launch.elastic", "swin_moe.train", "swin_moe.evaluate", "swin_moe.inspection",
+    "swin_moe.data.tools.show", "sympy", "matplotlib.pyplot", "torch.utils.tensorboard",
 )  # fmt: skip
 _SERVE = (
-    "import sys; from pathlib import Path; from swin_moe import fork_server as f; "
+    "import sys; from pathlib import Path; from swin_moe.common import fork_server as f; "
     "f.serve(f.listen(Path(sys.argv[1])), 0, sys.argv[2:])"
 )
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from swin_moe.adamw import PairedAdamW, moment_views
+from swin_moe.training.adamw import PairedAdamW, moment_views
 from tests.parallel import run_worker
 
 RATES = {"lr": 1e-2, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.05}

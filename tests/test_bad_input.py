@@ -9,10 +9,10 @@ import numpy
 import pytest
 from PIL import Image
 
-from swin_moe.arguments import parse
 from swin_moe.checkpoint import list_checkpoints
+from swin_moe.cli.parser import parse
 from swin_moe.config import ConfigError, load_config
-from swin_moe.metrics import read_metrics
+from swin_moe.reporting.metric_log import read_metrics
 from tests.parallel import MICRO, SMALL, one_error, start, swin_moe, train
 
 
@@ -23,7 +23,7 @@ from tests.parallel import MICRO, SMALL, one_error, start, swin_moe, train
         (["data.path=nowhere"], "data.path"),
         (["parallel.expert_parallel_size=4"], "does not divide the 2 processes"),
         (["moe.num_experts=5"], "moe.num_experts=5 is not divisible"),
-        (["train.accumulation_steps=1000"], "train.accumulation_steps=1000"),
+        (["train.gradient_accumulation_steps=1000"], "train.gradient_accumulation_steps=1000"),
         (["data.global_batch=1000000"], "data.global_batch=1000000 is more than the images of an"),
     ],
 )  # fmt: skip
@@ -145,7 +145,7 @@ def test_too_many_unreadable_images_stop_the_run(tmp_path):
 
 def test_a_resume_keeps_its_windows(tmp_path):
     """Another window is another function: it takes a new run, which adopts the old windows."""
-    from swin_moe.run_directory import _check_same_model
+    from swin_moe.training.run_directory import _check_same_model
 
     reader = SimpleNamespace(path=tmp_path)
     saved = load_config(MICRO)

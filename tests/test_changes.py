@@ -5,8 +5,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from swin_moe.changes import changed_keys, data_facts, other_data, summary
 from swin_moe.config import validate
+from swin_moe.training.changes import changed_keys, data_facts, other_data, summary
 
 
 def config(**data):

@@ -15,11 +15,16 @@ from swin_moe.checkpoint import CheckpointError, Fragment, Reader, Writer, strea
 from swin_moe.checkpoint.folder import read_manifest, write_manifest
 from swin_moe.checkpoint.fragments import describe, merge, to_json
 from swin_moe.checkpoint.stream import write_file
+from swin_moe.common.errors import RunRemoved
 from swin_moe.config import dump_config, load_config
-from swin_moe.errors import RunRemoved
+from swin_moe.distributed.expert_placement import (
+    ExpertLayout,
+    ExpertShare,
+    expert_share,
+    whole_layout,
+)
+from swin_moe.distributed.watchdog import Writing
 from swin_moe.models import build
-from swin_moe.placement import ExpertShare, Layout, expert_share, whole_layout
-from swin_moe.watchdog import Writing
 from tests.parallel import MICRO
 from tests.saving import ALONE, save, save_model
 
@@ -82,7 +87,7 @@ def write_as_ranks(folder, whole, experts, size, replicas):
     names = {name for name in whole if ".experts." in name}
     parts, files = [], {}
     for rank in range(size * replicas):
-        layout = Layout(names, experts, expert_share(experts, rank % size, size))
+        layout = ExpertLayout(names, experts, expert_share(experts, rank % size, size))
         tensors, entries = {}, {}
         for name, tensor in whole.items():
             mine, cuts, place = tensor, size * replicas, rank

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from swin_moe.checkpoint import Reader, contents
-from swin_moe.cli import main
+from swin_moe.cli.main import main
 from swin_moe.config import dump_config, load_config
 from swin_moe.models import build
 from tests.parallel import MICRO, SMALL

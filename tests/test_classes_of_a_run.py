@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from swin_moe.cli import main
+from swin_moe.cli.main import main
 from tests.data.helpers import make_folder
 from tests.parallel import one_error, train
 

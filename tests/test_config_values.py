@@ -6,7 +6,7 @@ import random
 import pytest
 import yaml
 
-from swin_moe.cli import main
+from swin_moe.cli.main import main
 from swin_moe.config import (
     Config,
     ConfigError,
@@ -67,7 +67,11 @@ def test_a_word_of_the_command_line_is_taken_as_it_is(tmp_path, key):
     ],
 )
 def test_quotes_around_a_whole_word_are_those_of_yaml(typed, meant):
-    for key in ("train.output", "zero.offload", "model.img_size"):  # whatever the key takes
+    for key in (
+        "train.output",
+        "zero.offload_optimizer",
+        "model.img_size",
+    ):  # whatever the key takes
         section, name = key.split(".")
         assert parse_overrides([f"{key}={typed}"]) == {section: {name: meant}}
 
@@ -212,16 +216,16 @@ def test_paths_are_treated_alike(tmp_path, monkeypatch):
                 "model.img_size", "model.embed_dim", "model.window_size", "model.patch_size",
                 "model.num_classes", "model.mlp_ratio", "model.init_std", "model.depths",
                 "moe.num_experts", "moe.capacity_factor", "moe.eval_capacity_factor",
-                "moe.init_std", "moe.balance_weight", "moe.z_loss_weight", "moe.gate_noise",
+                "moe.init_std", "moe.aux_loss_weight", "moe.z_loss_weight", "moe.gate_noise",
                 "moe.overlap_degree", "data.batch_size", "data.eval_batch_size",
                 "data.num_workers", "augment.repeats",
                 "augment.mixup", "augment.eval_crop", "optimizer.eps", "optimizer.weight_decay",
-                "parallel.expert_parallel_size", "faults.hang_minutes",
+                "parallel.expert_parallel_size", "faults.hang_timeout_s",
             )
             for value in ("1e9", "1e30", "1000000000", ".inf", ".nan", "-1")
         ),
         "augment.eval_crop=1e-9", "augment.scale=[1e-9, 1]", "data.std=[1e-30, 1, 1]",
-        "data.mean=[.nan, 0, 0]", "moe.balance_weight=[.nan]", "optimizer.base_lr=1e999",
+        "data.mean=[.nan, 0, 0]", "moe.aux_loss_weight=[.nan]", "optimizer.base_lr=1e999",
         "train.seed=1e30", "model.depths=[]",
     ],
 )  # fmt: skip
@@ -298,7 +302,8 @@ def test_odd_files_are_one_line_that_names_the_place(tmp_path, text, parts):
         "learning-rate=1", "=1", "model.=1", ".x=1", "model", "a" * 9999, "model.depths.x=1",
         ".".join("a" * 5000) + "=1", "a\nb=1", "model.depths=" + "[" * 5000, "model.depths=*a",
         "model.depths=[*a]", "model.depths=[!!int 1]", "model={<<: 1}", "model.name=\udce9",
-        "\udce9=1", "model.\udce9=1", "zero.offload=\udce9", "base=x.yaml", 'data.path="\\q"',
+        "\udce9=1", "model.\udce9=1",
+        "zero.offload_optimizer=\udce9", "base=x.yaml", 'data.path="\\q"',
     ],
 )  # fmt: skip
 def test_odd_overrides_are_one_line_that_names_them(tmp_path, override):
@@ -362,7 +367,7 @@ def test_wrong_use_is_one_line_and_is_never_started_again(
     tmp_path, monkeypatch, capsys, words, part
 ):
     monkeypatch.setenv("SWIN_MOE_FINAL", str(tmp_path / "final"))
-    monkeypatch.setattr("swin_moe.cli._quiet", lambda: None)
+    monkeypatch.setattr("swin_moe.cli.main._quiet", lambda: None)
     try:
         code = main(["launch", "--on", "local", "--dry-run", str(MICRO), *words])
     except SystemExit as end:

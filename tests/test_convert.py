@@ -13,14 +13,14 @@ from timm.models.swin_transformer import SwinTransformer as TimmSwin
 from timm.models.swin_transformer_v2 import SwinTransformerV2 as TimmSwinV2
 
 from swin_moe import build_model
-from swin_moe.cli import main
+from swin_moe.cli.main import main
 from swin_moe.config import ModelConfig, MoEConfig
-from swin_moe.convert import Upcycle, convert
+from swin_moe.config.variants import default_moe_blocks
 from swin_moe.models import SwinTransformer
-from swin_moe.models.pretrained import read_pretrained
-from swin_moe.models.transfer import rows_22k_to_1k, upcycle
-from swin_moe.models.weights import WeightsError, read, write
-from swin_moe.variants import default_moe_blocks
+from swin_moe.weights.convert import Upcycle, convert
+from swin_moe.weights.files import WeightsError, read, write
+from swin_moe.weights.pretrained import read_pretrained
+from swin_moe.weights.transfer import rows_22k_to_1k, upcycle
 from tests.golden import Golden
 from tests.parallel import one_error, swin_moe, train
 

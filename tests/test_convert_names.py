@@ -13,13 +13,13 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from swin_moe.config import dump_config, load_config
-from swin_moe.convert import convert
 from swin_moe.data.transforms import EvalTransform
 from swin_moe.models import SwinTransformer
-from swin_moe.models.described import Described
-from swin_moe.models.dialects import Images
-from swin_moe.models.pretrained import load_pretrained, read_pretrained
-from swin_moe.models.weights import WeightsError, write
+from swin_moe.weights.adapters import Images
+from swin_moe.weights.convert import convert
+from swin_moe.weights.described import Described
+from swin_moe.weights.files import WeightsError, write
+from swin_moe.weights.pretrained import load_pretrained, read_pretrained
 from tests.golden import Golden
 from tests.parallel import MICRO
 from tests.saving import save, states_of

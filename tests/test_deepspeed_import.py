@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from swin_moe.checkpoint import Reader
-from swin_moe.models.pretrained import read_pretrained
-from swin_moe.models.weights import WeightsError, read
+from swin_moe.weights.files import WeightsError, read
+from swin_moe.weights.pretrained import read_pretrained
 from tests.parallel import run_worker, swin_moe
 from tests.workers.equivalence import STEPS
 

@@ -4,7 +4,8 @@ import os
 
 import pytest
 
-from swin_moe import distributed, ranks
+from swin_moe import distributed
+from swin_moe.common import ranks
 
 
 @pytest.fixture

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from swin_moe import precision
 from swin_moe.config import PrecisionConfig
+from swin_moe.training import precision
 from tests.parallel import run_worker
 
 
@@ -26,7 +26,7 @@ def test_a_gpu_without_bf16_says_so(monkeypatch):
 
 
 def test_another_deepspeed_is_refused_in_one_line(monkeypatch):
-    from swin_moe import engine
+    from swin_moe.training import engine
 
     engine.check_deepspeed()
     monkeypatch.delattr(engine.deepspeed_groups, "_EXPERT_PARALLEL_GROUP")

@@ -13,9 +13,9 @@ import torch
 from deepspeed.ops.op_builder import AsyncIOBuilder
 
 from swin_moe.checkpoint import Reader, verify
+from swin_moe.common.ranks import check_world
 from swin_moe.config import ZeroConfig, load_config
-from swin_moe.placement import ExpertShare
-from swin_moe.ranks import check_world
+from swin_moe.distributed.expert_placement import ExpertShare
 from tests.grid import sampled
 from tests.parallel import MICRO, run_worker
 from tests.workers.equivalence import STEPS, edges, legal_cells
@@ -154,14 +154,15 @@ def test_state_in_files_is_state_in_memory(tmp_path):
 
 
 def test_what_offload_needs_is_told(tmp_path, monkeypatch):
-    from swin_moe import engine
+    from swin_moe.training import engine
 
     for override in ("zero.stage=2", "zero.nvme_path=''"):
-        with pytest.raises(ValueError, match="offload=nvme needs"):
+        with pytest.raises(ValueError, match="offload_optimizer=nvme needs"):
             load_config(
-                MICRO, ["zero.stage=3", "zero.offload=nvme", "zero.nvme_path=/tmp", override]
+                MICRO,
+                ["zero.stage=3", "zero.offload_optimizer=nvme", "zero.nvme_path=/tmp", override],
             )
-    zero = ZeroConfig(stage=3, offload="nvme", nvme_path="/proc/nowhere")
+    zero = ZeroConfig(stage=3, offload_optimizer="nvme", nvme_path="/proc/nowhere")
     monkeypatch.setattr(AsyncIOBuilder, "is_compatible", lambda self: True)
     with pytest.raises(ValueError, match=r"zero\.nvme_path=/proc/nowhere: "):
         engine._prepare_nvme(zero, None)

@@ -12,7 +12,8 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
-from swin_moe import elastic, fork_server
+from swin_moe.common import fork_server
+from swin_moe.launch import elastic
 from tests import parallel
 from tests.parallel import PATIENCE, ROOT, environment
 
@@ -60,7 +61,7 @@ def server(tmp_path):
 def serving(folder, *modules):
     (folder / "program.py").write_text(PROGRAM)
     code = (
-        "import sys; from pathlib import Path; from swin_moe import fork_server as f; "
+        "import sys; from pathlib import Path; from swin_moe.common import fork_server as f; "
         "f.serve(f.listen(Path(sys.argv[1])), 0, sys.argv[2:])"
     )
     process = subprocess.Popen(

@@ -5,7 +5,7 @@ import re
 import pytest
 
 from swin_moe.config import load_config, micro_batches, share_global_batch
-from swin_moe.launch import Request, check
+from swin_moe.launch.command import Request, check
 from swin_moe.planner import Cluster
 from swin_moe.planner.choices import Planner
 from tests.parallel import MICRO, train
@@ -24,7 +24,7 @@ def config(*overrides):
         (400, 4, [], (50, 2)),
         (400, 8, [], (50, 1)),
         (400, 16, [], (25, 1)),  # less than a micro-batch is left to each
-        (400, 2, ["train.accumulation_steps=auto"], (200, 1)),  # which is still to be cut
+        (400, 2, ["train.gradient_accumulation_steps=auto"], (200, 1)),  # which is still to be cut
         (400, 2, PAIRS, (50, 4)),
         (10**6, 1, ["data.batch_size=1000"], (1000, 1000)),
     ],
@@ -65,11 +65,11 @@ def test_what_cannot_be_cut_is_one_line_with_what_would_fit(total, processes, ov
     ("overrides", "said"),
     [
         ([], ""),
-        (["train.accumulation_steps=4"], ""),
-        (["train.accumulation_steps=3"], "train.accumulation_steps is 4, not 3"),
-        (["train.accumulation_steps=1"], "train.accumulation_steps is 4, not 1"),
-        (["train.accumulation_steps=auto"],
-         "data.batch_size=50 is not used with train.accumulation_steps=auto"),
+        (["train.gradient_accumulation_steps=4"], ""),
+        (["train.gradient_accumulation_steps=3"], "train.gradient_accumulation_steps is 4, not 3"),
+        (["train.gradient_accumulation_steps=1"], "train.gradient_accumulation_steps is 4, not 1"),
+        (["train.gradient_accumulation_steps=auto"],
+         "data.batch_size=50 is not used with train.gradient_accumulation_steps=auto"),
         (["data.batch_size=300"],
          "micro-batches of 200: 300 is more than the share of a process"),
     ],
@@ -80,7 +80,7 @@ def test_it_comes_before_the_keys_that_it_decides_and_says_so(overrides, said):
 
 
 def test_without_it_the_batch_is_what_the_processes_make():
-    found = config("train.accumulation_steps=3")
+    found = config("train.gradient_accumulation_steps=3")
     assert share_global_batch(found, 7) == ""
     assert (found.data.batch_size, found.train.micro_steps) == (50, 3)
 

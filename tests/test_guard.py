@@ -6,8 +6,8 @@ import signal
 import pytest
 import torch
 
-from swin_moe.guard import Guard, SpikeDetector
-from swin_moe.signals import StopSignal
+from swin_moe.common.signals import StopSignal
+from swin_moe.training.guard import Guard, SpikeDetector
 from tests.saving import ALONE
 
 

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from rich.console import Console
 
-from swin_moe.cli import main
+from swin_moe.cli.main import main
 from swin_moe.config import MoEConfig, dump_config, load_config
 from swin_moe.distributed import Group, World
 from swin_moe.inspection import inspect_checkpoint

@@ -13,8 +13,8 @@ from types import SimpleNamespace
 import pytest
 from torch.distributed.elastic.rendezvous import RendezvousConnectionError
 
-from swin_moe import launch, nodes
 from swin_moe.config import load_plain
+from swin_moe.launch import command, nodes
 from tests.parallel import PATIENCE
 
 ROOT = Path(__file__).parent.parent
@@ -121,7 +121,7 @@ def test_hostfile_lines_never_reach_a_shell(tmp_path, script, line):
     assert done.stderr.count("\n") == 1
     assert not Path("pwned").exists()
     with pytest.raises(ValueError, match=r"hosts:2: "):
-        launch.read_hostfile(path)
+        command.read_hostfile(path)
 
 
 def test_an_array_task_takes_its_line_and_evaluates_nothing(tmp_path):
@@ -136,7 +136,7 @@ def test_an_array_task_takes_its_line_and_evaluates_nothing(tmp_path):
     done = run("slurm.sbatch", *options, "b.yaml", SLURM_ARRAY_TASK_ID="3")
     assert done.returncode == 2
     assert "has 2 experiments, and this is array task 3" in done.stderr
-    assert launch.read_experiments(file)[0][1] == ["optimizer.base_lr=1e-3"]
+    assert command.read_experiments(file)[0][1] == ["optimizer.base_lr=1e-3"]
 
 
 SMALL = "parallel.expert_parallel_size=1"
@@ -144,7 +144,7 @@ RECIPE = str(ROOT / "configs/imagenet22k/swin_moe_base_32expert.yaml")
 
 
 def front(engine, *overrides, config=RECIPE, **options):
-    return launch.Request(engine, config, list(overrides), **options)
+    return command.Request(engine, config, list(overrides), **options)
 
 
 @pytest.mark.parametrize(
@@ -175,20 +175,20 @@ def front(engine, *overrides, config=RECIPE, **options):
 )  # fmt: skip
 def test_the_front_refuses_before_anything_starts(request_, message):
     with pytest.raises(ValueError, match=r".") as caught:
-        launch.check(request_)
+        command.check(request_)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
 def test_processes_on_the_cpu_see_no_gpu():
-    words = launch.command(front("local", gpus_per_node=3, cpu=True), dry_run=True)
+    words = command.command(front("local", gpus_per_node=3, cpu=True), dry_run=True)
     assert words[:2] == ["env", "CUDA_VISIBLE_DEVICES="]
     assert words[3:-1] == ["--processes", "3", "--dry-run"]
-    launch.check(front("local", "data.path=fashion_mnist", gpus_per_node=8, cpu=True))
+    command.check(front("local", "data.path=fashion_mnist", gpus_per_node=8, cpu=True))
 
 
 def test_data_that_only_the_nodes_may_have_is_warned_about(capfd):
-    assert launch.launch(front("slurm", "data.path=/no/where", gpus_per_node=8), dry_run=True) == 0
+    assert command.launch(front("slurm", "data.path=/no/where", gpus_per_node=8), dry_run=True) == 0
     assert "data.path=/no/where is not on this machine" in capfd.readouterr().err
 
 
@@ -199,12 +199,12 @@ def test_an_editable_install_is_found_in_the_folder_of_a_clone():
 
 def test_the_front_holds_the_hostfile_against_nodes_and_gpus(hostfile):
     good = front("mpi", hostfile=hostfile, nodes="2", gpus_per_node=8)
-    launch.check(good)
-    assert launch.command(good)[1:3] == ["--hostfile", hostfile]
+    command.check(good)
+    assert command.command(good)[1:3] == ["--hostfile", hostfile]
     with pytest.raises(ValueError, match="lists 2 hosts"):
-        launch.check(replace(good, nodes="3"))
+        command.check(replace(good, nodes="3"))
     with pytest.raises(ValueError, match="gives 8 slots to node-0"):
-        launch.check(replace(good, gpus_per_node=4))
+        command.check(replace(good, gpus_per_node=4))
 
 
 def test_the_front_sees_that_the_port_of_the_master_is_taken():
@@ -212,13 +212,13 @@ def test_the_front_sees_that_the_port_of_the_master_is_taken():
         port = server.getsockname()[1]
         busy = front("torchrun", nodes="2", gpus_per_node=8, master=f"127.0.0.1:{port}")
         with pytest.raises(ValueError, match=f"port {port} of this machine"):
-            launch.check(busy)
+            command.check(busy)
 
 
 def test_the_front_hands_slurm_an_array(tmp_path):
     file = tmp_path / "experiments"
     file.write_text("zero.stage=1\n#\nzero.stage=2\n")
-    words = launch.command(
+    words = command.command(
         front("slurm", nodes="2", gpus_per_node=4, cpu=True, experiments=str(file))
     )
     assert words[words.index("--array") + 1] == "1-2"
@@ -227,44 +227,44 @@ def test_the_front_hands_slurm_an_array(tmp_path):
     file.write_text("zero.stage=1\nzero.stag=2\n")
     bad = front("slurm", gpus_per_node=4, experiments=str(file))
     with pytest.raises(ValueError, match=r"experiments:2: .*zero.stage"):
-        launch.check(bad)
+        command.check(bad)
 
 
 def test_experiments_have_folders_of_their_own(tmp_path):
     file = tmp_path / "experiments"
     file.write_text("zero.stage=1\nzero.stage=2 train.output=a\n")
     options = {"gpus_per_node": 4, "experiments": str(file)}
-    launch.check(front("slurm", SMALL, **options))
+    command.check(front("slurm", SMALL, **options))
     with pytest.raises(ValueError, match=r"experiments:2: train\.output=a is also that of line 1"):
-        launch.check(front("slurm", "train.output=a", **options))
+        command.check(front("slurm", "train.output=a", **options))
     file.write_text("train.output=a\n\ntrain.output=./a\n")
     with pytest.raises(ValueError, match=r"experiments:3: train\.output=\./a is also"):
-        launch.check(front("slurm", **options))
+        command.check(front("slurm", **options))
 
 
 def test_lines_of_windows_and_endless_files(tmp_path):
     file = tmp_path / "experiments"
     file.write_bytes(b"\xef\xbb\xbftrain.output=a\r\n\r\n# b\r\ntrain.output=c\r\n")
-    assert launch.read_experiments(file) == [(1, ["train.output=a"]), (4, ["train.output=c"])]
+    assert command.read_experiments(file) == [(1, ["train.output=a"]), (4, ["train.output=c"])]
     for task, output in (("1", "a"), ("2", "c")):
         options = ["--dry-run", "--processes", "1", "--experiments", str(file), "c.yaml"]
         done = run("slurm.sbatch", *options, SLURM_ARRAY_TASK_ID=task)
         assert shlex.split(done.stdout)[-1] == f"train.output={output}"
     with pytest.raises(ValueError, match="--experiments: /dev/zero is a device, not a file"):
-        launch.read_experiments(Path("/dev/zero"))
+        command.read_experiments(Path("/dev/zero"))
 
 
 def test_the_manifest_fits_the_schema_and_the_plain_file():
     models = pytest.importorskip("kubeflow_trainer_api.models", reason="needs kubeflow-trainer-api")
     plain = load_plain(ROOT / "launch/kubernetes.yaml")
-    made = launch.train_job(front("kubernetes", "x=$(id)", nodes="4", gpus_per_node=8))
+    made = command.train_job(front("kubernetes", "x=$(id)", nodes="4", gpus_per_node=8))
     for job in (plain, made):
         # What the schema does not know would not come back.
         assert models.TrainerV1alpha1TrainJob.from_dict(job).to_dict() == job
     assert made["spec"]["trainer"]["command"] == plain["spec"]["trainer"]["command"]
     assert made["spec"]["trainer"]["args"] == [RECIPE, "x=$$(id)"]
     assert made["metadata"]["name"] == "swin-moe-base-32expert"
-    alone = launch.train_job(front("kubernetes", gpus_per_node=2, cpu=True, doctor=True))
+    alone = command.train_job(front("kubernetes", gpus_per_node=2, cpu=True, doctor=True))
     assert "nvidia.com/gpu" not in alone["spec"]["trainer"]["resourcesPerNode"]["limits"]
     assert alone["spec"]["trainer"]["command"][-1] == "doctor"
     (one,), (other,) = (job["spec"]["trainer"]["env"] for job in (made, alone))
@@ -330,7 +330,14 @@ def test_processes_outlive_the_launcher_of_the_master():
 def torchrun(tmp_path, code):
     script = tmp_path / "script.py"
     script.write_text(code)
-    command = [sys.executable, "-m", "swin_moe.torchrun", "--standalone", "--nproc-per-node", "2"]
+    command = [
+        sys.executable,
+        "-m",
+        "swin_moe.launch.torchrun",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+    ]
     return subprocess.run(
         [*command, script],
         capture_output=True, text=True, check=False, timeout=PATIENCE, cwd=ROOT,

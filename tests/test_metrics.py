@@ -9,9 +9,9 @@ import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from swin_moe import metrics
-from swin_moe.metrics import CELL, Meter, MetricLog, heat_map, read_metrics
-from swin_moe.summary import draw_summary, show_picture
+from swin_moe.reporting import metric_log
+from swin_moe.reporting.metric_log import CELL, Meter, MetricLog, heat_map, read_metrics
+from swin_moe.reporting.plots import draw_summary, show_picture
 
 
 def test_meter_is_a_mean_since_the_last_read():
@@ -72,7 +72,7 @@ def test_what_is_not_finite_is_null_in_strict_json(tmp_path):
 
 def test_a_clock_that_was_set_back_doubles_no_step_in_tensorboard(tmp_path, monkeypatch):
     now = [1_800_000_000 * 10**9]
-    monkeypatch.setattr(metrics.time, "time_ns", lambda: now[0])
+    monkeypatch.setattr(metric_log.time, "time_ns", lambda: now[0])
     for resume_step, steps in ((None, range(1, 7)), (4, range(5, 9))):
         log = MetricLog(tmp_path, tensorboard=True, resume_step=resume_step)
         for record in records(steps):

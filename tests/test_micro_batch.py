@@ -7,7 +7,7 @@ import torch
 
 from swin_moe.config import load_config
 from swin_moe.distributed import Group, World
-from swin_moe.micro_batch import _largest, choose_micro_batch
+from swin_moe.training.auto_batch import _largest, choose_micro_batch
 from tests.parallel import MICRO, train
 
 WORLD = World(0, 0, 1, torch.device("cpu"), Group(), Group())
@@ -17,7 +17,7 @@ MB = 10**6
 def chosen(available, *overrides):
     config = load_config(
         MICRO,
-        ["train.accumulation_steps=auto", "data.batch_size=2048", "zero.stage=0",
+        ["train.gradient_accumulation_steps=auto", "data.batch_size=2048", "zero.stage=0",
          "precision.dtype=fp32", *overrides],
     )  # fmt: skip
     choose_micro_batch(config, WORLD, available)
@@ -77,7 +77,11 @@ def test_the_largest_that_fits_is_found(room, expected):
 
 
 def test_a_run_takes_what_fits_and_a_resume_keeps_it(tmp_path):
-    options = [tmp_path / "run", "train.accumulation_steps=auto", "checkpoint.every_steps=1"]
+    options = [
+        tmp_path / "run",
+        "train.gradient_accumulation_steps=auto",
+        "checkpoint.every_steps=1",
+    ]
     done = train(*options, "train.max_steps=1")
     assert done.returncode == 0, done.stderr
     assert (

@@ -17,9 +17,9 @@ from swin_moe.config import (
     load_config,
 )
 from swin_moe.distributed import Group, World
-from swin_moe.models.weights import WeightsError, write
 from swin_moe.moe import lost_gate
-from swin_moe.run_directory import Run, keep_former_defaults
+from swin_moe.training.run_directory import Run, keep_former_defaults
+from swin_moe.weights.files import WeightsError, write
 from tests.parallel import MICRO
 
 WRITE = (
@@ -141,7 +141,7 @@ def test_who_trains_a_router_without_a_gradient_is_warned(changes, post_norm, wa
         ({"slots_per_expert": 2}, "moe.slots_per_expert with moe.routing=token_choice"),
         ({"cosine_router_dim": 8}, "moe.cosine_router_dim with moe.router=linear"),
         ({"router": "cosine", "cosine_router_dim": 8}, ""),
-        ({"balance": "none", "balance_weight": 0.1}, "moe.balance_weight with moe.balance=none"),
+        ({"balance": "none", "aux_loss_weight": 0.1}, "moe.aux_loss_weight with moe.balance=none"),
     ],
 )
 def test_keys_that_the_routing_does_not_read_are_named(changes, named):
@@ -153,7 +153,7 @@ def test_keys_that_the_routing_does_not_read_are_named(changes, named):
 @pytest.mark.parametrize(
     ("override", "named"),
     [
-        ("zero.nvme_path=/tmp", "zero.nvme_path with zero.offload=none"),
+        ("zero.nvme_path=/tmp", "zero.nvme_path with zero.offload_optimizer=none"),
         ("augment.mixup_switch_prob=0.3", ""),
         ("augment.cutmix=0 augment.mixup_prob=0.3", ""),
         ("augment.cutmix=0 augment.mixup_switch_prob=0.3",

@@ -13,16 +13,18 @@ from rich.console import Console
 from rich.table import Table
 from torch import OutOfMemoryError
 
-from swin_moe import cli, drawing, report
+from swin_moe.cli import main
+from swin_moe.common import drawing
+from swin_moe.common.drawing import font_file, write_png
+from swin_moe.common.terminal import Terminal, cell
+from swin_moe.common.writing import LogFile, PlainFormatter
 from swin_moe.config import load_config
-from swin_moe.data import show
-from swin_moe.data.progress import sample_progress
-from swin_moe.drawing import font_file, write_png
-from swin_moe.evaluation import Evaluation
+from swin_moe.data.tools import show
+from swin_moe.data.tools.progress import sample_progress
 from swin_moe.inspection.draw import draw_maps
-from swin_moe.summary import draw_summary
-from swin_moe.terminal import Terminal, cell
-from swin_moe.writing import LogFile, PlainFormatter
+from swin_moe.reporting import tables
+from swin_moe.reporting.plots import draw_summary
+from swin_moe.training.evaluation import Evaluation
 from tests.parallel import MICRO
 from tests.test_imports import FILES
 
@@ -46,7 +48,7 @@ NAMES = {
 def test_the_table_of_classes_shows_names_as_they_are(make, capsys):
     count = len(NAMES)
     result = Evaluation(0.5, 50.0, 90.0, [1] * count, [2] * count, 0)
-    report.print_evaluation(make(), Path("runs/x [/y]\n"), result, list(NAMES))
+    tables.print_evaluation(make(), Path("runs/x [/y]\n"), result, list(NAMES))
     printed = capsys.readouterr().out
     cells = [line.split("│")[1].strip() for line in printed.splitlines() if "│" in line]
     assert cells == list(NAMES.values())
@@ -157,11 +159,11 @@ def test_an_error_is_one_line_that_is_never_empty(monkeypatch, capsys, error, to
     def fail(*_):
         raise error
 
-    monkeypatch.setattr(cli, "_models", fail)
-    monkeypatch.setattr(cli, "_quiet", lambda: None)
-    assert cli.main(["models"]) in (1, 2)
+    monkeypatch.setattr(main, "_models", fail)
+    monkeypatch.setattr(main, "_quiet", lambda: None)
+    assert main.main(["models"]) in (1, 2)
     assert capsys.readouterr().err == f"swin-moe: error: {told}\n"
-    cli.main(["models", "--debug"])
+    main.main(["models", "--debug"])
     shown = capsys.readouterr().err
     assert "Traceback" in shown
     assert "--debug" not in shown.splitlines()[-1]
@@ -169,8 +171,8 @@ def test_an_error_is_one_line_that_is_never_empty(monkeypatch, capsys, error, to
 
 def test_a_run_s_log_is_named_instead_of_debug(monkeypatch, tmp_path):
     monkeypatch.setattr(LogFile, "current", staticmethod(lambda: tmp_path / "rank-0.log"))
-    arguments = cli.parse(["models"])
-    told = cli._unexpected(RuntimeError("boom"), arguments)
+    arguments = main.parse(["models"])
+    told = main._unexpected(RuntimeError("boom"), arguments)
     assert told == f"RuntimeError: boom (the traceback is in {tmp_path / 'rank-0.log'})"
 
 
@@ -180,7 +182,7 @@ def test_the_console_shows_warnings_as_lines_and_leaves_timm_to_the_logs(monkeyp
     monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
     logging.captureWarnings(False)  # a command that ran in this process has left it on
     try:
-        cli._quiet()
+        main._quiet()
         logging.getLogger("timm.scheduler").warning("a cosine of one update has no effect")
         logging.getLogger("swin_moe").warning("skipped caf\udce9")
         with warnings.catch_warnings():
@@ -194,7 +196,7 @@ def test_the_console_shows_warnings_as_lines_and_leaves_timm_to_the_logs(monkeyp
 
 def test_the_header_s_rate_is_as_people_write_it():
     config = load_config(MICRO, ["optimizer.base_lr=5e-4"])
-    assert report._rate(config, 32) == "5e-4 × 32/512 = 3.1e-5 at its peak"
+    assert tables._rate(config, 32) == "5e-4 × 32/512 = 3.1e-5 at its peak"
     config.optimizer.base_lr, config.optimizer.layer_decay = 0.0125, 0.87
     told = "0.0125 × 1024/512 = 0.025 at its peak, × 0.87 for each layer below the head"
-    assert report._rate(config, 1024) == told
+    assert tables._rate(config, 1024) == told

@@ -7,7 +7,13 @@ import torch
 
 from swin_moe.config import Config, ModelConfig, MoEConfig, OptimizerConfig, ScheduleConfig
 from swin_moe.models import SimMIM, SwinTransformer
-from swin_moe.optim import build_optimizer, build_schedule, decays, layer_id, parameter_groups
+from swin_moe.training.optim import (
+    build_optimizer,
+    build_schedule,
+    decays,
+    layer_id,
+    parameter_groups,
+)
 from tests.golden import Golden
 
 TINY = {"img_size": 32, "embed_dim": 8, "num_heads": [1, 2, 4, 8], "depths": [2, 2, 6, 2]}

@@ -9,8 +9,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from swin_moe import distributed, meeting, ops
+from swin_moe import distributed, ops
 from swin_moe.config import load_config
+from swin_moe.distributed import meeting
 from swin_moe.preflight import links
 from swin_moe.preflight.agreement import compare, named
 from swin_moe.preflight.facts import Facts, collect

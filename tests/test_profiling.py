@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from swin_moe.metrics import read_metrics
-from swin_moe.profiling import KINDS, peak_flops, read, split
+from swin_moe.reporting.metric_log import read_metrics
+from swin_moe.reporting.profiler import KINDS, peak_flops, read, split
 from tests.parallel import train
 
 

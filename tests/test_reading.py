@@ -7,8 +7,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from swin_moe.reading import openable, parse_json, read_json, read_text
-from swin_moe.text import plain
+from swin_moe.common.reading import openable, parse_json, read_json, read_text
+from swin_moe.common.text import plain
 
 
 @pytest.mark.parametrize(

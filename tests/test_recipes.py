@@ -8,11 +8,11 @@ import pytest
 from rich.console import Console
 
 from swin_moe import build_model, list_models
-from swin_moe.catalog import models_table
+from swin_moe.cli.models import models_table
 from swin_moe.config import ConfigError, idle_keys, load_config, validate
+from swin_moe.config.variants import PUBLISHED, VARIANTS
 from swin_moe.models.cost import count
 from swin_moe.moe import lost_gate
-from swin_moe.variants import PUBLISHED, VARIANTS
 
 ROOT = Path(__file__).parent.parent
 RECIPES = sorted(p for p in (ROOT / "configs").rglob("*.yaml") if not p.name.startswith("_"))
@@ -68,7 +68,7 @@ PRETRAINING = {  # ImageNet-22K, Swin V2
 MIXTURE = {
     **PRETRAINING, "schedule.warmup_epochs": 10, "optimizer.clip_norm": 3.0, "moe.top_k": 1,
     "moe.blocks": [[], [], [1, 3, 5, 7, 9, 11, 13, 15, 17], [1]], "moe.router": "linear",
-    "moe.capacity_factor": 1.25, "moe.balance": "importance_load", "moe.balance_weight": 0.01,
+    "moe.capacity_factor": 1.25, "moe.balance": "importance_load", "moe.aux_loss_weight": 0.01,
     "moe.drop_rate": 0.1, "moe.init_std": 0.005, "moe.fc2_bias": False, "moe.gate_noise": 1.0,
     "moe.normalize_gate": False, "moe.batch_prioritized": True, "model.init_std": 0.005,
     "model.mlp_fc2_bias": False,

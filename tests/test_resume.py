@@ -80,7 +80,7 @@ def test_each_rank_wrote_its_part(results):
 
 def test_after_a_workers_death_others_interrupt_nothing():
     """PyTorch's handler raises at each death, wherever the program stands."""
-    from swin_moe import run  # imports DeepSpeed
+    from swin_moe import train  # imports DeepSpeed
 
     def fit():
         raise RuntimeError("DataLoader worker (pid 1) is killed by signal: Killed.")
@@ -90,7 +90,7 @@ def test_after_a_workers_death_others_interrupt_nothing():
     job = SimpleNamespace(writer=SimpleNamespace(close=lambda: closed.append(True)))
     try:
         with pytest.raises(RuntimeError, match="is killed"):
-            run._fit(job, SimpleNamespace(fit=fit))
+            train._fit(job, SimpleNamespace(fit=fit))
         assert closed
         assert signal.getsignal(signal.SIGCHLD) == signal.SIG_DFL
     finally:

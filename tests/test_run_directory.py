@@ -10,11 +10,12 @@ import pytest
 import torch
 from rich.console import Console
 
-from swin_moe import ranks, run_directory
+from swin_moe.common import ranks
 from swin_moe.config import load_config
-from swin_moe.metrics import MetricLog, read_metrics
-from swin_moe.run_directory import MARKER, Run, _adopt, _write_config
-from swin_moe.watchdog import Watchdog
+from swin_moe.distributed.watchdog import Watchdog
+from swin_moe.reporting.metric_log import MetricLog, read_metrics
+from swin_moe.training import run_directory
+from swin_moe.training.run_directory import MARKER, Run, _adopt, _write_config
 from tests.parallel import MICRO
 from tests.saving import ALONE, save
 

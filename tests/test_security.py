@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from swin_moe.config import ConfigError, load_config
-from swin_moe.metrics import read_metrics
+from swin_moe.reporting.metric_log import read_metrics
 from tests.parallel import MICRO, ROOT, one_error, swin_moe, train
 
 ATTACK = "touch attacked"

@@ -8,8 +8,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from swin_moe import elastic, signals
-from swin_moe.signals import StopSignal
+from swin_moe.common import signals
+from swin_moe.common.signals import StopSignal
+from swin_moe.launch import elastic
 from tests.parallel import PATIENCE, ROOT, environment
 
 PROGRAM = """
@@ -87,7 +88,7 @@ def test_what_is_ignored_stays_ignored():
 
 def test_a_forked_process_dies_by_a_signal_as_any_other():
     program = (
-        "import os, signal\nfrom swin_moe.signals import watch\nwatch()\n"
+        "import os, signal\nfrom swin_moe.common.signals import watch\nwatch()\n"
         "pid = os.fork()\nif pid == 0: signal.raise_signal(signal.SIGTERM); os._exit(1)\n"
         "print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))"
     )
@@ -96,7 +97,7 @@ def test_a_forked_process_dies_by_a_signal_as_any_other():
 
 def test_other_programs_than_training_have_the_usual_signals():
     program = (
-        "import signal\nfrom swin_moe.signals import STOPS, release, watch\n"
+        "import signal\nfrom swin_moe.common.signals import STOPS, release, watch\n"
         "before = [signal.getsignal(n) for n in STOPS]; watch(); release()\n"
         "assert [signal.getsignal(n) for n in STOPS] == before"
     )
@@ -106,8 +107,8 @@ def test_other_programs_than_training_have_the_usual_signals():
 
 def test_a_launch_that_still_checks_asks_to_be_started_again():
     program = (
-        "import os, signal, swin_moe.launch as launch\n"
-        "from swin_moe import cli, signals\n"
+        "import os, signal, swin_moe.launch.command as launch\n"
+        "from swin_moe.cli import main as cli\nfrom swin_moe.common import signals\n"
         "launch.launch = lambda *_: os.kill(os.getpid(), signal.SIGTERM)\n"
         "signals.watch(); cli.main(['launch', '--on', 'local', 'x.yaml'])"
     )

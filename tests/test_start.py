@@ -6,7 +6,8 @@ import sys
 
 import pytest
 
-from swin_moe import catalog, host
+from swin_moe.cli import models
+from swin_moe.common import host
 from tests.data.helpers import make_folder, make_shards
 from tests.parallel import MICRO, PATIENCE, ROOT, environment, run_worker, training
 from tests.saving import save
@@ -47,7 +48,7 @@ def places(tmp_path_factory):
         ("data verify {root}/shards --output {root}/bad.jsonl", "4 samples"),
         ("data verify {root}/images --output {root}/bad.jsonl", "2 classes"),
         ("prepare-data {root}/images {root}/out", "data.path="),
-        (f"launch --on local --dry-run {MICRO}", "swin_moe.torchrun"),
+        (f"launch --on local --dry-run {MICRO}", "swin_moe.launch.torchrun"),
     ],
 )
 def test_commands_that_need_no_torch_do_not_import_it(places, words, printed):
@@ -65,8 +66,8 @@ def test_training_imports_no_compiler_and_no_foreign_models(tmp_path):
 
 
 def test_the_table_of_models_is_what_the_models_are():
-    assert json.loads(catalog.COUNTS.read_text()) == catalog.count_all(), (
-        "python -m swin_moe.catalog writes the table again"
+    assert json.loads(models.COUNTS.read_text()) == models.count_all(), (
+        "python -m swin_moe.cli.models writes the table again"
     )
 
 

@@ -7,7 +7,9 @@ import pytest
 import torch.distributed as dist
 from torch.distributed.elastic.rendezvous import dynamic_rendezvous
 
-from swin_moe import distributed, rendezvous, stores
+from swin_moe import distributed
+from swin_moe.distributed import stores
+from swin_moe.launch import rendezvous
 
 
 def test_a_store_listens_at_one_address():

@@ -6,8 +6,8 @@ import os
 
 import pytest
 
-from swin_moe.cli import main
-from swin_moe.system_errors import explain
+from swin_moe.cli.main import main
+from swin_moe.cli.system_errors import explain
 from tests.parallel import MICRO
 
 

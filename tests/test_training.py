@@ -13,9 +13,9 @@ import torch
 
 from swin_moe.checkpoint import list_checkpoints
 from swin_moe.checkpoint.folder import read_manifest
-from swin_moe.metrics import read_metrics
-from swin_moe.report import closing
-from swin_moe.trainer import Plan, Position
+from swin_moe.reporting.metric_log import read_metrics
+from swin_moe.reporting.tables import closing
+from swin_moe.training.trainer import Position, TrainingPlan
 from tests.parallel import PATIENCE, one_error, start, swin_moe, train, training
 
 RECIPE = ["precision.dtype=fp32", "zero.stage=2", "log.every_steps=1", "train.max_steps=60",
@@ -198,7 +198,7 @@ def test_another_model_does_not_resume(undisturbed):
 
 
 def test_a_run_that_is_done_names_the_key_that_ends_it():
-    plan = Plan(3, 10, 1, 1, 1, 0, 1, 25, 2, 0.0)
+    plan = TrainingPlan(3, 10, 1, 1, 1, 0, 1, 25, 2, 0.0)
     assert plan.limit(Position(step=24, epoch=2, update=4)) == ""
     assert plan.limit(Position(step=25, epoch=2, update=5)) == "train.max_steps"
     assert plan.limit(Position(step=30, epoch=3)) == "schedule.epochs"

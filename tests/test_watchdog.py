@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from swin_moe import ranks, watchdog
-from swin_moe.watchdog import Watchdog
+from swin_moe.common import ranks
+from swin_moe.distributed import watchdog
+from swin_moe.distributed.watchdog import Watchdog
 from tests.parallel import PATIENCE, ROOT, environment
 
 HANG = """

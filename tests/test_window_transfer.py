@@ -5,7 +5,7 @@ import torch
 
 from benchmarks.window_transfer import accuracy, train, transferred
 from swin_moe.config import Architecture
-from swin_moe.models.weights import write
+from swin_moe.weights.files import write
 
 
 @pytest.fixture(scope="module")

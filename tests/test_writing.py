@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
-from swin_moe import writing
-from swin_moe.writing import Appender, unbreakable_streams
+from swin_moe.common import writing
+from swin_moe.common.writing import Appender, unbreakable_streams
 
 
 @pytest.fixture
@@ -127,7 +127,7 @@ def test_a_console_that_is_gone_does_not_end_a_training():
     reader, number = os.pipe()
     code = (
         "import logging, sys\n"
-        "from swin_moe.writing import unbreakable_streams\n"
+        "from swin_moe.common.writing import unbreakable_streams\n"
         "logging.getLogger().addHandler(logging.StreamHandler())\n"
         "with unbreakable_streams():\n"
         "    for stream in 2 * (sys.stdout, sys.stderr):\n"
@@ -144,7 +144,7 @@ def test_a_console_that_is_gone_does_not_end_a_training():
 def test_closed_streams_lead_nowhere(tmp_path):
     code = (
         "import sys\n"
-        "from swin_moe.writing import open_streams\n"
+        "from swin_moe.common.writing import open_streams\n"
         "open_streams()\n"
         "print('lost'); print('lost', file=sys.stderr)\n"
         "file = open(sys.argv[1], 'w'); file.write(f'{file.fileno() > 2} {sys.stdin.read()!r}')\n"

@@ -36,15 +36,17 @@ class Training:
         from swin_moe.config import OptimizerConfig, ZeroConfig
 
         world = distributed.init()
-        from swin_moe.engine import Engine  # imports DeepSpeed, which looks at what init has set
-        from swin_moe.models import build_model
+        from swin_moe import build_model
+        from swin_moe.training.engine import (
+            Engine,  # imports DeepSpeed, which looks at what init has set
+        )
 
         distributed.seed_everything(0)
         model = build_model(MODEL, **(TOY if toy else {"num_classes": 1000}))
         dtype = torch.bfloat16
         self.engine = Engine(
             model, world, optimizer=OptimizerConfig(base_lr=RATE * 512 / batch),
-            zero=ZeroConfig(stage=1), dtype=dtype, micro_batch=batch, accumulation_steps=1,
+            zero=ZeroConfig(stage=1), dtype=dtype, micro_batch=batch, gradient_accumulation_steps=1,
         )  # fmt: skip
         self.engine.train()
         for group in self.engine.optimizer.param_groups:

@@ -18,7 +18,7 @@ folder with the right name and a manifest that fits is complete.
 
 from typing import TYPE_CHECKING
 
-from ..deferred import exports
+from ..common.deferred import exports
 from .folder import (
     CheckpointError,
     FormatError,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ..reading import read_json
+from ..common.reading import read_json
 from .folder import CheckpointError, class_names, read_manifest
 from .fragments import Entry, from_json
 

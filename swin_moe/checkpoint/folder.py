@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ..reading import read_json
-from ..text import plain
+from ..common.reading import read_json
+from ..common.text import plain
 
 log = logging.getLogger("swin_moe")
 T = TypeVar("T")

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from ..placement import Layout
+from ..distributed.expert_placement import ExpertLayout
 from .folder import CheckpointError
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ class Entry:
                 raise CheckpointError(f"'{name}' has {position} of {part} elements")
 
 
-def describe(fragment: Fragment, rank: int, layout: Layout) -> Entry:
+def describe(fragment: Fragment, rank: int, layout: ExpertLayout) -> Entry:
     """The fragment in terms of the whole tensor."""
     whole = layout.whole_shape(fragment.name, fragment.shape)
     share = layout.share_of(fragment.name)

@@ -10,9 +10,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ..common.reading import openable
 from ..distributed import set_rng_state
-from ..placement import ExpertShare, Layout, shard_axis
-from ..reading import openable
+from ..distributed.expert_placement import ExpertLayout, ExpertShare, shard_axis
 from .contents import Contents
 from .folder import CheckpointError, rank_file
 from .fragments import Entry, key
@@ -145,7 +145,7 @@ def persistent_buffers(model: torch.nn.Module) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def load_weights(model: torch.nn.Module, reader: Reader, layout: Layout) -> None:
+def load_weights(model: torch.nn.Module, reader: Reader, layout: ExpertLayout) -> None:
     """Copy master weights into a model that DeepSpeed has not wrapped yet.
 
     Persistent buffers too; those that the checkpoint lacks stay as they are.
@@ -159,7 +159,7 @@ def load_weights(model: torch.nn.Module, reader: Reader, layout: Layout) -> None
 
 
 @torch.no_grad()
-def load_buffers(model: torch.nn.Module, reader: Reader, layout: Layout) -> None:
+def load_buffers(model: torch.nn.Module, reader: Reader, layout: ExpertLayout) -> None:
     """The persistent buffers alone, see :func:`load_weights`."""
     known = set(reader.names())
     for name, buffer in persistent_buffers(model).items():
@@ -168,7 +168,7 @@ def load_buffers(model: torch.nn.Module, reader: Reader, layout: Layout) -> None
 
 
 @torch.no_grad()
-def load_weight(name: str, target: Tensor, reader: Reader, layout: Layout) -> None:
+def load_weight(name: str, target: Tensor, reader: Reader, layout: ExpertLayout) -> None:
     """Copy one tensor of a checkpoint; raises like :func:`load_weights`."""
     value = reader.tensor(name, share=layout.share_of(name))
     if value.shape != target.shape:

@@ -26,13 +26,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..common.errors import RunRemoved
+from ..common.host import free_memory
+from ..common.ranks import local_world_size
+from ..common.text import plain, reason
 from ..distributed import World, all_reduce_, broadcast_object, rng_state
-from ..errors import RunRemoved
-from ..host import free_memory
-from ..placement import Layout
-from ..ranks import local_world_size
-from ..text import plain, reason
-from ..watchdog import Writing
+from ..distributed.expert_placement import ExpertLayout
+from ..distributed.watchdog import Writing
 from .folder import (
     CLASSES,
     CheckpointError,
@@ -71,7 +71,7 @@ class Saved:
 
 
 @dataclass
-class _Job:
+class _Save:
     """One save of this rank: what is to be written, and what is told to the thread."""
 
     saved: Saved
@@ -108,14 +108,14 @@ class Writer:
         self._of_a_run = folder.parent.is_dir()  # else the first save makes it
         self._life = broadcast_object(secrets.token_hex(4))  # no other life's files are taken
         self._host: dict[str, Tensor] = {}
-        self._job: _Job | None = None
+        self._job: _Save | None = None
         self._failed = False  # the last save that ended, as rank 0 knows
 
     def save(
         self,
         step: int,
         fragments: Iterable[Fragment],
-        layout: Layout,
+        layout: ExpertLayout,
         *,
         state: dict[str, Any],
         config_text: str,
@@ -150,7 +150,7 @@ class Writer:
             if class_names is not None:
                 texts[CLASSES] = json.dumps(class_names)
         best = None if best_step is None else self.folder / f"step-{best_step:08d}"
-        job = _Job(saved, partial, tensors, entries, texts, keep_last, best, problem, started)
+        job = _Save(saved, partial, tensors, entries, texts, keep_last, best, problem, started)
         # Not a daemon: a program that ends lets it finish.
         job.thread = threading.Thread(target=self._write, args=(job,), name=f"save-{step}")
         self._job = job
@@ -168,7 +168,7 @@ class Writer:
         if self.world.is_main and job is not None and not job.thread.is_alive():
             self._end(job)
 
-    def _end(self, job: _Job) -> None:
+    def _end(self, job: _Save) -> None:
         self._job = None
         self._failed = bool(job.saved.error)
         if not self._failed:
@@ -214,7 +214,7 @@ class Writer:
         return job.saved.error
 
     def _stage(
-        self, fragments: Iterable[Fragment], layout: Layout
+        self, fragments: Iterable[Fragment], layout: ExpertLayout
     ) -> tuple[dict[str, Tensor], dict[str, Entry]]:
         """Copy this rank's part to host memory, which is kept from save to save."""
         entries: dict[str, Entry] = {}
@@ -229,7 +229,7 @@ class Writer:
         return staged | {RNG + name: t.clone() for name, t in rng_state().items()}, entries
 
     def _write_at_once(
-        self, partial: Path, fragments: Iterable[Fragment], layout: Layout
+        self, partial: Path, fragments: Iterable[Fragment], layout: ExpertLayout
     ) -> tuple[dict[str, Entry], Exception | None]:
         """Write this rank's file without a copy of it; what fails is for the thread to tell."""
         entries: dict[str, Entry] = {}
@@ -278,7 +278,7 @@ class Writer:
     # ----------------------------------------------------------------------------------------
     # In the thread
 
-    def _write(self, job: _Job) -> None:
+    def _write(self, job: _Save) -> None:
         try:
             self._write_part(job)
             if self.world.is_main:
@@ -291,7 +291,7 @@ class Writer:
         job.saved.seconds = time.monotonic() - job.started
         self.writing.what = ""
 
-    def _write_part(self, job: _Job) -> None:
+    def _write_part(self, job: _Save) -> None:
         """This rank's file and its description; where that fails, the reason."""
         rank = self.world.rank
         try:
@@ -323,7 +323,7 @@ class Writer:
                 log.debug("not even the reason could be written")
             raise
 
-    def _commit(self, job: _Job) -> None:
+    def _commit(self, job: _Save) -> None:
         """Wait for every rank's part, check that they are the whole, and give it its name."""
         parts = [self._await_part(job, rank) for rank in range(self.world.size)]
         files = {name: entry for part in parts for name, entry in part["files"].items()}
@@ -342,7 +342,7 @@ class Writer:
         job.saved.bytes = sum(entry["bytes"] for entry in files.values())
         prune(self.folder, job.keep_last, job.best)
 
-    def _await_part(self, job: _Job, rank: int) -> dict[str, Any]:
+    def _await_part(self, job: _Save, rank: int) -> dict[str, Any]:
         done, failed = (job.partial / f"rank-{rank}.{end}" for end in ("json", "failed"))
         self.writing.on(done)
         while not done.exists():

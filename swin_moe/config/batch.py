@@ -8,10 +8,10 @@ from .sections import Config
 
 
 def share_global_batch(config: Config, processes: int) -> str:
-    """Set ``data.batch_size`` and ``train.accumulation_steps`` so that they give the global batch.
+    """Set batch size and micro-steps so that all processes together make the global batch.
 
-    With ``train.accumulation_steps=auto``, ``data.batch_size`` becomes a process's whole share of
-    an update, which is cut later. Nothing changes if ``data.global_batch`` is 0.
+    With ``train.gradient_accumulation_steps=auto``, ``data.batch_size`` becomes the whole share of
+    a process in an update, which is cut later. Nothing changes if ``data.global_batch`` is 0.
 
     Returns:
         a line on what differs from the user's values, empty if nothing does.
@@ -22,17 +22,22 @@ def share_global_batch(config: Config, processes: int) -> str:
     data, train = config.data, config.train
     if not data.global_batch:
         return ""
-    stated, stated_steps = data.batch_size, train.accumulation_steps
+    stated, stated_steps = data.batch_size, train.gradient_accumulation_steps
     micro, steps = micro_batches(config, processes)
     notes = []
     if stated_steps == "auto" and "batch_size" in data.model_fields_set and micro != stated:
-        notes.append(f"data.batch_size={stated} is not used with train.accumulation_steps=auto")
+        notes.append(
+            f"data.batch_size={stated} is not used with train.gradient_accumulation_steps=auto"
+        )
     elif stated_steps != "auto" and micro < stated:
         notes.append(f"micro-batches of {micro}: {stated} is more than the share of a process")
-    if stated_steps not in ("auto", steps) and "accumulation_steps" in train.model_fields_set:
-        notes.append(f"train.accumulation_steps is {steps}, not {stated_steps}")
+    if (
+        stated_steps not in ("auto", steps)
+        and "gradient_accumulation_steps" in train.model_fields_set
+    ):
+        notes.append(f"train.gradient_accumulation_steps is {steps}, not {stated_steps}")
     data.batch_size = micro
-    train.accumulation_steps = "auto" if stated_steps == "auto" else steps
+    train.gradient_accumulation_steps = "auto" if stated_steps == "auto" else steps
     where = f"data.global_batch={data.global_batch} over {processes} processes"
     return f"{where}: {', and '.join(notes)}" if notes else ""
 
@@ -41,7 +46,7 @@ def micro_batches(config: Config, processes: int) -> tuple[int, int]:
     """The images of a micro-batch, and the number of micro-batches of a process.
 
     A micro-batch is ``data.batch_size`` images. It is a process's whole share if that is less, or
-    if ``train.accumulation_steps`` is ``auto``.
+    if ``train.gradient_accumulation_steps`` is ``auto``.
     """
     total, most = config.data.global_batch, config.data.batch_size
     pairs = config.augment.mixup > 0 or config.augment.cutmix > 0
@@ -56,7 +61,7 @@ def micro_batches(config: Config, processes: int) -> tuple[int, int]:
             f"data.global_batch={total} cannot be cut into {processes} equal parts{even}: "
             f"{start if total % unit == 0 else ''}set data.global_batch={_or(totals)}"
         )
-    if config.train.accumulation_steps == "auto" or each <= most:
+    if config.train.gradient_accumulation_steps == "auto" or each <= most:
         return each, 1
     if each % most:
         fitting = [unit * size for size in _near(each // unit, most // unit)]

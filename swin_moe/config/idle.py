@@ -25,7 +25,7 @@ def idle_keys(config: Config) -> str:
 
 def _of_moe(moe: MoEConfig) -> Iterator[Idle]:
     of_tokens = ("moe.eval_top_k", "moe.batch_prioritized", "moe.route_per_image", "moe.balance",
-                 "moe.balance_weight")  # fmt: skip
+                 "moe.aux_loss_weight")  # fmt: skip
     if moe.routing == "token_choice":
         yield "moe.routing", ("moe.slots_per_expert",)
     elif moe.routing == "expert_choice":
@@ -38,7 +38,7 @@ def _of_moe(moe: MoEConfig) -> Iterator[Idle]:
     if moe.router == "linear":
         yield "moe.router", ("moe.cosine_router_dim", "moe.cosine_router_init_t")
     if moe.balance == "none":
-        yield "moe.balance", ("moe.balance_weight",)
+        yield "moe.balance", ("moe.aux_loss_weight",)
 
 
 def _of_augment(augment: AugmentConfig) -> Iterator[Idle]:
@@ -59,7 +59,7 @@ def _of_others(config: Config) -> Iterator[Idle]:
     if not config.schedule.warmup_epochs:
         yield "schedule.warmup_epochs", ("schedule.warmup_lr",)
     if not config.zero.uses_files:
-        yield "zero.offload", ("zero.nvme_path",)
+        yield "zero.offload_optimizer", ("zero.nvme_path",)
     if config.faults.nonfinite == "stop":
         yield "faults.nonfinite", ("faults.max_nonfinite",)
     if not config.ops.fused:

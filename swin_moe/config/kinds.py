@@ -35,7 +35,7 @@ Factor = Annotated[float, Field(ge=0.0, le=_SIZE)]
 PositiveFactor = Annotated[float, Field(gt=0.0, le=_SIZE)]
 Weight = Annotated[float, Field(ge=0.0, le=1000.0)]  # of a loss; a parameter of a distribution
 Deviation = Annotated[float, Field(gt=0.0, le=10.0)]  # of initial weights
-Minutes = Annotated[float, Field(ge=0.0, le=1e6)]
+Seconds = Annotated[float, Field(ge=0.0, le=1e8)]
 
 
 def check_path(value: Any, required: bool = False) -> str:

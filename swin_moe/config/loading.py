@@ -6,7 +6,9 @@ and line or the override, the value, what was expected and the nearest valid key
 
 from __future__ import annotations
 
+import copy
 import difflib
+import logging
 import os
 import re
 from pathlib import Path
@@ -14,13 +16,17 @@ from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
-from ..text import plain
-from ..variants import FAMILIES, VARIANTS
+from ..common import ranks
+from ..common.text import plain
 from . import yaml_core
 from .kinds import check_path
 from .mixture import dense_by_mistake
+from .renamed import present_name, rename
 from .sections import Architecture, Config
+from .variants import FAMILIES, VARIANTS
 from .yaml_core import ConfigError, Key, NotOurYaml
+
+log = logging.getLogger("swin_moe")
 
 AnyArchitecture = TypeVar("AnyArchitecture", bound=Architecture)
 
@@ -43,7 +49,7 @@ def _short(text: str, length: int) -> str:
 def _kind(key: Key) -> Any:
     """The type of a section or of a key's values; None if there is no such key."""
     kind: Any = Config
-    for part in key:
+    for part in present_name(key):
         field = getattr(kind, "model_fields", {}).get(part)
         if field is None:
             return None
@@ -72,13 +78,16 @@ def _read_file(path: Path, is_text: yaml_core.IsText | None) -> tuple[dict[str, 
 
 def _read_with_bases(path: Path) -> tuple[dict[str, Any], Origins]:
     """Read one file and its ``base:`` chain; the nearer file wins key by key."""
+    quiet = written_by_a_run(path)
     raw, origins = _read_file(path, _is_text)
+    _rename(raw, origins, quiet)
     seen = [os.path.realpath(path)]
     while (base := raw.pop("base", None)) is not None:
         place = origins.pop(("base",))
         try:
             path = path.parent / check_path(base, required=True)
             parent, parent_origins = _read_file(path, _is_text)
+            _rename(parent, parent_origins, quiet)
         except ValueError as error:
             raise _error(place, f"base: {error}") from None
         seen.append(os.path.realpath(path))
@@ -88,6 +97,20 @@ def _read_with_bases(path: Path) -> tuple[dict[str, Any], Origins]:
             raise _error(place, f"more than {_BASES} base files")
         raw, origins = _merge(parent, raw), {**parent_origins, **origins}
     return raw, origins
+
+
+def _rename(raw: dict[str, Any], origins: Origins, quiet: bool = False) -> None:
+    """Give former keys their new names; rank 0 of each node says so in one line each.
+
+    Args:
+        quiet: a run wrote the file, nobody is to edit it.
+    """
+    try:
+        for place, text in rename(raw, origins):
+            if not quiet and ranks.environment_rank()[1] == 0:
+                log.warning("%s", _short(plain(f"{place}: {text}" if place else text), 1000))
+    except ValueError as error:
+        raise _error("", str(error)) from None
 
 
 def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
@@ -110,6 +133,18 @@ def _apply_override(raw: dict[str, Any], origins: Origins, override: str) -> Non
         value = _word(key, text)
     except ValueError as error:
         raise _error(place, str(error)) from None
+    stated = {key[0]: value} if len(key) == 1 else {key[0]: {key[1]: value}}
+    _rename(stated, {key: place})
+    for section, content in stated.items():
+        if (section,) == key:
+            _state(raw, origins, key, content, place)
+        else:
+            for leaf in content:
+                _state(raw, origins, (section, leaf), content[leaf], place)
+
+
+def _state(raw: dict[str, Any], origins: Origins, key: Key, value: Any, place: str) -> None:
+    """Set a key, or a whole section, in place."""
     section = raw
     for part in key[:-1]:
         if section.get(part) is None:
@@ -297,13 +332,18 @@ def parse_overrides(overrides: list[str] | tuple[str, ...]) -> dict[str, Any]:
 
 def validate(raw: dict[str, Any], origins: Origins | None = None, source: str = "config") -> Config:
     """Fill in the variant that ``model.name`` names and validate nested plain values."""
+    raw, origins = copy.deepcopy(raw), dict(origins or {})
+    _rename(raw, origins, quiet=True)
     config = _validate(Config, raw, origins, source)
-    refuse_dense(config, raw, origins or {}, source)
+    refuse_dense(config, raw, origins, source)
     return config
 
 
 def validate_architecture(raw: dict[str, Any], source: str) -> Architecture:
     """The same for the sections ``model`` and ``moe`` alone, which weights may state, too."""
+    raw = copy.deepcopy(raw)
+    _rename(raw, {}, quiet=True)
+    raw.pop("ops", None)
     return _validate(Architecture, raw, None, source)
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..variants import VARIANTS, default_moe_blocks
 from .sections import Architecture, MoEConfig
+from .variants import VARIANTS, default_moe_blocks
 
 Key = tuple[str, ...]
 

@@ -127,9 +127,9 @@ class MoEConfig(Section):
     gate_after_norm: bool = False  # in post-norm blocks, whose norm else undoes a token's only gate
     gate_noise: kinds.Weight = 1.0
     balance: Literal["none", "importance_load", "gshard"] = "importance_load"  # of token choice
-    balance_weight: kinds.Weight | list[kinds.Weight] = 0.01  # or one per MoE layer
+    aux_loss_weight: kinds.Weight | list[kinds.Weight] = 0.01  # or one per MoE layer
     z_loss_weight: kinds.Weight = 0.0
-    bias_update_rate: kinds.Weight = 0.0  # balance without a loss; DeepSeek-V3 has 0.001
+    expert_bias_update_rate: kinds.Weight = 0.0  # balance without a loss; DeepSeek-V3 has 0.001
     fc2_bias: bool = True
     init_std: kinds.Deviation = 0.02
     drop_rate: kinds.DropRate = 0.0
@@ -158,13 +158,14 @@ class MoEConfig(Section):
         return self
 
     def _check_balance(self) -> None:
-        if self.routing != "token_choice" and self.bias_update_rate > 0:
+        if self.routing != "token_choice" and self.expert_bias_update_rate > 0:
             raise ValueError(
-                f"bias_update_rate has no meaning with routing={self.routing}, whose loads are even"
+                f"expert_bias_update_rate has no meaning with routing={self.routing}, whose loads "
+                "are even"
             )
         if self.routing == "soft" and self.z_loss_weight > 0:
             raise ValueError("z_loss_weight has no meaning with routing=soft")
-        weighted = self.balance_weight not in (0, [])
+        weighted = self.aux_loss_weight not in (0, [])
         if self.routing != "token_choice" or self.balance != "importance_load" or not weighted:
             return
         if self.gate_noise == 0:
@@ -183,17 +184,17 @@ class MoEConfig(Section):
         return self.route_per_image or self.routing != "token_choice"
 
     @property
-    def layer_balance_weight(self) -> float:
+    def layer_aux_loss_weight(self) -> float:
         """The one weight of a layer's own config, see :meth:`of_layer`."""
-        if isinstance(self.balance_weight, list):
-            raise ValueError("balance_weight: a single layer has one weight, not a list")
-        return self.balance_weight
+        if isinstance(self.aux_loss_weight, list):
+            raise ValueError("aux_loss_weight: a single layer has one weight, not a list")
+        return self.aux_loss_weight
 
     def of_layer(self, index: int) -> MoEConfig:
         """The config of the index-th MoE layer, with its own balance weight."""
-        weight = self.balance_weight
+        weight = self.aux_loss_weight
         own = float(weight[index] if isinstance(weight, list) else weight)
-        return self.model_copy(update={"balance_weight": own})
+        return self.model_copy(update={"aux_loss_weight": own})
 
 
 class DataConfig(Section):
@@ -204,7 +205,9 @@ class DataConfig(Section):
     val: kinds.RequiredPath = "val"
     # How the samples' classes find the model's: by their names, or by number whatever the names.
     match_classes: Literal["name", "number"] = "name"
-    batch_size: kinds.Images = 128  # per process and micro-step, see train.accumulation_steps
+    batch_size: kinds.Images = (
+        128  # per process and micro-step, see train.gradient_accumulation_steps
+    )
     # Images of an update on any number of processes; it sets the micro-steps. 0 = not fixed.
     global_batch: kinds.ImagesOrNone = 0
     eval_batch_size: kinds.ImagesOrNone = 0  # 0 = batch_size
@@ -296,24 +299,24 @@ class ScheduleConfig(Section):
 class TrainConfig(Section):
     """What a run is.
 
-    ``accumulation_steps``: micro-batches of an update. ``auto``: ``data.batch_size`` is what a
-    process does for an update, in as few micro-batches as fit into its memory: rates and the order
-    of samples do not depend on the machine.
+    ``gradient_accumulation_steps``: micro-batches of an update. With ``auto``, a process computes
+    ``data.batch_size`` images for an update, in as few micro-batches as fit into its memory. Rates
+    and the order of samples then do not depend on the machine.
     """
 
     output: kinds.OptionalPath = ""  # run directory; empty = runs/<name of the config file>
     seed: kinds.Seed = 0
-    accumulation_steps: Positive | Literal["auto"] = 1
+    gradient_accumulation_steps: Positive | Literal["auto"] = 1
     eval_every_epochs: Positive = 1
     max_steps: NonNegative = 0  # stop after that many updates; 0 = run all epochs
     profile: bool = False  # trace a few updates into profile/ and split their time
 
     @property
     def micro_steps(self) -> int:
-        """``accumulation_steps``, once ``auto`` has become a number."""
-        if self.accumulation_steps == "auto":
-            raise ValueError("accumulation_steps=auto has not been resolved")
-        return self.accumulation_steps
+        """``gradient_accumulation_steps``, once ``auto`` has become a number."""
+        if self.gradient_accumulation_steps == "auto":
+            raise ValueError("gradient_accumulation_steps=auto has not been resolved")
+        return self.gradient_accumulation_steps
 
 
 class ParallelConfig(Section):
@@ -333,24 +336,24 @@ class ZeroConfig(Section):
     """What DeepSpeed cuts over the ranks, and where it keeps masters and moments."""
 
     stage: Annotated[int, Field(ge=0, le=3)] = 1
-    offload: Literal["none", "cpu", "nvme"] = "none"  # to host memory, or to files
-    offload_weights: Literal["none", "cpu", "nvme"] = "none"  # of ZeRO-3: those of the model, too
+    offload_optimizer: Literal["none", "cpu", "nvme"] = "none"  # to host memory, or to files
+    offload_param: Literal["none", "cpu", "nvme"] = "none"  # of ZeRO-3: those of the model, too
     nvme_path: kinds.OptionalPath = ""  # a folder on a fast disk of each node, for nvme
 
     @model_validator(mode="after")
     def _check(self) -> ZeroConfig:
-        if self.offload == "cpu" and self.stage == 0:
-            raise ValueError("offload=cpu needs zero.stage 1, 2 or 3")
-        if self.offload == "nvme" and self.stage != 3:
-            raise ValueError("offload=nvme needs zero.stage=3")
-        if self.offload_weights != "none" and self.stage != 3:
-            raise ValueError(f"offload_weights={self.offload_weights} needs zero.stage=3")
-        if self.offload_weights != "none" and self.offload == "none":
+        if self.offload_optimizer == "cpu" and self.stage == 0:
+            raise ValueError("offload_optimizer=cpu needs zero.stage 1, 2 or 3")
+        if self.offload_optimizer == "nvme" and self.stage != 3:
+            raise ValueError("offload_optimizer=nvme needs zero.stage=3")
+        if self.offload_param != "none" and self.stage != 3:
+            raise ValueError(f"offload_param={self.offload_param} needs zero.stage=3")
+        if self.offload_param != "none" and self.offload_optimizer == "none":
             raise ValueError(
-                f"offload_weights={self.offload_weights} needs zero.offload=cpu or nvme, for "
+                f"offload_param={self.offload_param} needs zero.offload_optimizer=cpu or nvme, for "
                 "masters and moments are larger than weights"
             )
-        for key in ("offload", "offload_weights"):
+        for key in ("offload_optimizer", "offload_param"):
             if getattr(self, key) == "nvme" and not self.nvme_path:
                 raise ValueError(f"{key}=nvme needs zero.nvme_path, a folder on a fast local disk")
         return self
@@ -358,7 +361,7 @@ class ZeroConfig(Section):
     @property
     def uses_files(self) -> bool:
         """Whether anything is kept below ``nvme_path``."""
-        return "nvme" in (self.offload, self.offload_weights)
+        return "nvme" in (self.offload_optimizer, self.offload_param)
 
 
 class PrecisionConfig(Section):
@@ -379,7 +382,7 @@ class FaultsConfig(Section):
     ``skip`` leaves it out and stops after ``max_nonfinite`` in a row; ``rollback`` then goes back
     to the last checkpoint instead, and on with later samples; ``stop`` stops at the first.
     ``spike_sigmas``: a loss so many standard deviations above the running mean is reported with its
-    samples; 0 = never. ``hang_minutes``: without any progress for so long, each rank writes its
+    samples; 0 = never. ``hang_timeout_s``: without any progress for so long, each rank writes its
     stacks to its log and ends, for the launcher to restart; 0 = wait for ever. Each part of the
     start may take twice as long.
     """
@@ -387,7 +390,7 @@ class FaultsConfig(Section):
     nonfinite: Literal["skip", "rollback", "stop"] = "skip"
     max_nonfinite: Positive = 10
     spike_sigmas: NonNegativeFloat = 8.0
-    hang_minutes: kinds.Minutes = 5.0
+    hang_timeout_s: kinds.Seconds = 300.0
 
 
 class LogConfig(Section):
@@ -464,9 +467,9 @@ class Config(Architecture):
 def check_moe_blocks(model: ModelConfig, moe: MoEConfig) -> None:
     """Raise ``ValueError`` if ``moe.blocks`` names a stage or block that the model lacks."""
     layers = sum(len(blocks) for blocks in moe.blocks)
-    if isinstance(moe.balance_weight, list) and layers and len(moe.balance_weight) != layers:
+    if isinstance(moe.aux_loss_weight, list) and layers and len(moe.aux_loss_weight) != layers:
         raise ValueError(
-            f"moe.balance_weight has {len(moe.balance_weight)} weights, moe.blocks has {layers} "
+            f"moe.aux_loss_weight has {len(moe.aux_loss_weight)} weights, moe.blocks has {layers} "
             "MoE layers"
         )
     if moe.gate_after_norm and moe.enabled and model.family != "swinv2":

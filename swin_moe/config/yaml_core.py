@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from ..reading import DEPTH, read_text
+from ..common.reading import DEPTH, read_text
 
 LIMIT = 1 << 18  # bytes of a file; the largest config has some thousands
 

@@ -6,7 +6,7 @@ alone. :func:`build_mixing` erases and mixes a batch on its device.
 
 from typing import TYPE_CHECKING
 
-from ..deferred import exports
+from ..common.deferred import exports
 
 if TYPE_CHECKING:
     from .dataset import Batch

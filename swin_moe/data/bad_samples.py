@@ -7,8 +7,8 @@ import logging
 from collections import Counter
 from typing import NamedTuple
 
-from ..text import plain
-from ..writing import Appender
+from ..common.text import plain
+from ..common.writing import Appender
 
 log = logging.getLogger(__name__)
 

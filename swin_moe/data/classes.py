@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..text import plain
+from ..common.text import plain
 from .files import Bounded
 from .names import finder, other_numbers
 
 if TYPE_CHECKING:
-    from .source import Source
+    from .files import Source
 
 SHOWN = 3  # names in a message
 

@@ -11,9 +11,9 @@ from torch.utils.data import Dataset
 
 from .bad_samples import Skipped
 from .decode import UnreadableImage
+from .files import Source
 from .rng import seeded
-from .sampler import Position
-from .source import Source
+from .sampler import Draw
 from .transforms import Transform
 
 
@@ -46,7 +46,7 @@ class Batch(NamedTuple):
 
 
 class ImageDataset(Dataset[Sample]):
-    """Samples by :data:`Position`, augmented as a pure function of seed and position.
+    """Samples by :data:`Draw`, augmented as a pure function of seed and position.
 
     Args:
         source: encoded images.
@@ -60,7 +60,7 @@ class ImageDataset(Dataset[Sample]):
         self.source, self.transform = source, transform
         self.shape, self.seed = shape, seed
 
-    def __getitem__(self, position: Position) -> Sample:
+    def __getitem__(self, position: Draw) -> Sample:
         epoch, index, repeat = position
         if index < 0:
             return Sample(np.zeros(self.shape, np.uint8), -1, index)

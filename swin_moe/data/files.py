@@ -1,4 +1,4 @@
-"""Samples that are files below a folder."""
+"""What all readers of samples have in common, and samples that are files below a folder."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 import stat
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
@@ -14,6 +15,34 @@ from .names import Names
 
 BYTES_PER_PIXEL = 4  # bounds the size of a file: as uncompressed 8-bit RGBA
 SMALL = 64 << 20  # files up to this many bytes are always read: metadata may exceed the pixels
+
+
+class Source(Protocol):
+    """Random access to encoded images and their labels.
+
+    Attributes:
+        labels: [N] integers, maybe memory-mapped.
+        runs: int64, the lengths of the parts that lie together in storage.
+        class_counts: int64 [classes], how many samples each has.
+        class_names: by label, where the data tells.
+        passed_over: one line on files that are no samples; empty if there are none.
+        max_pixels, numbered, renamed: see :class:`Bounded`.
+    """
+
+    numbered: bool
+    renamed: Sequence[str]
+    passed_over: str
+    max_pixels: int
+    runs: np.ndarray
+    class_counts: np.ndarray
+    class_names: list[str] | None
+
+    @property
+    def labels(self) -> np.ndarray: ...
+    def __len__(self) -> int: ...
+    def describe(self) -> str: ...
+    def key(self, index: int) -> str: ...
+    def read(self, index: int) -> bytes: ...
 
 
 class Bounded:

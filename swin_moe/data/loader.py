@@ -21,17 +21,18 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from ..common.fork_server import die_with_parent
+from ..common.ranks import local_world_size
+from ..common.text import plain
 from ..config import AugmentConfig, Config, DataConfig
-from ..fork_server import die_with_parent
-from ..ranks import local_world_size
-from ..text import plain
 from .bad_samples import BadSamples, allowed_bad
 from .classes import difference, places_as_labels
 from .dataset import Batch, ImageDataset, collate, replace_unreadable
+from .files import Source
 from .names import alike
 from .normalise import Normalise
-from .sampler import Position, ResumableSampler
-from .source import Source, empty_classes, open_source
+from .sampler import Draw, ResumableSampler
+from .source import empty_classes, open_source
 from .transforms import build_transform
 
 log = logging.getLogger(__name__)
@@ -135,7 +136,7 @@ class Loader:
 
     def pick(self, indices: Sequence[int]) -> Batch:
         """These samples of the split as a batch, read in this process, in the form of epoch 0."""
-        return collate([self._dataset[Position(0, index)] for index in indices])
+        return collate([self._dataset[Draw(0, index)] for index in indices])
 
     def peek(self, batches: int) -> Iterator[Batch]:
         """The first batches of epoch 0, read in this process; the epochs are not touched."""
@@ -169,7 +170,7 @@ class Loader:
         draw = np.random.default_rng([self._dataset.seed, epoch, *batch.indices.tolist()])
         tries = min(self.num_samples, int(self._most_bad) + wanted)
         drawn = draw.choice(self.num_samples, tries, replace=False).tolist()
-        samples = (self._dataset[Position(epoch, place)] for place in drawn)
+        samples = (self._dataset[Draw(epoch, place)] for place in drawn)
         found = list(itertools.islice((s for s in samples if s.skipped is None), wanted))
         if not found:
             bad = batch.skipped[0]

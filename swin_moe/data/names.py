@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ..reading import LIMIT, check_regular
-from ..text import plain
+from ..common.reading import LIMIT, check_regular
+from ..common.text import plain
 
 
 class Names:

@@ -11,7 +11,7 @@ from torch.utils.data import Sampler
 from .rng import permutation
 
 
-class Position(NamedTuple):
+class Draw(NamedTuple):
     """A sample's place in the split, −1 for padding, and how often it came before in the epoch."""
 
     epoch: int
@@ -19,7 +19,7 @@ class Position(NamedTuple):
     repeat: int = 0
 
 
-class ResumableSampler(Sampler[list[Position]]):
+class ResumableSampler(Sampler[list[Draw]]):
     """Batches of ``(epoch, index)`` for one rank, starting anywhere.
 
     Each epoch has one global order. Global batch ``b`` is its slice ``[b·B·W, (b+1)·B·W)`` for
@@ -88,18 +88,18 @@ class ResumableSampler(Sampler[list[Position]]):
         """The epoch of the current iteration, or of the next one if none is running."""
         return self._start[0]
 
-    def __iter__(self) -> Iterator[list[Position]]:
+    def __iter__(self) -> Iterator[list[Draw]]:
         return self._iterate(*self._start)
 
-    def _iterate(self, epoch: int, first: int) -> Iterator[list[Position]]:
+    def _iterate(self, epoch: int, first: int) -> Iterator[list[Draw]]:
         order = self._order(epoch)
         for batch in range(first, len(self)):
             start = (batch * self.world_size + self.rank) * self.batch_size
             samples = [
-                Position(epoch, int(order[place // self.repeats]), place % self.repeats)
+                Draw(epoch, int(order[place // self.repeats]), place % self.repeats)
                 for place in range(start, min(start + self.batch_size, self.num_samples))
             ]
-            yield samples + [Position(epoch, -1)] * (self.batch_size - len(samples))
+            yield samples + [Draw(epoch, -1)] * (self.batch_size - len(samples))
 
     def _order(self, epoch: int) -> np.ndarray:
         if not self.training:

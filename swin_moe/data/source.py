@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 
+from ..common.text import plain
 from ..config import DataConfig
-from ..text import plain
 from .classes import match
-from .folder import class_folders, open_folder
-from .index import is_manifest, read_timm_info
-from .listing import open_list
+from .files import Source
 from .names import read_classes
-from .parquet import ParquetSource
-from .scan import have_labels
-from .shards import (
+from .readers.file_list import open_list
+from .readers.folder import class_folders, open_folder
+from .readers.index import is_manifest, read_timm_info
+from .readers.parquet import ParquetSource
+from .readers.scan import have_labels
+from .readers.shards import (
     SUFFIXES,
     class_of,
     find_parquets,
@@ -28,41 +28,13 @@ from .shards import (
     open_manifest,
     open_shards,
 )
+from .readers.zipped import ZipSource, zipped_class_folders
 from .which import is_companion, is_image
-from .zipped import ZipSource, zipped_class_folders
 
 log = logging.getLogger(__name__)
 
 SPLITS = ("train", "training", "val", "valid", "validation", "test", "testing")
 BUNDLED = {"fashion_mnist": Path(__file__).parent / "fashion_mnist"}
-
-
-class Source(Protocol):
-    """Random access to encoded images and their labels.
-
-    Attributes:
-        labels: [N] integers, maybe memory-mapped.
-        runs: int64, the lengths of the parts that lie together in storage.
-        class_counts: int64 [classes], how many samples each has.
-        class_names: by label, where the data tells.
-        passed_over: one line on files that are no samples; empty if there are none.
-        max_pixels, numbered, renamed: see :class:`~.files.Bounded`.
-    """
-
-    numbered: bool
-    renamed: Sequence[str]
-    passed_over: str
-    max_pixels: int
-    runs: np.ndarray
-    class_counts: np.ndarray
-    class_names: list[str] | None
-
-    @property
-    def labels(self) -> np.ndarray: ...
-    def __len__(self) -> int: ...
-    def describe(self) -> str: ...
-    def key(self, index: int) -> str: ...
-    def read(self, index: int) -> bytes: ...
 
 
 def open_source(

@@ -9,13 +9,13 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from ..common.drawing import check_picture, drawing
+from ..common.terminal import cell
+from ..common.text import plain, shorten
 from ..data import Loader
 from ..distributed import World
-from ..drawing import check_picture, drawing
+from ..evaluate import Opened, open_checkpoint
 from ..models import SwinTransformer
-from ..opened import Opened, open_checkpoint
-from ..terminal import cell
-from ..text import plain, shorten
 from .draw import draw_experts, draw_maps, to_pixels
 from .routes import LayerFindings, watched
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from ..drawing import write_png
+from ..common.drawing import write_png
 from .routes import NOBODY, Crop, LayerFindings
 
 SHADE = 0.5  # of an expert's colour over the pixels

@@ -1,7 +1,13 @@
-"""The Swin family: models by name, backbones for others, weights from anywhere."""
+"""The Swin family as modules: one backbone, feature maps of it, SimMIM around it.
 
-from .build import build, build_model, expert_parameter_names, list_models, split_output
-from .features import SwinFeatures, build_features
+``swin.py`` has the models and the table of how V1, V2, SwinMLP and Swin-MoE differ. ``build.py``
+makes a model of a config. Models by name and with weights of a file come from ``swin_moe``.
+"""
+
+from typing import Any
+
+from .backbone import SwinFeatures
+from .build import build, expert_parameter_names, split_output
 from .simmim import SimMIM
 from .swin import MoEOutput, SwinTransformer
 
@@ -11,9 +17,12 @@ __all__ = [
     "SwinFeatures",
     "SwinTransformer",
     "build",
-    "build_features",
-    "build_model",
     "expert_parameter_names",
-    "list_models",
     "split_output",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("build_features", "build_model", "list_models"):
+        raise ImportError(f"swin_moe.models.{name} has moved: from swin_moe import {name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

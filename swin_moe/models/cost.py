@@ -30,7 +30,7 @@ class Cost:
 def count(model: ModelConfig, moe: MoEConfig) -> Cost:
     """Count from the config alone: the model is built on the meta device and needs no memory."""
     with torch.device("meta"), torch.random.fork_rng(devices=[]):
-        built = SwinTransformer(model, moe.model_copy(update={"backend": "reference"}))
+        built = SwinTransformer(model, moe.model_copy(update={"backend": "fused"}))
     sizes = {name: parameter.numel() for name, parameter in built.named_parameters()}
     experts = sum(size for name, size in sizes.items() if ".experts." in name)
     idle = experts - experts * moe.top_k // moe.num_experts

@@ -22,10 +22,10 @@ from ..moe import MoELayer, MoEResult, RoutingStats, build_moe
 from ..moe.experts import ExpertLinear
 from ..moe.router import CosineRouter, LinearRouter, SoftRouter
 from ..ops import of_one_size, sides
+from .activation_checkpoint import recomputed
 from .attention import SpatialMlp, WindowAttention
 from .layers import Mlp, PatchEmbed, PatchMerging
 from .position import resize_position_embedding
-from .recompute import recomputed
 
 _RESETTABLE = (nn.LayerNorm, nn.Conv2d, WindowAttention, CosineRouter, SoftRouter)
 
@@ -319,7 +319,7 @@ class SwinTransformer(nn.Module):
             for block in sorted(blocks)
         ]
 
-    def update_choice_bias(self, counts: Tensor) -> None:
+    def update_expert_bias(self, counts: Tensor) -> None:
         """Once per optimizer step: counts [layers, E] of all ranks' assignments in it."""
         modules = (m for m in self.modules() if isinstance(m, MoELayer))
         for layer, layer_counts in zip(modules, counts, strict=True):

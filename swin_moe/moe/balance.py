@@ -19,7 +19,7 @@ def balance_loss(moe: MoEConfig, route: Route) -> Tensor:
     if tokens == 0:
         return loss
     scores, importance, load = route.sums
-    weight = moe.layer_balance_weight
+    weight = moe.layer_aux_loss_weight
     if weight and moe.balance == "gshard":
         loss = loss + weight * gshard_loss(scores, route.first, tokens)
     elif weight and moe.balance == "importance_load":
@@ -56,7 +56,7 @@ def _cv_squared(x: Tensor) -> Tensor:
     return x.var() / (x.mean().square() + 1e-10)
 
 
-class ChoiceBias(nn.Module):
+class ExpertBias(nn.Module):
     """A bias per expert on the choice, never on the gate: balance without a loss.
 
     After each optimizer step the bias of an overloaded expert falls by the rate, that of an

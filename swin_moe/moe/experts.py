@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..placement import ExpertShare
+from ..distributed.expert_placement import ExpertShare
 from .plan import Kernels
 
 Weights = tuple[Tensor, Tensor, Tensor, Tensor | None]

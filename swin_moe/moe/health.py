@@ -94,11 +94,11 @@ def advice(kind: str, totals: LayerTotals, moe: MoEConfig) -> str:
 def _balance_advice(moe: MoEConfig) -> str:
     if moe.routing != "token_choice":
         return ""
-    if moe.bias_update_rate:
-        return f"raise moe.bias_update_rate from {moe.bias_update_rate:g}"
+    if moe.expert_bias_update_rate:
+        return f"raise moe.expert_bias_update_rate from {moe.expert_bias_update_rate:g}"
     if moe.balance == "none":
         return "set moe.balance=gshard"
-    return f"raise moe.balance_weight from {moe.layer_balance_weight:g}"
+    return f"raise moe.aux_loss_weight from {moe.layer_aux_loss_weight:g}"
 
 
 @dataclass

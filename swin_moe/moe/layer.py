@@ -10,13 +10,13 @@ from torch import Tensor, nn
 
 from ..config import MoEConfig
 from ..distributed import Group
+from ..distributed.expert_placement import expert_share
 from ..ops import fixed, is_leaving
-from ..placement import expert_share
 from . import expert_choice, soft, token_choice
-from .balance import ChoiceBias
-from .exchange import Exchange
+from .balance import ExpertBias
+from .dispatcher import TokenDispatcher
 from .experts import Experts, SharedExpert
-from .plan import Kernels, Plan, RouteContext, Routing, RoutingPlan, RoutingStats
+from .plan import KERNELS, DispatchPlan, RouteContext, Routing, RoutingPlan, RoutingStats
 from .router import build_router
 
 ROUTINGS = {
@@ -49,11 +49,11 @@ class MoELayer(nn.Module):
         dim: width D of the tokens. hidden_dim: width H inside an expert.
         group: expert-parallel group; its ranks hold E / size experts each, or if there are more
             ranks than experts, size / E ranks hold equal parts of one expert's hidden width.
-        kernels: the ops of a backend.
         initialise: draw the experts' weights; else whoever builds the layer sets them.
 
     Attributes:
-        overlap_degree: chunks in which rows travel, see :class:`~swin_moe.moe.exchange.Exchange`.
+        overlap_degree: chunks in which rows travel, see
+            :class:`~swin_moe.moe.dispatcher.TokenDispatcher`.
         padded: whether every queue travels at its full capacity, so that the host need not know
             how long it is; None = on CUDA.
 
@@ -67,7 +67,6 @@ class MoELayer(nn.Module):
         hidden_dim: int,
         moe: MoEConfig,
         group: Group | None = None,
-        kernels: Kernels | None = None,
         *,
         initialise: bool = True,
     ) -> None:
@@ -84,7 +83,7 @@ class MoELayer(nn.Module):
         self.moe = moe
         self.overlap_degree = 1 if moe.overlap_degree == "auto" else moe.overlap_degree
         self.padded: bool | None = None
-        self.kernels = kernels or _default_kernels()
+        self.kernels = KERNELS
         self.router = build_router(dim, moe)
         self.experts = Experts(
             share, dim, hidden_dim, self.kernels, fc2_bias=moe.fc2_bias, drop=moe.drop_rate
@@ -92,9 +91,9 @@ class MoELayer(nn.Module):
         if initialise:
             with torch.random.fork_rng(devices=[]):  # what is drawn later stays as it was
                 self.experts.reset_parameters(moe.init_std)
-        self.choice_bias: ChoiceBias | None = None
-        if moe.bias_update_rate:
-            self.choice_bias = ChoiceBias(moe.num_experts, moe.bias_update_rate)
+        self.choice_bias: ExpertBias | None = None  # its name in checkpoints
+        if moe.expert_bias_update_rate:
+            self.choice_bias = ExpertBias(moe.num_experts, moe.expert_bias_update_rate)
         self.shared: SharedExpert | None = None
         if moe.num_shared_experts:
             self.shared = SharedExpert(dim, moe.num_shared_experts * hidden_dim, moe.drop_rate)
@@ -138,7 +137,7 @@ class MoELayer(nn.Module):
             return x.shape[0]
         return 1
 
-    def _apply_experts(self, rows: Tensor, plan: Plan) -> tuple[Tensor, float]:
+    def _apply_experts(self, rows: Tensor, plan: DispatchPlan) -> tuple[Tensor, float]:
         """Rows of this rank's tokens through the experts wherever those are; seconds waited."""
         if self.group.size == 1:
             return self.experts(rows, plan.used, plan.stride), 0.0
@@ -147,12 +146,12 @@ class MoELayer(nn.Module):
                 f"the experts are spread over {self.group.size} processes, so that no graph holds "
                 "the model: build it in one process, by swin_moe.build_model(NAME, pretrained=RUN)"
             )
-        exchange = Exchange(plan, self.group, self.kernels, self.overlap_degree)
+        dispatcher = TokenDispatcher(plan, self.group, self.kernels, self.overlap_degree)
         weights = self.experts.weights_as(rows.dtype)
-        out = exchange.run(rows, partial(self.experts, weights=weights))
-        return out, exchange.waited
+        out = dispatcher.run(rows, partial(self.experts, weights=weights))
+        return out, dispatcher.waited
 
-    def _split_scale(self, plan: Plan) -> tuple[Plan, Tensor | None]:
+    def _split_scale(self, plan: DispatchPlan) -> tuple[DispatchPlan, Tensor | None]:
         """The plan, less what is to scale a token after the norm, [T], if ``moe`` wants that.
 
         The scale is over that of a router that has not decided yet, so it is about 1 at the start.
@@ -168,9 +167,3 @@ def _undecided(moe: MoEConfig) -> float:
     if moe.normalize_gate:
         return 1.0
     return moe.top_k * (0.5 if moe.score == "sigmoid" else 1.0 / moe.num_experts)
-
-
-def _default_kernels() -> Kernels:
-    from .backends.fused import KERNELS  # not above: backends are built on this module
-
-    return KERNELS

@@ -130,7 +130,7 @@ class RouterMeter:
         ]
 
 
-class ChoiceCounter:
+class AssignmentCounter:
     """Assignments of one update, for the bias that balances without a loss."""
 
     def __init__(self) -> None:

@@ -9,16 +9,20 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from ..ops import Route, is_leaving
+from ..ops import Route, is_leaving, moe_combine, moe_dispatch, moe_experts, moe_route
 
 
 class Kernels(NamedTuple):
-    """The four ops that a backend brings, with the signatures of :mod:`swin_moe.ops`."""
+    """The four ops of a layer, with the signatures of :mod:`swin_moe.ops`."""
 
     route: Callable[..., Route]
     dispatch: Callable[..., Tensor]
     combine: Callable[..., Tensor]
     experts: Callable[..., Tensor]
+
+
+# Each runs its reference where it has no kernel.
+KERNELS = Kernels(moe_route, moe_dispatch, moe_combine, moe_experts)
 
 
 class RoutingStats(NamedTuple):
@@ -29,7 +33,7 @@ class RoutingStats(NamedTuple):
         sums: [6] float64, all of which add up over steps and ranks: tokens, assignments that were
             asked for, those that found no place, tokens whose logits are not finite, entropy of the
             routing probabilities over tokens (nats), seconds spent waiting for other ranks in the
-            forward pass (see :class:`~swin_moe.moe.exchange.Exchange`).
+            forward pass (see :class:`~swin_moe.moe.dispatcher.TokenDispatcher`).
         extremes: [2] float32: greatest router logit, and greatest negated one.
     """
 
@@ -72,7 +76,7 @@ def make_stats(
     return RoutingStats(counts, sums, torch.stack((greatest.detach(), -least.detach())).float())
 
 
-class Plan(Protocol):
+class DispatchPlan(Protocol):
     """How tokens become rows of the experts and rows become tokens.
 
     Attributes:
@@ -102,7 +106,7 @@ class RoutingPlan:
         source: [S] int32, the assignment t·k+j of each row, −1 for an empty one.
         destination: [T, k] int32, the row of each assignment, −1 for a dropped one.
         counts: [E] int64, assignments per expert before any is dropped.
-        used, stride: see :class:`Plan`.
+        used, stride: see :class:`DispatchPlan`.
         capacity: places per expert and group; 0 = dropless (every queue as long as it is).
     """
 
@@ -140,7 +144,7 @@ class RoutingPlan:
 class Routing(NamedTuple):
     """What a router decides: the plan, the weighted balance loss (a scalar), the statistics."""
 
-    plan: Plan
+    plan: DispatchPlan
     aux_loss: Tensor
     stats: RoutingStats
 
@@ -154,7 +158,7 @@ class RouteContext:
             evaluation's.
         groups: runs of consecutive tokens (images) that are routed apart.
         padded: every expert gets an equal block of rows, for exchanges of fixed size.
-        bias: [E] for the choice of experts, see ``moe.bias_update_rate``.
+        bias: [E] for the choice of experts, see ``moe.expert_bias_update_rate``.
         noise: [T, E] standard normal draws to use instead of fresh ones.
     """
 

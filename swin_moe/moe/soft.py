@@ -24,7 +24,7 @@ class SoftPlan:
         finite: [G·n], tokens that take part.
         into_slots: each slot's column sums to one over the group's tokens.
         out_of_slots: each token's row sums to one over the slots.
-        used, stride: see :class:`~swin_moe.moe.plan.Plan`; rows are [E, G, s].
+        used, stride: see :class:`~swin_moe.moe.plan.DispatchPlan`; rows are [E, G, s].
     """
 
     finite: Tensor

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..distributed import all_reduce_
-from .backends import build
+from .build import build_moe
 from .layer import MoELayer
 
 DEGREES = (1, 2, 4)
@@ -39,7 +39,7 @@ def choose_overlap(
     model = layers[0]
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(model.group.rank)
-        trial = build(model.dim, model.hidden_dim, model.moe, model.group)
+        trial = build_moe(model.dim, model.hidden_dim, model.moe, model.group)
         trial.experts.reset_parameters(model.moe.init_std)
         trial.to(device, dtype)
         tokens = torch.randn(*shape, model.dim, device=device, dtype=dtype).requires_grad_()

@@ -6,8 +6,8 @@ the compiled library if it was built; `status` says what each op runs on.
 
 import torch
 
-from swin_moe.ops import _library
-from swin_moe.ops._library import (
+from . import _library
+from ._library import (
     allow_unverified,
     assume_fused,
     cpu_instruction_set,
@@ -16,23 +16,13 @@ from swin_moe.ops._library import (
     status,
     use_references,
 )
-from swin_moe.ops.leaving import fixed, is_leaving, of_one_size, sides
-from swin_moe.ops.moe_choose import moe_choose
-from swin_moe.ops.moe_dispatch import (
-    moe_combine,
-    moe_combine_reference,
-    moe_dispatch,
-    moe_dispatch_reference,
-)
-from swin_moe.ops.moe_experts import moe_experts, moe_experts_reference
-from swin_moe.ops.moe_route import moe_route
-from swin_moe.ops.route_reference import (
-    Route,
-    RouteOptions,
-    finite_range,
-    moe_route_reference,
-)
-from swin_moe.ops.window_attention import window_attention
+from .leaving import fixed, is_leaving, of_one_size, sides
+from .moe_choose import moe_choose
+from .moe_dispatch import moe_combine, moe_combine_reference, moe_dispatch, moe_dispatch_reference
+from .moe_experts import moe_experts, moe_experts_reference
+from .moe_route import moe_route
+from .route_reference import Route, RouteOptions, finite_range, moe_route_reference
+from .window_attention import window_attention
 
 # The discrete part of a route; activation checkpointing keeps what these return.
 ROUTING_OPS = [

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..text import reason
+from ..common.text import reason
 from .leaving import is_leaving
 
 logger = logging.getLogger("swin_moe")

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from swin_moe.ops import _library
-from swin_moe.ops.leaving import is_leaving, stable_order
+from . import _library
+from .leaving import is_leaving, stable_order
 
 
 def moe_choose(

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from swin_moe.ops import _library
+from . import _library
 
 
 def moe_dispatch(x: Tensor, source: Tensor, destination: Tensor) -> Tensor:

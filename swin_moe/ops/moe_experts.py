@@ -20,9 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from swin_moe.ops import _library
-from swin_moe.ops.dropout import draw_seed, keep_mask
-from swin_moe.ops.leaving import fixed, is_leaving
+from . import _library
+from .dropout import draw_seed, keep_mask
+from .leaving import fixed, is_leaving
 
 
 def moe_experts(

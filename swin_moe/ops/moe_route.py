@@ -23,8 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from swin_moe.ops import _library
-from swin_moe.ops.route_reference import (
+from . import _library
+from .route_reference import (
     Route,
     RouteOptions,
     assign_reference,

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from swin_moe.ops.leaving import fixed, is_leaving, stable_order
+from .leaving import fixed, is_leaving, stable_order
 
 
 class RouteOptions(NamedTuple):

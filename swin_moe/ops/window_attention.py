@@ -13,15 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from swin_moe.ops import _library
-from swin_moe.ops.dropout import draw_seed
-from swin_moe.ops.leaving import is_leaving
-from swin_moe.ops.window_reference import (
-    Windows,
-    attention_reference,
-    backward_reference,
-    forward_reference,
-)
+from . import _library
+from .dropout import draw_seed
+from .leaving import is_leaving
+from .window_reference import Windows, attention_reference, backward_reference, forward_reference
 
 KERNEL_HEAD_DIMS = (16, 32, 48, 64)
 MAX_KERNEL_TOKENS = 32 * 32  # of a window

@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from swin_moe.ops.dropout import keep_mask
-from swin_moe.ops.leaving import is_leaving, sides
+from .dropout import keep_mask
+from .leaving import is_leaving, sides
 
 MASK_VALUE = -100.0  # additive, as the family has it: V2's logits may exceed 100, then keys leak
 MAX_LOG_SCALE = math.log(100.0)

@@ -8,12 +8,12 @@ from dataclasses import astuple, dataclass, field, replace
 import numpy as np
 import torch
 
+from ..common.hardware import Cluster
+from ..common.host import MARGIN
 from ..config import Config, ModelConfig, micro_batches
-from ..host import MARGIN
 from .flops import Flops, flops
-from .hardware import Cluster
 from .memory import Memory, memory
-from .states import Group, groups_of, spread, states
+from .states import ParameterGroup, groups_of, spread, states
 from .trace import Trace, meta_model, trace
 from .traffic import Message, exchanged, traffic
 
@@ -35,7 +35,7 @@ class Choice:
     accumulation: int
     checkpoint: bool | str | list[int]
     offload: str
-    offload_weights: str = "none"
+    offload_param: str = "none"
 
     @property
     def recomputed(self) -> str:
@@ -49,18 +49,18 @@ class Choice:
         kept = str(self.checkpoint).lower().replace(" ", "")
         keys = [
             f"zero.stage={self.stage}",
-            f"zero.offload={self.offload}",
-            f"zero.offload_weights={self.offload_weights}",
+            f"zero.offload_optimizer={self.offload}",
+            f"zero.offload_param={self.offload_param}",
             f"parallel.expert_parallel_size={self.expert_parallel_size}",
             f"data.batch_size={self.images}",
-            f"train.accumulation_steps={self.accumulation}",
+            f"train.gradient_accumulation_steps={self.accumulation}",
             f"model.use_checkpoint={kept}",
         ]
         return keys
 
 
 @dataclass(frozen=True)
-class Layout:
+class ParallelLayout:
     """A choice with what it takes. Times are seconds of an update."""
 
     choice: Choice
@@ -89,7 +89,7 @@ class Planner:
         self.bf16 = wanted == "bf16" or (wanted == "auto" and device_has_bf16)
         self.moment_bytes = 4 if config.optimizer.moments == "bf16" else 8
         self._traces: dict[tuple[str, bool, int], Trace] = {}
-        self._groups: dict[int, list[Group]] = {}
+        self._groups: dict[int, list[ParameterGroup]] = {}
 
     # ----------------------------------------------------------------------------------------
 
@@ -101,7 +101,7 @@ class Planner:
             shardable = config.moe.enabled and config.zero.stage < 3
             size = int(np.gcd.reduce([cluster.per_node, cluster.size, config.moe.num_experts]))
             size = size if shardable else 1
-        steps = config.train.accumulation_steps
+        steps = config.train.gradient_accumulation_steps
         images, steps = config.data.batch_size, 1 if steps == "auto" else steps
         if config.data.global_batch:
             images, steps = micro_batches(config, cluster.size)
@@ -111,8 +111,8 @@ class Planner:
             images,
             steps,
             config.model.use_checkpoint,
-            config.zero.offload,
-            config.zero.offload_weights,
+            config.zero.offload_optimizer,
+            config.zero.offload_param,
         )
 
     def alternatives(self) -> Iterator[Choice]:
@@ -143,7 +143,7 @@ class Planner:
 
     # ----------------------------------------------------------------------------------------
 
-    def lay_out(self, choice: Choice, cluster: Cluster | None = None) -> Layout:
+    def lay_out(self, choice: Choice, cluster: Cluster | None = None) -> ParallelLayout:
         """What a choice takes on a cluster of the same device."""
         cluster = cluster or self.cluster
         groups = spread(
@@ -159,7 +159,7 @@ class Planner:
             accelerator=accelerator,
             accumulates=choice.accumulation > 1,
             moment_bytes=self.moment_bytes,
-            weights_away=choice.offload_weights != "none",
+            weights_away=choice.offload_param != "none",
         )
         expert_elements = sum(g.elements for g in groups if g.expert)
         scale = expert_elements / traced.expert_elements if traced.expert_elements else 1.0
@@ -181,7 +181,7 @@ class Planner:
         # Masters, moments and gradients are read, the first two are written, and the weights.
         update = part * (2 * (4 + self.moment_bytes) + 4 + 2) / rate
         compute = choice.accumulation * (forward + backward)
-        return Layout(choice, taken, messages, compute, exposed, update)
+        return ParallelLayout(choice, taken, messages, compute, exposed, update)
 
     def messages(self, choice: Choice, cluster: Cluster | None = None) -> list[Message]:
         """What a rank hands to collectives in an update."""
@@ -204,7 +204,7 @@ class Planner:
             padded=cluster.name != "cpu",
         )
 
-    def groups(self, expert_parallel_size: int) -> list[Group]:
+    def groups(self, expert_parallel_size: int) -> list[ParameterGroup]:
         if expert_parallel_size not in self._groups:
             optimizer = self.config.optimizer
             model = meta_model(self.config.model, self.config.moe, expert_parallel_size)
@@ -291,18 +291,18 @@ class Planner:
         return exposed
 
 
-def fits(layout: Layout, cluster: Cluster) -> bool:
+def fits(layout: ParallelLayout, cluster: Cluster) -> bool:
     return layout.memory.total <= cluster.memory
 
 
-def rank_layouts(planner: Planner, asked: Layout, cluster: Cluster) -> list[Layout]:
+def rank_layouts(planner: Planner, asked: ParallelLayout, cluster: Cluster) -> list[ParallelLayout]:
     """The best of each ZeRO stage, expert group, checkpointing and offload, and the config's own.
 
     The one to take comes first, see :func:`_to_take`, then the fastest. Where none of a kind fits,
     its smallest micro-batch stands for it; those come last. One more recomputes only some of the
     blocks, where that may be the fastest.
     """
-    best: dict[tuple[object, ...], Layout] = {}
+    best: dict[tuple[object, ...], ParallelLayout] = {}
     for choice in planner.alternatives():
         key = tuple(replace(choice, images=0, accumulation=0).__dict__.values())
         known = best.get(key)
@@ -322,7 +322,7 @@ def rank_layouts(planner: Planner, asked: Layout, cluster: Cluster) -> list[Layo
     return [first, *(layout for layout in ranked if layout is not first)]
 
 
-def _to_take(ranked: list[Layout], asked: Choice, cluster: Cluster) -> Layout:
+def _to_take(ranked: list[ParallelLayout], asked: Choice, cluster: Cluster) -> ParallelLayout:
     """The config as it is, if no layout is clearly faster; else the simplest of the fastest ones.
 
     That is the lowest ZeRO stage, then what changes least of the config, then the fastest.
@@ -333,7 +333,7 @@ def _to_take(ranked: list[Layout], asked: Choice, cluster: Cluster) -> Layout:
         if fits(layout, cluster) and layout.seconds <= CLOSE * ranked[0].seconds
     ]
 
-    def changes(layout: Layout) -> tuple[bool, int, int, float]:
+    def changes(layout: ParallelLayout) -> tuple[bool, int, int, float]:
         choice = layout.choice
         changed = sum(a != b for a, b in zip(astuple(choice), astuple(asked), strict=True))
         return changed > 0, choice.stage, changed, layout.seconds
@@ -341,7 +341,9 @@ def _to_take(ranked: list[Layout], asked: Choice, cluster: Cluster) -> Layout:
     return min(close, key=changes, default=ranked[0])
 
 
-def _recompute_less(planner: Planner, ranked: list[Layout], cluster: Cluster) -> Layout | None:
+def _recompute_less(
+    planner: Planner, ranked: list[ParallelLayout], cluster: Cluster
+) -> ParallelLayout | None:
     """The fastest layout that recomputes all blocks, with as few of them as still fit.
 
     Blocks of early stages come first: all cost about as much to repeat, and each stage's keep half
@@ -375,6 +377,6 @@ def _first(blocks: int, depths: list[int]) -> list[int]:
     return [int(count) for count in np.clip(blocks - before, 0, depths)]
 
 
-def _order(layout: Layout, cluster: Cluster) -> tuple[bool, float]:
+def _order(layout: ParallelLayout, cluster: Cluster) -> tuple[bool, float]:
     fitting = fits(layout, cluster)
     return not fitting, layout.seconds if fitting else float(layout.memory.total)

@@ -11,14 +11,14 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from ..common.drawing import check_picture
+from ..common.hardware import GB, GIB, Cluster
+from ..common.ranks import check_world
+from ..common.text import plain
 from ..config import Config, load_config
-from ..drawing import check_picture
 from ..models.cost import count
-from ..ranks import check_world
-from ..text import plain
-from .choices import CLOSE, Layout, Planner, fits, rank_layouts
+from .choices import CLOSE, ParallelLayout, Planner, fits, rank_layouts
 from .draw import draw, label
-from .hardware import GB, GIB, Cluster
 from .scaling import PUBLISHED, Point, strong, weak
 
 IMAGES = {21841: 14_197_122, 1000: 1_281_167}  # of ImageNet-22K and 1K, by their classes
@@ -96,7 +96,7 @@ def _images(config: Config, given: int | None) -> tuple[int, str]:
         return IMAGES[classes], f"ImageNet of {classes} classes; --images gives another number"
 
 
-def _too_large(planner: Planner, asked: Layout, ranked: list[Layout]) -> str:
+def _too_large(planner: Planner, asked: ParallelLayout, ranked: list[ParallelLayout]) -> str:
     cluster = planner.cluster
     over = (asked.memory.total - cluster.memory) / GIB
     text = (
@@ -122,8 +122,8 @@ class _Report:
     def __init__(
         self,
         planner: Planner,
-        asked: Layout,
-        ranked: list[Layout],
+        asked: ParallelLayout,
+        ranked: list[ParallelLayout],
         curves: dict[str, list[Point]],
         images: int,
         images_from: str,
@@ -142,24 +142,24 @@ class _Report:
         limit = config.train.max_steps
         self.updates = min(updates, limit) if limit else updates
 
-    def hours(self, layout: Layout) -> float:
+    def hours(self, layout: ParallelLayout) -> float:
         """Hours that the whole run takes."""
         return self.updates * layout.seconds / 3600
 
-    def gpu_hours(self, layout: Layout) -> float:
+    def gpu_hours(self, layout: ParallelLayout) -> float:
         return self.hours(layout) * self.planner.cluster.size
 
-    def images_per_second(self, layout: Layout) -> float:
+    def images_per_second(self, layout: ParallelLayout) -> float:
         """Images per second of each GPU."""
         return layout.choice.images * layout.choice.accumulation / layout.seconds
 
-    def mfu(self, layout: Layout) -> float:
+    def mfu(self, layout: ParallelLayout) -> float:
         """Model FLOPs, six a multiply-accumulate and nothing twice, over the device's peak."""
         device = self.planner.cluster.device
         peak = device.bf16 if self.planner.bf16 else device.fp32
         return 6.0 * self.cost.macs * self.images_per_second(layout) / peak
 
-    def cost_of(self, layout: Layout) -> float | None:
+    def cost_of(self, layout: ParallelLayout) -> float | None:
         return None if self.price is None else self.price * self.gpu_hours(layout)
 
     def as_json(self) -> dict[str, Any]:
@@ -192,7 +192,7 @@ class _Report:
         """Masters and both moments."""
         return (4 + self.planner.moment_bytes) * self.cost.parameters
 
-    def _layout(self, layout: Layout) -> dict[str, Any]:
+    def _layout(self, layout: ParallelLayout) -> dict[str, Any]:
         return {
             "overrides": layout.choice.overrides(),
             "fits": fits(layout, self.planner.cluster),
@@ -312,7 +312,7 @@ class _Report:
         return table
 
 
-def _memory_table(layout: Layout, cluster: Cluster) -> Table:
+def _memory_table(layout: ParallelLayout, cluster: Cluster) -> Table:
     table = Table(box=SIMPLE_HEAD, padding=(0, 1), title="memory of a rank at the peak, GiB")
     kinds = {k: v for k, v in layout.memory.by_kind().items() if k != "host"}
     for kind in kinds:
@@ -330,7 +330,7 @@ def _memory_table(layout: Layout, cluster: Cluster) -> Table:
     return table
 
 
-def _message_table(layout: Layout) -> Table:
+def _message_table(layout: ParallelLayout) -> Table:
     table = Table(box=SIMPLE_HEAD, padding=(0, 1), title="messages of a rank in an update")
     for column in ("collective", "among", "of", "MB", "not hidden, ms"):
         table.add_column(column, justify="left" if column in ("collective", "of") else "right")

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .choices import Layout
-from .hardware import GIB, Cluster
+from ..common.hardware import GIB, Cluster
+from .choices import ParallelLayout
 from .scaling import Point
 
 if TYPE_CHECKING:  # a training imports the planner too, and does not draw
@@ -25,7 +25,7 @@ KINDS = {
 }
 
 
-def label(layout: Layout, asked: bool = False) -> str:
+def label(layout: ParallelLayout, asked: bool = False) -> str:
     """A layout in a few words."""
     choice = layout.choice
     words = [f"ZeRO-{choice.stage}", f"{choice.images} img"]
@@ -43,8 +43,8 @@ def label(layout: Layout, asked: bool = False) -> str:
 def draw(
     path: Path,
     title: str,
-    asked: Layout,
-    layouts: list[Layout],
+    asked: ParallelLayout,
+    layouts: list[ParallelLayout],
     cluster: Cluster,
     curves: dict[str, list[Point]],
 ) -> None:
@@ -69,7 +69,7 @@ def draw(
     figure.savefig(path, dpi=110)
 
 
-def _bars(axes: Axes, rows: list[Layout], cluster: Cluster) -> None:
+def _bars(axes: Axes, rows: list[ParallelLayout], cluster: Cluster) -> None:
     limit = cluster.memory / GIB
     start = [0.0] * len(rows)
     places = range(len(rows))

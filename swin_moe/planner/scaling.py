@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from .choices import Layout, Planner, fits
-from .hardware import Cluster
+from ..common.hardware import Cluster
+from .choices import ParallelLayout, Planner, fits
 
 MOST = 2048  # GPUs
 
@@ -15,23 +15,23 @@ class Point:
     """A layout on so many GPUs; efficiency is images/s per GPU over that of the first point."""
 
     gpus: int
-    layout: Layout
+    layout: ParallelLayout
     images_per_second: float
     efficiency: float
     fits: bool
 
 
-def weak(planner: Planner, layout: Layout) -> list[Point]:
+def weak(planner: Planner, layout: ParallelLayout) -> list[Point]:
     """The same work for each GPU, on ever more of them."""
     return _points(planner, layout, strong=False)
 
 
-def strong(planner: Planner, layout: Layout) -> list[Point]:
+def strong(planner: Planner, layout: ParallelLayout) -> list[Point]:
     """The same global batch on ever more GPUs, until each has one image left."""
     return _points(planner, layout, strong=True)
 
 
-def _points(planner: Planner, layout: Layout, strong: bool) -> list[Point]:
+def _points(planner: Planner, layout: ParallelLayout, strong: bool) -> list[Point]:
     base, choice = planner.cluster, layout.choice
     whole = choice.images * choice.accumulation * base.size
     points: list[Point] = []
@@ -56,7 +56,7 @@ def _points(planner: Planner, layout: Layout, strong: bool) -> list[Point]:
 
 
 @dataclass(frozen=True)
-class Published:
+class PublishedRun:
     """A run as its authors report it, and the config that it corresponds to."""
 
     title: str
@@ -71,7 +71,7 @@ class Published:
 _TUTEL = "Tutel, https://arxiv.org/abs/2206.03382, table 8"
 _A100 = Cluster("a100-40", 4, 8)
 PUBLISHED = [
-    Published(
+    PublishedRun(
         "SwinV2-B dense, 192 px, 32 A100",
         _TUTEL,
         "imagenet22k/swinv2_base.yaml",
@@ -79,7 +79,7 @@ PUBLISHED = [
         _A100,
         288,
     ),
-    Published(
+    PublishedRun(
         "SwinV2-MoE-B, 32 experts, 32 A100",
         _TUTEL,
         "imagenet22k/swinv2_moe_base_32expert.yaml",
@@ -87,7 +87,7 @@ PUBLISHED = [
         _A100,
         249,
     ),
-    Published(
+    PublishedRun(
         "SwinV2-G, 3 B, 40 GB A100, plain",
         "Swin V2, https://arxiv.org/abs/2111.09883, section 3.4",
         "scale/swinv2_g_3b.yaml",
@@ -95,7 +95,7 @@ PUBLISHED = [
         _A100,
         said="did not fit",
     ),
-    Published(
+    PublishedRun(
         "SwinV2-G, ZeRO-1 and checkpointing",
         "Swin V2, section 3.4",
         "scale/swinv2_g_3b.yaml",

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..moe import MoELayer
-from ..moe.plan import Kernels, Plan
+from ..moe.plan import DispatchPlan, Kernels
 from ..ops import moe_experts
 
 
@@ -68,8 +68,8 @@ def _buffer(rows: Tensor) -> Tensor:
     return rows.new_empty_strided(rows.shape, (rows.shape[1], 1))
 
 
-def _apply_experts(layer: MoELayer, rows: Tensor, plan: Plan) -> tuple[Tensor, float]:
-    """As :class:`~swin_moe.moe.exchange.Exchange` with one chunk."""
+def _apply_experts(layer: MoELayer, rows: Tensor, plan: DispatchPlan) -> tuple[Tensor, float]:
+    """As :class:`~swin_moe.moe.dispatcher.TokenDispatcher` with one chunk."""
     weights = layer.experts.weights_as(rows.dtype)
     local = len(layer.experts.share.experts)
     used = plan.used.new_empty(local)

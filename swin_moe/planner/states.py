@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 
 from torch import nn
 
-from ..optim import parameter_groups
-from ..placement import BUCKET, SUB_GROUP
+from ..distributed.expert_placement import BUCKET, SUB_GROUP
+from ..training.optim import parameter_groups
 
 PERSISTENT = 100_000  # ZeRO-3 keeps parameters of fewer elements whole
 LIVE = 1_000_000_000  # elements of gathered parameters that ZeRO-3 keeps before it frees one
@@ -19,7 +19,7 @@ PREFETCH = 50_000_000  # elements that it gathers ahead
 
 
 @dataclass(frozen=True)
-class Group:
+class ParameterGroup:
     """One of the optimizer's groups as a rank has it: elements of its tensors, and replicas."""
 
     sizes: tuple[int, ...]
@@ -36,15 +36,17 @@ class Group:
         return -(-self.elements // (2 * self.replicas)) * 2
 
 
-def groups_of(model: nn.Module, decay: float, layer_decay: float) -> list[Group]:
+def groups_of(model: nn.Module, decay: float, layer_decay: float) -> list[ParameterGroup]:
     """The groups of a model (on the meta device), replicas left at one."""
     return [
-        Group(tuple(p.numel() for p in group["params"]), group["moe"])
+        ParameterGroup(tuple(p.numel() for p in group["params"]), group["moe"])
         for group in parameter_groups(model, decay, layer_decay)  # type: ignore[arg-type]
     ]
 
 
-def spread(groups: list[Group], world: int, expert_parallel_size: int) -> list[Group]:
+def spread(
+    groups: list[ParameterGroup], world: int, expert_parallel_size: int
+) -> list[ParameterGroup]:
     """The groups with the replicas that there are of each."""
     return [replace(g, replicas=world // (expert_parallel_size if g.expert else 1)) for g in groups]
 
@@ -77,7 +79,7 @@ class States:
 
 
 def states(
-    groups: list[Group],
+    groups: list[ParameterGroup],
     *,
     stage: int,
     bf16: bool,
@@ -119,7 +121,7 @@ def states(
     return replace(held, optimizer=optimizer, update=update, host=held.host + host)
 
 
-def _replicated(groups: list[Group], moment_bytes: int) -> States:
+def _replicated(groups: list[ParameterGroup], moment_bytes: int) -> States:
     """ZeRO 0: all of it on every rank, in fp32."""
     elements = sum(g.elements for g in groups)
     largest = max(size for g in groups for size in g.sizes)
@@ -134,7 +136,7 @@ def _replicated(groups: list[Group], moment_bytes: int) -> States:
 
 
 def _sliced(
-    groups: list[Group],
+    groups: list[ParameterGroup],
     width: int,
     stage: int,
     minimum_bucket: int,
@@ -157,7 +159,9 @@ def _sliced(
     )
 
 
-def _cut(groups: list[Group], width: int, bucket: int, away: bool, weights_away: bool) -> States:
+def _cut(
+    groups: list[ParameterGroup], width: int, bucket: int, away: bool, weights_away: bool
+) -> States:
     """ZeRO-3, without the optimizer's own: every parameter is cut.
 
     Args:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from ..config import ModelConfig, MoEConfig
 from .flops import expert_rows
-from .states import LIVE, PERSISTENT, Group
+from .states import LIVE, PERSISTENT, ParameterGroup
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,9 @@ class Message:
     overlaps: bool = False
 
 
-def traffic(groups: list[Group], *, stage: int, bf16: bool, accumulation: int) -> list[Message]:
+def traffic(
+    groups: list[ParameterGroup], *, stage: int, bf16: bool, accumulation: int
+) -> list[Message]:
     """Gradients and weights of an update.
 
     ZeRO 1 and 2 reduce every gradient on all ranks (``use_multi_rank_bucket_allreduce``): a rank
@@ -60,12 +62,12 @@ def traffic(groups: list[Group], *, stage: int, bf16: bool, accumulation: int) -
     return messages
 
 
-def _most(groups: list[Group]) -> int:
+def _most(groups: list[ParameterGroup]) -> int:
     return max(g.replicas for g in groups)
 
 
 def _of_shards(
-    own: list[Group],
+    own: list[ParameterGroup],
     name: str,
     kind: str,
     width: int,

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..config import Config
-from ..meeting import Meeting, spans
+from ..distributed.meeting import Meeting, spans
 from .facts import Facts, collect
 
 # What differs in these breaks a run or changes it without a word, and what to do about it.
@@ -27,7 +27,7 @@ TAKEN = 0.1  # share of a GPU's memory that others may hold
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Agreement:
     """What was found of all processes, in rank order; the same on every rank."""
 
     facts: list[Facts]
@@ -35,7 +35,7 @@ class Verdict:
     warnings: list[str]
 
 
-def agree(config: Config, meeting: Meeting) -> Verdict:
+def agree(config: Config, meeting: Meeting) -> Agreement:
     """Compare all processes, before they make any group.
 
     Raises:
@@ -52,7 +52,7 @@ def agree(config: Config, meeting: Meeting) -> Verdict:
     }
     said = json.dumps([mine.to_json(), different])
     answer = json.loads(meeting.exchange("versions", said, _judge))
-    return Verdict([Facts(**one) for one in answer[0]], answer[1], answer[2])
+    return Agreement([Facts(**one) for one in answer[0]], answer[1], answer[2])
 
 
 def _flat(section: dict[str, Any], prefix: str = "") -> dict[str, str]:

@@ -9,8 +9,8 @@ from rich.table import Table
 
 from .. import distributed
 from ..config import Config
-from ..meeting import Meeting
-from ..precision import resolve_precision
+from ..distributed.meeting import Meeting
+from ..training.precision import resolve_precision
 from .agreement import agree
 from .facts import Facts
 from .links import Links
@@ -34,7 +34,7 @@ def doctor(config: Config, meeting: Meeting, console: Console, json_file: Path |
             hierarchical=config.parallel.hierarchical_all_to_all,
             meeting=meeting,
         )
-        from ..engine import check_deepspeed  # looks at what init has set
+        from ..training.engine import check_deepspeed  # looks at what init has set
 
         check_deepspeed()
         dtype = resolve_precision(config.precision, world.device)

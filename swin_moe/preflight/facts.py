@@ -13,10 +13,11 @@ from pathlib import Path
 
 import torch
 
-from .. import __version__, distributed, ops, ranks
+from .. import __version__, distributed, ops
+from ..common import ranks
+from ..common.host import free_memory
 from ..config import Config, dump_config
-from ..host import free_memory
-from ..run_directory import git_commit
+from ..training.run_directory import git_commit
 
 PACKAGE = Path(__file__).parent.parent
 

@@ -8,11 +8,11 @@ from dataclasses import asdict, dataclass
 
 import torch
 
+from ..common.text import reason
 from ..config import Config
 from ..distributed import World
 from ..models.cost import Cost, count
-from ..text import reason
-from .agreement import Verdict, agree
+from .agreement import Agreement, agree
 from .facts import Facts
 from .links import Links, Timing, judge, measure
 from .shared import check_data, check_folder
@@ -33,7 +33,7 @@ class Checked:
 
 def at_start(
     config: Config,
-    verdict: Verdict,
+    verdict: Agreement,
     world: World,
     dtype: torch.dtype,
     say: Callable[[str], None],
@@ -52,7 +52,7 @@ def at_start(
         say(told(checked))
 
 
-def check(config: Config, verdict: Verdict, world: World, dtype: torch.dtype) -> Checked:
+def check(config: Config, verdict: Agreement, world: World, dtype: torch.dtype) -> Checked:
     """The run directory, the data, clocks, speeds and links of processes that agree."""
     facts, cost = verdict.facts, count(config.model, config.moe)
     problems, warnings = list(verdict.problems), list(verdict.warnings)
@@ -64,7 +64,7 @@ def check(config: Config, verdict: Verdict, world: World, dtype: torch.dtype) ->
     return Checked(facts, problems, warnings + _short_of_disk(config, cost, facts), links)
 
 
-def refuse(verdict: Verdict) -> None:
+def refuse(verdict: Agreement) -> None:
     """Raise ``ValueError`` with the first reason not to begin."""
     if verdict.problems:
         raise ValueError(verdict.problems[0])

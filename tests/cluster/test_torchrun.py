@@ -109,7 +109,7 @@ def stop_and_save(jobs):
 
 def test_a_short_cut_only_delays_and_a_long_one_restarts(hosts, tmp_path):
     """One training for both. Most of the time is two waits: a cut link, and the hang it causes."""
-    jobs, run = train_without_end(hosts, tmp_path, "faults.hang_minutes=0.25")
+    jobs, run = train_without_end(hosts, tmp_path, "faults.hang_timeout_s=15")
     hosts.link("down")
     stood_at = until_it_stands(run)
     hosts.link("up")
@@ -130,7 +130,7 @@ def test_a_short_cut_only_delays_and_a_long_one_restarts(hosts, tmp_path):
 
 def test_a_run_grows_by_a_node_and_goes_on_without_one_that_dies(hosts, tmp_path):
     """Over a minute: it waits for a hang to be found, and for torch to end a process that hangs."""
-    changes = ["train.max_steps=0", "parallel.expert_parallel_size=1", "faults.hang_minutes=0.5"]
+    changes = ["train.max_steps=0", "parallel.expert_parallel_size=1", "faults.hang_timeout_s=30"]
     words = options(write_config(tmp_path), *changes, nodes="1:2")
     run = run_of(tmp_path)
     first = hosts.start(0, *words)

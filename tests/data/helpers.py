@@ -14,7 +14,7 @@ from PIL import Image
 
 from swin_moe.config import AugmentConfig, DataConfig
 from swin_moe.data import Loader, build_loader
-from swin_moe.data.bundle import write_shard
+from swin_moe.data.tools.bundle import write_shard
 
 NO_AUGMENT = AugmentConfig(
     scale=[1.0, 1.0], ratio=[1.0, 1.0], hflip=0, color_jitter=0, auto_augment="", random_erase=0

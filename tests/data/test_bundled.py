@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 import webdataset
 
-from swin_moe.data import bundle
 from swin_moe.data.decode import EncodedImage
-from swin_moe.data.shards import find_shards, open_shards
+from swin_moe.data.readers.shards import find_shards, open_shards
 from swin_moe.data.source import BUNDLED
+from swin_moe.data.tools import bundle
 
 from .helpers import open_loader
 

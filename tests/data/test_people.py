@@ -13,21 +13,21 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
+from swin_moe.common.text import plain
 from swin_moe.config import DataConfig
-from swin_moe.data import index
 from swin_moe.data.bad_samples import BadSamples, Skipped
-from swin_moe.data.commands import prepare_data, verify_data
 from swin_moe.data.decode import EncodedImage, UnreadableImage
-from swin_moe.data.folder import open_folder
-from swin_moe.data.listing import open_list
 from swin_moe.data.names import read_classes, write_classes
-from swin_moe.data.prepare import image_extension
-from swin_moe.data.scan import has_labels, scan_shard
-from swin_moe.data.shards import class_of, find_shards
+from swin_moe.data.readers import index
+from swin_moe.data.readers.file_list import open_list
+from swin_moe.data.readers.folder import open_folder
+from swin_moe.data.readers.scan import has_labels, scan_shard
+from swin_moe.data.readers.shards import class_of, find_shards
+from swin_moe.data.readers.zipped import ZipSource
 from swin_moe.data.source import open_path, open_source
+from swin_moe.data.tools.commands import prepare_data, verify_data
+from swin_moe.data.tools.prepare import image_extension
 from swin_moe.data.which import is_image
-from swin_moe.data.zipped import ZipSource
-from swin_moe.text import plain
 from tests.data.helpers import add_member, encode, make_folder, open_loader
 
 LATIN = "caf\udce9"  # a name whose bytes are not UTF-8
@@ -183,7 +183,7 @@ def test_an_entry_that_claims_more_than_the_table_holds(tmp_path):
     with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
         archive.writestr("a/1.png", encode(1))
     source = ZipSource(tmp_path / "x.zip", None)
-    from swin_moe.data.zipped import _table, array
+    from swin_moe.data.readers.zipped import _table, array
 
     record = _table(array("Q", [0, 2**33 + 5, 2**33 + 5, 0, 0]))
     source._table[0] = record[0]

@@ -14,9 +14,10 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from swin_moe.data import commands, index, prepare
-from swin_moe.data.bundle import write_shard
+from swin_moe.data.readers import index
 from swin_moe.data.source import open_splits
+from swin_moe.data.tools import commands, prepare
+from swin_moe.data.tools.bundle import write_shard
 from tests.parallel import PATIENCE
 
 from .helpers import encode, make_folder, make_shards, open_loader, samples
@@ -364,13 +365,13 @@ def test_verify_reads_every_sample_and_digest(tmp_path, prepared, capsys):
 
 @pytest.mark.parametrize("readonly", [False, True])
 def test_the_index_of_anyones_shards_is_kept(tmp_path, monkeypatch, readonly):
-    monkeypatch.setattr("swin_moe.data.shards.INDEXED_BYTES", 0)
+    monkeypatch.setattr("swin_moe.data.readers.shards.INDEXED_BYTES", 0)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     make_shards(tmp_path / "in", 8)
     if readonly:  # root may write anywhere, so the name is taken instead
         (tmp_path / "in" / ".swin_moe_index").write_text("")
     scans = []
-    from swin_moe.data import shards
+    from swin_moe.data.readers import shards
 
     scan = shards.scan_shard
     monkeypatch.setattr(shards, "scan_shard", lambda *a: scans.append(a) or scan(*a))

@@ -9,11 +9,11 @@ import zipfile
 import numpy as np
 import pytest
 
-from swin_moe.data import listing, zipped
-from swin_moe.data.bundle import write_shard
-from swin_moe.data.listing import open_list, read_list
+from swin_moe.data.readers import file_list, zipped
+from swin_moe.data.readers.file_list import open_list, read_list
+from swin_moe.data.readers.zipped import ZipSource
 from swin_moe.data.source import open_path, open_splits
-from swin_moe.data.zipped import ZipSource
+from swin_moe.data.tools.bundle import write_shard
 
 from .helpers import encode, make_folder, open_loader, samples
 from .test_shards import _write_members
@@ -203,7 +203,7 @@ def _make_files(root):
 @pytest.mark.parametrize("kind", ["lines", "json", "json-indented"])
 @pytest.mark.parametrize("chunk", [7, 1 << 20])
 def test_list_of_files(tmp_path, monkeypatch, kind, chunk):
-    monkeypatch.setattr(listing, "CHUNK", chunk)
+    monkeypatch.setattr(file_list, "CHUNK", chunk)
     _make_files(tmp_path)
     path = tmp_path / "ILSVRC2011fall_whole_map_train.txt"
     if kind == "lines":
@@ -298,8 +298,8 @@ def test_parquet(tmp_path):
 
 
 def test_parquet_keeps_few_files_open(tmp_path, monkeypatch):
-    monkeypatch.setattr("swin_moe.data.parquet.MAX_OPEN", 2)
-    monkeypatch.setattr("swin_moe.data.parquet.KEPT_BYTES", 0)
+    monkeypatch.setattr("swin_moe.data.readers.parquet.MAX_OPEN", 2)
+    monkeypatch.setattr("swin_moe.data.readers.parquet.KEPT_BYTES", 0)
     for number in range(4):
         _make_parquet(tmp_path / f"train-{number}.parquet", 3 * number, 3)
     source = open_splits(tmp_path)["train"]
@@ -310,7 +310,7 @@ def test_parquet_keeps_few_files_open(tmp_path, monkeypatch):
 
 def test_parquet_keeps_few_row_row_groups(tmp_path, monkeypatch):
     source = open_path(_make_parquet(tmp_path / "x.parquet"))
-    monkeypatch.setattr("swin_moe.data.parquet.KEPT_BYTES", 9 * len(encode(0)))
+    monkeypatch.setattr("swin_moe.data.readers.parquet.KEPT_BYTES", 9 * len(encode(0)))
     for index in (0, 4, 8, 0, 9, 5):
         assert source.read(index) == encode(index)
     assert len(source._kept) == 2

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 import webdataset
 
-from swin_moe.data.bundle import write_shard
-from swin_moe.data.shards import MAX_OPEN, find_shards, open_shards
+from swin_moe.data.readers.shards import MAX_OPEN, find_shards, open_shards
+from swin_moe.data.tools.bundle import write_shard
 
 from .helpers import encode, make_shards, samples
 
@@ -155,7 +155,7 @@ def test_damaged_header(tmp_path):
 def test_too_much_compressed(tmp_path, monkeypatch):
     path = tmp_path / "x.tar.gz"
     write_shard(path, samples(3))
-    monkeypatch.setattr("swin_moe.data.shards.MAX_COMPRESSED", 100)
+    monkeypatch.setattr("swin_moe.data.readers.shards.MAX_COMPRESSED", 100)
     with pytest.raises(ValueError, match=r"x\.tar\.gz: .*gunzip"):
         open_shards([path], None)
 

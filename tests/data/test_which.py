@@ -6,13 +6,13 @@ import zipfile
 
 import pytest
 
-from swin_moe.data.folder import class_folders, open_folder
-from swin_moe.data.index import cache_path, read_cache
-from swin_moe.data.scan import scan_shard
-from swin_moe.data.shards import find_shards
+from swin_moe.data.readers.folder import class_folders, open_folder
+from swin_moe.data.readers.index import cache_path, read_cache
+from swin_moe.data.readers.scan import scan_shard
+from swin_moe.data.readers.shards import find_shards
+from swin_moe.data.readers.zipped import ZipSource
 from swin_moe.data.source import open_path
 from swin_moe.data.which import PassedOver, among_companions, is_image
-from swin_moe.data.zipped import ZipSource
 from tests.data.helpers import add_member, encode, make_folder, make_shards, open_loader
 
 

@@ -6,7 +6,7 @@ import subprocess
 import pytest
 
 from swin_moe.checkpoint import latest
-from swin_moe.metrics import read_metrics
+from swin_moe.reporting.metric_log import read_metrics
 from tests.parallel import one_error, train
 
 RECIPE = ["precision.dtype=fp32", "zero.stage=1", "log.every_steps=1", "train.max_steps=12",

@@ -3,7 +3,7 @@
 import os
 import signal
 
-from swin_moe import ranks as ranks_of
+from swin_moe.common import ranks as ranks_of
 from tests.faults import test_signals
 from tests.faults.test_nonfinite import run
 from tests.faults.test_signals import start, wait_for_step
@@ -14,7 +14,7 @@ def test_a_stopped_rank_is_found_and_the_run_goes_on(tmp_path, monkeypatch):
     """A minute: the limit of the hang, and the 30 seconds that torch gives a process to end."""
     limit = 15.0
     monkeypatch.setattr(test_signals, "RECIPE", [
-        *test_signals.RECIPE, f"faults.hang_minutes={limit / 60}", "checkpoint.every_steps=5",
+        *test_signals.RECIPE, f"faults.hang_timeout_s={limit}", "checkpoint.every_steps=5",
     ])  # fmt: skip
     folder = tmp_path / "run"
     process = start(folder, 2, "--max-restarts", "3")
@@ -34,7 +34,7 @@ def test_a_stopped_rank_is_found_and_the_run_goes_on(tmp_path, monkeypatch):
 
 def test_every_rank_dumps_its_stack_when_one_sleeps(tmp_path):
     """The one that hangs in Python tells where, and so do those that wait for it."""
-    done = run(tmp_path, [(1, 6)], "faults.hang_minutes=0.2", how="sleep")
+    done = run(tmp_path, [(1, 6)], "faults.hang_timeout_s=12", how="sleep")
     assert done.returncode != 0
     for rank in (0, 1):
         who = f"swin-moe: error: rank {rank} on {ranks_of.hostname()}: "

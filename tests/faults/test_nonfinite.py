@@ -6,7 +6,7 @@ import re
 import pytest
 
 from swin_moe.checkpoint import Reader, list_checkpoints
-from swin_moe.metrics import read_metrics
+from swin_moe.reporting.metric_log import read_metrics
 from tests.parallel import MICRO, SMALL, one_error, start
 
 RECIPE = ["precision.dtype=fp32", "zero.stage=1", "log.every_steps=1", "train.max_steps=12",

@@ -7,7 +7,7 @@ import time
 import pytest
 
 from swin_moe.checkpoint import latest
-from swin_moe.metrics import read_metrics
+from swin_moe.reporting.metric_log import read_metrics
 from tests import parallel
 from tests.parallel import PATIENCE, ranks, train
 from tests.test_training import figures

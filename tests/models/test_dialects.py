@@ -12,7 +12,8 @@ from torchvision.models import swin_transformer as torchvision_swin
 
 from swin_moe.config import ModelConfig, MoEConfig
 from swin_moe.models import SwinTransformer
-from swin_moe.models.dialects import (
+from swin_moe.models.layers import PatchMerging
+from swin_moe.weights.adapters import (
     DIALECTS,
     DialectError,
     detect,
@@ -20,7 +21,6 @@ from swin_moe.models.dialects import (
     huggingface_config,
     to_swin_moe,
 )
-from swin_moe.models.layers import PatchMerging
 from tests.golden import Golden
 from tests.models.test_golden import configs
 

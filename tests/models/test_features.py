@@ -7,8 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from swin_moe import build_model
-from swin_moe.models.features import build_features
+from swin_moe import build_features, build_model
 
 DOC = Path(__file__).parents[2] / "docs" / "dense_prediction.md"
 BLOCKS = re.findall(r"```python\n(.*?)```", DOC.read_text(encoding="utf-8"), re.DOTALL)

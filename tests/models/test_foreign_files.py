@@ -15,11 +15,11 @@ import torch
 from safetensors.torch import save, save_file
 
 from swin_moe.models import SwinTransformer
-from swin_moe.models.dialects import from_swin_moe
-from swin_moe.models.dialects.huggingface import huggingface_config
-from swin_moe.models.pickled import load_pickled
-from swin_moe.models.pretrained import load_pretrained, read_pretrained
-from swin_moe.models.weights import WeightsError, read
+from swin_moe.weights.adapters import from_swin_moe
+from swin_moe.weights.adapters.huggingface import huggingface_config
+from swin_moe.weights.files import WeightsError, read
+from swin_moe.weights.pretrained import load_pretrained, read_pretrained
+from swin_moe.weights.safe_pickle import load_pickled
 from tests.models.test_dialects import config
 
 torch.manual_seed(0)

@@ -8,7 +8,7 @@ from swin_moe.config import ModelConfig, MoEConfig
 from swin_moe.models import SwinTransformer
 from swin_moe.moe.plan import RouteContext
 from swin_moe.moe.token_choice import route
-from swin_moe.optim import parameter_groups
+from swin_moe.training.optim import parameter_groups
 from tests.golden import Golden
 
 BUFFERS = ("relative_coords_table", "relative_position_index", "attn_mask")
@@ -20,7 +20,7 @@ MOE = ["swin_moe_official", "swin_moe_official_cosine"]
 MOE_ARGUMENTS = {
     "num_local_experts": "num_experts", "top_value": "top_k", "capacity_factor": "capacity_factor",
     "normalize_gate": "normalize_gate", "use_bpr": "batch_prioritized", "gate_noise": "gate_noise",
-    "aux_loss_weight": "balance_weight", "moe_drop": "drop_rate", "mlp_fc2_bias": "fc2_bias",
+    "aux_loss_weight": "aux_loss_weight", "moe_drop": "drop_rate", "mlp_fc2_bias": "fc2_bias",
     "cosine_router_dim": "cosine_router_dim", "cosine_router_init_t": "cosine_router_init_t",
 }  # fmt: skip
 MOE_NAMES = {
@@ -104,7 +104,7 @@ def test_routing_equals_official(name, balance):
     output = model(golden.io["input"])
     suffix = "gshard" if balance == "gshard" else "load_importance"
     golden.check(f"l_aux.{suffix}", output.aux_loss.view(1))
-    weight = model.moe.balance_weight
+    weight = model.moe.aux_loss_weight
     for layer_name, (tokens, result) in seen.items():
         prefix = f"{layer_name}.moe"
         golden.check(f"{prefix}.input", tokens.flatten(1, 2))

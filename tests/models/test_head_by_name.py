@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from swin_moe.models import SwinTransformer
-from swin_moe.models.pretrained import head_by_name, load_pretrained, read_pretrained
-from swin_moe.models.weights import WeightsError
+from swin_moe.weights.files import WeightsError
+from swin_moe.weights.pretrained import head_by_name, load_pretrained, read_pretrained
 from tests.models.test_dialects import config
 
 STATE = {"head.weight": torch.arange(6.0).view(3, 2), "head.bias": torch.arange(3.0)}

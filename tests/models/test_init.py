@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import nn
 
+from swin_moe import build_model
 from swin_moe.config import ConfigError, ModelConfig, MoEConfig
-from swin_moe.models import SimMIM, SwinTransformer, build_model
+from swin_moe.models import SimMIM, SwinTransformer
 from swin_moe.models.layers import Fp32Linear
 
 TINY = {"img_size": 32, "patch_size": 2, "num_classes": 5, "embed_dim": 8, "depths": [2, 2],

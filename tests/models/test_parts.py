@@ -5,7 +5,7 @@ import torch
 
 from swin_moe.config import ModelConfig, MoEConfig
 from swin_moe.models import build
-from swin_moe.models.parts import build_in_parts
+from swin_moe.models.sharded_init import build_in_parts
 from tests.parallel import run_worker
 
 MODEL = {"img_size": 32, "patch_size": 2, "num_classes": 5, "embed_dim": 16, "depths": [2, 3],

@@ -108,7 +108,7 @@ def test_meta_device_needs_no_memory():
 
 def _router_gradient(**options):
     """Norm of the gradient that the task alone gives the router of a V2 block with top-1."""
-    moe = MoEConfig(blocks=[[], [1]], num_experts=4, balance_weight=0.0, gate_noise=0.0, **options)
+    moe = MoEConfig(blocks=[[], [1]], num_experts=4, aux_loss_weight=0.0, gate_noise=0.0, **options)
     model = lively(moe=moe)
     torch.manual_seed(1)
     model(torch.randn(2, 3, 32, 32)).logits.square().sum().backward()

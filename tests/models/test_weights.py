@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from swin_moe.models.weights import WeightsError, read, write
+from swin_moe.weights.files import WeightsError, read, write
 from tests.golden import Golden
 
 FIRST, BLOCK = "patch_embed.proj.weight", "layers.0.blocks.0.norm1.weight"

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from swin_moe.models import SwinTransformer
-from swin_moe.models.pretrained import load_pretrained, read_pretrained
-from swin_moe.models.weights import WeightsError
-from swin_moe.models.wrappers import take_network
+from swin_moe.weights.files import WeightsError
+from swin_moe.weights.pretrained import load_pretrained, read_pretrained
+from swin_moe.weights.wrappers import take_network
 from tests.models.test_dialects import config
 
 torch.manual_seed(0)

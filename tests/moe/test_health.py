@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from swin_moe.config import MoEConfig
-from swin_moe.moe import ChoiceCounter, LayerTotals, RouterMeter, RouterWatch, RoutingStats
+from swin_moe.moe import AssignmentCounter, LayerTotals, RouterMeter, RouterWatch, RoutingStats
 from swin_moe.moe.health import REPEAT, STREAK, symptoms
 
 NAMES = ["layers.1.blocks.1"]
@@ -71,7 +71,7 @@ def test_totals_of_two_intervals_are_those_of_both():
 
 
 def test_choices_of_all_micro_steps_are_counted_once():
-    counter = ChoiceCounter()
+    counter = AssignmentCounter()
     for _ in range(2):
         counter.update(stats([[1, 2]], [[0.0] * 6], [[0.0, 0.0]]))
     assert counter.read().tolist() == [[2, 4]]
@@ -116,7 +116,7 @@ def test_a_warning_waits_for_a_streak_and_is_told_again_only_if_worse():
     (line,) = watch.check(bad)
     assert line == (
         "layers.1.blocks.1: the router collapses: 5 of 8 experts got no token, expert 0 takes 70 % "
-        "of the tokens (raise moe.balance_weight from 0.01, or lower optimizer.base_lr)"
+        "of the tokens (raise moe.aux_loss_weight from 0.01, or lower optimizer.base_lr)"
     )
     assert [watch.check(bad) for _ in range(5)] == [[]] * 5
     (worse,) = watch.check([totals([1000] + [0] * 7)])
@@ -140,13 +140,13 @@ def test_advice_follows_the_configuration():
 
     assert "add moe.z_loss_weight=0.001, as its logits span 75" in told()
     assert "raise moe.z_loss_weight from 0.1" in told(z_loss_weight=0.1)
-    assert "raise moe.bias_update_rate from 0.001" in told(bias_update_rate=0.001)
+    assert "raise moe.expert_bias_update_rate from 0.001" in told(expert_bias_update_rate=0.001)
     assert "set moe.balance=gshard" in told(balance="none")
     assert "add moe.gate_noise=1" in told(gate_noise=0.0)
     even = [totals(EVEN, dropped=0.3)]
     assert told(even).endswith(
-        "(raise moe.capacity_factor from 1.25, or raise moe.balance_weight from 0.01)"
+        "(raise moe.capacity_factor from 1.25, or raise moe.aux_loss_weight from 0.01)"
     )
     uneven = [totals([500] + [70] * 7, dropped=0.3)]
-    assert "(raise moe.balance_weight from 0.01, or raise moe.capacity_factor" in told(uneven)
+    assert "(raise moe.aux_loss_weight from 0.01, or raise moe.capacity_factor" in told(uneven)
     assert "balance" not in told([totals(EVEN, dropped=0.6)], routing="expert_choice")

@@ -1,14 +1,14 @@
-"""Routing rules, both backends, precision, and expert parallelism of the MoE layer."""
+"""Routing rules, kernels and references, precision, and expert parallelism of the MoE layer."""
 
 import pytest
 import torch
 
 from swin_moe.config import MoEConfig
 from swin_moe.moe import MoELayer, build_moe
-from swin_moe.moe.backends.fused import KERNELS
 from swin_moe.moe.balance import importance_load_loss
-from swin_moe.moe.plan import RouteContext, expert_capacity
+from swin_moe.moe.plan import KERNELS, RouteContext, expert_capacity
 from swin_moe.moe.token_choice import route
+from swin_moe.ops import assume_fused
 from tests.parallel import run_worker
 from tests.workers.moe_layer import cases
 
@@ -54,32 +54,34 @@ def test_ties_go_to_the_lower_index():
     assert plan.kept.sum(0).tolist() == [4, 4]
 
 
-@pytest.mark.parametrize("backend", ["fused", "reference"])
-def test_dropped_tokens_give_zero_and_are_counted(backend):
-    layer = make(eval_capacity_factor=0.25, backend=backend).eval()
-    result = layer(torch.randn(64, 8))
+@pytest.mark.parametrize("fused", [True, False])
+def test_dropped_tokens_give_zero_and_are_counted(fused):
+    layer = make(eval_capacity_factor=0.25).eval()
+    with assume_fused(fused):
+        result = layer(torch.randn(64, 8))
     silent = (result.output == 0).all(1)
     assert 0 < result.stats.dropped.item() == silent.sum().item()
     assert result.stats.counts.sum() == 64
 
 
 @pytest.mark.parametrize("factor", [0.0, 1.0])
-def test_backends_agree_with_gradients(factor):
+def test_kernels_agree_with_references(factor):
     x = torch.randn(2, 7, 8)
     results = []
-    for backend in ("fused", "reference"):
-        layer = make(backend=backend, capacity_factor=factor, top_k=2)
+    for fused in (True, False):
+        layer = make(capacity_factor=factor, top_k=2)
         torch.manual_seed(3)  # the gate noise
         leaf = x.clone().requires_grad_()
-        result = layer(leaf)
-        (result.output.square().sum() + result.aux_loss).backward()
+        with assume_fused(fused):
+            result = layer(leaf)
+            (result.output.square().sum() + result.aux_loss).backward()
         results.append([*result[:2], *result[2], leaf.grad, *[p.grad for p in layer.parameters()]])
     for fused, reference in zip(*results, strict=True):
         torch.testing.assert_close(fused, reference)
 
 
-def test_gradcheck_of_the_reference_backend():
-    layer = make(torch.float64, backend="reference", top_k=2, eval_capacity_factor=1.0).eval()
+def test_gradcheck_in_fp64():
+    layer = make(torch.float64, top_k=2, eval_capacity_factor=1.0).eval()
     x = torch.randn(9, 8, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda t: layer(t)[:2], x)
 

@@ -27,10 +27,10 @@ def test_missing_tutel_is_one_line():
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("mode", SUPPORTED)
 def test_equals_our_layer(mode, training):
-    """The suite that holds for the other backends; expert dropout draws from other places."""
+    """The suite that holds for our layer; expert dropout draws from other places."""
     make(mode, "tutel")(images())  # the self-check comes first and draws of its own
     theirs = run(make(mode, "tutel").train(training), images())
-    ours = run(make(mode, "reference").train(training), images())
+    ours = run(make(mode).train(training), images())
     for name, value in ours.items():
         torch.testing.assert_close(
             theirs[name], value, rtol=1e-5, atol=2e-5, msg=lambda m, name=name: f"{name}: {m}"
@@ -57,7 +57,7 @@ def test_what_tutel_lacks_is_one_line(mode):
 def test_a_changed_tutel_fails_loudly(monkeypatch):
     from tutel.impls import moe_layer
 
-    from swin_moe.moe.backends import tutel
+    from swin_moe.moe import tutel
 
     original = moe_layer.fast_decode
     monkeypatch.setattr(moe_layer, "fast_decode", lambda *args: original(*args) * 1.01)

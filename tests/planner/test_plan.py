@@ -47,7 +47,7 @@ def test_plan_ranks_layouts_of_the_same_global_batch(tmp_path):
     assert first <= 1.05 * times[0]
     for layout in figures["layouts"]:
         keys = dict(part.split("=") for part in layout["overrides"])
-        assert int(keys["data.batch_size"]) * int(keys["train.accumulation_steps"]) == 8
+        assert int(keys["data.batch_size"]) * int(keys["train.gradient_accumulation_steps"]) == 8
         # Ready to paste: the config takes them.
         load_config(MICRO, [*SMALL, *layout["overrides"]])
     assert "GPU-hours" in text

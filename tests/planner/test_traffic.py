@@ -3,9 +3,9 @@
 import json
 from typing import Any
 
+from swin_moe.common.hardware import Cluster
 from swin_moe.config import validate
 from swin_moe.planner.choices import Planner
-from swin_moe.planner.hardware import Cluster
 from tests.parallel import run_worker
 
 MODEL = {"name": "swinv2", "img_size": 32, "num_classes": 10, "embed_dim": 64, "depths": [2, 2],
@@ -28,7 +28,7 @@ def _config(stage: int, dtype: str, group: int, steps: int) -> dict[str, Any]:
         "zero": {"stage": stage},
         "precision": {"dtype": dtype},
         "parallel": {"expert_parallel_size": group},
-        "train": {"accumulation_steps": steps},
+        "train": {"gradient_accumulation_steps": steps},
     }
 
 

@@ -4,7 +4,8 @@ import sys
 from importlib import import_module
 from pathlib import Path
 
-from swin_moe import distributed, ranks
+from swin_moe import distributed
+from swin_moe.common import ranks
 
 import_module(f"tests.workers.{sys.argv[1]}").work(Path(sys.argv[2]))
 distributed.barrier()

@@ -31,14 +31,14 @@ class Collectives(TorchDispatchMode):
 
 def work(folder: Path) -> None:
     world = distributed.init(expert_parallel_size=2)
-    from swin_moe.engine import Engine
     from swin_moe.models import build
+    from swin_moe.training.engine import Engine
 
     for stage in (0, 1, 2):
         engine = Engine(
             build(MODEL, MOE, world.expert), world, optimizer=OptimizerConfig(),
             zero=ZeroConfig(stage=stage), dtype=torch.float32, micro_batch=MICRO_BATCH,
-            accumulation_steps=3,
+            gradient_accumulation_steps=3,
         )  # fmt: skip
         engine.train()
         for micro in range(3):

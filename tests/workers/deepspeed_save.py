@@ -14,13 +14,13 @@ from tests.workers.equivalence import MODEL, batch, write_checkpoint
 
 
 def save_dense(world, folder: Path, stage: int, dtype: torch.dtype) -> None:
-    from swin_moe.engine import Engine
     from swin_moe.models import build
+    from swin_moe.training.engine import Engine
 
     distributed.seed_everything(0)
     engine = Engine(
         build(MODEL, MoEConfig()), world, optimizer=OptimizerConfig(),
-        zero=ZeroConfig(stage=stage), dtype=dtype, micro_batch=4, accumulation_steps=1,
+        zero=ZeroConfig(stage=stage), dtype=dtype, micro_batch=4, gradient_accumulation_steps=1,
     )  # fmt: skip
     engine.train()
     images, labels = batch(0, world.rank)

@@ -15,9 +15,9 @@ def loaded() -> list[str]:
 
 
 def work(folder: Path) -> None:
-    from swin_moe import cli
+    from swin_moe.cli import main
 
-    assert cli.main(json.loads((folder / "train.json").read_text())) == 0
+    assert main.main(json.loads((folder / "train.json").read_text())) == 0
     assert loaded() == []
     weight = torch.nn.Parameter(torch.ones(3))
     block = torch.nn.Linear(3, 3)

@@ -14,9 +14,10 @@ from typing import Literal, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from swin_moe import distributed, ranks
+from swin_moe import distributed
+from swin_moe.common import ranks
 from swin_moe.config import ModelConfig, MoEConfig, OptimizerConfig, ZeroConfig
-from swin_moe.placement import Layout, expert_share
+from swin_moe.distributed.expert_placement import ExpertLayout, expert_share
 
 STEPS = 5
 IMAGES = 32  # of an update
@@ -27,10 +28,10 @@ MODEL = ModelConfig(
 )  # fmt: skip
 MOE = MoEConfig(
     blocks=[[], [1]], num_experts=4, top_k=2, capacity_factor=0.75, gate_noise=0.0,
-    balance="gshard", balance_weight=0.1,
+    balance="gshard", aux_loss_weight=0.1,
 )  # fmt: skip
 SHARDED = MOE.model_copy(
-    update={"num_experts": 2, "top_k": 1, "overlap_degree": 2, "bias_update_rate": 0.05}
+    update={"num_experts": 2, "top_k": 1, "overlap_degree": 2, "expert_bias_update_rate": 0.05}
 )
 # Every step is clipped; eps is large enough that rounding of near-zero gradients does not show,
 # and that a wrong scale of the gradients does.
@@ -108,12 +109,12 @@ def batch(step: int, part: int, size: int = MICRO_BATCH) -> tuple[torch.Tensor, 
     return images, torch.randint(0, 5, (size,), generator=generator)
 
 
-def layout_of(model, world) -> Layout:
+def layout_of(model, world) -> ExpertLayout:
     from swin_moe.models import expert_parameter_names
 
     experts = model.moe.num_experts
     share = expert_share(experts, world.expert.rank, world.expert.size)
-    return Layout(expert_parameter_names(model), experts, share)
+    return ExpertLayout(expert_parameter_names(model), experts, share)
 
 
 def write_checkpoint(folder: Path, engine, world, step: int = STEPS) -> None:
@@ -131,8 +132,8 @@ def make_engine(
     weights="none",
 ):  # fmt: skip
     """``prepare`` is called with the model before DeepSpeed has it."""
-    from swin_moe.engine import Engine
     from swin_moe.models import build
+    from swin_moe.training.engine import Engine
 
     distributed.seed_everything(0)
     moe = SHARDED if cell.sharded else MOE
@@ -148,11 +149,14 @@ def make_engine(
         world,
         optimizer=optimizer.model_copy(update={"moments": moments}),
         zero=ZeroConfig(
-            stage=cell.stage, offload=cell.offload, nvme_path=nvme_path, offload_weights=weights
+            stage=cell.stage,
+            offload_optimizer=cell.offload,
+            nvme_path=nvme_path,
+            offload_param=weights,
         ),
         dtype=DTYPES[cell.dtype],
         micro_batch=cell.micro_batch,
-        accumulation_steps=cell.accumulation,
+        gradient_accumulation_steps=cell.accumulation,
     )
 
 
@@ -204,7 +208,7 @@ def train_step(engine, world, cell: Cell, step: int) -> float:
         engine.step()
         total += loss.detach()
         counts += output.stats.counts
-    model.update_choice_bias(distributed.all_reduce_(counts))
+    model.update_expert_bias(distributed.all_reduce_(counts))
     return float(distributed.all_reduce_(total)) / cell.parts
 
 

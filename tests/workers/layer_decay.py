@@ -5,7 +5,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from swin_moe import distributed, ranks
+from swin_moe import distributed
+from swin_moe.common import ranks
 from swin_moe.config import OptimizerConfig, ScheduleConfig, ZeroConfig
 from tests.workers.equivalence import MICRO_BATCH, MODEL, MOE, batch
 
@@ -32,7 +33,7 @@ def loss_of(output, labels):
 def plain(parts: int, rates: list[float]) -> dict[str, torch.Tensor]:
     """The same on this process alone, with all experts and one group per parameter."""
     from swin_moe.models import build
-    from swin_moe.optim import decays
+    from swin_moe.training.optim import decays
 
     distributed.seed_everything(0)
     model = awake(build(MODEL, MOE)).train()
@@ -60,15 +61,15 @@ def plain(parts: int, rates: list[float]) -> dict[str, torch.Tensor]:
 
 
 def check(world: distributed.World, stage: int) -> None:
-    from swin_moe.engine import Engine
     from swin_moe.models import build
-    from swin_moe.optim import build_schedule
+    from swin_moe.training.engine import Engine
+    from swin_moe.training.optim import build_schedule
 
     distributed.seed_everything(0)
     engine = Engine(
         awake(build(MODEL, MOE, world.expert)), world, optimizer=OPTIMIZER,
         zero=ZeroConfig(stage=stage), dtype=torch.float32, micro_batch=MICRO_BATCH,
-        accumulation_steps=1,
+        gradient_accumulation_steps=1,
     )  # fmt: skip
     schedule = build_schedule(engine.optimizer, SCHEDULE, 3, MICRO_BATCH * world.size)
     engine.train()

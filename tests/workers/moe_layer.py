@@ -14,11 +14,12 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from swin_moe import distributed, ranks
+from swin_moe import distributed
+from swin_moe.common import ranks
 from swin_moe.config import MoEConfig
 from swin_moe.distributed import Group, World
-from swin_moe.models.recompute import keep_routing
-from swin_moe.moe import MoELayer, build_moe, choose_overlap, exchange
+from swin_moe.models.activation_checkpoint import keep_routing
+from swin_moe.moe import MoELayer, build_moe, choose_overlap, dispatcher
 from swin_moe.moe.all_to_all import AllToAll
 
 DIM, HIDDEN = 8, 12
@@ -145,7 +146,7 @@ def check(world: World, case: Case, backend: str) -> None:
 def check_order(world: World) -> None:
     """Chunks are on their way while others are computed, in both passes alike."""
     events = []
-    start, wait = AllToAll.start, exchange._Ferry._wait
+    start, wait = AllToAll.start, dispatcher._Ferry._wait
 
     def starting(self, x, out, back=False):
         events.append("home" if back else "out")
@@ -157,14 +158,14 @@ def check_order(world: World) -> None:
 
     case = Case({"overlap_degree": 3})
     layer = build(case, MoEConfig(**{**BASE.model_dump(), **case.moe}), world.expert)
-    AllToAll.start, exchange._Ferry._wait = starting, waiting
+    AllToAll.start, dispatcher._Ferry._wait = starting, waiting
     try:
         x = tokens_of(world.rank, case).requires_grad_()
         result = layer(x)
         forward, events = events, []
         result.output.sum().backward()
     finally:
-        AllToAll.start, exchange._Ferry._wait = start, wait
+        AllToAll.start, dispatcher._Ferry._wait = start, wait
     assert forward == ["out"] * 3 + [0, "home", 1, "home", 2, "home", 0, 1, 2], forward
     assert events == ["out"] * 3 + [2, "home", 1, "home", 0, "home", 2, 1, 0], events
 

@@ -5,7 +5,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from swin_moe import distributed, ranks
+from swin_moe import distributed
+from swin_moe.common import ranks
 from swin_moe.config import OptimizerConfig, ZeroConfig
 from tests.workers.equivalence import MICRO_BATCH, MODEL, MOE, batch
 
@@ -21,8 +22,8 @@ def state_of(engine) -> dict[str, torch.Tensor]:
 def work(folder: Path) -> None:
     size = ranks.environment_rank()[2]
     world = distributed.init(expert_parallel_size=size)
-    from swin_moe.engine import Engine
     from swin_moe.models import build
+    from swin_moe.training.engine import Engine
 
     checked = 0
     for stage in (0, 1, 2) if size > 1 else (0, 1, 2, 3):
@@ -30,7 +31,7 @@ def work(folder: Path) -> None:
             engine = Engine(
                 build(MODEL, MOE, world.expert), world, optimizer=OptimizerConfig(),
                 zero=ZeroConfig(stage=stage), dtype=dtype, micro_batch=MICRO_BATCH,
-                accumulation_steps=1,
+                gradient_accumulation_steps=1,
             )  # fmt: skip
             engine.train()
             before = state_of(engine)

@@ -10,11 +10,11 @@ from tests.workers.equivalence import DTYPES, GENTLE, MODEL, MOE, Cell, make_eng
 
 
 def engine_in_parts(world, cell: Cell):
-    from swin_moe.engine import Engine, cutter
-    from swin_moe.models.parts import build_in_parts
+    from swin_moe.models.sharded_init import build_in_parts
+    from swin_moe.training.engine import Engine, cutter
 
     distributed.seed_everything(0)
-    zero = ZeroConfig(stage=3, offload=cell.offload)
+    zero = ZeroConfig(stage=3, offload_optimizer=cell.offload)
     dtype = DTYPES[cell.dtype]
 
     def wake(_name, parameter) -> None:  # as make_engine does
@@ -26,7 +26,7 @@ def engine_in_parts(world, cell: Cell):
     assert all(parameter.numel() <= 1 for parameter in model.parameters())
     return Engine(
         model, world, optimizer=GENTLE, zero=zero, dtype=dtype, micro_batch=cell.micro_batch,
-        accumulation_steps=cell.accumulation,
+        gradient_accumulation_steps=cell.accumulation,
     )  # fmt: skip
 
 

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import torch
 
-from swin_moe import cli, ranks
+from swin_moe.cli import main
+from swin_moe.common import ranks
 from swin_moe.data import Loader
 
 
@@ -45,4 +46,4 @@ def work(folder: Path) -> None:
         return images, labels
 
     Loader.epoch, Loader.on_device = epoch, on_device
-    ranks.leave(cli.main(spec["arguments"]))
+    ranks.leave(main.main(spec["arguments"]))

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import torch
 
-from swin_moe import distributed, ranks
+from swin_moe import distributed
+from swin_moe.common import ranks
 from swin_moe.config import load_config
 from swin_moe.preflight import agreement, links
 from swin_moe.preflight.start import check, refuse
@@ -61,7 +62,7 @@ def work(folder: Path) -> None:
         world = distributed.init(config.parallel.expert_parallel_size, meeting=meeting)
         checked = check(config, verdict, world, torch.float32)
         found = dataclasses.asdict(checked)
-        refuse(agreement.Verdict(checked.facts, checked.problems, checked.warnings))
+        refuse(agreement.Agreement(checked.facts, checked.problems, checked.warnings))
     except (ValueError, TimeoutError) as error:
         found |= {"error": str(error)}
     (folder / f"found-{rank}.json").write_text(json.dumps(found))

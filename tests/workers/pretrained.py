@@ -8,11 +8,11 @@ from unittest import mock
 import torch
 from rich.console import Console
 
-from swin_moe import distributed, run
+from swin_moe import distributed, train
 from swin_moe.config import Architecture, load_config
+from swin_moe.distributed.watchdog import Watchdog
 from swin_moe.models import build
-from swin_moe.models.weights import write
-from swin_moe.watchdog import Watchdog
+from swin_moe.weights.files import write
 from tests.parallel import MICRO, SMALL
 
 CELLS = [  # processes that share the experts, and settings; ZeRO-3 last
@@ -20,7 +20,7 @@ CELLS = [  # processes that share the experts, and settings; ZeRO-3 last
     (2, ["zero.stage=2", "optimizer.moments=bf16"]),
     (1, ["zero.stage=1"]),
     (1, ["zero.stage=3"]),
-    (1, ["zero.stage=3", "zero.offload=cpu", "zero.offload_weights=cpu"]),
+    (1, ["zero.stage=3", "zero.offload_optimizer=cpu", "zero.offload_param=cpu"]),
 ]
 
 
@@ -31,7 +31,7 @@ class Seen(Exception):
 def compare(expected: dict[str, torch.Tensor], job, trainer) -> None:
     """Stand in for the training: every element of every weight is the file's, bit for bit."""
     engine, world = trainer.engine, job.run.world
-    layout = run._layout(engine.model, world)
+    layout = train._layout(engine.model, world)
     seen = 0
     for fragment in engine.fragments():
         share = layout.share_of(fragment.name)
@@ -64,7 +64,7 @@ def work(folder: Path) -> None:
             write(file, state, Architecture(model=config.model, moe=config.moe))
         distributed.barrier()
         check = partial(compare, state)
-        with mock.patch.object(run, "_fit", check), contextlib.suppress(Seen):
-            run.train(config, world, Console(quiet=True), Watchdog(0.0, world.rank))
+        with mock.patch.object(train, "_fit", check), contextlib.suppress(Seen):
+            train.train(config, world, Console(quiet=True), Watchdog(0.0, world.rank))
     if world.is_main:
         (folder / "passed").touch()

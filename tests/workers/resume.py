@@ -7,7 +7,8 @@ process also trains through, and two in bf16, with ZeRO-2 and ZeRO-1.
 
 from pathlib import Path
 
-from swin_moe import distributed, ranks
+from swin_moe import distributed
+from swin_moe.common import ranks
 from tests.workers.equivalence import (
     STEPS,
     Cell,

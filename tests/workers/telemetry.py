@@ -9,7 +9,8 @@ from unittest.mock import MagicMock
 
 import torch
 
-from swin_moe import distributed, ranks
+from swin_moe import distributed
+from swin_moe.common import ranks
 from swin_moe.config import FaultsConfig, OptimizerConfig, ZeroConfig
 from swin_moe.data import Batch
 from tests.workers.equivalence import MICRO_BATCH, MODEL, MOE, batch
@@ -42,20 +43,21 @@ class Images:
 
 
 def make_trainer(world, spoilt: int = -1, **changes):
-    from swin_moe.engine import Engine
     from swin_moe.models import build
-    from swin_moe.trainer import Plan, Trainer
+    from swin_moe.training.engine import Engine
+    from swin_moe.training.trainer import Trainer, TrainingPlan
 
     distributed.seed_everything(0)
-    moe = MOE.model_copy(update={"bias_update_rate": 0.01, **changes})
+    moe = MOE.model_copy(update={"expert_bias_update_rate": 0.01, **changes})
     model = build(MODEL.model_copy(update={"use_checkpoint": True}), moe, world.expert)
     engine = Engine(
         model, world, optimizer=OptimizerConfig(), zero=ZeroConfig(stage=1), dtype=torch.float32,
-        micro_batch=MICRO_BATCH, accumulation_steps=ACCUMULATION,
+        micro_batch=MICRO_BATCH, gradient_accumulation_steps=ACCUMULATION,
     )  # fmt: skip
-    plan = Plan(
-        epochs=1, updates_per_epoch=UPDATES, accumulation_steps=ACCUMULATION, eval_every_epochs=1,
-        save_every_epochs=1, save_every_steps=0, log_every_steps=1, max_steps=0, num_classes=5,
+    plan = TrainingPlan(
+        epochs=1, updates_per_epoch=UPDATES, gradient_accumulation_steps=ACCUMULATION,
+        eval_every_epochs=1, save_every_epochs=1, save_every_steps=0, log_every_steps=1,
+        max_steps=0, num_classes=5,
         max_bad_share=0.001,
     )  # fmt: skip
     records: list[dict] = []
@@ -107,12 +109,15 @@ def check_bias(world) -> None:
 
 def check_nan(world) -> None:
     """NaN in one image of rank 1: every rank stops with one message, and no other token is hit."""
-    from swin_moe.trainer import TrainingError
+    from swin_moe.training.trainer import TrainingError
 
     spoilt = ACCUMULATION + 1  # in the second update's second micro-step
     rank = world.size - 1
     trainer, records = make_trainer(
-        world, spoilt if world.rank == rank else -1, bias_update_rate=0.0, capacity_factor=0.0
+        world,
+        spoilt if world.rank == rank else -1,
+        expert_bias_update_rate=0.0,
+        capacity_factor=0.0,
     )
     outputs, forward = [], trainer.engine.forward
 

@@ -9,11 +9,12 @@ from timm.loss import SoftTargetCrossEntropy
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from swin_moe import distributed, ranks
-from swin_moe import engine as engine_module
+from swin_moe import distributed
+from swin_moe.common import ranks
 from swin_moe.config import Config, validate
-from swin_moe.engine import Engine
 from swin_moe.models import build, split_output
+from swin_moe.training import engine as engine_module
+from swin_moe.training.engine import Engine
 
 # Which argument has the bytes that count: the whole of what is gathered, or of what is sent.
 KINDS = {
@@ -72,7 +73,8 @@ def count(config: Config) -> dict[str, int]:
     steps = config.train.micro_steps
     engine = Engine(
         build(config.model, config.moe, world.expert), world, optimizer=config.optimizer,
-        zero=config.zero, dtype=dtype, micro_batch=config.data.batch_size, accumulation_steps=steps,
+        zero=config.zero, dtype=dtype, micro_batch=config.data.batch_size,
+        gradient_accumulation_steps=steps,
     )  # fmt: skip
     engine.train()
     for _ in range(4):  # ZeRO-3 learns the order of the parameters in the first ones

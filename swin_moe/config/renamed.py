@@ -1,0 +1,59 @@
+"""Keys of earlier versions: they are read under their new names, and one line says so."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+Key = tuple[str, ...]
+
+RENAMED: dict[Key, Key] = {
+    ("faults", "hang_minutes"): ("faults", "hang_timeout_s"),
+    ("moe", "balance_weight"): ("moe", "aux_loss_weight"),
+    ("moe", "bias_update_rate"): ("moe", "expert_bias_update_rate"),
+    ("train", "accumulation_steps"): ("train", "gradient_accumulation_steps"),
+    ("zero", "offload"): ("zero", "offload_optimizer"),
+    ("zero", "offload_weights"): ("zero", "offload_param"),
+}
+
+
+def present_name(key: Key) -> Key:
+    """The name of a key today."""
+    return RENAMED.get(key[:2], key[:2]) + key[2:]
+
+
+def rename(raw: dict[str, Any], origins: dict[Key, str]) -> Iterator[tuple[str, str]]:
+    """Move the values of former keys to their new names, in place.
+
+    Yields:
+        where the former key is stated, and a line on what to write instead.
+
+    Raises:
+        ValueError: both names are stated; the message is one line.
+    """
+    for old, new in RENAMED.items():
+        section = raw.get(old[0])
+        if not isinstance(section, dict) or old[1] not in section:
+            continue
+        before, now = ".".join(old), ".".join(new)
+        if new[1] in section:
+            raise ValueError(f"{before} is the former name of {now}, which is stated, too")
+        place = origins.pop(old, "")
+        section[new[1]] = _value(old[1], section.pop(old[1]))
+        if place:
+            origins[new] = place
+        unit = " (in seconds)" if old[1] == "hang_minutes" else ""
+        yield place, f"{before} is called {now}{unit} now"
+    moe = raw.get("moe")
+    if isinstance(moe, dict) and moe.get("backend") == "reference":
+        moe["backend"] = "fused"
+        ops = raw.setdefault("ops", {})
+        if isinstance(ops, dict):
+            ops.setdefault("fused", False)
+        yield origins.get(("moe", "backend"), ""), "moe.backend=reference is ops.fused=false now"
+
+
+def _value(key: str, value: Any) -> Any:
+    """The value in the unit of the new key."""
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return 60.0 * value if key == "hang_minutes" and is_number else value

@@ -1,0 +1,116 @@
+"""``swin-moe data verify``: read and decode every sample, and list the bad ones."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from contextlib import closing
+from pathlib import Path
+from typing import NamedTuple
+
+from rich.console import Console
+
+from ...common.text import plain
+from ..bad_samples import Skipped
+from ..decode import EncodedImage, UnreadableImage
+from ..files import Source
+from ..readers.index import DatasetManifest, read_index
+from .parallel import in_processes
+from .prepare import sha256
+from .progress import sample_progress
+
+PART = 500  # samples that a process takes at a time
+
+_SOURCE: list[Source] = []  # of this process, for the ones that it forks
+
+
+class ImageReport(NamedTuple):
+    """What was found: samples that cannot be read, and shards that are not what was written."""
+
+    samples: int
+    skipped: list[Skipped]
+    changed: list[str]
+
+
+def verify(
+    source: Source, manifest: Path | None, output: Path, console: Console, workers: int
+) -> ImageReport:
+    """Decode every sample; hold every shard's digest against its manifest.
+
+    Args:
+        output: where the bad samples are listed, a JSON object a line; written if there are any.
+    """
+    skipped: list[Skipped] = []
+    parts = [range(i, min(i + PART, len(source))) for i in range(0, len(source), PART)]
+    _SOURCE[:] = [source]
+    with (
+        sample_progress(console, "decoding", len(source)) as advance,
+        closing(in_processes(_decode, parts, workers)) as decoded,
+    ):
+        for count, size, bad in decoded:
+            advance(count, size)
+            skipped += bad
+    _SOURCE.clear()
+    changed = _changed_shards(manifest, console, workers) if manifest else []
+    if skipped:
+        lines = "".join(json.dumps(sample._asdict()) + "\n" for sample in skipped)
+        output.write_text(lines, encoding="utf-8")
+    _tell(len(source), skipped, changed, output, console)
+    return ImageReport(len(source), skipped, changed)
+
+
+def _decode(part: range) -> tuple[int, int, list[Skipped]]:
+    (source,) = _SOURCE
+    size, bad = 0, []
+    for index in part:
+        try:
+            data = source.read(index)
+            size += len(data)
+            EncodedImage(data, "RGB", source.max_pixels).pixels()
+        except (OSError, ValueError) as error:
+            kind = error.kind if isinstance(error, UnreadableImage) else "cannot be read"
+            bad.append(Skipped(source.key(index), kind, str(error)))
+    return len(part), size, bad
+
+
+def _changed_shards(path: Path, console: Console, workers: int) -> list[str]:
+    manifest: DatasetManifest = read_index(path)[0]
+    expected = {path.parent / s.name: s for s in manifest.shards if s.sha256}
+    changed = []
+    with (
+        sample_progress(console, "digests", len(expected)) as advance,
+        closing(in_processes(_digest, list(expected), workers)) as digests,
+    ):
+        for file, digest in digests:
+            advance(1, expected[file].bytes)
+            if digest != expected[file].sha256:
+                changed.append(str(file))
+    return sorted(changed)
+
+
+def _digest(path: Path) -> tuple[Path, str]:
+    return path, sha256(path)
+
+
+def _tell(
+    count: int, skipped: list[Skipped], changed: list[str], output: Path, console: Console
+) -> None:
+    for name in changed:
+        console.print(
+            f"{plain(name)}: its content is not what was written: copy it again",
+            highlight=False,
+            markup=False,
+            soft_wrap=True,
+        )
+    for kind, number in Counter(sample.kind for sample in skipped).most_common():
+        first = next(sample for sample in skipped if sample.kind == kind)
+        console.print(
+            f"{number:,} {kind}, first {plain(first.key)} ({plain(first.reason)})",
+            highlight=False,
+            markup=False,
+            soft_wrap=True,
+        )
+    found = (
+        f"{len(skipped):,} bad ones are listed in {plain(output)}" if skipped else "all can be read"
+    )
+    console.print(f"{count:,} samples: {found}", highlight=False, markup=False, soft_wrap=True)

@@ -1,0 +1,254 @@
+"""Processes, groups, reductions and seeds."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import random
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from ..common.ranks import (
+    check_launcher,
+    check_world,
+    environment_rank,
+    hostname,
+    node_share,
+    restarts,
+    world_variables,
+)
+from ..common.text import reason
+from .meeting import Meeting, open_store
+from .stores import FILE, stay_on_loopback
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed warns that it found no GPU
+
+PATIENCE = 600.0  # seconds to wait for other processes
+
+
+@dataclass(frozen=True)
+class Group:
+    """One process group as this rank sees it; ``handle`` is None when it is this rank alone.
+
+    A group over several nodes may have two of its parts as groups of their own: ``intra``, its
+    ranks of this node, and ``inter``, those of all nodes that stand where this one stands in its.
+    """
+
+    handle: dist.ProcessGroup | None = None
+    rank: int = 0
+    size: int = 1
+    intra: Group | None = None
+    inter: Group | None = None
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all: its device and its groups.
+
+    Ranks ``[i·n, (i+1)·n)`` form an expert group of size n, which holds each expert once: with n at
+    most a node's processes, expert parallelism stays inside the node. Ranks with equal ``rank % n``
+    form an expert-data group, whose members replicate the same experts.
+    """
+
+    rank: int
+    local_rank: int
+    size: int
+    device: torch.device
+    expert: Group
+    expert_data: Group
+    meeting: Meeting | None = None
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def connect(timeout: float = PATIENCE, group_timeout: float = 0.0) -> Meeting:
+    """Reach the store of all ranks; no process group is made yet.
+
+    Args:
+        timeout: seconds to wait for rank 0, and in each exchange for the others.
+        group_timeout: seconds that an operation of the process group may take; 0 = ``timeout``.
+
+    Raises:
+        ConnectionError, ValueError: it cannot be reached, or nothing says where it is.
+    """
+    env = os.environ
+    check_launcher()
+    rank, _, size = environment_rank()
+    if size == 1:
+        return Meeting(None, rank, size, "", timeout, group_timeout)
+    address, port = env.get("MASTER_ADDR", ""), env.setdefault("MASTER_PORT", "29500")
+    if not address:
+        raise ValueError(
+            f"rank {rank} of {size}: MASTER_ADDR does not say where rank 0 is "
+            f"({world_variables()} in the environment)"
+        )
+    if not port.isdecimal() or not 0 < int(port) < 65536:
+        raise ValueError(f"MASTER_PORT={port} is not a number from 1 to 65535")
+    stay_on_loopback(address)
+    # The launcher's store outlives a restart: without a name of its own, the new group would look
+    # for the addresses of the dead one.
+    life = f"restart-{restarts()[0]}"
+    store: dist.Store
+    if file := env.get(FILE):  # of our launcher, all processes on this machine
+        store, place = dist.FileStore(file, -1), "the store of this machine"
+    else:
+        serve = rank == 0 and env.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+        store = open_store(address, int(port), rank, size, timeout, serve)
+        place = f"{address}:{port}"
+    return Meeting(dist.PrefixStore(life, store), rank, size, place, timeout, group_timeout)
+
+
+def init(
+    expert_parallel_size: int = 1,
+    hierarchical: bool | Literal["auto"] = "auto",
+    meeting: Meeting | None = None,
+) -> World:
+    """Join the process group and make the expert groups.
+
+    Args:
+        hierarchical: see ``parallel.hierarchical_all_to_all``.
+        meeting: of :func:`connect`, if that has been called. Its time-out holds in the group, too.
+
+    Raises:
+        ValueError: the expert group does not divide the world, or is of no whole nodes.
+        ConnectionError: the processes do not find one another.
+    """
+    rank, local_rank, size = environment_rank()
+    check_world(size, expert_parallel_size)
+    per_node = node_share(expert_parallel_size, hierarchical)
+    # DeepSpeed reads these three.
+    for name, value in (("RANK", rank), ("LOCAL_RANK", local_rank), ("WORLD_SIZE", size)):
+        os.environ[name] = str(value)
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", local_rank % torch.cuda.device_count())
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        meeting = meeting or connect()
+        _join(meeting)
+    expert, expert_data = _expert_groups(rank, size, expert_parallel_size)
+    if per_node:
+        expert = _split_by_node(expert, rank, size, per_node)
+    return World(rank, local_rank, size, device, expert, expert_data, meeting)
+
+
+def backend() -> str:
+    return "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+
+
+def _join(meeting: Meeting) -> None:
+    timeout = datetime.timedelta(seconds=meeting.group_timeout)
+    store = meeting.store or dist.HashStore()
+    store.set_timeout(timeout)
+    try:
+        dist.init_process_group(
+            backend(), store=store, rank=meeting.rank, world_size=meeting.size, timeout=timeout
+        )
+    except RuntimeError as error:
+        raise ConnectionError(
+            f"rank {meeting.rank} on {hostname()} reaches {meeting.place}, but not the other "
+            f"processes ({reason(error)}): GLOO_SOCKET_IFNAME names the network interface to use"
+        ) from error
+
+
+def _expert_groups(rank: int, size: int, n: int) -> tuple[Group, Group]:
+    """Every rank takes part in making every group, as ``new_group`` asks for."""
+    expert = expert_data = Group()
+    if size == 1:
+        return expert, expert_data
+    for start in range(0, size, n):
+        ranks = list(range(start, start + n))
+        group = _make_group(ranks, rank)
+        expert = group or expert
+    for offset in range(n):
+        ranks = list(range(offset, size, n))
+        group = _make_group(ranks, rank)
+        expert_data = group or expert_data
+    return expert, expert_data
+
+
+def _split_by_node(expert: Group, rank: int, size: int, per_node: int) -> Group:
+    """The expert group with its parts within and across nodes of ``per_node`` ranks."""
+    intra = inter = None
+    for start in range(0, size, per_node):
+        intra = _make_group(list(range(start, start + per_node)), rank) or intra
+    for start in range(0, size, expert.size):
+        for offset in range(per_node):
+            ranks = list(range(start + offset, start + expert.size, per_node))
+            inter = _make_group(ranks, rank) or inter
+    return replace(expert, intra=intra, inter=inter)
+
+
+def _make_group(ranks: list[int], rank: int) -> Group | None:
+    handle = dist.new_group(ranks)
+    if rank not in ranks:
+        return None
+    assert isinstance(handle, dist.ProcessGroup)
+    return Group(handle, ranks.index(rank), len(ranks))
+
+
+def shutdown() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def barrier() -> None:
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.barrier()
+
+
+def all_reduce_(tensor: torch.Tensor, op: str = "sum", group: Group | None = None) -> torch.Tensor:
+    """Reduce in place over ``group`` (default: all ranks); ``op`` is sum, max or min."""
+    alone = group.size == 1 if group else not dist.is_initialized() or dist.get_world_size() == 1
+    if not alone:
+        operation = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
+        with torch.profiler.record_function("reduce"):
+            dist.all_reduce(tensor, op=operation[op], group=group.handle if group else None)
+    return tensor
+
+
+def broadcast_object(value: Any) -> Any:
+    """Rank 0's ``value`` on every rank. For small objects of our own making only."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """Every rank's ``value`` by rank. For small objects of our own making only."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def seed_everything(seed: int, rank: int = 0) -> None:
+    """Seed Python, NumPy and torch; ranks differ so that dropout and gate noise do."""
+    value = (seed * 1_000_003 + rank) % 2**32
+    random.seed(value)
+    np.random.seed(value)
+    torch.manual_seed(value)
+
+
+def rng_state() -> dict[str, torch.Tensor]:
+    """State of torch's generators of this rank (data order and augmentation need none)."""
+    state = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def set_rng_state(state: dict[str, torch.Tensor]) -> None:
+    torch.set_rng_state(state["cpu"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])

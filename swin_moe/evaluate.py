@@ -1,0 +1,96 @@
+"""A checkpoint, opened to be asked: its model with the data that it is held against."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from . import checkpoint
+from .common.reading import read_json
+from .config import Config, ConfigError, load_config
+from .data import Loader, loader_of
+from .distributed import World
+from .models import SwinTransformer, build
+from .reporting import tables
+from .training.evaluation import Evaluation, evaluate
+from .training.precision import in_precision, resolve_precision
+from .weights.pretrained import adopt_pretrained_window, load_pretrained, read_pretrained
+
+log = logging.getLogger("swin_moe")
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A checkpoint, ready to be asked: its own folder, and ``model`` called by ``forward``."""
+
+    path: Path
+    config: Config
+    model: SwinTransformer
+    forward: Callable[[torch.Tensor], Any]
+    loader: Loader
+
+
+def open_checkpoint(path: Path, world: World, overrides: list[str], command: str) -> Opened:
+    """The last checkpoint of a run directory, or a checkpoint folder, with its held-out data.
+
+    Raises:
+        ValueError: nothing there can be evaluated, or there are several processes.
+    """
+    if world.size > 1:
+        raise ValueError(f"{command} runs as one process: start it without a launcher")
+    return checkpoint.read_newest(path, partial(_open, world=world, overrides=overrides))
+
+
+def _open(found: Path, world: World, overrides: list[str]) -> Opened:
+    class_names = checkpoint.class_names(found)  # first: without the folder there seem to be none
+    source = read_pretrained(found)
+    config = load_config(found / "config.yaml", overrides)
+    if not any(override.startswith("data.path=") for override in overrides):
+        _find_data(config, found)
+    torch.set_flush_denormal(config.precision.flush_denormals)
+    if config.model.num_classes != source.config.model.num_classes:
+        raise ConfigError(
+            f"model.num_classes={config.model.num_classes}, but {found} was trained for "
+            f"{source.config.model.num_classes}: its head cannot be evaluated"
+        )
+    config.model = adopt_pretrained_window(config.model, source)
+    with torch.random.fork_rng(devices=[]):
+        model = build(config.model, config.moe)
+    load_pretrained(model, source)
+    model.eval().to(world.device)
+    dtype = resolve_precision(config.precision, world.device)
+    forward = in_precision(model, dtype, cast_weights=config.zero.stage > 0)
+    loader = loader_of(config, training=False, classes=class_names)
+    loader.check_room()
+    return Opened(found, config, model, forward, loader)
+
+
+def _find_data(config: Config, path: Path) -> None:
+    """Resolve a relative ``data.path`` as in training, if it is not below the working directory."""
+    here = Path(config.data.path)
+    state = read_json(path / "state.json")
+    there = state.get("data", {}).get("folder") if isinstance(state, dict) else None
+    if here.is_absolute() or here.exists() or there is None or not Path(there).exists():
+        return
+    if Path(there).name == here.name:
+        config.data.path = there
+        log.warning("data.path=%s is not here: taken from %s, as in training", here, there)
+
+
+def evaluate_checkpoint(
+    path: Path, world: World, console: Console, overrides: list[str]
+) -> Evaluation:
+    """Evaluate a checkpoint on one process, see :func:`open_checkpoint`."""
+    opened = open_checkpoint(path, world, overrides, "evaluate")
+    classes = opened.config.model.num_classes
+    result = evaluate(opened.forward, opened.loader, classes, world.device)
+    tables.print_evaluation(console, opened.path.resolve(), result, opened.loader.class_names)
+    opened.loader.close()
+    return result

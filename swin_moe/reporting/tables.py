@@ -1,0 +1,174 @@
+"""What a person reads in the terminal: the header, the closing table, the table of classes."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from .. import ops
+from ..checkpoint import list_checkpoints
+from ..common.terminal import cell
+from ..common.text import plain
+from ..config import Config, ModelConfig, MoEConfig
+from ..data import Loader
+from ..distributed import World
+from ..models.cost import Cost
+from ..training.evaluation import Evaluation
+from ..training.optim import REFERENCE_BATCH
+from ..training.trainer import Trainer
+
+
+def header(
+    config: Config,
+    folder: Path,
+    world: World,
+    dtype: torch.dtype,
+    cost: Cost,
+    loaders: list[Loader],
+) -> Table:
+    """Model, data, world, ZeRO stage, precision and ops of a run, before it starts."""
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    table.add_row("run", cell(folder))
+    table.add_row("model", _model(config.model, config.moe))
+    table.add_row(
+        "parameters",
+        f"{cost.parameters / 1e6:.2f} M, {cost.activated / 1e6:.2f} M activated; "
+        f"{cost.macs / 1e9:.3f} GMACs an image",
+    )
+    table.add_row("data", Text("\n".join(plain(loader.description) for loader in loaders)))
+    table.add_row(
+        "world",
+        f"{world.size} processes = {world.expert_data.size} data × {world.expert.size} expert "
+        f"parallel, on {_device_name(world)}",
+    )
+    micro, accumulation = config.data.batch_size, config.train.micro_steps
+    parts = f"{micro} × {world.size} processes" + f" × {accumulation} steps" * (accumulation > 1)
+    batch = micro * accumulation * world.size
+    table.add_row("batch", f"{batch} images an update = {parts}")
+    table.add_row("rate", _rate(config, batch))
+    offload = (
+        f", offload to {config.zero.offload_optimizer}"
+        if config.zero.offload_optimizer != "none"
+        else ""
+    )
+    moments = ", bf16 moments" if config.optimizer.moments == "bf16" else ""
+    table.add_row("ZeRO", f"stage {config.zero.stage}{offload}{moments}")
+    weights = "bf16 weights, fp32 masters" if config.zero.stage else "autocast over fp32 weights"
+    table.add_row("precision", "fp32" if dtype == torch.float32 else f"bf16 ({weights})")
+    table.add_row("ops", _ops(world, dtype))
+    if config.model.attention_chunk:
+        table.add_row("attention", _sequential(config.model.attention_chunk, world))
+    others = f" to rank-{world.size - 1}.log" if world.size > 1 else ""
+    table.add_row("log", cell(f"{folder / 'logs' / 'rank-0.log'}{others}"))
+    return table
+
+
+def _rate(config: Config, batch: int) -> str:
+    """The peak rate, to compare with a recipe or another batch."""
+    base, decay = config.optimizer.base_lr, config.optimizer.layer_decay
+    peak = base * batch / REFERENCE_BATCH
+    text = f"{_short(base, 6)} × {batch}/{REFERENCE_BATCH} = {_short(peak, 2)} at its peak"
+    return text + (f", × {decay:g} for each layer below the head" if decay < 1 else "")
+
+
+def _short(value: float, digits: int) -> str:
+    """A rate as people write it: 3.1e-5, 5e-4, 0.016."""
+    if value >= 0.01:
+        return f"{value:.{digits}g}"
+    mantissa, exponent = f"{value:.{digits - 1}e}".split("e")
+    return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"
+
+
+def _ops(world: World, dtype: torch.dtype) -> str:
+    """A line per kind of status, and the instruction set of the attention on a CPU."""
+    status = ops.status()
+    lines = []
+    for kind in dict.fromkeys(status.values()):
+        lines.append(f"{', '.join(op for op in status if status[op] == kind)}: {kind}")
+    instructions = ops.cpu_instruction_set(dtype)
+    if world.device.type == "cpu" and status["window_attention"] != "reference" and instructions:
+        lines.append(f"attention kernels for {instructions}")
+    return "\n".join(lines)
+
+
+def _sequential(chunk: int, world: World) -> str:
+    if world.device.type in ops.status()["window_attention"].partition(";")[0]:
+        return "its kernels hold no matrices: model.attention_chunk saves nothing here"
+    return f"{chunk} windows at a time, computed again in the backward pass"
+
+
+def _model(model: ModelConfig, moe: MoEConfig) -> str:
+    height, width = model.image_sides
+    sides = height if height == width else f"{height}×{width}"
+    text = f"{model.name}, {sides} px, window {model.window_size}"
+    if not moe.enabled:
+        return text
+    layers = sum(len(blocks) for blocks in moe.blocks)
+    capacity = f"capacity {moe.capacity_factor:g}" if moe.capacity_factor else "dropless"
+    return f"{text}\n{moe.num_experts} experts in {layers} layers, top-{moe.top_k}, {capacity}"
+
+
+def _device_name(world: World) -> str:
+    if world.device.type == "cuda":
+        return torch.cuda.get_device_name(world.device)
+    return f"CPU ({torch.get_num_threads()} threads each, {os.cpu_count()} cores)"
+
+
+def closing(folder: Path, trainer: Trainer, seconds: float) -> Table:
+    """Result and paths of a run that ended."""
+    table = Table(title="done", title_justify="left", show_header=False)
+    result, position = trainer.last_evaluation, trainer.position
+    if result is not None:
+        best = f"best {position.best_top1:.2f} % at step {position.best_step}"
+        table.add_row("top-1", f"{result.top1:.2f} % ({best})")
+        table.add_row("time", f"{seconds / 60:.1f} min, {trainer.images_per_second:.0f} images/s")
+    else:
+        limit = trainer.plan.limit(position)
+        way = f"raise {limit} to go on; --fresh starts from the beginning"
+        table.add_row("trained", f"nothing was left to do: {way}")
+    unreadable = position.unreadable + (result.unreadable if result is not None else 0)
+    if unreadable:
+        table.add_row("unreadable", f"{unreadable} images were skipped; see the logs")
+    if (folder / "summary.png").exists():
+        table.add_row("picture", cell(folder / "summary.png"))
+    last = folder / "checkpoints" / "last"
+    newest = list_checkpoints(last.parent)
+    # A file system without links has no last, or a copy that stays behind.
+    is_last = not newest or last.resolve().name == newest[0].name
+    table.add_row("checkpoint", cell(last if is_last else newest[0]))
+    table.add_row("metrics", cell(folder / "metrics.jsonl"))
+    table.add_row("logs", cell(folder / "logs"))
+    quoted = shlex.quote(str(folder))
+    if (folder / "tensorboard").exists():
+        table.add_row("curves", cell(f"tensorboard --logdir {quoted}"))
+    table.add_row("again", cell(f"swin-moe evaluate {quoted}"))
+    return table
+
+
+def print_evaluation(
+    console: Console, path: Path, result: Evaluation, names: list[str] | None
+) -> None:
+    """Accuracy per class, then a line of totals."""
+    table = Table("class", "images", "top-1")
+    table.columns[1].justify = table.columns[2].justify = "right"
+    for index, (correct, total) in enumerate(zip(result.correct, result.total, strict=True)):
+        if total:
+            name = names[index] if names else str(index)
+            table.add_row(cell(name), str(total), f"{100 * correct / total:.1f} %")
+    console.print(table)
+    unreadable = f", {result.unreadable} unreadable" if result.unreadable else ""
+    console.print(
+        f"{plain(path)}: top-1 {result.top1:.2f} %  top-5 {result.top5:.2f} %  "
+        f"loss {result.loss:.4f}  ({sum(result.total)} images{unreadable})",
+        highlight=False,
+        markup=False,
+        soft_wrap=True,
+    )

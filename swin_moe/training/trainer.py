@@ -1,0 +1,470 @@
+"""The training loop: epoch, step, evaluate, save. It knows no DeepSpeed and no file format."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from datetime import timedelta
+from typing import Any
+
+import torch
+from timm.loss import SoftTargetCrossEntropy
+from timm.scheduler import CosineLRScheduler
+from torch import Tensor
+from torch.profiler import record_function
+
+from ..checkpoint import Writer
+from ..common.errors import Preempted, TrainingError
+from ..common.signals import StopSignal
+from ..config import FaultsConfig
+from ..data import Batch, Loader
+from ..data.bad_samples import allowed_bad
+from ..data.mixing import Mixing
+from ..data.watch import LoaderWatch
+from ..distributed import World, all_reduce_
+from ..distributed.watchdog import Watchdog
+from ..models import split_output
+from ..moe import AssignmentCounter, RouterMeter, RouterWatch
+from ..reporting.metric_log import Meter, MetricLog, Record, progress_bar
+from ..reporting.profiler import Profile
+from .engine import Engine
+from .evaluation import Evaluation, evaluate
+from .guard import Guard, SpikeDetector
+
+logger = logging.getLogger("swin_moe")
+
+
+class RollBack(Exception):
+    """Too many updates in a row were left out: go back to a checkpoint, the same on every rank."""
+
+
+@dataclass
+class Position:
+    """Where training stands.
+
+    ``step`` counts the updates made and never falls; the place in the schedule is ``epoch`` and
+    ``update``, which a resume with another global batch converts.
+    """
+
+    step: int = 0
+    epoch: int = 0
+    update: int = 0  # updates done within the epoch
+    best_top1: float = -1.0
+    best_step: int = -1
+    unreadable: int = 0
+    unreadable_before: int = 0  # of those, the ones of former epochs
+    skipped: int = 0  # of the steps, those whose update was left out
+
+    def state(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass
+class TrainingPlan:
+    """How long to train and when to do what, in updates and epochs."""
+
+    epochs: int
+    updates_per_epoch: int
+    gradient_accumulation_steps: int
+    eval_every_epochs: int
+    save_every_epochs: int
+    save_every_steps: int
+    log_every_steps: int
+    max_steps: int
+    num_classes: int
+    max_bad_share: float
+
+    def is_done(self, position: Position) -> bool:
+        return bool(self.limit(position))
+
+    def limit(self, position: Position) -> str:
+        """The key that ends training at this position, empty if none does."""
+        if position.epoch >= self.epochs:
+            return "schedule.epochs"
+        return "train.max_steps" if 0 < self.max_steps <= position.step else ""
+
+
+@dataclass
+class Trainer:
+    """Everything a loop needs, built elsewhere.
+
+    ``save`` begins to write a checkpoint of the position it is handed; ``saver`` tells of it when
+    it is done, and waits for it. ``say`` prints a line on rank 0. ``went_back``: the weights are
+    those of a checkpoint before ``position``.
+    """
+
+    plan: TrainingPlan
+    engine: Engine
+    schedule: CosineLRScheduler
+    train_loader: Loader
+    eval_loader: Loader
+    mixing: Mixing
+    world: World
+    log: MetricLog | None
+    save: Callable[[Position], None]
+    saver: Writer
+    faults: FaultsConfig
+    watchdog: Watchdog
+    stop_signal: StopSignal
+    say: Callable[[str], None]
+    position: Position = field(default_factory=Position)
+    went_back: bool = False
+    profile: Profile | None = None
+    last_evaluation: Evaluation | None = None
+
+    def __post_init__(self) -> None:
+        device = self.world.device
+        self.loss_function = SoftTargetCrossEntropy()
+        self._loss, self._aux = Meter(device), Meter(device)
+        model = self.engine.model
+        self._layer_names = model.moe_layer_names()
+        self._routers = RouterMeter(len(self._layer_names), model.moe.num_experts, device)
+        self._watch = RouterWatch(self._layer_names, model.moe)
+        # Nobody else pays for the reduction of each update's counts.
+        self._choices = AssignmentCounter() if model.moe.expert_bias_update_rate > 0 else None
+        self._guard = Guard(self._layer_names, self.world, self.stop_signal)
+        self._spikes = SpikeDetector(self.faults.spike_sigmas)
+        self._bad_in_a_row = 0
+        self.updates_made = 0  # since this trainer began
+        self._unreadable = 0  # on this rank, since the last log
+        self._clock, self._images, self._waited = time.monotonic(), 0, 0.0
+        self._steps_logged, self.images_per_second = self.position.step, 0.0
+        self._loader_watch = LoaderWatch()
+        self._piped = False  # no bar is shown
+
+    def fit(self) -> None:
+        """Train from the current position to the end of the plan."""
+        position, plan = self.position, self.plan
+        self.watchdog.enter("the first batch was awaited")
+        if self.went_back and plan.is_done(position):  # no update is left: these are the result
+            self._evaluate()
+            self._save(proven=True)
+        while not plan.is_done(position):
+            epoch = position.epoch
+            self._train_epoch()
+            finished = position.epoch > epoch
+            done = plan.is_done(position)
+            evaluated = done or (finished and position.epoch % plan.eval_every_epochs == 0)
+            best = evaluated and self._evaluate()
+            if done or best or (finished and position.epoch % plan.save_every_epochs == 0):
+                self._save(proven=evaluated)
+        complete = self._wait_for_save()
+        if not complete:
+            self.saver.check_folder()
+            raise TrainingError(
+                "the last checkpoint could not be written (the warning above says why); "
+                f"{self._mend()}"
+            )
+
+    def _train_epoch(self) -> None:
+        position, plan = self.position, self.plan
+        self.engine.train()
+        batches = self.train_loader.epoch(
+            position.epoch, position.update * plan.gradient_accumulation_steps
+        )
+        with progress_bar(self.world.is_main) as bar:
+            task = bar.add_task(
+                "", total=plan.updates_per_epoch, completed=position.update,
+                epoch=f"{position.epoch + 1}/{plan.epochs}", status="",
+            )  # fmt: skip
+            self._piped = bar.disable
+            self._restart_clock()
+            last = False
+            while not last:
+                with record_function("update"):
+                    stop = self._update(batches)
+                if self.profile:
+                    self.profile.step()
+                last = position.update == plan.updates_per_epoch or plan.is_done(position)
+                every = plan.save_every_steps
+                saves = every > 0 and position.step % every == 0 and not last
+                # Also at each save, so that a resumed run repeats the records and loses none.
+                if position.step % plan.log_every_steps == 0 or saves or last or stop:
+                    bar.update(task, status=self._log_training())
+                bar.update(task, completed=position.update)
+                if saves:
+                    self._save()
+                if stop and not last:  # else after the epoch's evaluation and an update more
+                    self._stop(interrupted=stop == 1)
+        self._turn_epoch()
+
+    def _turn_epoch(self) -> None:
+        position = self.position
+        if position.update == self.plan.updates_per_epoch:
+            position.epoch, position.update = position.epoch + 1, 0
+            position.unreadable_before = position.unreadable
+
+    def _save(self, proven: bool = False) -> None:
+        """Not while updates are being left out: the weights may be what is wrong.
+
+        Args:
+            proven: an evaluation has shown that they are not.
+        """
+        if proven or not self._bad_in_a_row:
+            with self.watchdog.phase("a checkpoint was copied", writes=True):
+                self.save(self.position)
+
+    def _wait_for_save(self) -> bool:
+        """Whether the last save is complete."""
+        with self.watchdog.phase("the other ranks' files were awaited", writes=True):
+            return self.saver.wait()
+
+    def _stop(self, interrupted: bool) -> None:
+        """Save what there is and end, because a signal to some rank asked for it."""
+        self._save()
+        complete = self._wait_for_save()
+        told = "interrupted" if interrupted else "told to stop by a signal"
+        told += f" at step {self.position.step}"
+        if not complete:
+            raise TrainingError(
+                f"{told}, but the checkpoint could not be written (the warning above says why); "
+                f"{self._mend()}"
+            )
+        if self._bad_in_a_row:
+            raise Preempted(
+                f"{told}, while updates were being left out: start again to go on from the last "
+                "checkpoint",
+                interrupted,
+            )
+        again = "the same command goes on" if interrupted else "start again to go on"
+        raise Preempted(f"{told}; the checkpoint is written: {again} from it", interrupted)
+
+    def _mend(self) -> str:
+        """What there is, and what helps, where a checkpoint could not be written."""
+        good = self.saver.writing.good
+        there = f"the last good one is {good}" if good else "no other of this run is complete"
+        return f"{there}: mend that and start again"
+
+    def _update(self, batches: Iterator[Batch]) -> int:
+        """One optimizer update: ``gradient_accumulation_steps`` micro-batches and a step.
+
+        Returns:
+            whether a rank was asked to stop, see :class:`~swin_moe.training.guard.UpdateStatus`.
+        """
+        position, plan = self.position, self.plan
+        self.schedule.step_update(position.epoch * plan.updates_per_epoch + position.update)
+        samples: list[Batch] = []
+        bad = ""
+        for micro in range(plan.gradient_accumulation_steps):
+            waited = time.monotonic()
+            first = self.updates_made == 0
+            self.watchdog.doing(f"{'the first' if first else 'a'} batch was awaited")
+            with record_function("data"):
+                samples.append(next(batches))
+            self._waited += time.monotonic() - waited
+            self.watchdog.doing(f"{'the first' if first else 'an'} update was made")
+            with record_function("forward"):
+                loss = self._forward(
+                    samples[-1], position.step * plan.gradient_accumulation_steps + micro
+                )
+            if self.engine.at_boundary:
+                loss = loss * self._guard.agree()
+            with record_function("backward"):
+                self.engine.backward(loss)
+            try:
+                with record_function("optimizer"):
+                    self.engine.step()
+            except FloatingPointError:
+                bad = "gradient norm"
+        verdict = self._guard.read()
+        position.step += 1
+        position.update += 1
+        if bad:
+            self._left_out(verdict.bad or bad, samples)
+        else:
+            self._made(verdict.loss, samples)
+        self.watchdog.beat()
+        self.saver.poll()
+        return verdict.stop
+
+    def _made(self, loss: float, samples: list[Batch]) -> None:
+        """After an update that was made."""
+        self._bad_in_a_row = 0
+        self.updates_made += 1
+        if self._choices is not None:
+            self.engine.model.update_expert_bias(self._choices.read())
+        if usual := self._spikes.check(loss):
+            self._log_samples(samples)
+            self.say(
+                f"warning at step {self.position.step}: the loss jumped to {loss:.4g} from "
+                f"{usual}; its samples are listed in logs/rank-*.log"
+            )
+
+    def _left_out(self, what: str, samples: list[Batch]) -> None:
+        """After an update that was refused by every rank.
+
+        Raises:
+            TrainingError, RollBack: as ``faults.nonfinite`` and ``faults.max_nonfinite`` say.
+        """
+        self._bad_in_a_row += 1
+        self.position.skipped += 1
+        if self._choices is not None:
+            self._choices.read()  # of tokens that taught nothing
+        self._log_samples(samples)
+        policy, limit = self.faults.nonfinite, self.faults.max_nonfinite
+        if policy == "stop" or (policy == "skip" and self._bad_in_a_row >= limit):
+            raise self._nonfinite_error(what)
+        self.say(
+            f"warning at step {self.position.step}: non-finite {what}; the update is left out "
+            f"({self._bad_in_a_row} in a row, {policy} at {limit}); its samples are listed in "
+            "logs/rank-*.log"
+        )
+        if self._bad_in_a_row >= limit:
+            self._turn_epoch()
+            raise RollBack
+
+    def _log_samples(self, samples: list[Batch]) -> None:
+        for batch in samples:
+            keys = " ".join(self.train_loader.keys(batch))
+            logger.info("samples of step %d: %s", self.position.step, keys)
+
+    def _forward(self, batch: Batch, micro_step: int) -> Tensor:
+        images, labels = self.train_loader.on_device(batch, self.world.device)
+        images, targets = self.mixing(images, labels, micro_step)
+        logits, routed = split_output(self.engine.forward(images))
+        cross_entropy = self.loss_function(logits, targets)
+        loss = cross_entropy
+        self._loss.update(cross_entropy)
+        if routed is not None:
+            loss = loss + routed.aux_loss
+            self._aux.update(routed.aux_loss)
+            self._routers.update(routed.stats)
+            if self._choices is not None:
+                self._choices.update(routed.stats)
+        self._guard.see(loss, None if routed is None else routed.stats.nonfinite)
+        self._images += images.shape[0] * self.world.size
+        self._unreadable += len(batch.skipped)
+        return loss
+
+    def _check_bad_samples(self) -> None:
+        bad = self.position.unreadable - self.position.unreadable_before
+        if bad > allowed_bad(self.train_loader.num_samples, self.plan.max_bad_share):
+            raise TrainingError(
+                f"{bad} of {self.train_loader.num_samples} training images could not be read in "
+                f"this epoch, more than data.max_bad_share={self.plan.max_bad_share}: "
+                "logs/bad-samples-rank-*.jsonl in the run directory lists them by kind"
+            )
+
+    def _nonfinite_error(self, what: str) -> TrainingError:
+        ways = ["a lower optimizer.base_lr", "a longer schedule.warmup_epochs"]
+        if self.engine.dtype != torch.float32:
+            ways.append("precision.dtype=fp32")
+        return TrainingError(
+            f"non-finite {what} at step {self.position.step}; the weights were not changed and "
+            f"{self._kept()} (try {' or '.join(ways)})"
+        )
+
+    def _kept(self) -> str:
+        """What a failure of all ranks leaves."""
+        self._wait_for_save()
+        kept = self.saver.writing.good
+        return "the last checkpoint is kept" if kept else "there is no checkpoint yet"
+
+    # ----------------------------------------------------------------------------------------
+    # Figures
+
+    def _epochs_done(self) -> float:
+        return round(self.position.epoch + self.position.update / self.plan.updates_per_epoch, 4)
+
+    def _restart_clock(self) -> None:
+        self._clock, self._images, self._waited = time.monotonic(), 0, 0.0
+
+    def _log_training(self) -> str:
+        """Reduce the meters over ranks and write a record; returns the bar's status text.
+
+        Where no bar is shown, the status is printed as a line.
+        """
+        device, position = self.world.device, self.position
+        waited = self._waited / max(time.monotonic() - self._clock, 1e-9)
+        local = [self._loss.read(), self._aux.read(), float(self._unreadable), waited]
+        loss, aux, unreadable, waited = all_reduce_(torch.tensor(local, device=device)).tolist()
+        loss, aux, waited = (value / self.world.size for value in (loss, aux, waited))
+        position.unreadable += int(unreadable)
+        self._unreadable = 0
+        self._check_bad_samples()
+        routers = self._routers.read()
+        elapsed = time.monotonic() - self._clock
+        self.images_per_second = self._images / max(elapsed, 1e-9)
+        steps = max(position.step - self._steps_logged, 1)
+        self._steps_logged = position.step
+        self._restart_clock()
+        record: Record = {
+            "step": position.step,
+            "epoch": self._epochs_done(),
+            "train/loss": loss,
+            "train/lr": self.engine.lr,
+            "train/grad_norm": self.engine.grad_norm(),
+            "train/images_per_second": round(self.images_per_second, 1),
+            "train/data_wait_ms": round(1e3 * waited * elapsed / steps, 2),
+        }
+        if position.skipped:
+            record["train/skipped_updates"] = position.skipped
+        if routers:
+            record["train/aux_loss"] = aux
+        for name, totals in zip(self._layer_names, routers, strict=True):
+            record |= totals.record(name)
+        if self.profile:
+            record |= self.profile.take()
+        if self.log:
+            self.log.write(record)
+        for warning in self._watch.check(routers):
+            self.say(f"warning at step {position.step}: {warning}")
+        if warning := self._loader_watch.check(waited, self.train_loader.workers):
+            self.say(f"warning at step {position.step}: {warning}")
+        status = (
+            f"loss {loss:.4f}  lr {record['train/lr']:.2e}  norm {record['train/grad_norm']:.2f}  "
+            f"{self.images_per_second:.0f} img/s"
+        )
+        eta = timedelta(seconds=round(self._updates_left() * elapsed / steps))
+        line = f"epoch {position.epoch + 1}/{self.plan.epochs}  step {position.step}  {status}"
+        (self.say if self._piped else logger.info)(f"{line}  eta {eta}")
+        return status
+
+    def _updates_left(self) -> int:
+        """Updates that the training still has to make."""
+        position, plan = self.position, self.plan
+        left = (plan.epochs - position.epoch) * plan.updates_per_epoch - position.update
+        return min(left, plan.max_steps - position.step) if plan.max_steps else left
+
+    def _forward_watched(self, images: Tensor) -> Any:
+        self.watchdog.beat()
+        return self.engine.forward(images)
+
+    def _evaluate(self) -> bool:
+        """Evaluate, record and tell; returns whether it is the best so far."""
+        position = self.position
+        self.engine.train(False)
+        with self.watchdog.phase("the held-out images were evaluated"):
+            result = evaluate(
+                self._forward_watched, self.eval_loader, self.plan.num_classes, self.world.device
+            )
+        self.last_evaluation = result
+        if not math.isfinite(result.loss):
+            raise TrainingError(
+                f"non-finite loss on the held-out images after step {position.step}: the weights "
+                f"have blown up; they are not saved and {self._kept()}"
+            )
+        best = result.top1 > position.best_top1
+        if best:
+            position.best_top1, position.best_step = result.top1, position.step
+        if self.log:
+            self.log.write(
+                {
+                    "step": position.step,
+                    "epoch": self._epochs_done(),
+                    "val/loss": result.loss,
+                    "val/top1": result.top1,
+                    "val/top5": result.top5,
+                    "data/unreadable": result.unreadable + position.unreadable,
+                }
+            )
+        without = f"  ({result.unreadable} images unreadable)" if result.unreadable else ""
+        self.say(
+            f"epoch {self._epochs_done():.4g}/{self.plan.epochs}  step {position.step}  "
+            f"top-1 {result.top1:.2f} %  top-5 {result.top5:.2f} %  val loss {result.loss:.4f}  "
+            f"{self.images_per_second:.0f} img/s{without}" + ("  (best)" if best else "")
+        )
+        return best
