@@ -15,7 +15,7 @@ from tests.saving import save
 WITHOUT_TORCH = """
 import sys
 sys.modules["torch"] = None  # whoever imports it fails
-from swin_moe.cli import entry
+from swin_moe.cli.main import entry
 entry()
 """
 

@@ -108,6 +108,8 @@ def _rename(raw: dict[str, Any], origins: Origins, quiet: bool = False) -> None:
     Args:
         quiet: a run wrote the file, nobody is to edit it.
     """
+    if not isinstance(raw, dict):
+        return
     try:
         for place, text in rename(raw, origins):
             if not quiet and ranks.environment_rank()[1] == 0:

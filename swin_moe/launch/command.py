@@ -25,7 +25,7 @@ from ..data.readers.shards import has_wildcard
 from ..data.source import BUNDLED
 from .nodes import PORT, check_port
 
-FOLDER = Path(__file__).resolve().parent.parent / "launch"
+FOLDER = Path(__file__).resolve().parents[2] / "launch"
 RENDEZVOUS = "PET_RDZV_ID"  # torchrun's --rdzv-id
 ON_A_CPU = 2  # processes of launch/local.sh where there is no GPU
 _LARGEST = 1 << 20  # bytes of a file of hosts or experiments
