@@ -182,7 +182,7 @@ def test_the_front_refuses_before_anything_starts(request_, message):
 
 def test_processes_on_the_cpu_see_no_gpu():
     words = command.command(front("local", gpus_per_node=3, cpu=True), dry_run=True)
-    assert words[:2] == ["env", "CUDA_VISIBLE_DEVICES="]
+    assert words[:3] == ["env", f"SWIN_MOE_PYTHON={sys.executable}", "CUDA_VISIBLE_DEVICES="]
     assert words[3:-1] == ["--processes", "3", "--dry-run"]
     command.check(front("local", "data.path=fashion_mnist", gpus_per_node=8, cpu=True))
 
