@@ -66,7 +66,7 @@ options() {
       *) break ;;
     esac
   done
-  [[ $# -ge 1 ]] || die "no CONFIG given, such as configs/fashion_mnist/swin_moe_micro.yaml"
+  [[ $# -ge 1 ]] || die "no CONFIG given, such as fashion_mnist/swin_moe_micro"
   rest=("$@")
 }
 
