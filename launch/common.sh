@@ -14,8 +14,10 @@ root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
 
 # In an installed package, $root is lib/python3.x/site-packages/swin_moe of its environment.
 environment=${root%/lib*/python3*/site-packages/swin_moe}
-if [[ -n ${PYTHON:-${SWIN_MOE_PYTHON:-}} ]]; then
-  python=${PYTHON:-$SWIN_MOE_PYTHON} # the latter is what swin-moe launch runs under
+if [[ -n ${SWIN_MOE_PYTHON:-} ]]; then
+  python=$SWIN_MOE_PYTHON # swin-moe launch runs under it
+elif [[ -n ${PYTHON:-} ]]; then
+  python=$PYTHON
 elif [[ -x $root/.venv/bin/python ]]; then
   python=$root/.venv/bin/python
 elif [[ -x $environment/bin/python ]]; then
