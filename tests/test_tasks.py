@@ -171,9 +171,9 @@ def test_simmim_trains_a_mixture_with_expert_parallelism(masked):
     assert {"moe/encoder.layers.1.blocks.0/load", "train/aux_loss"} <= last.keys()
     value = records(root / "whole")[-1]["val/loss"]
     assert f"val loss {value:.4f}" in done.stdout
-    listed = swin_moe("checkpoint", "list", root / "whole").stdout
+    listed = swin_moe("checkpoint", "list", str(root / "whole")).stdout
     assert f"val loss {value:.4f}" in listed
-    evaluated = swin_moe("evaluate", root / "whole")
+    evaluated = swin_moe("evaluate", str(root / "whole"))
     assert evaluated.returncode == 0, evaluated.stderr
     loss = float(re.search(r"loss ([0-9.]+)", evaluated.stdout)[1])
     assert loss == pytest.approx(value, abs=1.1e-4)
@@ -181,10 +181,7 @@ def test_simmim_trains_a_mixture_with_expert_parallelism(masked):
 
 def test_what_simmim_learned_starts_a_classification(masked):
     root, _, recipe = masked
-    start = [*recipe, "moe.expert_bias_update_rate=0", "train.max_steps=1"]
-    done = train(root / "tuned", *start, f"model.pretrained={root / 'whole'}", config=MICRO)
-    assert done.returncode == 2, done.stdout  # one process has no group of 2
-    start[start.index("parallel.expert_parallel_size=2")] = "parallel.expert_parallel_size=1"
+    start = [*recipe, "parallel.expert_parallel_size=1", "train.max_steps=1"]
     done = train(root / "tuned", *start, f"model.pretrained={root / 'whole'}", config=MICRO)
     assert done.returncode == 0, done.stderr
     text = " ".join(done.stdout.split())

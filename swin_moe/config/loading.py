@@ -21,6 +21,7 @@ from ..common.text import plain
 from . import yaml_core
 from .kinds import check_path
 from .mixture import dense_by_mistake
+from .recipes import find_config
 from .renamed import present_name, rename
 from .sections import Architecture, Config
 from .tasks import TASKS
@@ -311,13 +312,16 @@ def _hint(error: Any) -> str:
 
 
 def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
-    """Read a YAML file, apply ``section.key=value`` overrides and validate.
+    """Read a YAML file or a recipe, apply ``section.key=value`` overrides and validate.
+
+    Args:
+        path: a file, or the name of a recipe that comes with the package.
 
     Raises:
         ConfigError: one line naming the file and line (or the override), the key, its value,
             what was expected, and the nearest valid key.
     """
-    path = Path(path)
+    path = find_config(path)
     raw, origins = _read_with_bases(path)
     for override in overrides:
         _apply_override(raw, origins, override)
