@@ -124,7 +124,7 @@ def test_what_simmim_cannot_use_is_one_line(overrides, message):
 def test_a_wrong_task_is_one_line(override, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         load_config(SIMMIM, [override])
-    with pytest.raises(ValueError, match="only task.name='simmim' has it"):
+    with pytest.raises(ValueError, match=r"only task\.name='simmim' has it"):
         load_config(MICRO, ["task.mask_ratio=0.5"])
 
 
