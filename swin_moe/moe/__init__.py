@@ -1,8 +1,8 @@
-"""The MoE layer, whatever carries its tokens, and what watches it in training.
+"""The MoE layer, the exchange of its rows between ranks, and its statistics in training.
 
-``layer.py`` has the five stages: gate (``router.py``, then a routing mode), balance, dispatch,
-experts, combine. ``plan.py`` is the plan between them. ``dispatcher.py`` carries rows to the
-experts of other ranks, and ``monitor.py`` reports what the routers do.
+``layer.py`` runs the five stages: gate (``router.py``, then a routing mode), balance, dispatch,
+experts, combine; ``plan.py`` has the routing plan that they share. ``dispatcher.py`` exchanges rows
+with the experts of other ranks, and ``monitor.py`` reports the routers' statistics.
 """
 
 from .build import build_moe

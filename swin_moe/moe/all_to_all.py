@@ -1,9 +1,9 @@
-"""All-to-all of rows whose counts every rank knows: in one step, or within and then across nodes.
+"""All-to-all of rows with counts known to every rank: in one step, or within and then across nodes.
 
-The two steps (https://arxiv.org/abs/2206.03382, section 3, "2DH") bring together what the ranks of
-a node have for the same remote node, so that few large messages cross the network instead of many
-small ones: first the ranks of a node swap rows among themselves, such that rank l of it holds all
-rows for the ranks l of all nodes; then the ranks l of all nodes swap. The way back mirrors it.
+The two steps (https://arxiv.org/abs/2206.03382, section 3, "2DH") merge messages, so that few large
+ones cross the network instead of many small ones. First the ranks of a node swap rows, after which
+its rank l holds all rows for the ranks l of all nodes. Then the ranks l of all nodes swap. The way
+back mirrors this.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ..distributed import Group
 
 
 class Pending(Protocol):
-    """A collective on its way. After ``wait`` its output may be used (on CUDA: by the stream)."""
+    """A running collective. After ``wait`` its output may be used (on CUDA: by the stream)."""
 
     def wait(self) -> Any: ...
 
@@ -33,7 +33,7 @@ class AllToAll:
         counts: [W, W] int64 on the host, rows from each rank to each; the same on every rank.
 
     Attributes:
-        sent, received: rows of this rank.
+        sent, received: numbers of rows that this rank sends and receives.
     """
 
     def __init__(self, counts: Tensor, group: Group) -> None:
@@ -44,24 +44,28 @@ class AllToAll:
         if group.intra is not None:
             node, local = divmod(group.rank, group.intra.size)
             mine = counts.view(-1, group.intra.size, counts.shape[1])[node]
-            # [L, N]: rows of this node's ranks to the ranks of all nodes that stand where I do.
+            # [L, N]: rows of this node's ranks to the ranks of all nodes with this local rank.
             self.middle = mine.view(group.intra.size, -1, group.intra.size)[:, :, local]
 
     def start(self, x: Tensor, out: Tensor, back: bool = False) -> Pending:
-        """Rows x [sent, ...] by rank into out [received, ...] by rank; ``back`` swaps the two."""
+        """Send rows x [sent, ...], sorted by rank, into out [received, ...], sorted by rank.
+
+        Args:
+            back: the way back, with ``sent`` and ``received`` swapped.
+        """
         if self.group.intra is None:
             to, by = (self.by, self.to) if back else (self.to, self.by)
             return _exchange(x, out, to, by, self.group, wait=False)
         step = self._back if back else self._forth
         return _in_background(lambda: step(x, out), x)
 
-    # Inference mode: a thread of its own does not inherit that nothing is recorded.
+    # Grad mode is per thread: the worker thread would record these steps.
     @torch.inference_mode()
     def _forth(self, x: Tensor, out: Tensor) -> None:
         intra, inter = self._groups()
         to = self.to.view(inter.size, intra.size)
         by = self.by.view(inter.size, intra.size)
-        x = _swap(x, to)  # by place in the node, then by node
+        x = _swap(x, to)  # sorted by local rank, then by node
         within = x.new_empty((int(self.middle.sum()), *x.shape[1:]))
         _exchange(x, within, to.sum(0), self.middle.sum(1), intra)
         within = _swap(within, self.middle)
@@ -95,19 +99,25 @@ def _exchange(
 
 
 def _swap(rows: Tensor, counts: Tensor) -> Tensor:
-    """Runs of rows with the lengths ``counts`` [A, B], ordered by (a, b), to the order (b, a)."""
+    """Reorder runs of rows from (a, b) to (b, a).
+
+    Args:
+        counts: [A, B], lengths of the runs.
+    """
     columns = counts.shape[1]
     runs = rows.split(counts.flatten().tolist())
     return torch.cat([run for b in range(columns) for run in runs[b::columns]])
 
 
 class _Done:
+    """A collective that has finished."""
+
     def wait(self) -> None:
-        """Nothing is left to wait for."""
+        pass
 
 
 class _Thread:
-    """Steps that a thread of their own takes one after the other."""
+    """Steps on the worker thread."""
 
     def __init__(self, future: Future[None]) -> None:
         self.future = future
@@ -117,7 +127,7 @@ class _Thread:
 
 
 class _Stream:
-    """Steps that are queued on a CUDA stream of their own."""
+    """Steps on the CUDA side stream."""
 
     def __init__(self, side: torch.cuda.Stream) -> None:
         self.side = side
@@ -127,10 +137,10 @@ class _Stream:
 
 
 def _in_background(steps: Callable[[], None], x: Tensor) -> Pending:
-    """Two steps with work between them, beside what this thread goes on to do.
+    """Run ``steps`` while this thread goes on.
 
-    All ranks start theirs in the same order, and one worker keeps it: no two of them can wait for
-    one another.
+    All ranks start their exchanges in the same order. One worker keeps that order, so that no two
+    exchanges deadlock.
     """
     if not x.is_cuda:
         return _Thread(_worker().submit(steps))

@@ -1,6 +1,6 @@
-"""What keeps the load of the experts even: losses, and a bias without a loss.
+"""Balance of the experts' loads: by losses, or by a bias without a loss.
 
-Each loss is a scalar made of a route's sums over tokens; nothing is stored.
+Each loss is a scalar, computed from a route's sums over tokens; nothing is stored.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from ..ops import Route
 
 
 def balance_loss(moe: MoEConfig, route: Route) -> Tensor:
-    """The losses that ``moe.balance`` and ``moe.z_loss_weight`` ask for, weighted and added."""
+    """Return the weighted sum of the losses that ``moe.balance`` and ``moe.z_loss_weight`` select."""
     tokens = route.expert.shape[0]
     loss = route.scalars.new_zeros(())
     if tokens == 0:
@@ -30,27 +30,28 @@ def balance_loss(moe: MoEConfig, route: Route) -> Tensor:
 
 
 def gshard_loss(scores: Tensor, first: Tensor, tokens: int) -> Tensor:
-    """E·Σₑ mean(scoreₑ)·(share of first choices)ₑ (GShard, https://arxiv.org/abs/2006.16668).
+    """Return E·Σₑ mean(scoreₑ)·(share of first choices)ₑ (GShard, https://arxiv.org/abs/2006.16668).
 
     Args:
-        scores: [E], the probabilities that routed, summed over tokens. first: [E] first choices.
+        scores: [E], routing probabilities, summed over tokens.
+        first: [E], first choices per expert.
     """
     return scores.numel() * (scores * first.to(scores.dtype)).sum() / tokens**2
 
 
 def importance_load_loss(importance: Tensor, load: Tensor) -> Tensor:
-    """½[CV²(importance) + CV²(load)] (https://arxiv.org/abs/1701.06538, as Tutel computes it).
+    """Return ½[CV²(importance) + CV²(load)] (https://arxiv.org/abs/1701.06538, as in Tutel).
 
     Args:
         importance: [E], probabilities without noise, summed over tokens.
-        load: [E], chance to be chosen under the gate noise, summed over tokens, see
+        load: [E], probability of being chosen under the gate noise, summed over tokens, see
             :func:`swin_moe.ops.moe_route`.
     """
     return 0.5 * (_cv_squared(importance) + _cv_squared(load))
 
 
 def _cv_squared(x: Tensor) -> Tensor:
-    """Squared coefficient of variation; from the variance, as std has no gradient at zero."""
+    """Return the squared coefficient of variation, from the variance: std has no gradient at 0."""
     if x.numel() < 2:
         return x.sum() * 0.0
     return x.var() / (x.mean().square() + 1e-10)
@@ -59,9 +60,9 @@ def _cv_squared(x: Tensor) -> Tensor:
 class ExpertBias(nn.Module):
     """A bias per expert on the choice, never on the gate: balance without a loss.
 
-    After each optimizer step the bias of an overloaded expert falls by the rate, that of an
-    underloaded one rises by it (https://arxiv.org/abs/2408.15664). The net number of rises is
-    kept as whole numbers, so that no precision of the model's rounds it.
+    After each optimizer step the bias of an overloaded expert falls by ``rate``, and that of an
+    underloaded one rises by it (https://arxiv.org/abs/2408.15664). The net number of rises is an
+    integer, so that a cast of the model does not round it.
     """
 
     rises: Tensor
@@ -72,11 +73,15 @@ class ExpertBias(nn.Module):
         self.register_buffer("rises", torch.zeros(num_experts, dtype=torch.int64))
 
     def forward(self) -> Tensor:
-        """[E] fp32."""
+        """Return the biases, [E] fp32."""
         return self.rises.to(torch.float32) * self.rate
 
     @torch.no_grad()
     def update(self, counts: Tensor) -> None:
-        """To be called once per optimizer step with the assignments [E] of all ranks in it."""
+        """Move the biases; called once per optimizer step.
+
+        Args:
+            counts: [E], assignments of all ranks in that step.
+        """
         counts = counts.to(torch.float64)
         self.rises += (counts.mean() - counts).sign().to(torch.int64)

@@ -1,4 +1,4 @@
-"""From a config section to the MoE layer that it asks for."""
+"""Build the MoE layer of a config section."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ def build_moe(
     *,
     initialise: bool = True,
 ) -> MoELayer:
-    """The layer of ``moe.backend``; for the arguments see :class:`MoELayer`.
+    """Build the layer of ``moe.backend``; for the arguments see :class:`MoELayer`.
 
     Raises:
-        ValueError: the backend is Tutel, and it is not installed or cannot do what is asked.
+        ValueError: the backend is Tutel, and it is not installed or lacks an option of ``moe``.
     """
     kind = MoELayer
     if moe.backend == "tutel":

@@ -1,17 +1,17 @@
-"""Carry rows between the ranks that own the tokens and those that own the experts.
+"""Exchange rows between the ranks that hold the tokens and those that hold the experts.
 
-How long each rank's queues are travels first, host to host, so that every rank knows who sends how
-many rows to whom: uneven queues, uneven token counts and ranks without any token need nothing else.
-Every rank takes part in every collective, whatever it has to send.
+The ranks first exchange the lengths of their queues, host to host. Every rank then knows how many
+rows each rank sends to each, so that queues and token counts may be uneven, or empty. Every rank
+takes part in every collective, even if it has no rows to send.
 
-The rows may be cut into chunks (a part of each queue): while one is computed the next one travels,
-and in the backward pass the same. The order of a pass is then
+The rows may be cut into chunks (a part of each queue): while the experts compute one, the next one
+travels, in the forward and in the backward pass. The order of a pass is then
 
-    send 0 … n−1;  for each chunk: await it, experts, send home;  await all
+    send 0 … n−1;  for each chunk: wait for it, experts, send it back;  wait for all
 
-with one autograd node per step. The engine runs nodes in the reverse of the order in which they
-were made, as soon as they are ready: that is the same pipeline with the gradients, and the same
-order of collectives on every rank.
+with one autograd node per step. Autograd runs nodes that are ready in the reverse order of their
+creation: the backward pass is the same pipeline with gradients, with the same order of collectives
+on every rank.
 """
 
 from __future__ import annotations
@@ -34,18 +34,18 @@ Maps = tuple[Tensor, Tensor]  # source and destination of ops.moe_dispatch
 
 
 class TokenDispatcher:
-    """The way of a plan's rows to the experts of all ranks, and back.
+    """The exchange of a plan's rows with the experts of all ranks, there and back.
 
-    Rows that only fill up a packed plan do not travel. Of a padded plan all rows do, empty or not:
-    its queues have one length, which the host knows without asking the device. For a packed plan
-    on CUDA (a dropless one) the host waits for the device once, to read the lengths.
+    A packed plan sends no fill rows. A padded plan sends all rows, empty ones too: its queues have
+    one length, which the host knows without a copy from the device. For a packed (dropless) plan on
+    CUDA the host waits for the device once, to read the lengths.
 
     Args:
-        degree: chunks, 1 = no overlap.
+        degree: number of chunks, 1 = no overlap.
 
     Attributes:
-        waited: seconds that this rank's host waited for other ranks, in the forward pass. On CUDA
-            a wait holds the stream and not the host: there it is the exchange of lengths alone.
+        waited: seconds that this rank's host waited for other ranks in the forward pass. On CUDA a
+            wait blocks the stream and not the host: only the exchange of lengths is counted.
     """
 
     def __init__(self, plan: DispatchPlan, group: Group, kernels: Kernels, degree: int = 1) -> None:
@@ -61,7 +61,7 @@ class TokenDispatcher:
         lengths = gathered.view(group.size, experts)
         # Chunk c of a queue of n rows: [n·c/degree, n·(c+1)/degree).
         cuts = lengths[..., None] * torch.arange(degree + 1) // degree
-        # Which expert each rank's places hold; if experts are sharded, several ranks hold one.
+        # [W, E_local], the expert at each place of each rank; shards of one expert share it.
         self.shards = max(group.size // experts, 1)
         places = torch.arange(experts * self.shards).view(group.size, -1) // self.shards
         traffic = cuts.diff()[:, places]  # [W from, W to, E_local, degree]
@@ -71,10 +71,11 @@ class TokenDispatcher:
         self.used, self.orders = self._order_arrived(traffic[:, group.rank])
 
     def _order_to_send(self, cuts: Tensor, places: Tensor) -> Tensor | None:
-        """The order from queue by queue (None: that is it) to chunk by chunk, rank by rank.
+        """Return the order in which rows leave: by chunk, then rank, then queue.
 
         Returns:
             [rows · shards] of row · shards + shard: each row goes to all shards of its expert.
+            None if the rows are in that order already.
         """
         if self.degree == 1 and self.shards == 1:
             return None
@@ -86,11 +87,14 @@ class TokenDispatcher:
         return _runs(first, length, self.device, step=self.shards)
 
     def _order_arrived(self, traffic: Tensor) -> tuple[Tensor, list[Tensor | None]]:
-        """What is known of the rows that come here, from their traffic [W, E_local, degree].
+        """Describe the rows that arrive here.
+
+        Args:
+            traffic: [W, E_local, degree], rows from each rank.
 
         Returns:
             rows of each chunk per expert, [degree, E_local]; for each chunk the order from rank by
-            rank (None: that is it) to expert by expert, [rows].
+            rank to expert by expert, [rows], or None if the two are the same.
         """
         used = traffic.sum(0).t().contiguous().to(self.device, non_blocking=True)
         orders: list[Tensor | None] = [None] * self.degree
@@ -101,9 +105,9 @@ class TokenDispatcher:
         return used, orders
 
     def run(self, rows: Tensor, experts: Experts) -> Tensor:
-        """Rows [S, D] through ``experts(rows, used)`` wherever those are, to rows [S, D]."""
+        """Apply ``experts(rows, used)`` of all ranks to rows [S, D]; return rows [S, D]."""
         if torch.is_grad_enabled() and not rows.requires_grad:
-            # Or this rank would have no gradients to exchange where another one has.
+            # Otherwise this rank would exchange no gradients where another one does.
             rows = rows.detach().requires_grad_()
         if self.order is None:
             return self._travel(rows, experts)
@@ -116,7 +120,7 @@ class TokenDispatcher:
 
     def _travel(self, rows: Tensor, experts: Experts) -> Tensor:
         size = rows.shape[0]
-        out, home = _Ferry(self.chunks, size), _Ferry(self.chunks, size)
+        out, home = Ferry(self.chunks, size), Ferry(self.chunks, size)
         returned = []
         for c, ticket in enumerate(_Leave.apply(rows, out)):
             chunk, order = _Arrive.apply(ticket, out, c), self.orders[c]
@@ -133,10 +137,10 @@ class TokenDispatcher:
 
 
 def _runs(first: Tensor, length: Tensor, device: torch.device, step: int = 1) -> Tensor:
-    """[Σ length] int64: ``length`` numbers from ``first`` on, run after run, in steps."""
+    """Return [Σ length] int64: for each run, ``length`` numbers from ``first`` on, ``step`` apart."""
     total = int(length.sum())
     length = length.flatten()
-    # Only the short tensors cross to the device; what is as long as the rows is made there.
+    # Only short tensors are copied to the device; tensors as long as the rows are made there.
     first = (first.flatten() - (length.cumsum(0) - length) * step).to(device, non_blocking=True)
     length = length.to(device, non_blocking=True)
     run = first.repeat_interleave(length, output_size=total)
@@ -144,27 +148,30 @@ def _runs(first: Tensor, length: Tensor, device: torch.device, step: int = 1) ->
 
 
 def _maps(order: Tensor, size: int, choices: int = 1) -> Maps:
-    """Row maps of the op that brings ``size`` rows, each ``choices`` times, into an order."""
+    """Return the row maps for ``moe_dispatch`` of ``size`` rows, each ``choices`` times, in an order."""
     destination = order.new_full((size * choices,), -1)
     destination[order] = torch.arange(order.numel(), device=order.device)
     return order.to(torch.int32), destination.view(size, choices).to(torch.int32)
 
 
 def _inverse(maps: Maps) -> Maps:
-    """Of maps with one choice."""
+    """Invert maps with one choice."""
     source, destination = maps
     return destination[:, 0], source[:, None]
 
 
 # --------------------------------------------------------------------------------------------
-# One direction of a pass, as autograd sees it
+# One direction of a pass, as autograd nodes
 
 
-class _Ferry:
-    """Chunks on their way: out from one tensor of ``size`` rows, and home into such a one.
+class Ferry:
+    """Chunks in transit: out of a tensor of ``size`` rows, and home into one.
 
-    What a forward pass does with one the backward pass undoes with the same one: if rows went out
-    with it, their gradients come home with it.
+    The backward pass uses the same object in reverse: if rows left in the forward pass, their
+    gradients come home in the backward pass.
+
+    Attributes:
+        waited: seconds in :meth:`wait`.
     """
 
     def __init__(self, chunks: list[AllToAll], size: int) -> None:
@@ -174,15 +181,11 @@ class _Ferry:
         self.waited = 0.0
 
     def leave(self, rows: Tensor, order: range) -> None:
-        """Send the chunks of rows [size, D], what is beyond them left out."""
+        """Send the chunks of rows [size, D], without the fill rows at the end."""
         parts = rows.detach().contiguous().split(self._sizes())
         for c in order:
             arriving = rows.new_empty((self.chunks[c].received, *rows.shape[1:]))
             self.pending[c] = self.chunks[c].start(parts[c], arriving), arriving
-
-    def arrive(self, c: int) -> Tensor:
-        """Wait for chunk c of all ranks."""
-        return self._wait(c)
 
     def go_home(self, c: int, chunk: Tensor) -> None:
         """Send chunk c back to all ranks."""
@@ -196,7 +199,7 @@ class _Ferry:
     def home(self) -> Tensor:
         """Wait for all chunks that come home."""
         for c in list(self.pending):
-            self._wait(c)
+            self.wait(c)
         buffer, self.buffer = self.buffer, None
         assert buffer is not None
         return buffer
@@ -205,7 +208,8 @@ class _Ferry:
         sizes = [chunk.sent for chunk in self.chunks]
         return [*sizes, self.size - sum(sizes)]
 
-    def _wait(self, c: int) -> Tensor:
+    def wait(self, c: int) -> Tensor:
+        """Wait for chunk c of all ranks."""
         began = time.perf_counter()
         pending, tensor = self.pending.pop(c)
         with record_function("all-to-all"):
@@ -214,13 +218,13 @@ class _Ferry:
         return tensor
 
 
-# Between the node that starts a transfer and the one that awaits it autograd carries a ticket, an
-# empty tensor, so that nothing reads or adds up what is still on its way.
+# Autograd connects the node that starts a transfer and the one that waits for it by a ticket, an
+# empty tensor, so that nothing reads rows in transit.
 
 
 class _Leave(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, ferry: _Ferry) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, rows: Tensor, ferry: Ferry) -> tuple[Tensor, ...]:
         ctx.ferry = ferry
         chunks = range(len(ferry.chunks))
         ferry.leave(rows, chunks)
@@ -233,9 +237,9 @@ class _Leave(torch.autograd.Function):
 
 class _Arrive(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, ticket: Tensor, ferry: _Ferry, c: int) -> Tensor:
+    def forward(ctx: Any, ticket: Tensor, ferry: Ferry, c: int) -> Tensor:
         ctx.ferry, ctx.c = ferry, c
-        return ferry.arrive(c)
+        return ferry.wait(c)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
@@ -245,19 +249,19 @@ class _Arrive(torch.autograd.Function):
 
 class _Return(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, chunk: Tensor, ferry: _Ferry, c: int) -> Tensor:
+    def forward(ctx: Any, chunk: Tensor, ferry: Ferry, c: int) -> Tensor:
         ctx.ferry, ctx.c = ferry, c
         ferry.go_home(c, chunk)
         return chunk.new_empty(0)
 
     @staticmethod
     def backward(ctx: Any, *tickets: Tensor) -> tuple[Tensor, None, None]:
-        return ctx.ferry.arrive(ctx.c), None, None
+        return ctx.ferry.wait(ctx.c), None, None
 
 
 class _Home(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, ferry: _Ferry, *tickets: Tensor) -> Tensor:
+    def forward(ctx: Any, ferry: Ferry, *tickets: Tensor) -> Tensor:
         ctx.ferry = ferry
         return ferry.home()
 

@@ -1,7 +1,7 @@
 """Experts choose their tokens (https://arxiv.org/abs/2202.09368): even loads by construction.
 
-Each expert takes the tokens of an image that score highest for it, as many as its capacity. Which
-tokens of an image an expert takes never depends on other images.
+Each expert takes the tokens of an image that score highest for it, up to its capacity. Its choice
+never depends on other images.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from .token_choice import draw_noise
 
 
 def route(logits: Tensor, moe: MoEConfig, context: RouteContext) -> Routing:
-    """Let each expert choose its tokens within each group.
+    """Route by letting each expert choose its tokens within each group.
 
     Args:
         logits: [T, E], fp32 or wider. A token whose logits are not finite is never chosen.

@@ -1,4 +1,4 @@
-"""Feed-forward experts with stacked weights, and the one that every token meets."""
+"""Feed-forward experts with stacked weights, and the shared expert of all tokens."""
 
 from __future__ import annotations
 
@@ -17,9 +17,12 @@ Weights = tuple[Tensor, Tensor, Tensor, Tensor | None]
 class ExpertLinear(nn.Module):
     """Weights of a Linear per local expert: ``weight`` [E_local, out, in], ``bias`` [E_local, out].
 
-    They are ``share`` of all experts' weights, named ``name`` (fc1 or fc2). Each expert is drawn
-    from a generator of its own, so that the weights do not depend on how experts are spread over
-    processes.
+    Each expert is drawn from its own generator, so that the weights do not depend on the placement
+    of experts.
+
+    Args:
+        name: fc1 or fc2.
+        share: this rank's part of all experts' weights.
     """
 
     def __init__(
@@ -27,7 +30,7 @@ class ExpertLinear(nn.Module):
     ) -> None:
         super().__init__()
         self.name, self.share = name, share
-        self.whole = (out_features, in_features)  # of one expert
+        self.whole = (out_features, in_features)  # shape of one whole expert
         self.weight = nn.Parameter(torch.empty(self._shape("weight", self.whole)))
         self.bias: nn.Parameter | None = None
         if bias:
@@ -55,13 +58,14 @@ class ExpertLinear(nn.Module):
             nn.init.zeros_(self.bias)
 
     def parameters_as(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+        """Return weight and bias in ``dtype``."""
         return self.weight.to(dtype), None if self.bias is None else self.bias.to(dtype)
 
 
 class Experts(nn.Module):
     """The local experts of one layer: Linear, exact GELU, dropout, Linear.
 
-    Of sharded experts it is this rank's part: the results of all shards add up to the experts'.
+    If experts are sharded, this is one shard; the outputs of all shards sum to the experts' output.
     """
 
     def __init__(
@@ -86,11 +90,12 @@ class Experts(nn.Module):
         self.fc2.reset_parameters(std)
 
     def weights_as(self, dtype: torch.dtype) -> Weights:
-        """What to call with, in the rows' dtype: cast once for several calls."""
+        """Return the weights in ``dtype``, cast once for several calls of :meth:`forward`."""
         fc1_weight, fc1_bias = self.fc1.parameters_as(dtype)
         fc2_weight, fc2_bias = self.fc2.parameters_as(dtype)
         if fc2_bias is not None and self.share.shards > 1:
-            before = self.share.shard * fc2_bias.shape[1]  # each shard adds its part of the bias
+            # Each shard adds its part of the bias.
+            before = self.share.shard * fc2_bias.shape[1]
             after = fc2_weight.shape[1] - before - fc2_bias.shape[1]
             fc2_bias = F.pad(fc2_bias, (before, after))
         assert fc1_bias is not None
@@ -99,14 +104,14 @@ class Experts(nn.Module):
     def forward(
         self, rows: Tensor, used: Tensor, stride: int = 0, weights: Weights | None = None
     ) -> Tensor:
-        """Rows [S, dim] of the local experts, see :func:`swin_moe.ops.moe_experts`."""
+        """Apply the local experts to rows [S, dim], see :func:`swin_moe.ops.moe_experts`."""
         weights = weights or self.weights_as(rows.dtype)
         drop = self.drop if self.training else 0.0
         return self.kernels.experts(rows, used, *weights, stride=stride, dropout_p=drop)
 
 
 class SharedExpert(nn.Module):
-    """A dense feed-forward beside the experts, for every token (https://arxiv.org/abs/2401.06066)."""
+    """A dense feed-forward of every token, added to the experts (https://arxiv.org/abs/2401.06066)."""
 
     def __init__(self, dim: int, hidden_dim: int, drop: float) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""When to warn that a router has gone wrong, and what to do about it then."""
+"""Warnings about unhealthy routers, with advice."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from typing import NamedTuple
 from ..config import MoEConfig
 from .meter import LayerTotals
 
-TOKENS_PER_EXPERT = 32  # fewer say nothing: intervals are joined until they have as many
-STREAK = 3  # such intervals in a row before a warning: routers wobble in their first updates
-REPEAT = 50  # as many later it is told again, or once it is worse by WORSE
+TOKENS_PER_EXPERT = 32  # needed for a judgement: shorter intervals are joined
+STREAK = 3  # intervals in a row with a symptom before a warning: routers wobble at first
+REPEAT = 50  # intervals until a warning is repeated, unless its severity has grown by WORSE
 WORSE = 0.1
-CERTAIN = 0.02  # entropy over its maximum
+CERTAIN = 0.02  # entropy divided by its maximum
 DROPPED = {"token_choice": 20.0, "expert_choice": 50.0, "soft": 100.0}  # percent
-WIDE_LOGITS = 30.0  # a softmax over such a range is a hard choice
+WIDE_LOGITS = 30.0  # range of logits over which a softmax is a hard choice
 
 
 def lost_gate(moe: MoEConfig, post_norm: bool) -> str:
-    """A warning if the norm after the experts cancels a token's only gate, else empty.
+    """Return a warning if the norm after the experts cancels a token's only gate, otherwise "".
 
     LayerNorm cancels a positive factor, so the task's loss hardly reaches the router.
     """
@@ -33,7 +33,7 @@ def lost_gate(moe: MoEConfig, post_norm: bool) -> str:
 
 
 class Symptom(NamedTuple):
-    """What is wrong with a layer; ``severity`` grows from 0 to 1."""
+    """A fault of a layer; ``severity`` is between 0 and 1."""
 
     kind: str
     severity: float
@@ -41,15 +41,15 @@ class Symptom(NamedTuple):
 
 
 def symptoms(totals: LayerTotals, routing: str = "token_choice") -> list[Symptom]:
-    """What an interval of enough tokens shows.
+    """Return the faults that the totals of one interval show.
 
-    A router has collapsed if more than half of its experts got no token, if one expert takes more
-    than halfway between an even share of the tokens and all of them, or if it is certain of every
-    token and yet gives one expert twice its share.
+    A router has collapsed in three cases: more than half of its experts got no token; one expert
+    takes more than halfway between an even share of the tokens and all of them; or its entropy is
+    below ``CERTAIN`` and one expert has over twice the even load.
     """
     found = []
     experts, load = len(totals.counts), totals.load
-    even = sum(totals.counts) / max(totals.tokens, 1.0) / experts  # part of the tokens
+    even = sum(totals.counts) / max(totals.tokens, 1.0) / experts  # share of the tokens
     busiest = max(range(experts), key=load.__getitem__)
     taken = totals.counts[busiest] / max(totals.tokens, 1.0)
     excess = (taken - even) / (1.0 - even) if even < 1.0 else 0.0
@@ -67,13 +67,13 @@ def symptoms(totals: LayerTotals, routing: str = "token_choice") -> list[Symptom
         severity = max(totals.dead_experts / experts, excess)
         found.append(Symptom("collapse", severity, f"the router collapses: {', '.join(seen)}"))
     if totals.drop_rate > DROPPED[routing]:
-        text = f"{totals.drop_rate:.0f} % of the assignments find no place"
+        text = f"{totals.drop_rate:.0f} % of the assignments are dropped"
         found.append(Symptom("drops", totals.drop_rate / 100.0, text))
     return found
 
 
 def advice(kind: str, totals: LayerTotals, moe: MoEConfig) -> str:
-    """Which keys to turn, from the ones that are most likely to help."""
+    """Return the settings to change, the most promising first."""
     even = _balance_advice(moe)
     if kind == "drops":
         uneven = totals.max_violation > moe.capacity_factor > 0
@@ -103,26 +103,30 @@ def _balance_advice(moe: MoEConfig) -> str:
 
 @dataclass
 class _Case:
-    """One kind of symptom of one layer: how long it lasts and what was told of it."""
+    """The history of one kind of symptom of one layer."""
 
     streak: int = 0
-    quiet: int = REPEAT  # intervals since it was told
-    told: float = -1.0  # the severity at that time
+    quiet: int = REPEAT  # intervals since its last warning
+    reported: float = -1.0  # severity in its last warning
 
     def is_due(self, severity: float | None) -> bool:
-        """Takes in one interval, with None where the symptom was absent."""
+        """Add one interval and return whether to warn now.
+
+        Args:
+            severity: None if the symptom was absent.
+        """
         self.quiet += 1
         self.streak = 0 if severity is None else self.streak + 1
         if severity is None or self.streak < STREAK:
             return False
-        if self.quiet < REPEAT and severity < self.told + WORSE:
+        if self.quiet < REPEAT and severity < self.reported + WORSE:
             return False
-        self.quiet, self.told = 0, severity
+        self.quiet, self.reported = 0, severity
         return True
 
 
 class RouterWatch:
-    """Reads what a :class:`RouterMeter` reads and says, rarely, that a layer needs help."""
+    """Warns, rarely, of layers whose totals show a symptom."""
 
     def __init__(self, names: list[str], layers: list[MoEConfig]) -> None:
         self.names, self.layers = names, layers
@@ -130,7 +134,7 @@ class RouterWatch:
         self._cases: dict[tuple[int, str], _Case] = {}
 
     def check(self, totals: list[LayerTotals]) -> list[str]:
-        """A warning of one line for each layer and symptom that is due."""
+        """Return a warning of one line for each layer and symptom that is due."""
         return [line for index, layer in enumerate(totals) for line in self._check(index, layer)]
 
     def _check(self, index: int, latest: LayerTotals) -> list[str]:

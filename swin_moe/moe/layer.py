@@ -1,4 +1,4 @@
-"""The Mixture-of-Experts feed-forward layer: five stages around one plain plan."""
+"""The Mixture-of-Experts feed-forward layer: five stages that share one routing plan."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ ROUTINGS = {
 
 
 class MoEResult(NamedTuple):
-    """What a layer returns.
+    """The result of a layer.
 
     Attributes:
         output: like the input.
         aux_loss: scalar, the weighted balance losses.
         stats: see :class:`RoutingStats`.
-        scale: [..., 1] to multiply the normed output with, see ``moe.gate_after_norm``; else None.
+        scale: [..., 1], factor of the output after its norm, see ``moe.gate_after_norm``, or None.
     """
 
     output: Tensor
@@ -43,19 +43,20 @@ class MoEResult(NamedTuple):
 
 
 class MoELayer(nn.Module):
-    """Routes tokens through feed-forward experts, ``moe.routing`` says how.
+    """Feed-forward experts, to which tokens are routed by ``moe.routing``.
 
     Args:
-        dim: width D of the tokens. hidden_dim: width H inside an expert.
-        group: expert-parallel group; its ranks hold E / size experts each, or if there are more
+        dim: width D of the tokens.
+        hidden_dim: width H inside an expert.
+        group: expert-parallel group. Each of its ranks holds E / size experts. If there are more
             ranks than experts, size / E ranks hold equal parts of one expert's hidden width.
-        initialise: draw the experts' weights; else whoever builds the layer sets them.
+        initialise: draw the experts' weights; otherwise the caller sets them.
 
     Attributes:
-        overlap_degree: chunks in which rows travel, see
+        overlap_degree: chunks per exchange, see
             :class:`~swin_moe.moe.dispatcher.TokenDispatcher`.
-        padded: whether every queue travels at its full capacity, so that the host need not know
-            how long it is; None = on CUDA.
+        padded: whether every queue is sent at its full capacity, so that the host need not read
+            its length; None = on CUDA only.
 
     Raises:
         ValueError: the experts cannot be spread evenly over the group.
@@ -89,7 +90,7 @@ class MoELayer(nn.Module):
             share, dim, hidden_dim, self.kernels, fc2_bias=moe.fc2_bias, drop=moe.drop_rate
         )
         if initialise:
-            with torch.random.fork_rng(devices=[]):  # what is drawn later stays as it was
+            with torch.random.fork_rng(devices=[]):  # later draws do not depend on these
                 self.experts.reset_parameters(moe.init_std)
         self.choice_bias: ExpertBias | None = None  # its name in checkpoints
         if moe.expert_bias_update_rate:
@@ -99,12 +100,12 @@ class MoELayer(nn.Module):
             self.shared = SharedExpert(dim, moe.num_shared_experts * hidden_dim, moe.drop_rate)
 
     def forward(self, x: Tensor) -> MoEResult:
-        """x [..., D], or [B, H, W, D] where images are routed apart, to a result like x."""
+        """Apply the layer to x [..., D], or [B, H, W, D] if each image is routed on its own."""
         if x.shape[-1] != self.dim:
             raise ValueError(f"tokens have width {x.shape[-1]}, the layer has {self.dim}")
         if torch.jit.is_tracing() and torch.onnx.is_in_onnx_export():
             raise ValueError(
-                "a mixture of experts goes to ONNX by torch.onnx.export(dynamo=True) only"
+                "a mixture of experts is exported to ONNX by torch.onnx.export(dynamo=True) only"
             )
         tokens = x.reshape(-1, self.dim)
         routing = self.route(tokens, self._groups(x))  # 1 gate, 2 balance
@@ -121,7 +122,12 @@ class MoELayer(nn.Module):
         return MoEResult(output.view_as(x).to(x.dtype), routing.aux_loss, stats, scale)
 
     def route(self, tokens: Tensor, groups: int = 1, noise: Tensor | None = None) -> Routing:
-        """Stages 1 and 2 for tokens [T, D]; ``groups`` runs of them are routed apart."""
+        """Run stages 1 and 2 for tokens [T, D].
+
+        Args:
+            groups: number of equal runs of tokens, each routed on its own.
+            noise: see :class:`RouteContext`.
+        """
         context = RouteContext(
             self.kernels,
             training=self.training,
@@ -138,13 +144,13 @@ class MoELayer(nn.Module):
         return 1
 
     def _apply_experts(self, rows: Tensor, plan: DispatchPlan) -> tuple[Tensor, float]:
-        """Rows of this rank's tokens through the experts wherever those are; seconds waited."""
+        """Apply the experts of all ranks to this rank's rows; return rows and seconds waited."""
         if self.group.size == 1:
             return self.experts(rows, plan.used, plan.stride), 0.0
         if is_leaving():
             raise ValueError(
-                f"the experts are spread over {self.group.size} processes, so that no graph holds "
-                "the model: build it in one process, by swin_moe.build_model(NAME, pretrained=RUN)"
+                f"the experts are spread over {self.group.size} processes and cannot be exported: "
+                "build the model in one process by swin_moe.build_model(NAME, pretrained=RUN)"
             )
         dispatcher = TokenDispatcher(plan, self.group, self.kernels, self.overlap_degree)
         weights = self.experts.weights_as(rows.dtype)
@@ -152,9 +158,9 @@ class MoELayer(nn.Module):
         return out, dispatcher.waited
 
     def _split_scale(self, plan: DispatchPlan) -> tuple[DispatchPlan, Tensor | None]:
-        """The plan, less what is to scale a token after the norm, [T], if ``moe`` wants that.
+        """Split from the plan the factor of each token after the norm, [T] (``gate_after_norm``).
 
-        The scale is over that of a router that has not decided yet, so it is about 1 at the start.
+        The factor is relative to that of an undecided router, so that it is about 1 at the start.
         """
         if not (self.moe.gate_after_norm and isinstance(plan, RoutingPlan)):
             return plan, None
@@ -163,7 +169,7 @@ class MoELayer(nn.Module):
 
 
 def _undecided(moe: MoEConfig) -> float:
-    """Sum of a token's gates where all logits are zero, as they nearly are at the start."""
+    """Return the sum of a token's gates if all logits are 0, as they nearly are at the start."""
     if moe.normalize_gate:
         return 1.0
     return moe.top_k * (0.5 if moe.score == "sigmoid" else 1.0 / moe.num_experts)

@@ -1,4 +1,4 @@
-"""What the routers did between two logs: totals on the device, and what they say to a person."""
+"""Routing statistics of the passes between two logs, summed on the device."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from .plan import RoutingStats
 
 @dataclass(frozen=True)
 class LayerTotals:
-    """What one MoE layer did in some forward passes of all ranks, on the host; totals add up.
+    """Statistics of one MoE layer over forward passes of all ranks, on the host; they add up.
 
     Attributes:
-        counts: [E] assignments per expert, those that found no place included.
+        counts: [E] assignments per expert, dropped ones included.
         tokens, offered, dropped, nonfinite, entropy, waited: see :attr:`RoutingStats.sums`.
         passes: forward passes, over all ranks.
-        least, greatest: of the routers' logits; inf and −inf without any.
+        least, greatest: extremes of the router's logits; inf and −inf without tokens.
     """
 
     counts: list[int]
@@ -51,23 +51,23 @@ class LayerTotals:
 
     @property
     def load(self) -> list[float]:
-        """[E] shares that sum to one (all zero without tokens)."""
+        """Share of each expert, [E]; they sum to one, or are 0 without tokens."""
         total = max(sum(self.counts), 1)
         return [count / total for count in self.counts]
 
     @property
     def max_violation(self) -> float:
-        """Greatest load over the even share, less one (https://arxiv.org/abs/2408.15664)."""
+        """Greatest load divided by the even share, minus 1 (https://arxiv.org/abs/2408.15664)."""
         return max(self.load) * len(self.counts) - 1.0 if sum(self.counts) else 0.0
 
     @property
     def drop_rate(self) -> float:
-        """Percent of the assignments asked for that found no place."""
+        """Dropped assignments, in percent of the offered ones."""
         return 100.0 * self.dropped / max(self.offered, 1.0)
 
     @property
     def gate_entropy(self) -> float:
-        """Mean entropy of a token's routing probabilities over ln E: 0 = certain, 1 = uniform."""
+        """Mean entropy of a token's routing probabilities / ln E: 0 = certain, 1 = uniform."""
         whole = math.log(len(self.counts)) * (self.tokens - self.nonfinite)
         return self.entropy / whole if whole > 0 else 1.0
 
@@ -77,7 +77,7 @@ class LayerTotals:
         return self.counts.count(0)
 
     def record(self, name: str) -> dict[str, Any]:
-        """Flat keys ``moe/<name>/…`` for the log."""
+        """Return the figures under flat keys ``moe/<name>/…`` for the log."""
         figures: dict[str, Any] = {
             "load": [round(share, 5) for share in self.load],
             "max_violation": round(self.max_violation, 5),
@@ -93,7 +93,7 @@ class LayerTotals:
 
 
 class RouterMeter:
-    """Adds up what every forward pass says of its routers; the host waits only in :meth:`read`."""
+    """Sums of the routing statistics of forward passes; the host waits only in :meth:`read`."""
 
     def __init__(self, layers: int, experts: int, device: torch.device) -> None:
         self._counts = torch.zeros(layers, experts, dtype=torch.int64, device=device)
@@ -102,14 +102,14 @@ class RouterMeter:
         self._passes = 0
 
     def update(self, stats: RoutingStats) -> None:
-        """``stats`` of one forward pass, stacked over the layers."""
+        """Add the statistics of one forward pass, stacked over the layers."""
         self._counts += stats.counts
         self._sums += stats.sums
         torch.maximum(self._extremes, stats.extremes, out=self._extremes)
         self._passes += 1
 
     def read(self) -> list[LayerTotals]:
-        """Totals of each layer since the last read, over all ranks, each of which must call it."""
+        """Return the totals of each layer since the last call; every rank must call it."""
         layers, experts = self._counts.shape
         if layers == 0:
             return []
@@ -131,17 +131,17 @@ class RouterMeter:
 
 
 class AssignmentCounter:
-    """Assignments of one update, for the bias that balances without a loss."""
+    """Assignments of one update, for :class:`~swin_moe.moe.balance.ExpertBias`."""
 
     def __init__(self) -> None:
         self._counts: Tensor | None = None
 
     def update(self, stats: RoutingStats) -> None:
-        """``stats`` of one micro-step, as the model returned them: a recompute counts nothing."""
+        """Add the statistics of one micro-step, as the model returned them."""
         self._counts = stats.counts if self._counts is None else self._counts + stats.counts
 
     def read(self) -> Tensor:
-        """[layers, E] of all ranks since the last read; every rank must call it."""
+        """Return the assignments [layers, E] since the last call; every rank must call it."""
         assert self._counts is not None
         total = all_reduce_(self._counts.clone())
         self._counts = None

@@ -14,7 +14,7 @@ from .plan import RoutingStats
 
 
 def moe_layers(model: nn.Module) -> dict[str, MoELayer]:
-    """The MoE layers by the name of their block, such as ``layers.2.blocks.1``, in their order."""
+    """Return the MoE layers in order, by the name of their block, such as ``layers.2.blocks.1``."""
     return {
         name.removesuffix(".mlp"): module
         for name, module in model.named_modules()
@@ -23,7 +23,7 @@ def moe_layers(model: nn.Module) -> dict[str, MoELayer]:
 
 
 def num_experts(model: nn.Module) -> int:
-    """Experts of each MoE layer over all ranks; 1 without such layers."""
+    """Return the number of experts of each MoE layer over all ranks; 1 without MoE layers."""
     return next((layer.moe.num_experts for layer in moe_layers(model).values()), 1)
 
 
@@ -39,10 +39,10 @@ def update_expert_bias(model: nn.Module, tokens_per_expert: Tensor) -> None:
 
 
 class RouterMonitor:
-    """Follows the routers of a model from one update to the next.
+    """The routers' statistics, warnings and expert bias over the updates of a training.
 
     Attributes:
-        names: of the layers.
+        names: names of the MoE layers.
     """
 
     def __init__(self, model: nn.Module, device: torch.device) -> None:
@@ -52,7 +52,7 @@ class RouterMonitor:
         self._model = model
         self._meter = RouterMeter(len(layers), num_experts(model), device)
         self._watch = RouterWatch(self.names, configs)
-        # Only a model with such a bias pays for the reduction of each update's counts.
+        # Only a model with an expert bias pays for the reduction of each update's counts.
         biased = any(moe.expert_bias_update_rate > 0 for moe in configs)
         self._assignments = AssignmentCounter() if biased else None
 
@@ -66,7 +66,7 @@ class RouterMonitor:
         """Move the experts' bias; every rank must call it after each optimizer step.
 
         Args:
-            made: False if the update was left out: its tokens then change no bias.
+            made: False if the update was skipped: its tokens then change no bias.
         """
         if self._assignments is not None:
             counts = self._assignments.read()
@@ -78,10 +78,10 @@ class RouterMonitor:
         return self._meter.read()
 
     def record(self, totals: list[LayerTotals]) -> dict[str, Any]:
-        """Flat keys ``moe/<name>/…`` for the log."""
+        """Return the figures of all layers under flat keys ``moe/<name>/…`` for the log."""
         pairs = zip(self.names, totals, strict=True)
         return {key: value for name, layer in pairs for key, value in layer.record(name).items()}
 
     def warnings(self, totals: list[LayerTotals]) -> list[str]:
-        """One line for each layer that needs help; a warning is repeated rarely."""
+        """Return one line for each layer with a fault; a warning is repeated rarely."""
         return self._watch.check(totals)

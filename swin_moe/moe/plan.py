@@ -1,4 +1,4 @@
-"""The routing plan: which expert takes which token, as plain tensors, and what came of it."""
+"""The routing plan, which assigns tokens to experts by plain tensors, and its statistics."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ class Kernels(NamedTuple):
     experts: Callable[..., Tensor]
 
 
-# Each runs its reference where it has no kernel.
+# Each op runs its reference where it has no kernel.
 KERNELS = Kernels(moe_route, moe_dispatch, moe_combine, moe_experts)
 
 
 class RoutingStats(NamedTuple):
-    """What one forward pass did, on the device, to be read only when logged.
+    """Statistics of one forward pass, on the device; they are read only when logged.
 
     Attributes:
         counts: [E] int64, assignments per expert on this rank, dropped ones included.
-        sums: [6] float64, all of which add up over steps and ranks: tokens, assignments that were
-            asked for, those that found no place, tokens whose logits are not finite, entropy of the
-            routing probabilities over tokens (nats), seconds spent waiting for other ranks in the
-            forward pass (see :class:`~swin_moe.moe.dispatcher.TokenDispatcher`).
+        sums: [6] float64, sums over tokens, which add up over steps and ranks: tokens, offered
+            assignments, dropped assignments, tokens with non-finite logits, entropy of the routing
+            probabilities (nats), seconds spent waiting for other ranks in the forward pass (see
+            :class:`~swin_moe.moe.dispatcher.TokenDispatcher`).
         extremes: [2] float32: greatest router logit, and greatest negated one.
     """
 
@@ -43,16 +43,16 @@ class RoutingStats(NamedTuple):
 
     @property
     def dropped(self) -> Tensor:
-        """Assignments that found no place: a scalar, or [layers] where layers are stacked."""
+        """Assignments beyond an expert's capacity: a scalar, or [layers] if layers are stacked."""
         return self.sums[..., 2]
 
     @property
     def nonfinite(self) -> Tensor:
-        """Tokens whose logits are not finite; they are dropped."""
+        """Tokens with non-finite logits; they are dropped."""
         return self.sums[..., 3]
 
     def with_waiting(self, seconds: float) -> RoutingStats:
-        """These with time spent waiting for other ranks; one layer's, not stacked ones."""
+        """Return a copy with seconds spent waiting added; for one layer, not stacked ones."""
         waited = self.sums[5:] + seconds
         return self._replace(sums=torch.cat((self.sums[:5], waited)))
 
@@ -77,11 +77,11 @@ def make_stats(
 
 
 class DispatchPlan(Protocol):
-    """How tokens become rows of the experts and rows become tokens.
+    """A map from tokens to the experts' rows, and back.
 
     Attributes:
-        used: [E] int64, rows of each expert. stride: from one expert's first row to the next one's;
-            0 = they follow each other without gaps.
+        used: [E] int64, rows of each expert.
+        stride: distance between the first rows of two experts; 0 = the queues have no gaps.
     """
 
     @property
@@ -97,17 +97,17 @@ class DispatchPlan(Protocol):
 
 @dataclass(frozen=True)
 class RoutingPlan:
-    """Routing of T tokens to k of E experts.
+    """A plan that routes each of T tokens to k of E experts.
 
     Attributes:
         expert: [T, k] int64, chosen expert of each assignment.
         gate: [T, k] fp32, weight of each assignment; the only differentiable member.
-        slot: [T, k] int32, place in the expert's queue (dropped ones too).
+        slot: [T, k] int32, place in the expert's queue, also of dropped assignments.
         source: [S] int32, the assignment t·k+j of each row, −1 for an empty one.
         destination: [T, k] int32, the row of each assignment, −1 for a dropped one.
-        counts: [E] int64, assignments per expert before any is dropped.
+        counts: [E] int64, assignments per expert, dropped ones included.
         used, stride: see :class:`DispatchPlan`.
-        capacity: places per expert and group; 0 = dropless (every queue as long as it is).
+        capacity: places per expert and group; 0 = dropless.
     """
 
     expert: Tensor
@@ -122,27 +122,27 @@ class RoutingPlan:
 
     @property
     def kept(self) -> Tensor:
-        """[T, k] bool, whether the assignment has a row."""
+        """Whether each assignment has a row, [T, k] bool."""
         return self.destination >= 0
 
     def without_scale(self) -> tuple[RoutingPlan, Tensor]:
-        """A plan whose kept gates sum to one for each token, and [T], what they summed to."""
+        """Return a plan whose kept gates sum to one for each token, and their sums before, [T]."""
         gate = self.gate * self.kept
         total = gate.sum(1)
         floor = torch.finfo(gate.dtype).eps
         return replace(self, gate=gate / total.clamp(min=floor)[:, None]), total
 
     def dispatch(self, tokens: Tensor, kernels: Kernels) -> Tensor:
-        """Tokens [T, D] to rows [S, D]."""
+        """Return the rows [S, D] of tokens [T, D]."""
         return kernels.dispatch(tokens, self.source, self.destination)
 
     def combine(self, rows: Tensor, kernels: Kernels) -> Tensor:
-        """Rows [S, D] to tokens [T, D], weighted and summed over the choices."""
+        """Return tokens [T, D]: rows [S, D], weighted and summed over the choices."""
         return kernels.combine(rows, self.gate, self.source, self.destination)
 
 
 class Routing(NamedTuple):
-    """What a router decides: the plan, the weighted balance loss (a scalar), the statistics."""
+    """A routing decision: the plan, the weighted balance loss (a scalar), the statistics."""
 
     plan: DispatchPlan
     aux_loss: Tensor
@@ -151,13 +151,13 @@ class Routing(NamedTuple):
 
 @dataclass(frozen=True)
 class RouteContext:
-    """What a routing mode is told beside the logits.
+    """The inputs of a routing mode in addition to the logits.
 
     Attributes:
-        training: adds the gate noise, and takes ``top_k`` and ``capacity_factor`` instead of the
-            evaluation's.
-        groups: runs of consecutive tokens (images) that are routed apart.
-        padded: every expert gets an equal block of rows, for exchanges of fixed size.
+        training: whether to add gate noise, and to use ``top_k`` and ``capacity_factor`` instead
+            of those for evaluation.
+        groups: number of equal runs of tokens (images), each routed on its own.
+        padded: whether every expert gets a block of rows of equal size, for fixed-size exchanges.
         bias: [E] for the choice of experts, see ``moe.expert_bias_update_rate``.
         noise: [T, E] standard normal draws to use instead of fresh ones.
     """
@@ -171,17 +171,17 @@ class RouteContext:
 
 
 def group_size(tokens: int, groups: int) -> int:
-    """Tokens of a group that is to have a capacity.
+    """Return the number of tokens per group, from which the capacity follows.
 
     Raises:
-        ValueError: a graph is made for any number of images, on which it depends.
+        ValueError: it depends on the number of images, which an exported graph leaves open.
     """
     size = tokens // groups
     if not is_leaving():
         return size
     from torch.fx.experimental.symbolic_shapes import is_concrete_int  # imports sympy
 
-    # A trace knows no tensor's size. It holds for one size of map, and its groups are images.
+    # In a trace no size is concrete: it holds for one size of map, and its groups are images.
     constant = type(groups) is not int if torch.jit.is_tracing() else is_concrete_int(size)
     if not constant:
         raise ValueError(
@@ -193,7 +193,7 @@ def group_size(tokens: int, groups: int) -> int:
 
 
 def expert_capacity(num_tokens: int, num_experts: int, top_k: int, factor: float) -> int:
-    """Places per expert: k·int(f·⌈T/E⌉), Tutel's rule, at least one; 0 if ``factor`` is 0."""
+    """Return k·int(f·⌈T/E⌉) places per expert (Tutel's rule), at least 1; 0 if ``factor`` is 0."""
     if factor == 0:
         return 0
     return max(1, top_k * int(factor * -(-num_tokens // num_experts)))

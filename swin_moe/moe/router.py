@@ -1,4 +1,4 @@
-"""Routers: tokens to logits, in fp32 throughout."""
+"""Routers: compute logits from tokens, in fp32 or wider."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..config import MoEConfig
 
 
 class LinearRouter(nn.Module):
-    """Logits x·Wᵀ in fp32; ``weight`` is [E, dim]."""
+    """A linear router: logits x·Wᵀ; ``weight`` is [E, dim]."""
 
     def __init__(self, dim: int, num_experts: int) -> None:
         super().__init__()
@@ -33,7 +33,8 @@ class CosineRouter(nn.Module):
     """Cosine router of Swin-MoE: normalize(Wx)·normalize(M)·exp(min(t, ln 100)).
 
     Args:
-        proj_dim: width of the projection. init_t: initial temperature; t starts at ln(1/init_t).
+        proj_dim: width of the projection.
+        init_t: initial temperature; t starts at ln(1/init_t).
     """
 
     def __init__(
@@ -47,7 +48,7 @@ class CosineRouter(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """What is the router's own; the projection is a Linear layer like others."""
+        """Initialise temperature and matrix; the model initialises the projection, a Linear."""
         nn.init.constant_(self.temperature, math.log(1.0 / self.init_t))
         nn.init.normal_(self.sim_matrix, std=0.01)
 

@@ -1,7 +1,7 @@
 """Soft MoE (https://arxiv.org/abs/2308.00951): every slot is a mean of an image's tokens.
 
-Nothing is discrete and nothing is dropped: the input of each slot is a convex combination of the
-image's tokens, the output of each token one of the slots' outputs.
+No choice is discrete and no token is dropped: the input of each slot is a convex combination of the
+image's tokens, and the output of each token is one of the slots' outputs.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from .plan import Kernels, RouteContext, Routing, make_stats
 
 @dataclass(frozen=True)
 class SoftPlan:
-    """Weights between tokens and slots, both [G, n, E·s] in the logits' dtype.
+    """A plan of weights between the n tokens of each of G groups and s slots of each of E experts.
 
     Attributes:
-        finite: [G·n], tokens that take part.
-        into_slots: each slot's column sums to one over the group's tokens.
-        out_of_slots: each token's row sums to one over the slots.
+        finite: [G·n] bool, tokens with finite logits; the others take no part.
+        into_slots: [G, n, E·s] in the logits' dtype; each slot's column sums to one.
+        out_of_slots: [G, n, E·s] in the logits' dtype; each token's row sums to one.
         used, stride: see :class:`~swin_moe.moe.plan.DispatchPlan`; rows are [E, G, s].
     """
 
@@ -34,14 +34,14 @@ class SoftPlan:
     stride: int
 
     def dispatch(self, tokens: Tensor, kernels: Kernels) -> Tensor:
-        """Tokens [G·n, D] to rows [E·G·s, D]."""
+        """Return the rows [E·G·s, D] of tokens [G·n, D]."""
         weight = self.into_slots.transpose(1, 2).to(tokens.dtype)
         tokens = tokens.masked_fill(~self.finite[:, None], 0.0)  # 0 · NaN would reach every slot
         mixed = torch.bmm(weight, tokens.view(*self.into_slots.shape[:2], tokens.shape[1]))
         return mixed.unflatten(1, (self.used.numel(), -1)).transpose(0, 1).flatten(0, 2)
 
     def combine(self, rows: Tensor, kernels: Kernels) -> Tensor:
-        """Rows [E·G·s, D] to tokens [G·n, D]."""
+        """Return the tokens [G·n, D] of rows [E·G·s, D]."""
         groups, _, slots = self.out_of_slots.shape
         experts, width = self.used.numel(), rows.shape[1]
         by_group = rows.view(experts, groups, slots // experts, width).transpose(0, 1)
@@ -50,7 +50,10 @@ class SoftPlan:
 
 
 def route(logits: Tensor, moe: MoEConfig, context: RouteContext) -> Routing:
-    """Weights from logits [T, E·s]; a token that is not finite reaches no slot and gets zeros."""
+    """Route by weights from logits [T, E·s].
+
+    A token with non-finite logits reaches no slot, and its output is 0.
+    """
     T, slots = logits.shape
     groups, experts = context.groups, moe.num_experts
     sizes = (groups, T // groups, slots)

@@ -1,4 +1,4 @@
-"""Tokens choose their experts: top-k with capacity, the usual mixture of experts."""
+"""Tokens choose their experts: top-k with capacity."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .plan import (
 
 
 def route(logits: Tensor, moe: MoEConfig, context: RouteContext) -> Routing:
-    """Choose the experts of each token and queue the tokens, see :func:`swin_moe.ops.moe_route`.
+    """Route by choosing the experts of each token, see :func:`swin_moe.ops.moe_route`.
 
     Args:
         logits: [T, E], fp32 or wider.
@@ -51,7 +51,7 @@ def route(logits: Tensor, moe: MoEConfig, context: RouteContext) -> Routing:
 
 
 def draw_noise(logits: Tensor, moe: MoEConfig, context: RouteContext) -> Tensor | None:
-    """Gate noise [T, E] of standard deviation gate_noise / E, None in evaluation."""
+    """Return gate noise [T, E] with standard deviation gate_noise / E; None in evaluation."""
     if not context.training or moe.gate_noise == 0:
         return None
     noise = torch.randn_like(logits) if context.noise is None else context.noise

@@ -1,4 +1,4 @@
-"""``moe.overlap_degree=auto``: measure in how many chunks rows should travel."""
+"""``moe.overlap_degree=auto``: measure the fastest number of chunks per exchange."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .layer import MoELayer
 
 DEGREES = (1, 2, 4)
 _ROUNDS = 5
-_GAIN = 0.02  # what a higher degree must save: less is noise
+_GAIN = 0.02  # part of the time that a higher degree must save; less is noise
 
 
 def choose_overlap(
@@ -26,15 +26,14 @@ def choose_overlap(
 ) -> str:
     """Set ``overlap_degree`` of layers of one shape to the fastest; every rank must call it.
 
-    A layer like the first one runs forward and backward on random tokens, so that the layers and
-    torch's generators are left as they are. The slowest rank's median counts, and all ranks choose
-    the same.
+    A copy of the first layer runs forward and backward on random tokens; the layers and torch's
+    generators do not change. All ranks choose the degree by the median of the slowest rank.
 
     Args:
         shape: [B, H, W] of the tokens.
 
     Returns:
-        what was measured, in one line.
+        the measurements and the choice, in one line.
     """
     model = layers[0]
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
@@ -59,7 +58,7 @@ def choose_overlap(
 
 
 def _time(layer: MoELayer, tokens: Tensor) -> float:
-    """Seconds of one pass forth and back; the exchange itself keeps the ranks together."""
+    """Return the seconds of one forward and backward pass; its exchanges synchronise the ranks."""
     began = time.perf_counter()
     with torch.enable_grad():
         layer(tokens).output.sum().backward()

@@ -1,22 +1,22 @@
-"""Tutel as a backend: its moe_layer carries the tokens, with our router and experts inside.
+"""Tutel as a backend: its moe_layer exchanges the tokens, with our router and experts inside.
 
 Tutel (https://github.com/microsoft/tutel, MIT) is not in the package index: users install it from
-its repository. It shares our parameters, plan, losses and statistics, so that a checkpoint does not
-know which backend trained it. What its moe_layer does otherwise than one expects is handled here:
+its repository. It shares our parameters, plan, losses and statistics, so that checkpoints do not
+depend on the backend. This module works around these properties of its moe_layer:
 
-- it pops keys from the dicts it is handed, so they are made for it alone;
-- its own experts need an ``activation_fn``: ours stand in;
-- ``forward(capacity_factor=0)`` is ignored: the factor is set on the gate before each call;
-- with batch-prioritised order and no capacity it drops tokens: the order is left out there, where
-  it changes nothing;
+- it pops keys from the dicts that it gets, so it gets dicts of its own;
+- its own experts need an ``activation_fn``: ours replace them;
+- it ignores ``forward(capacity_factor=0)``: the factor is set on the gate before each call;
+- with batch-prioritised order and no capacity it drops tokens: the order, which has no effect
+  there, is off;
 - unequal tokens per rank need ``inequivalent_tokens``, which dropless calls set;
-- its balance loss hangs on the output and its counts are wrong with batch-prioritised order: loss
-  and counts come from our own plan of the same logits;
+- its balance loss is attached to the output, and its counts are wrong with batch-prioritised
+  order: loss and counts come from our plan of the same logits;
 - expert gradients are sums over the ranks' losses, as in our layer; the engine averages them;
-- its kernels are cached per device and not per dtype, and a token that is not finite is spread.
+- it caches kernels per device and not per dtype, and non-finite tokens spread to others.
 
-A self-check (``CHECKS``) compares it with our layer before the first use, in the situations in
-which the faults above would show, so that a changed Tutel fails loudly.
+A self-check (``CHECKS``) compares it with our layer before the first use, in cases that show these
+faults, so that a changed version of Tutel raises an error.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ _checked: set[tuple[int, str]] = set()  # group size and device of the layers th
 
 
 class Check(NamedTuple):
-    """One small layer of the self-check; outputs and all gradients must be ours.
+    """One small layer of the self-check; outputs and all gradients must equal ours.
 
     Attributes:
-        what: the known fault of Tutel's that it would show, for the message.
-        more_tokens: tokens that each rank has beyond those of the rank before.
+        covers: the known fault of Tutel that it shows, for the message.
+        more_tokens: tokens that each rank has in addition to those of the rank before.
     """
 
-    what: str
+    covers: str
     factor: float
     top_k: int
     dtype: torch.dtype = torch.float32
@@ -65,12 +65,12 @@ CHECKS = (
 
 
 class _Gate(nn.Module):
-    """Hands Tutel the logits that our router made."""
+    """A gate for Tutel that returns the logits of our router."""
 
     def __init__(self, top_k: int) -> None:
         super().__init__()
         self.top_k = top_k
-        self.gate_noise = 0.0  # ours is in the logits already
+        self.gate_noise = 0.0  # the logits contain our noise
         self.capacity_factor = 0.0
         self.logits: Tensor | None = None
 
@@ -80,7 +80,7 @@ class _Gate(nn.Module):
 
 
 class _ExpertsView(nn.Module):
-    """Our experts with the call that Tutel makes."""
+    """Our experts with the signature that Tutel calls."""
 
     def __init__(self, experts: nn.Module) -> None:
         super().__init__()
@@ -104,16 +104,16 @@ def _refuse_what_tutel_lacks(moe: MoEConfig, group: Group) -> None:
         "eval_top_k": moe.eval_top_k not in (0, moe.top_k),
         "normalize_gate with top_k=1": moe.normalize_gate and moe.top_k == 1,
     }
-    for what, wanted in lacking.items():
+    for setting, wanted in lacking.items():
         if wanted:
-            raise ValueError(f"moe.backend=tutel has no moe.{what}: use moe.backend=fused")
+            raise ValueError(f"moe.backend=tutel has no moe.{setting}: use moe.backend=fused")
 
 
 class TutelLayer(MoELayer):
-    """:class:`MoELayer` whose stages 3 to 5 are Tutel's.
+    """A :class:`MoELayer` whose stages 3 to 5 are Tutel's.
 
     Raises:
-        ValueError: Tutel is not installed, or does not compute what our layer does.
+        ValueError: Tutel is not installed, lacks a setting, or computes other values than our layer.
     """
 
     def __init__(
@@ -144,7 +144,7 @@ class TutelLayer(MoELayer):
             batch_prioritized_routing=moe.batch_prioritized,
             normalize_gate=moe.normalize_gate,
         )
-        # In a tuple, so that our parameters are not registered a second time under its names.
+        # In a tuple, so that our parameters are not registered again under Tutel's names.
         self._tutel = (layer,)
 
     def forward(self, x: Tensor) -> MoEResult:
@@ -165,7 +165,7 @@ class TutelLayer(MoELayer):
             logits = logits + noise * (moe.gate_noise / moe.num_experts)
         assert isinstance(routing.plan, RoutingPlan)
         factor = moe.capacity_factor if self.training else moe.eval_capacity_factor
-        # Tutel would queue a bad token and spread it: it goes through as zeros, and comes out so.
+        # Tutel would spread a bad token: its input and output are set to 0.
         bad = ~logits.isfinite().all(1, keepdim=True)
         tokens = tokens.masked_fill(bad, 0.0)
         self.gate_view.logits = logits.masked_fill(bad, 0.0)
@@ -179,7 +179,7 @@ class TutelLayer(MoELayer):
         return MoEResult(output.view_as(x).to(x.dtype), routing.aux_loss, routing.stats)
 
     def _self_check(self, x: Tensor) -> None:
-        """Hold small layers against ours, once per group size and device; collective."""
+        """Compare small layers with ours, once per group size and device; collective."""
         key = (self.group.size, x.device.type)
         if key in _checked:
             return
@@ -212,6 +212,6 @@ class TutelLayer(MoELayer):
         for theirs_value, our_value in zip(*results, strict=True):
             if not torch.allclose(theirs_value, our_value, rtol=tolerance, atol=tolerance):
                 raise ValueError(
-                    f"moe.backend=tutel: this version of Tutel computes otherwise ({check.what}, "
+                    f"moe.backend=tutel: this version of Tutel computes otherwise ({check.covers}, "
                     f"top-{check.top_k}, {check.dtype}); use moe.backend=fused"
                 )

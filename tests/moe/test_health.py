@@ -93,7 +93,7 @@ def test_choices_of_all_micro_steps_are_counted_once():
         (totals([60, 940]), "expert 1 takes 94 % of the tokens"),
         (totals([1000]), ""),  # one expert cannot but take all
         (totals([500, 500] + [10] * 6, top_k=2), "expert 0 takes 94 % of the tokens"),
-        (totals(EVEN, dropped=0.25), "25 % of the assignments find no place"),
+        (totals(EVEN, dropped=0.25), "25 % of the assignments are dropped"),
     ],
 )  # fmt: skip
 def test_symptoms(interval, expected):

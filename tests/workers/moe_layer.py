@@ -146,7 +146,7 @@ def check(world: World, case: Case, backend: str) -> None:
 def check_order(world: World) -> None:
     """Chunks are on their way while others are computed, in both passes alike."""
     events = []
-    start, wait = AllToAll.start, dispatcher._Ferry._wait
+    start, wait = AllToAll.start, dispatcher.Ferry.wait
 
     def starting(self, x, out, back=False):
         events.append("home" if back else "out")
@@ -158,14 +158,14 @@ def check_order(world: World) -> None:
 
     case = Case({"overlap_degree": 3})
     layer = build(case, MoEConfig(**{**BASE.model_dump(), **case.moe}), world.expert)
-    AllToAll.start, dispatcher._Ferry._wait = starting, waiting
+    AllToAll.start, dispatcher.Ferry.wait = starting, waiting
     try:
         x = tokens_of(world.rank, case).requires_grad_()
         result = layer(x)
         forward, events = events, []
         result.output.sum().backward()
     finally:
-        AllToAll.start, dispatcher._Ferry._wait = start, wait
+        AllToAll.start, dispatcher.Ferry.wait = start, wait
     assert forward == ["out"] * 3 + [0, "home", 1, "home", 2, "home", 0, 1, 2], forward
     assert events == ["out"] * 3 + [2, "home", 1, "home", 0, "home", 2, 1, 0], events
 
