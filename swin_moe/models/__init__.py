@@ -1,7 +1,7 @@
-"""The Swin family as modules: one backbone, feature maps of it, SimMIM around it.
+"""The Swin family as modules: a backbone, its feature maps, and SimMIM.
 
-``swin.py`` has the models and the table of how V1, V2, SwinMLP and Swin-MoE differ. ``build.py``
-makes a model of a config. Models by name and with weights of a file come from ``swin_moe``.
+``swin.py`` has the backbone and the table of the differences between V1, V2, SwinMLP and Swin-MoE.
+``build.py`` builds a model from config sections; ``swin_moe.build_model`` builds it by its name.
 """
 
 from typing import Any

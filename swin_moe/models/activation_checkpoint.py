@@ -1,7 +1,7 @@
-"""Activation checkpointing: blocks are computed again in the backward pass, never re-routed.
+"""Activation checkpointing: the backward pass computes blocks again, with the same routing.
 
-PyTorch's selective checkpointing keeps a list of ops, too, but numbers every other op as well, and
-fails where the recompute runs more of them than the forward pass, as ZeRO-3 does when it gathers.
+PyTorch's selective checkpointing could keep the routing ops, but it numbers every other op as well.
+It fails if the recompute runs more ops than the forward pass, as under ZeRO-3, which gathers.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ..ops import ROUTING_OPS
 
 
 class _Record(TorchDispatchMode):
-    """Runs everything and keeps what the routing ops return."""
+    """Runs every op and keeps the results of the routing ops."""
 
     def __init__(self, kept: list[Any]) -> None:
         super().__init__()
@@ -35,14 +35,14 @@ class _Record(TorchDispatchMode):
 
 
 class _Replay(TorchDispatchMode):
-    """Runs everything but the routing ops, which return what they returned before."""
+    """Runs every op except the routing ops, for which it returns the kept results."""
 
     def __init__(self, kept: list[Any]) -> None:
         super().__init__()
         self.kept, self.next = kept, 0
 
     def __enter__(self) -> Any:
-        self.next = 0  # a graph that is kept may be run backward again
+        self.next = 0  # with retain_graph, backward may run again
         return super().__enter__()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -53,7 +53,7 @@ class _Replay(TorchDispatchMode):
 
 
 def keep_routing() -> tuple[TorchDispatchMode, TorchDispatchMode]:
-    """Contexts of the forward pass and of the recompute, for ``torch.utils.checkpoint``."""
+    """Return contexts of forward pass and recompute, for ``torch.utils.checkpoint``."""
     kept: list[Any] = []
     return _Record(kept), _Replay(kept)
 
@@ -61,8 +61,8 @@ def keep_routing() -> tuple[TorchDispatchMode, TorchDispatchMode]:
 class _Call(nn.Module):
     """One call of a block under fairscale's ``checkpoint_wrapper``.
 
-    That runs the forward pass without gradients, knows tensors alone as results, and knows of
-    autocast only in fp16 on CUDA.
+    The wrapper runs the forward pass without gradients. It supports only tensors as results, and
+    autocast only in fp16 on CUDA; this class adds the rest.
     """
 
     def __init__(self, block: nn.Module, device: str) -> None:
@@ -74,7 +74,7 @@ class _Call(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Any, ...]:
         with self.replay if is_recomputing() else self.record, self.autocast():
-            # Statistics have no gradient: they pass by as one object.
+            # Statistics have no gradient: they stay one object.
             leaves, self.structure = tree_flatten(
                 self.block(x), is_leaf=lambda value: isinstance(value, RoutingStats)
             )
@@ -82,7 +82,7 @@ class _Call(nn.Module):
 
 
 def recomputed(block: nn.Module, x: Tensor, *, offload: bool) -> Any:
-    """``block(x)``, of which only x is kept for the backward pass, which computes it again.
+    """Return ``block(x)``, keeping only x for the backward pass, which computes the block again.
 
     Args:
         offload: keep x in host memory.

@@ -1,4 +1,4 @@
-"""What mixes tokens within a window: attention with its position bias, or SwinMLP's grouped MLP."""
+"""Mixers of the tokens in a window: attention with its position bias, or SwinMLP's grouped MLP."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ CPB_HIDDEN = 512
 
 
 class Evaluated(NamedTuple):
-    """A position bias that evaluation keeps, and copies of the weights that it was made of."""
+    """A position bias that evaluation keeps, and copies of the weights that gave it."""
 
     window_size: int
     sources: list[Tensor]
@@ -25,10 +25,10 @@ class Evaluated(NamedTuple):
 
 
 def _is_kept(source: Tensor) -> bool:
-    """Whether a bias made of this weight is kept.
+    """Return whether a bias computed from this weight may be kept.
 
-    Elsewhere than on a CPU, a comparison would wait for the device. ZeRO-3 leaves an empty tensor.
-    What a transform, a fake mode or a functional call puts in a parameter's place is not its own.
+    It may not on a GPU, where a comparison would wait for the device; under ZeRO-3, which leaves
+    empty tensors; and where a transform, a fake mode or a functional call replaces the parameter.
     """
     return type(source) is nn.Parameter and source.is_cpu and source.numel() > 0
 
@@ -38,16 +38,16 @@ def _same(kept: Tensor, source: Tensor) -> bool:
 
 
 def _is_plain(module: nn.Module) -> bool:
-    """Whether its parameters alone say what it computes: pruning and adapters know more."""
+    """Return whether a module's result depends on its parameters alone: no pruning, no adapters."""
     hooks = module._forward_pre_hooks or module._forward_hooks
     return type(module) in (nn.Sequential, Fp32Linear, nn.ReLU) and not hooks
 
 
 @torch.no_grad()
 def _make_coords(attention: WindowAttention, _: object = None) -> None:
-    """Set the coordinates. No file holds them, so that each loading of weights does, too.
+    """Set the coordinates, which no checkpoint holds; each loading of weights calls this.
 
-    A model that was made on the meta device has none, nor after ``to_empty``.
+    Models from the meta device have no coordinates, not even after ``to_empty``.
     """
     if attention.kind == "table":
         return
@@ -62,15 +62,18 @@ class WindowAttention(nn.Module):
     """Attention of one block; state-dict names are the official ones.
 
     Args:
-        dim: width C; ``num_heads`` divides it.
+        dim: width C, a multiple of ``num_heads``.
         window_size: side of the window at the built resolution.
-        cosine: cosine attention with a learned scale per head and no bias of k (V2); else the
+        cosine: cosine attention with a learned scale per head and no bias of k (V2); otherwise the
             scaled dot product with a full qkv bias.
         position_bias: ``table`` (V1), ``log_cpb`` (Swin-MoE: a network over log-spaced offsets) or
-            ``log_cpb_sigmoid`` (V2: 16·sigmoid of it).
-        pretrained_window_size: window the weights were trained at; 0 = this one.
+            ``log_cpb_sigmoid`` (V2: 16·sigmoid of that network).
+        pretrained_window_size: window at which the weights were trained; 0 = ``window_size``.
         qk_scale: factor of the dot product; None = head_dim^−½.
         chunk: see :func:`swin_moe.ops.window_attention`.
+
+    Attributes:
+        evaluated_bias: the bias that evaluation keeps, None in training.
     """
 
     coords: Tensor
@@ -116,16 +119,16 @@ class WindowAttention(nn.Module):
             self.register_load_state_dict_post_hook(_make_coords)
         self.proj = nn.Linear(dim, dim)
         self.proj_drop = nn.Dropout(proj_drop)
-        self._evaluated_bias: Evaluated | None = None
+        self.evaluated_bias: Evaluated | None = None
 
     def train(self, mode: bool = True) -> WindowAttention:
-        """As any module; and forgets the bias that evaluation keeps."""
-        self._evaluated_bias = None
+        """Set the mode as in any module, and drop the kept bias."""
+        self.evaluated_bias = None
         return super().train(mode)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """What is the attention's own, buffers included; the Linear layers are reset elsewhere."""
+        """Initialise the attention's own parameters and buffers, not those of its Linear layers."""
         if self.kind == "table":
             nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
         _make_coords(self)
@@ -136,21 +139,21 @@ class WindowAttention(nn.Module):
                     nn.init.zeros_(bias)
 
     def position_bias(self, window_size: int) -> Tensor:
-        """The bias of each pair of positions in a window: [heads, N, N]; networks give fp32.
+        """Return the bias of each pair of positions in a window, [heads, N, N]; fp32 from networks.
 
-        In evaluation without gradients on a CPU it is computed once, and again when weights have
-        changed, however they were written.
+        In evaluation without gradients on a CPU it is computed once, and again after any change of
+        its weights.
         """
         graph = torch.compiler.is_compiling() or is_leaving()
         if self.training or torch.is_grad_enabled() or graph:
-            return self._position_bias(window_size)
+            return self.compute_position_bias(window_size)
         table = self.kind == "table"
         sources = [self.relative_position_bias_table] if table else [*self.cpb_mlp.parameters()]
         plain = table or all(map(_is_plain, self.cpb_mlp.modules()))
         if not (plain and all(map(_is_kept, sources))):
-            return self._position_bias(window_size)
-        kept = self._evaluated_bias
-        # By value: what is written to `.data`, as averages of weights do, is counted nowhere.
+            return self.compute_position_bias(window_size)
+        kept = self.evaluated_bias
+        # By value: writes to `.data`, as by averages of weights, change no version counter.
         if (
             kept is None
             or kept.window_size != window_size
@@ -158,18 +161,18 @@ class WindowAttention(nn.Module):
         ):
             with torch.inference_mode(False), torch.no_grad():
                 copies = [source.detach().clone() for source in sources]
-                kept = Evaluated(window_size, copies, self._position_bias(window_size))
-            self._evaluated_bias = kept
+                kept = Evaluated(window_size, copies, self.compute_position_bias(window_size))
+            self.evaluated_bias = kept
         return kept.bias
 
-    def _position_bias(self, window_size: int) -> Tensor:
+    def compute_position_bias(self, window_size: int) -> Tensor:
+        """Compute the bias that :meth:`position_bias` returns."""
         table: Tensor
         if self.kind == "table":
             table = resize_bias_table(self.relative_position_bias_table, window_size)
         else:
             coords = self.coords
-            if window_size != self.window_size:  # another resolution than the one built for
-                # Scaled as at the window that the weights know: 0 stands for the built one.
+            if window_size != self.window_size:  # another resolution than the built one
                 trained = self.pretrained_window_size or self.window_size
                 coords = relative_coords(window_size, trained, coords.device)
             table = self.cpb_mlp(coords)  # [(2w−1)², heads]
@@ -177,21 +180,22 @@ class WindowAttention(nn.Module):
             table = 16 * table.sigmoid()
         return spread_bias_table(table, window_size)
 
-    def _qkv(self, x: Tensor) -> Tensor:
+    def project_qkv(self, x: Tensor) -> Tensor:
+        """Return q, k and v of tokens [..., C], concatenated: [..., 3·C]."""
         if not self.cosine or self.q_bias is None or self.v_bias is None:
             return self.qkv(x)
-        # A bias of k adds the same to all logits of a query: softmax does not see it.
+        # A bias of k would add the same to all logits of a query, which softmax cancels.
         bias = torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias))
         return F.linear(x, self.qkv.weight, bias)
 
     def forward(self, x: Tensor, window_size: int, shift_size: int) -> Tensor:
-        """x [B, H, W, C] to [B, H, W, C]; window and shift are the block's for this resolution."""
+        """Mix x [B, H, W, C] within windows; window and shift are those for this resolution."""
         if self.cosine:
             scale: Tensor = self.logit_scale
         else:
             scale = x.new_full((self.num_heads, 1, 1), self.scale, dtype=torch.float32)
         out = window_attention(
-            self._qkv(x).unflatten(3, (3, self.num_heads, -1)),
+            self.project_qkv(x).unflatten(3, (3, self.num_heads, -1)),
             self.position_bias(window_size),
             scale,
             window_size=window_size,
@@ -206,8 +210,8 @@ class WindowAttention(nn.Module):
 class SpatialMlp(nn.Conv1d):
     """SwinMLP's mixer: per head one dense layer over the window's positions.
 
-    ``weight`` [heads·N, N, 1] and ``bias`` [heads·N] fit one window, N = window_size², at any
-    resolution: where it does not fit, zeros are padded, which is also how windows are shifted.
+    ``weight`` is [heads·N, N, 1] and ``bias`` [heads·N], with N = window_size² at any resolution.
+    Maps are padded with zeros to whole windows, and also to shift the windows.
     """
 
     def __init__(self, num_heads: int, window_size: int) -> None:
@@ -217,7 +221,7 @@ class SpatialMlp(nn.Conv1d):
         self.window_size = window_size
 
     def mix(self, x: Tensor, shift_size: int) -> Tensor:
-        """x [B, H, W, C] to [B, H, W, C], windows shifted by ``shift_size``."""
+        """Mix x [B, H, W, C] within windows shifted by ``shift_size``."""
         (B, _, _, C), (H, W) = x.shape, sides(x)
         w, heads = self.window_size, self.num_heads
         before = w - shift_size if shift_size else 0

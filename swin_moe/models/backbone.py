@@ -1,4 +1,4 @@
-"""The backbone for detection and segmentation: normed feature maps of several strides."""
+"""The backbone for detection and segmentation: normalised feature maps of several strides."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ OutputFormat = Literal["NCHW", "NHWC"]
 
 
 class SwinFeatures(nn.Module):
-    """Feature maps of chosen stages, each taken before patch merging and normed by its own norm.
+    """Feature maps of chosen stages, taken before patch merging, each with its own norm.
 
-    Called with images [B, in_chans, H, W] of any size it returns :class:`Outputs` with a list of
-    maps, one per chosen stage i: [B, C·2^i, ⌈H/s⌉, ⌈W/s⌉] or channels last, where
-    s = patch_size·2^i. Norms are named ``norm0``, ``norm1``, … as in the official detection code.
+    For images [B, in_chans, H, W] of any size it returns :class:`Outputs` with a list of maps, one
+    per chosen stage i: [B, C·2^i, ⌈H/s⌉, ⌈W/s⌉] or channels last, where s = patch_size·2^i. Norms
+    are named ``norm0``, ``norm1``, … as in the official detection code.
 
     Args:
-        backbone: is modified: norm, head and the stages after the last chosen one are removed.
+        backbone: modified: norm, head and the stages after the last chosen one are removed.
         out_indices: ascending indices of stages.
         frozen_stages: −1 freezes nothing, 0 patch and position embedding, n also the first n
-            stages. What is frozen stays in eval mode.
-        freeze_moe: freeze routers and experts wherever they are.
+            stages. Frozen modules stay in eval mode.
+        freeze_moe: freeze routers and experts of all stages.
 
     Attributes:
         num_features: channels of each output; ``channels`` is the same list.
-        strides: pixels of each output's cell.
+        strides: pixels per cell of each output.
 
     Raises:
-        ValueError: an argument that does not fit the backbone.
+        ValueError: an argument does not fit the backbone.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class SwinFeatures(nn.Module):
         self.num_features = [config.embed_dim << i for i in out]
         self.channels = self.num_features
         self.strides = [config.patch_size << i for i in out]
-        # What takes no part goes: DDP waits for a gradient of every parameter.
+        # Unused modules are removed: DDP waits for a gradient of every parameter.
         del backbone.norm, backbone.head, backbone.layers[out[-1] + 1 :]
         self._stages()[-1].downsample = None
         for i, channels in zip(out, self.num_features, strict=True):

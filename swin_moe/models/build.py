@@ -1,4 +1,4 @@
-"""From the config sections of a model to the model."""
+"""Build a model from its config sections, and parse the names of its parameters."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from .swin import SwinTransformer
 
 
 def build(model: ModelConfig, moe: MoEConfig, expert_group: Group | None = None) -> SwinTransformer:
-    """The model of two config sections; weights are drawn from torch's global generator."""
+    """Build the model of two config sections; weights are drawn from torch's global generator."""
     return SwinTransformer(model, moe, expert_group)
 
 
 def expert_parameter_names(model: nn.Module) -> set[str]:
-    """Names of the parameters that hold this rank's experts only ([E_local, ...])."""
+    """Return the names of the parameters that hold this rank's experts only ([E_local, ...])."""
     return {name for name, _ in model.named_parameters() if ".experts." in name}
 
 
 def layer_id(name: str, depths: Sequence[int]) -> int:
-    """Layer of a parameter for layer decay, 0 to Σdepths + 1, also under ``encoder.``.
+    """Return the layer of a parameter for layer decay, 0 to Σdepths + 1, also under ``encoder.``.
 
-    Patch embedding and mask token are 0, block i of the whole model is i + 1, a stage's patch
-    merging belongs to its last block, and the rest comes last, an absolute position embedding
-    included: the ids of the official fine-tuning of SimMIM.
+    These are the ids of the official fine-tuning of SimMIM: patch embedding and mask token are 0,
+    block i of the whole model is i + 1, a stage's patch merging belongs to its last block, and all
+    others are last, also an absolute position embedding.
     """
     name = name.removeprefix("encoder.")
     if name.startswith(("patch_embed.", "mask_token")):
@@ -40,7 +40,7 @@ def layer_id(name: str, depths: Sequence[int]) -> int:
 
 
 def stage_of(name: str) -> int:
-    """The stage of a block or parameter, from a name such as ``encoder.layers.2.blocks.1``."""
+    """Return the stage of a block or parameter named such as ``encoder.layers.2.blocks.1``."""
     place = re.search(r"(?:^|\.)layers\.(\d+)\.", name)
     assert place is not None, name
     return int(place[1])

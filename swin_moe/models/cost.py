@@ -1,4 +1,4 @@
-"""Parameters and multiply-accumulates of a model, counted as the published tables count them."""
+"""Parameters and multiply-accumulates of a model, counted as in the published tables."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ class Cost:
     """Counts of one model.
 
     Attributes:
-        parameters: all, of all experts.
-        activated: those that one token meets: k of E experts in each MoE layer.
+        parameters: all parameters, with all experts.
+        activated: parameters per token: those of k of E experts in each MoE layer.
         macs: multiply-accumulates of one image's forward pass.
-        experts: of the parameters, those of experts.
+        experts: parameters of experts.
     """
 
     parameters: int
@@ -33,8 +33,7 @@ def count(model: ModelConfig, moe: MoEConfig, build: Callable[[], nn.Module] | N
     """Count from the config alone: the model is built on the meta device and needs no memory.
 
     Args:
-        build: makes the model of a task around the backbone; multiply-accumulates are the
-            backbone's.
+        build: builds the model of a task; multiply-accumulates are those of its backbone alone.
     """
     moe = moe.model_copy(update={"backend": "fused"})
     with torch.device("meta"), torch.random.fork_rng(devices=[]):
@@ -47,7 +46,7 @@ def count(model: ModelConfig, moe: MoEConfig, build: Callable[[], nn.Module] | N
 
 
 def _macs(model: ModelConfig, moe: MoEConfig) -> int:
-    """The official repository's rules, norms included (norms count C per token)."""
+    """Count by the official repository's rules, with C per token for each norm."""
     family = FAMILIES[model.family]
     height, width = model.token_grid
     dim = model.embed_dim
@@ -72,11 +71,11 @@ def _macs(model: ModelConfig, moe: MoEConfig) -> int:
             height, width = -(-height // 2), -(-width // 2)
             total += height * width * 4 * dim * 2 * dim
             dim *= 2
-    # The official count of the last norm: the first stage's tokens over 2^stages, not 4^(stages−1).
+    # The official code divides the first stage's tokens by 2^stages here, not by 4^(stages−1).
     last_norm = dim * model.token_grid[0] * model.token_grid[1] // 2 ** len(model.depths)
     return total + last_norm + dim * model.num_classes
 
 
 def _windows(height: int, width: int, window: int, padded: bool) -> int:
-    """Windows of a block; SwinMLP shifts by padding, which adds one in each direction."""
+    """Return the windows of a block; SwinMLP's shift by padding adds one in each direction."""
     return (-(-height // window) + padded) * (-(-width // window) + padded)

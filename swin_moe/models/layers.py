@@ -10,7 +10,7 @@ from ..ops import fixed, sides
 
 
 class Fp32Linear(nn.Linear):
-    """Linear layer that computes in fp32 (fp64 for fp64 weights), whatever the precision around."""
+    """A Linear layer that computes in fp32 (fp64 for fp64 weights), also under autocast."""
 
     def forward(self, input: Tensor) -> Tensor:
         wide = torch.promote_types(self.weight.dtype, torch.float32)
@@ -20,7 +20,7 @@ class Fp32Linear(nn.Linear):
 
 
 class PatchEmbed(nn.Module):
-    """Image [B, C, H, W] to tokens [B, H/p, W/p, embed_dim]; sides are padded to multiples of p."""
+    """Patch embedding: images [B, C, H, W] become tokens [B, ⌈H/p⌉, ⌈W/p⌉, embed_dim]."""
 
     def __init__(self, patch_size: int, in_chans: int, embed_dim: int, norm: bool = True) -> None:
         super().__init__()
@@ -43,7 +43,7 @@ class PatchEmbed(nn.Module):
 
 
 class PatchMerging(nn.Module):
-    """Four neighbours to one token: [B, H, W, C] to [B, ⌈H/2⌉, ⌈W/2⌉, 2C].
+    """Patch merging: four neighbours become one token, [B, H, W, C] → [B, ⌈H/2⌉, ⌈W/2⌉, 2C].
 
     Args:
         post_norm: LayerNorm after the reduction, width 2C (V2), instead of before it, width 4C.

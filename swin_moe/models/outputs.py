@@ -1,4 +1,4 @@
-"""What every model returns."""
+"""The return type of every model."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..moe import MoEResult, RoutingStats
 
 
 class Outputs(NamedTuple):
-    """Predictions, and the sums of the MoE layers where the model has any.
+    """Predictions, with the losses and statistics of MoE layers.
 
     Attributes:
         predictions: logits [B, num_classes], a list of maps, or a reconstructed image.
@@ -27,7 +27,7 @@ class Outputs(NamedTuple):
 
     @classmethod
     def of(cls, predictions: Any, results: Sequence[MoEResult]) -> Outputs:
-        """Predictions with the results of the layers, in the order of their calls."""
+        """Combine predictions with the results of the MoE layers, in the order of their calls."""
         if not results:
             return cls(predictions)
         aux_loss = torch.stack([result.aux_loss for result in results]).sum()

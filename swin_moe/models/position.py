@@ -1,4 +1,4 @@
-"""Relative positions within a window: offsets, their index, and how a bias table changes size."""
+"""Relative positions within a window: offsets, their index, and bias tables of other sizes."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from torch import Tensor
 def relative_coords(
     window_size: int, pretrained_window_size: int = 0, device: torch.device | None = None
 ) -> Tensor:
-    """Log-spaced offsets [(2w−1)², 2] of the CPB network, equation 4 of the Swin V2 paper.
+    """Return the log-spaced offsets [(2w−1)², 2] of the CPB network, equation 4 of the V2 paper.
 
-    Offsets are divided by (pretrained window − 1) where one is given, so that a network trained at
-    that window is asked for the same coordinates at a larger one.
+    Args:
+        pretrained_window_size: offsets are divided by this − 1, so that the network gets the
+            coordinates for which it was trained; 0 = ``window_size``.
     """
     reach = window_size - 1
     offsets = torch.arange(-reach, reach + 1, dtype=torch.float32, device=device)
@@ -27,7 +28,7 @@ def relative_coords(
 
 
 def relative_index(window_size: int, device: torch.device | None = None) -> Tensor:
-    """Row of the offset table for each (query, key) pair: [N, N], N = window_size²."""
+    """Return the row of the offset table for each (query, key) pair: [N, N], N = window_size²."""
     axis = torch.arange(window_size, device=device)
     position = torch.stack(torch.meshgrid(axis, axis, indexing="ij")).flatten(1)  # [2, N]
     offset = position[:, :, None] - position[:, None, :] + window_size - 1
@@ -35,12 +36,12 @@ def relative_index(window_size: int, device: torch.device | None = None) -> Tens
 
 
 def spread_bias_table(table: Tensor, window_size: int) -> Tensor:
-    """The bias of every pair of positions, from one per offset: [(2w−1)², heads] to [heads, N, N].
+    """Spread a bias per offset to pairs of positions: [(2w−1)², heads] → [heads, N, N].
 
-    It is ``table[relative_index]``, made of sliding windows: along each axis the offset of query i
-    and key j is i − j, so the biases of one query are w neighbours in the table, reversed. The
-    gradient is then a sum over windows, several times faster than one that scatters by index, and
-    in a fixed order.
+    The result is ``table[relative_index]``, computed by sliding windows: along each axis the offset
+    of query i and key j is i − j, so that the biases of one query are w neighbours in the table,
+    reversed. Its gradient is a sum over windows, several times faster than a scatter by index, and
+    its order is fixed.
     """
     w = window_size
     offsets = table.t().unflatten(1, (2 * w - 1, 2 * w - 1)).flip(1, 2)  # [heads, dy, dx]
@@ -49,10 +50,9 @@ def spread_bias_table(table: Tensor, window_size: int) -> Tensor:
 
 
 def resize_bias_table(table: Tensor, window_size: int) -> Tensor:
-    """V1's table [(2w₀−1)², heads] at another window, bicubically: [(2w−1)², heads].
+    """Resize V1's table [(2w₀−1)², heads] to [(2w−1)², heads], bicubically.
 
-    The official loader's rule: the table is taken as an image and stretched, whether the window
-    grows or shrinks.
+    As in the official loader, the table is resized as an image, for larger and smaller windows.
     """
     length, heads = table.shape
     old, new = math.isqrt(length), 2 * window_size - 1
@@ -66,7 +66,7 @@ def resize_bias_table(table: Tensor, window_size: int) -> Tensor:
 def resize_position_embedding(
     embedding: Tensor, old: tuple[int, int], new: tuple[int, int]
 ) -> Tensor:
-    """An absolute position embedding [1, h₀·w₀, C] for another grid, bicubically: [1, h·w, C]."""
+    """Resize an absolute position embedding [1, h₀·w₀, C] to [1, h·w, C], bicubically."""
     if old == new:
         return embedding
     image = embedding.float().unflatten(1, old).permute(0, 3, 1, 2)

@@ -1,4 +1,4 @@
-"""A model that is never whole in memory: its modules' weights are made and handed on in turn."""
+"""Build a model that is never whole in memory: each module's weights are made and taken in turn."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ Take = Callable[[list[nn.Parameter]], None]
 
 
 def build_in_parts(build: Callable[[], nn.Module], take: Take, fill: Fill) -> nn.Module:
-    """Build a model from the same draws as whole, a module at a time.
+    """Build a model module by module, with the same random draws as a whole model.
 
     Args:
-        build: makes the model without its initial weights; ``init_weights`` then draws them.
-        fill: called with the name and each initialised parameter, to put something else in it.
-        take: called with a module's own parameters after that; it is to free their memory.
+        build: builds the model without initial weights; ``init_weights`` then draws them.
+        take: called with each module's own parameters, to free their memory.
+        fill: called before ``take`` with the name and each initialised parameter, which it may
+            overwrite.
     """
     with _discarding():
         built = build()
@@ -43,10 +44,10 @@ def build_in_parts(build: Callable[[], nn.Module], take: Take, fill: Fill) -> nn
 
 @contextmanager
 def _discarding() -> Iterator[None]:
-    """Modules lose their weights as soon as they are part of another.
+    """Discard the weights of modules as soon as they are registered in another module.
 
-    Not built on the meta device: the layers' own constructors draw numbers, and what is drawn after
-    them must be the same.
+    The meta device would not do: constructors of layers draw random numbers, which later draws
+    depend on.
     """
 
     def discard(_parent: nn.Module, _name: str, child: nn.Module | None) -> None:

@@ -15,13 +15,13 @@ from .swin import SwinTransformer
 
 
 class SimMIM(nn.Module):
-    """An encoder that sees an image without its masked patches, and a layer that predicts pixels.
+    """An encoder of images with masked patches, and a layer that predicts pixels.
 
     State-dict names are the official ones: ``encoder.*`` with ``encoder.mask_token`` [1, 1, C], and
     ``decoder.0.*``, a 1×1 convolution to in_chans·stride² channels, stride = patch_size·2^(S−1).
 
     Args:
-        encoder: a model without classes, which gets a mask token.
+        encoder: a model without classes; a mask token is added to it.
         initialise: draw the weights of mask token and decoder; otherwise the caller calls
             :meth:`init_weights`.
 
@@ -49,10 +49,10 @@ class SimMIM(nn.Module):
     def init_weights(
         self, made: Callable[[nn.Module], AbstractContextManager[None]] = lambda _: nullcontext()
     ) -> None:
-        """Set every parameter and buffer again, by the official rules.
+        """Initialise every parameter and buffer, by the official rules.
 
         Args:
-            made: entered with each module while its own parameters are set, once.
+            made: context of each module, entered once, in which its own parameters are set.
         """
         self.encoder.init_weights(made)
         for module in self.decoder:
@@ -61,7 +61,7 @@ class SimMIM(nn.Module):
                     module.reset_parameters()
 
     def embed(self, images: Tensor, mask: Tensor) -> Tensor:
-        """Tokens [B, H/p, W/p, C] before the position embedding, masked ones replaced.
+        """Return tokens [B, H/p, W/p, C] before the position embedding, masked ones replaced.
 
         Raises:
             ValueError: the mask has another shape.
@@ -76,7 +76,7 @@ class SimMIM(nn.Module):
         return torch.where(mask.bool()[..., None], token, tokens)
 
     def forward(self, images: Tensor, mask: Tensor) -> Outputs:
-        """Reconstruct images [B, in_chans, H, W] from those patches that are not masked.
+        """Reconstruct images [B, in_chans, H, W] from their unmasked patches.
 
         Args:
             mask: [B, H/p, W/p], 1 or True = masked.
@@ -89,7 +89,7 @@ class SimMIM(nn.Module):
 
 
 def masked_pixels(mask: Tensor, patch_size: int, height: int, width: int) -> Tensor:
-    """A mask of patches [B, H/p, W/p] as a mask of pixels [B, 1, height, width] bool."""
+    """Return a mask of pixels, [B, 1, height, width] bool, from one of patches [B, H/p, W/p]."""
     pixels = mask.bool().repeat_interleave(patch_size, 1).repeat_interleave(patch_size, 2)
     return pixels[:, None, :height, :width]
 
@@ -106,7 +106,8 @@ def absolute_error(
             target (V2: 47); 0 = plain pixels (V1).
 
     Returns:
-        the absolute errors [B, C, H, W], 0 outside the mask; and the mask [B, 1, H, W] as numbers.
+        the absolute errors [B, C, H, W], 0 outside the mask; and the mask of pixels [B, 1, H, W] in
+        0 and 1.
     """
     target = images.to(_wide(images))
     if norm_target_size:
@@ -116,14 +117,18 @@ def absolute_error(
 
 
 def masked_l1_loss(error: Tensor, pixels: Tensor) -> Tensor:
-    """The official loss of :func:`absolute_error`: mean over masked pixels and channels."""
+    """Return the official loss, the mean over masked pixels and channels.
+
+    Args:
+        error, pixels: see :func:`absolute_error`.
+    """
     return error.sum() / (pixels.sum() + 1e-5) / error.shape[1]
 
 
 def norm_target(images: Tensor, size: int = 47) -> Tensor:
-    """Pixels [B, C, H, W] less the mean, over the deviation, of the size × size around each.
+    """Normalise pixels [B, C, H, W] by mean and deviation of the size × size pixels around each.
 
-    Only pixels inside the image count; the variance is the unbiased one.
+    Only pixels inside the image count; the variance is unbiased.
     """
     images = images.to(_wide(images))  # the variance is a small difference of large numbers
     mean, mean_square = _box_mean(images, size), _box_mean(images.square(), size)
@@ -134,7 +139,7 @@ def norm_target(images: Tensor, size: int = 47) -> Tensor:
 
 
 def _box_mean(x: Tensor, size: int) -> Tensor:
-    """Mean over the size × size around each pixel, first along columns, then along rows."""
+    """Return the mean of the size × size pixels around each, along columns and then along rows."""
     for kernel in ((size, 1), (1, size)):
         padding = (kernel[0] // 2, kernel[1] // 2)
         x = F.avg_pool2d(x, kernel, stride=1, padding=padding, count_include_pad=False)
@@ -142,7 +147,7 @@ def _box_mean(x: Tensor, size: int) -> Tensor:
 
 
 def _neighbours(length: int, size: int, device: torch.device) -> Tensor:
-    """How many of the ``size`` places around each position lie on the axis: [length]."""
+    """Return the number of the ``size`` places around each position on the axis, [length]."""
     position = torch.arange(length, device=device)
     last = (position + size // 2).clamp(max=length - 1)
     return last - (position - size // 2).clamp(min=0) + 1
@@ -161,14 +166,16 @@ def random_mask(
     ratio: float = 0.6,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """A mask of one image in patches: [height/p, width/p] bool, True = masked.
+    """Draw a mask of one image in patches: [height/p, width/p] bool, True = masked.
 
-    Of the squares of ``mask_unit`` pixels, ⌈ratio·number⌉ are masked as a whole. ``height`` and
-    ``width`` are in pixels.
+    Args:
+        height, width: of the image, in pixels.
+        mask_unit: side of the masked squares, in pixels.
+        ratio: share of the squares that are masked, rounded up.
 
     Raises:
-        ValueError: a side is no multiple of the unit, the unit none of the patch, or the ratio not
-            in [0, 1].
+        ValueError: a side is no multiple of ``mask_unit``, ``mask_unit`` is none of
+            ``patch_size``, or ``ratio`` is not in [0, 1].
     """
     if height % mask_unit or width % mask_unit or mask_unit % patch_size:
         raise ValueError(

@@ -1,8 +1,8 @@
-"""One hierarchical backbone for the whole Swin family; ``FAMILIES`` says how its members differ.
+"""One hierarchical backbone for the whole Swin family; ``FAMILIES`` lists the differences.
 
 Papers: Swin Transformer, https://arxiv.org/abs/2103.14030; Swin Transformer V2,
 https://arxiv.org/abs/2111.09883; Swin-MoE, in Tutel, https://arxiv.org/abs/2206.03382. State-dict
-names are the official ones; in every family any block's feed-forward may be a mixture of experts.
+names are the official ones. In every family any block's feed-forward may be a mixture of experts.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ _RESETTABLE = (nn.LayerNorm, nn.Conv2d, WindowAttention, CosineRouter, SoftRoute
 
 
 class Family(NamedTuple):
-    """What sets one member of the family apart.
+    """The properties of one member of the family.
 
     Attributes:
-        post_norm: residual post-norm, x + LN(f(x)), and patch merging that normalises after its
-            reduction; else pre-norm, x + f(LN(x)), and LN before the reduction.
-        cosine: cosine attention, else the scaled dot product; None = no attention but SwinMLP's
-            grouped layer over the window's positions.
+        post_norm: residual post-norm, x + LN(f(x)), and patch merging with LN after its reduction;
+            otherwise pre-norm, x + f(LN(x)), and LN before the reduction.
+        cosine: cosine attention, otherwise the scaled dot product; None = SwinMLP's grouped layer
+            over the window's positions instead of attention.
         position_bias: see :class:`WindowAttention`.
     """
 
@@ -55,7 +55,7 @@ FAMILIES = {
 
 
 def effective_window(height: int, width: int, window_size: int, shifted: bool) -> tuple[int, int]:
-    """(window, shift) of a block at a resolution in tokens: clipped to the smaller side."""
+    """Return (window, shift) of a block on a map of tokens, clipped to the smaller side."""
     if height <= window_size or width <= window_size:
         return (height if height <= width else width), 0  # min() would stay in a graph's sizes
     return window_size, window_size // 2 if shifted else 0
@@ -65,7 +65,7 @@ class SwinBlock(nn.Module):
     """Mixing within (shifted) windows, then a feed-forward, each on a residual branch.
 
     Args:
-        mixer: attention, or SwinMLP's grouped layer; their official names differ.
+        mixer: attention, or SwinMLP's grouped layer.
         extra_norm: LayerNorm on the main branch at the end of the block (V2 H and G).
     """
 
@@ -105,7 +105,7 @@ class SwinBlock(nn.Module):
         return (fed.output, fed) if isinstance(fed, MoEResult) else (fed, None)
 
     def forward(self, x: Tensor) -> tuple[Tensor, MoEResult | None]:
-        """x [B, H, W, C] to the same shape, and the MoE layer's result where the block has one."""
+        """Return x [B, H, W, C] after the block, and its MoE layer's result, if it has one."""
         if self.post_norm:
             x = x + self.drop_path(self.norm1(self._mix(x)))
             fed, routed = self._feed(x)
@@ -124,8 +124,8 @@ class SwinStage(nn.Module):
     """Blocks at one resolution, then patch merging (none in the last stage).
 
     Args:
-        recomputed: so many of the first blocks are computed again in the backward pass.
-        offload: and their inputs are kept in host memory until then.
+        recomputed: number of first blocks that the backward pass computes again.
+        offload: keep their inputs in host memory until then.
     """
 
     def __init__(
@@ -141,7 +141,7 @@ class SwinStage(nn.Module):
         self.recomputed, self.offload = recomputed, offload
 
     def forward_blocks(self, x: Tensor) -> tuple[Tensor, list[MoEResult]]:
-        """x [B, H, W, C] through the blocks alone."""
+        """Apply the blocks to x [B, H, W, C], without patch merging."""
         routed = []
         for index, block in enumerate(self.blocks):
             if index < self.recomputed and self.training and torch.is_grad_enabled():
@@ -160,14 +160,13 @@ class SwinStage(nn.Module):
 class SwinTransformer(nn.Module):
     """A model of the Swin family, dense or with MoE blocks.
 
-    Called with images [B, in_chans, H, W] of any size it returns :class:`Outputs` with logits
-    [B, num_classes]. A graph that leaves Python (:mod:`swin_moe.ops.leaving`) returns the logits
-    alone if the model is dense. No process group is needed unless ``expert_group`` has more
-    than one rank. On the meta device it takes no memory; ``to_empty`` and :meth:`init_weights` then
-    make it real.
+    For images [B, in_chans, H, W] of any size it returns :class:`Outputs` with logits
+    [B, num_classes]. In an exported graph (:mod:`swin_moe.ops.leaving`) a dense model returns the
+    logits alone. No process group is needed unless ``expert_group`` has more than one rank. On the
+    meta device it takes no memory; ``to_empty`` and :meth:`init_weights` then make it real.
 
     Args:
-        initialise: set the weights; else whoever builds it calls :meth:`init_weights`.
+        initialise: draw the weights; otherwise the caller calls :meth:`init_weights`.
     """
 
     def __init__(
@@ -260,13 +259,14 @@ class SwinTransformer(nn.Module):
     def init_weights(
         self, made: Callable[[nn.Module], AbstractContextManager[None]] = lambda _: nullcontext()
     ) -> None:
-        """Set every parameter and buffer anew, by the official rules.
+        """Initialise every parameter and buffer, by the official rules.
 
-        Linear: truncated normal ``init_std``, bias 0; experts: ``moe.init_std``; LayerNorm: 1 and
-        0, but in V2 both norms of each block 0, so that a block starts as the identity.
+        Linear: truncated normal with ``init_std``, bias 0; experts: ``moe.init_std``; LayerNorm:
+        weight 1, bias 0. In V2 both norms of each block have weight 0, so that a block starts as
+        the identity.
 
         Args:
-            made: entered with each module while its own parameters are set, once.
+            made: context of each module, entered once, in which its own parameters are set.
         """
         blocks = [b for b in self.modules() if isinstance(b, SwinBlock) and b.post_norm]
         zero = {id(norm) for block in blocks for norm in (block.norm1, block.norm2)}
@@ -295,11 +295,11 @@ class SwinTransformer(nn.Module):
             module.reset_parameters()
 
     def add_mask_token(self) -> None:
-        """Add the token [1, 1, C] that stands for masked patches, not yet initialised."""
+        """Add the token [1, 1, C] that replaces masked patches, not yet initialised."""
         self.mask_token = nn.Parameter(torch.empty(1, 1, self.config.embed_dim))
 
     def add_position(self, x: Tensor) -> Tensor:
-        """Patches [B, H, W, C] with the absolute position embedding, where there is one."""
+        """Add the absolute position embedding, if any, to tokens [B, H, W, C]."""
         if self.absolute_pos_embed is not None:
             grid = sides(x)
             embedding = resize_position_embedding(
@@ -309,11 +309,11 @@ class SwinTransformer(nn.Module):
         return self.pos_drop(x)
 
     def embed(self, images: Tensor) -> Tensor:
-        """Images [B, in_chans, H, W] to tokens [B, H/p, W/p, embed_dim]."""
+        """Return the tokens [B, H/p, W/p, embed_dim] of images [B, in_chans, H, W]."""
         return self.add_position(self.patch_embed(of_one_size(images)))
 
     def forward_stages(self, x: Tensor) -> tuple[Tensor, list[MoEResult]]:
-        """Tokens [B, h, w, embed_dim] to normed tokens [B, h', w', num_features]."""
+        """Apply stages and norm: tokens [B, h, w, embed_dim] → [B, h', w', num_features]."""
         routed: list[MoEResult] = []
         for layer in self.layers:
             x, results = layer(x)
@@ -321,7 +321,7 @@ class SwinTransformer(nn.Module):
         return self.norm(x), routed
 
     def forward_features(self, images: Tensor) -> tuple[Tensor, list[MoEResult]]:
-        """Normed tokens [B, h', w', num_features] and the MoE layers' results."""
+        """Return normed tokens [B, h', w', num_features] and the MoE layers' results."""
         return self.forward_stages(self.embed(images))
 
     def forward(self, images: Tensor) -> Outputs:

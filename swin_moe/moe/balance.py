@@ -13,7 +13,7 @@ from ..ops import Route
 
 
 def balance_loss(moe: MoEConfig, route: Route) -> Tensor:
-    """Return the weighted sum of the losses that ``moe.balance`` and ``moe.z_loss_weight`` select."""
+    """Return the weighted sum of the losses of ``moe.balance`` and ``moe.z_loss_weight``."""
     tokens = route.expert.shape[0]
     loss = route.scalars.new_zeros(())
     if tokens == 0:

@@ -137,7 +137,7 @@ class TokenDispatcher:
 
 
 def _runs(first: Tensor, length: Tensor, device: torch.device, step: int = 1) -> Tensor:
-    """Return [Σ length] int64: for each run, ``length`` numbers from ``first`` on, ``step`` apart."""
+    """Return [Σ length] int64: ``length`` numbers from ``first`` on, ``step`` apart, per run."""
     total = int(length.sum())
     length = length.flatten()
     # Only short tensors are copied to the device; tensors as long as the rows are made there.
@@ -148,7 +148,7 @@ def _runs(first: Tensor, length: Tensor, device: torch.device, step: int = 1) ->
 
 
 def _maps(order: Tensor, size: int, choices: int = 1) -> Maps:
-    """Return the row maps for ``moe_dispatch`` of ``size`` rows, each ``choices`` times, in an order."""
+    """Return row maps for ``moe_dispatch``: ``size`` rows, each ``choices`` times, in ``order``."""
     destination = order.new_full((size * choices,), -1)
     destination[order] = torch.arange(order.numel(), device=order.device)
     return order.to(torch.int32), destination.view(size, choices).to(torch.int32)

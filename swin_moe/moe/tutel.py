@@ -113,7 +113,7 @@ class TutelLayer(MoELayer):
     """A :class:`MoELayer` whose stages 3 to 5 are Tutel's.
 
     Raises:
-        ValueError: Tutel is not installed, lacks a setting, or computes other values than our layer.
+        ValueError: Tutel is not installed, lacks a setting, or differs from our layer in results.
     """
 
     def __init__(

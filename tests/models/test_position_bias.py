@@ -19,13 +19,13 @@ def attention_of(model):
 
 def count_computations(attention, monkeypatch):
     calls = []
-    compute = attention._position_bias
+    compute = attention.compute_position_bias
 
     def counted(window_size):
         calls.append(window_size)
         return compute(window_size)
 
-    monkeypatch.setattr(attention, "_position_bias", counted)
+    monkeypatch.setattr(attention, "compute_position_bias", counted)
     return calls
 
 
@@ -108,7 +108,7 @@ def test_what_stands_in_for_the_parameters_is_not_kept(family):
             fakes = {name: mode.from_tensor(tensor) for name, tensor in tensors.items()}
             fake_images = torch.empty(2, 3, 32, 32)
             assert functional_call(model, fakes, (fake_images,)).predictions.shape == (2, 5)
-        assert attention_of(model)._evaluated_bias is None
+        assert attention_of(model).evaluated_bias is None
         other = {name: 2 * tensor for name, tensor in tensors.items()}
         expected = functional_call(copy.deepcopy(model).train(False), other, (images,))[0]
         model(images)  # keeps its own

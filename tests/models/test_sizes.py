@@ -84,7 +84,7 @@ def groups(height, width, window, before, wrapped):
 def brute_force(attn: WindowAttention, x, window, shift):
     """x [H, W, C] to [H, W, C]: attention of real tokens alone, window by window."""
     height, width, _ = x.shape
-    qkv = attn._qkv(x).view(height, width, 3, attn.num_heads, -1)
+    qkv = attn.project_qkv(x).view(height, width, 3, attn.num_heads, -1)
     bias, out = attn.position_bias(window), torch.empty_like(x)
     for members in groups(height, width, window, -shift, wrapped=True):
         rows, columns, positions = map(list, zip(*members, strict=True))
