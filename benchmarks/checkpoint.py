@@ -93,7 +93,7 @@ class Bench:
         self.pending = dcp.async_save(self.state(), checkpoint_id=where, process_group=self.group)
 
     def deepspeed(self) -> None:
-        self.engine._engine.save_checkpoint(str(self.folder / f"deepspeed-{self.step}"))
+        self.engine.deepspeed.save_checkpoint(str(self.folder / f"deepspeed-{self.step}"))
 
     def settle(self) -> None:
         """Wait until all is on disk."""

@@ -145,18 +145,18 @@ def test_too_many_unreadable_images_stop_the_run(tmp_path):
 
 def test_a_resume_keeps_its_windows(tmp_path):
     """Another window is another function: it takes a new run, which adopts the old windows."""
-    from swin_moe.training.run_directory import _check_same_model
+    from swin_moe.training.run_directory import check_same_model
 
     reader = SimpleNamespace(path=tmp_path)
     saved = load_config(MICRO)
-    _check_same_model(reader, saved, load_config(MICRO, ["schedule.epochs=3"]))
+    check_same_model(reader, saved, load_config(MICRO, ["schedule.epochs=3"]))
     for overrides, message in (
         (["model.window_size=8", "model.img_size=64"], r"windows \[8, 8, 4\].*\[4, 4, 2\]"),
         (["model.pretrained_window_sizes=[8,8,8]"], "model.pretrained_window_sizes"),
         (["model.embed_dim=32"], "model.embed_dim=32"),
     ):
         with pytest.raises(ConfigError, match=message):
-            _check_same_model(reader, saved, load_config(MICRO, overrides))
+            check_same_model(reader, saved, load_config(MICRO, overrides))
 
 
 def test_a_missing_argument_is_named_alone(capsys):

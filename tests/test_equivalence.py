@@ -165,10 +165,10 @@ def test_what_offload_needs_is_told(tmp_path, monkeypatch):
     zero = ZeroConfig(stage=3, offload_optimizer="nvme", nvme_path="/proc/nowhere")
     monkeypatch.setattr(AsyncIOBuilder, "is_compatible", lambda self: True)
     with pytest.raises(ValueError, match=r"zero\.nvme_path=/proc/nowhere: "):
-        engine._prepare_nvme(zero, None)
+        engine.prepare_nvme(zero, None)
     monkeypatch.setattr(AsyncIOBuilder, "is_compatible", lambda self: False)
     with pytest.raises(ValueError, match="apt install libaio-dev"):
-        engine._prepare_nvme(zero, None)
+        engine.prepare_nvme(zero, None)
 
 
 def table(folder):

@@ -86,11 +86,11 @@ def test_a_clock_that_was_set_back_doubles_no_step_in_tensorboard(tmp_path, monk
     assert [event.step for event in events.Scalars("train/loss")] == list(range(1, 9))
 
 
-def test_a_full_disk_is_told_once_and_ends_nothing(tmp_path, caplog):
+def test_a_full_disk_is_reported_once_and_ends_nothing(tmp_path, caplog):
     log = MetricLog(tmp_path, tensorboard=True, resume_step=None)
     log.path.unlink()
     log.path.symlink_to("/dev/full")
-    events = log._events._file.path
+    (events,) = (tmp_path / "tensorboard").iterdir()
     events.rename(tmp_path / "whole")
     events.symlink_to("/dev/full")
     for record in records(range(1, 30)):

@@ -8,7 +8,7 @@ import torch
 from swin_moe.config import load_config
 from swin_moe.distributed import Group, World
 from swin_moe.tasks import build_task
-from swin_moe.training.auto_batch import _largest, choose_micro_batch
+from swin_moe.training.auto_batch import choose_micro_batch, largest_that_fits
 from tests.parallel import MICRO, train
 
 WORLD = World(0, 0, 1, torch.device("cpu"), Group(), Group())
@@ -73,7 +73,7 @@ def test_the_largest_that_fits_is_found(room, expected):
         tried.append(size)
         return size <= room
 
-    assert _largest([8, 4, 2, 1], fits) == expected
+    assert largest_that_fits([8, 4, 2, 1], fits) == expected
     assert tried[0] == 8
 
 

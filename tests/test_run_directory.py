@@ -15,7 +15,7 @@ from swin_moe.config import load_config
 from swin_moe.distributed.watchdog import Watchdog
 from swin_moe.reporting.metric_log import MetricLog, read_metrics
 from swin_moe.training import run_directory
-from swin_moe.training.run_directory import MARKER, Run, _adopt, _write_config
+from swin_moe.training.run_directory import MARKER, Run, adopt_folder, write_config
 from tests.parallel import MICRO
 from tests.saving import ALONE, save
 
@@ -23,7 +23,7 @@ from tests.saving import ALONE, save
 @pytest.fixture(autouse=True)
 def _release(monkeypatch):
     held = []
-    monkeypatch.setattr(run_directory, "_held", held)
+    monkeypatch.setattr(run_directory, "held_locks", held)
     yield
     for handle in held:
         handle.close()
@@ -36,38 +36,40 @@ def run_of(folder):
 def test_a_run_that_hardly_began_begins(tmp_path):
     (tmp_path / MARKER).touch()
     (tmp_path / "logs").mkdir()
-    assert _adopt(run_of(tmp_path), fresh=False) == ""
+    assert adopt_folder(run_of(tmp_path), fresh=False) == ""
     assert (tmp_path / "logs").is_dir()
 
 
 def test_a_run_that_is_held_is_waited_for_and_its_holder_named(tmp_path, monkeypatch, caplog):
-    assert _adopt(run_of(tmp_path / "run"), fresh=False) == ""
+    assert adopt_folder(run_of(tmp_path / "run"), fresh=False) == ""
     holder = rf"another training runs in .*run \(process {os.getpid()} on .+\): wait for it, end it"
     waited = []
     monkeypatch.setattr(run_directory.time, "sleep", waited.append)
     monkeypatch.setattr(run_directory.time, "monotonic", lambda: sum(waited))
     with pytest.raises(ValueError, match=holder):
-        _adopt(run_of(tmp_path / "run"), fresh=False)
+        adopt_folder(run_of(tmp_path / "run"), fresh=False)
     assert 10 <= sum(waited) < 11
     assert caplog.text.count("waiting for the training that runs in") == 1
     (tmp_path / "run" / MARKER).write_bytes(b"\xff")  # not our words
     with pytest.raises(ValueError, match=r"another training runs in \S*run: wait"):
-        _adopt(run_of(tmp_path / "run"), fresh=False)
+        adopt_folder(run_of(tmp_path / "run"), fresh=False)
 
 
 def test_what_ends_within_some_seconds_does_not_stop_the_next_start(tmp_path, monkeypatch):
-    assert _adopt(run_of(tmp_path / "run"), fresh=False) == ""
-    monkeypatch.setattr(run_directory.time, "sleep", lambda _: run_directory._held.pop().close())
-    assert _adopt(run_of(tmp_path / "run"), fresh=False) == ""
+    assert adopt_folder(run_of(tmp_path / "run"), fresh=False) == ""
+    monkeypatch.setattr(
+        run_directory.time, "sleep", lambda _: run_directory.held_locks.pop().close()
+    )
+    assert adopt_folder(run_of(tmp_path / "run"), fresh=False) == ""
 
 
 def test_a_copy_without_the_hidden_marker_is_a_run(tmp_path):
     path = save(tmp_path / "run/checkpoints", 1, [("a", {"weight": torch.zeros(2)})])
-    assert _adopt(run_of(tmp_path / "run"), fresh=False) == str(path)
+    assert adopt_folder(run_of(tmp_path / "run"), fresh=False) == str(path)
     assert (tmp_path / "run" / MARKER).exists()
     (tmp_path / "other/checkpoints/step-00000001").mkdir(parents=True)  # another program's
     with pytest.raises(ValueError, match="was not made by swin-moe"):
-        _adopt(run_of(tmp_path / "other"), fresh=False)
+        adopt_folder(run_of(tmp_path / "other"), fresh=False)
 
 
 def test_a_run_begins_beside_what_was_printed_to_a_file_and_beside_nothing_else(tmp_path):
@@ -76,9 +78,9 @@ def test_a_run_begins_beside_what_was_printed_to_a_file_and_beside_nothing_else(
     (folder / "slurm-12.out").write_text("printed")
     (folder / "notes").write_text("mine")
     with pytest.raises(ValueError, match=r"was not made by swin-moe \(it holds notes\)"):
-        _adopt(run_of(folder), fresh=False)
+        adopt_folder(run_of(folder), fresh=False)
     (folder / "notes").unlink()
-    assert _adopt(run_of(folder), fresh=False) == ""
+    assert adopt_folder(run_of(folder), fresh=False) == ""
     assert (folder / "slurm-12.out").read_text() == "printed"
 
 
@@ -87,7 +89,7 @@ def test_a_file_system_without_locks_is_told_and_used(tmp_path, monkeypatch, cap
         raise OSError(errno.ENOSYS, "Function not implemented")
 
     monkeypatch.setattr(run_directory.fcntl, "flock", refuse)
-    assert _adopt(run_of(tmp_path / "run"), fresh=False) == ""
+    assert adopt_folder(run_of(tmp_path / "run"), fresh=False) == ""
     assert "has no locks (Function not implemented); let no second training run" in caplog.text
 
 
@@ -115,7 +117,7 @@ def test_odd_things_in_a_run_stop_no_start(tmp_path, kind, monkeypatch, caplog):
     dog.log_to(run.log_file)
     monkeypatch.setattr(run_directory, "gather_objects", lambda one: [one])
     run_directory.record_start(run, "")
-    _write_config(tmp_path, load_config(MICRO, []), None)
+    write_config(tmp_path, load_config(MICRO, []), None)
     metrics = MetricLog(tmp_path, tensorboard=True, resume_step=3)
     metrics.write({"step": 4, "epoch": 1.0})
     metrics.close()
@@ -137,16 +139,18 @@ def test_a_run_without_a_checkpoint_is_moved_aside(tmp_path, fresh):
     folder.mkdir()
     for name in (MARKER, "metrics.jsonl"):
         (folder / name).touch()
-    assert _adopt(run_of(folder), fresh) == ""
+    assert adopt_folder(run_of(folder), fresh) == ""
     assert [path.name for path in folder.iterdir()] == [MARKER]
     assert len(list(tmp_path.glob("run.*/metrics.jsonl"))) == 1
 
 
 def test_a_restart_waits_for_what_the_dead_left_behind(tmp_path, monkeypatch):
-    assert _adopt(run_of(tmp_path / "run"), fresh=False) == ""
+    assert adopt_folder(run_of(tmp_path / "run"), fresh=False) == ""
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    monkeypatch.setattr(run_directory.time, "sleep", lambda _: run_directory._held.pop().close())
-    assert _adopt(run_of(tmp_path / "run"), fresh=False) == ""
+    monkeypatch.setattr(
+        run_directory.time, "sleep", lambda _: run_directory.held_locks.pop().close()
+    )
+    assert adopt_folder(run_of(tmp_path / "run"), fresh=False) == ""
 
 
 @pytest.mark.parametrize("name", ["TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"])
@@ -163,9 +167,9 @@ def test_restarts_are_known(monkeypatch, name):
 def test_the_config_before_a_change_is_kept_through_further_starts(tmp_path):
     reader = SimpleNamespace(path=tmp_path / "step-00000135")
     old, new = (load_config(MICRO, [f"optimizer.base_lr={rate}"]) for rate in ("1e-3", "2e-3"))
-    _write_config(tmp_path, old, None)
+    write_config(tmp_path, old, None)
     for _ in range(2):  # the second start comes before the next checkpoint
-        _write_config(tmp_path, new, reader)
+        write_config(tmp_path, new, reader)
     kept = load_config(tmp_path / "config-until-step-00000135.yaml")
     assert kept.optimizer.base_lr == 1e-3
     assert load_config(tmp_path / "config.yaml").optimizer.base_lr == 2e-3

@@ -204,5 +204,7 @@ def test_a_run_that_is_done_names_the_key_that_ends_it():
     assert plan.limit(Position(step=30, epoch=3)) == "schedule.epochs"
     limit = plan.limit(Position(step=25, epoch=2, update=5))
     result = Result(Metric("top1", "top-1", "%"), None, None, -1, 0, 0.0, limit)
-    (said,) = closing(Path("run"), result, 1.0).columns[1]._cells[:1]
-    assert said.startswith("nothing was left to do: raise train.max_steps to go on; --fresh")
+    console = Console(width=200, record=True, quiet=True)
+    console.print(closing(Path("run"), result, 1.0))
+    expected = "nothing was left to do: raise train.max_steps to go on; --fresh"
+    assert expected in console.export_text()

@@ -1,5 +1,6 @@
-"""One run: the loop and all that it drives.
+"""The parts of a training run.
 
-``trainer.py`` makes updates, evaluates and saves. ``engine.py`` is the only file that knows
-DeepSpeed. The rest finds a batch that fits, agrees on bad updates and keeps the run directory.
+``trainer.py`` has the loop, ``engine.py`` wraps DeepSpeed, and ``checkpointer.py`` saves and
+restores the run's state. The other files find a micro-batch that fits, agree on bad updates, and
+manage inputs, optimizer and run directory.
 """

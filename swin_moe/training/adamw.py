@@ -1,8 +1,7 @@
-"""AdamW whose moments take two bytes each, computed in fp32 and rounded at random when kept.
+"""AdamW with bf16 moments, computed in fp32 and stored with stochastic rounding.
 
 With beta2 = 0.999 the second moment changes by 0.1 % in an update, less than half of bf16's step:
-rounded to nearest it would stand still for ever. Rounded up with the probability of what is cut
-off, it follows the exact one on average.
+with rounding to nearest it would never change. Stochastic rounding keeps its mean exact.
 """
 
 from __future__ import annotations
@@ -15,12 +14,12 @@ import torch
 from torch import Tensor
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-PAIRS = "moments"  # state: both moments of an element in the four bytes of one fp32 number
+PAIRS = "moments"  # state key: both moments of an element in the bits of one fp32 number
 _HIGH = -65536  # the upper half of an int32
 
 
 def moment_views(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """An optimizer's moments of one parameter by kind, 1-D, in memory that the state shares."""
+    """Return 1-D views of an optimizer's moments of one parameter, by kind."""
     if PAIRS not in state:
         return {kind: state[kind].view(-1) for kind in MOMENTS}
     # The lower half of a little-endian number comes first.
@@ -29,14 +28,14 @@ def moment_views(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 class PairedAdamW(torch.optim.Optimizer):
-    """:class:`torch.optim.AdamW` with bf16 moments beside fp32 weights.
+    """:class:`torch.optim.AdamW` with bf16 moments and fp32 weights.
 
-    The two moments of an element lie together in the bits of an fp32 tensor as long as the weights:
-    whatever cuts, moves or swaps the state of an optimizer takes it for one of that dtype. All is
-    computed in fp32, in pieces that stay in the cache, and nothing is as long as the weights.
+    An fp32 tensor of the weights' shape holds both moments of each element in its bits, so that
+    DeepSpeed can cut, move and swap it like any fp32 state. Updates are computed in fp32, in pieces
+    that fit into the cache.
 
-    The random numbers are functions of the update's number and the element's place alone: a run
-    that is resumed repeats them, and no generator is drawn from.
+    The random numbers depend only on the update's number and the element's place: a resumed run
+    repeats them, and no global generator is used.
     """
 
     def __init__(
@@ -67,11 +66,14 @@ class PairedAdamW(torch.optim.Optimizer):
 def start_moments(
     state: dict[str, Tensor], parameter: Tensor, updates: int, keys: tuple[str, ...]
 ) -> None:
-    """Set the state of a parameter to zero moments after so many updates.
+    """Set the state of a parameter to zero moments, in place if there are any.
 
-    In place where there are some: what swaps them knows them by identity.
+    DeepSpeed's swapper identifies moments by their tensors.
+
+    Args:
+        updates: number of updates made so far.
     """
-    # Torch's fused AdamW counts where it computes; ours reads the number on the host.
+    # Torch's fused AdamW keeps the number on the device; ours reads it on the host.
     device = "cpu" if PAIRS in keys else parameter.device
     state["step"] = torch.tensor(float(updates), device=device)
     for kind in keys:
@@ -85,7 +87,7 @@ def _update(parameter: Tensor, state: dict[str, Tensor], group: dict[str, Any]) 
     step = int(state["step"])
     weights, gradient = parameter.view(-1), parameter.grad.reshape(-1)  # type: ignore[union-attr]
     pairs = state[PAIRS].view(-1).view(torch.int32)
-    size = 1 << 16 if pairs.device.type == "cpu" else 1 << 24  # a piece in the cache; a launch
+    size = 1 << 16 if pairs.device.type == "cpu" else 1 << 24  # fits the cache; fills a launch
     table = _table(size, pairs.device)
     generator = torch.Generator().manual_seed(step)
     pieces = -(-pairs.numel() // size)
@@ -106,7 +108,7 @@ def _update_piece(
     step: int,
     group: dict[str, Any],
 ) -> None:
-    """One update (https://arxiv.org/abs/1711.05101) of elements; pairs and noise are int32."""
+    """Update elements (https://arxiv.org/abs/1711.05101); pairs and noise are int32."""
     beta1, beta2 = group["betas"]
     first = pairs.bitwise_and(_HIGH).view(torch.float32)
     second = pairs.bitwise_left_shift(16).view(torch.float32)
@@ -120,12 +122,12 @@ def _update_piece(
 
 
 def _rounded(values: Tensor, noise: Tensor) -> Tensor:
-    """Bits of fp32 values whose upper halves are the values rounded to bf16 at random."""
+    """Return bits whose upper halves are the fp32 values, rounded stochastically to bf16."""
     return values.view(torch.int32).add_(noise.bitwise_and_(0xFFFF))
 
 
 @lru_cache(maxsize=4)
 def _table(size: int, device: torch.device) -> Tensor:
-    """Random 16-bit numbers; turned by a random one they are uniform for each element anew."""
+    """Return random 16-bit numbers; a random offset makes new uniform numbers of them."""
     generator = torch.Generator().manual_seed(0)
     return torch.randint(1 << 16, (size,), generator=generator, dtype=torch.int32).to(device)

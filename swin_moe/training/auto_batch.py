@@ -1,10 +1,7 @@
-"""The largest micro-batch that fits into memory, found by trial.
+"""``train.gradient_accumulation_steps=auto``: the largest micro-batch that fits into memory.
 
-``train.gradient_accumulation_steps=auto`` asks for it.
-
-Each process tries by itself, with no collective in which another could be left waiting: a model of
-its own, with as many experts as it will hold, goes forward and backward while blocks as large as
-what DeepSpeed will hold beside it are taken.
+Each process tries on its own, without collectives: a model with as many experts as the process will
+hold runs forward and backward, while a block of the size of DeepSpeed's buffers is allocated.
 """
 
 from __future__ import annotations
@@ -30,12 +27,15 @@ from .engine import reserved_bytes
 from .precision import in_precision, resolve_precision
 from .run_directory import Run
 
-# What a lack of memory sounds like; the last one is oneDNN's.
+# Messages about a lack of memory; the last one is oneDNN's.
 _OUT_OF_MEMORY = ("can't allocate memory", "Cannot allocate memory", "could not create a primitive")
 
 
 def resolve_micro_batch(run: Run, task: Task, fresh: bool) -> None:
-    """Resolve ``gradient_accumulation_steps=auto``; a resume on as many processes keeps it."""
+    """Resolve ``gradient_accumulation_steps=auto``.
+
+    A run that resumes on the same number of processes keeps its micro-batch.
+    """
     config = task.config
     if config.train.gradient_accumulation_steps != "auto":
         return
@@ -44,7 +44,7 @@ def resolve_micro_batch(run: Run, task: Task, fresh: bool) -> None:
             saved = load_config(path / "config.yaml")
             processes = checkpoint.Reader(path).state["processes"]
         except (ValueError, OSError, KeyError):
-            break  # what is wrong with it is told when it is to be resumed from
+            break  # the resume reports the damage
         micro, steps = saved.data.batch_size, saved.train.micro_steps
         if processes == run.world.size and micro * steps == config.data.batch_size:
             config.data.batch_size, config.train.gradient_accumulation_steps = micro, steps
@@ -57,11 +57,11 @@ def resolve_micro_batch(run: Run, task: Task, fresh: bool) -> None:
 
 
 def choose_micro_batch(task: Task, world: World, available: int | None = None) -> None:
-    """Cut ``data.batch_size`` into the fewest micro-batches that fit; sets both config keys.
+    """Cut ``data.batch_size`` into the fewest micro-batches that fit; set both config keys.
 
     Args:
-        available: bytes that this process may take; default: all that the device has free, on a
-            CPU its share of the host's memory.
+        available: bytes that this process may use; default: the device's free memory, on a CPU
+            this process's share of the host's.
 
     Raises:
         ValueError: not even the smallest fits.
@@ -71,7 +71,7 @@ def choose_micro_batch(task: Task, world: World, available: int | None = None) -
     sizes = micro_batch_sizes(config, whole)
     if available is None:
         available = _available(world)
-    size = _largest(sizes, lambda n: _fits(task, world, n, available))
+    size = largest_that_fits(sizes, lambda n: _fits(task, world, n, available))
     size = int(all_reduce_(torch.tensor(float(size), device=world.device), "min"))
     if size == 0:
         raise ValueError(
@@ -83,11 +83,14 @@ def choose_micro_batch(task: Task, world: World, available: int | None = None) -
     config.data.batch_size = size
 
 
-def _largest(sizes: list[int], fits: Callable[[int], bool]) -> int:
-    """The first of the falling sizes that fits, 0 if none does; the first of all is tried first."""
+def largest_that_fits(sizes: list[int], fits: Callable[[int], bool]) -> int:
+    """Return the first of the falling sizes that fits, 0 if none does.
+
+    The first size is tried first, the others by bisection.
+    """
     if fits(sizes[0]):
         return sizes[0]
-    # The index of the last one that is too large, and of the first one that fits.
+    # Indices of the last size that is too large, and of the first one that fits.
     large, small = 0, len(sizes)
     while small - large > 1:
         middle = (large + small) // 2
@@ -116,13 +119,13 @@ def _fits(task: Task, world: World, size: int, available: int) -> bool:
 
 
 def _fits_in_a_child(task: Task, world: World, size: int, available: int) -> bool:
-    """On a CPU in a process of its own: libraries do not always survive a lack of memory."""
+    """Try in a child process: on a CPU, libraries do not always survive a lack of memory."""
     theirs, ours = multiprocessing.Pipe(duplex=False)
     expert, replicas = (
         Group(None, group.rank, group.size) for group in (world.expert, world.expert_data)
     )
     alone = replace(world, expert=expert, expert_data=replicas)
-    # Its server imports once, and starts no threads that a fork would lose.
+    # The fork server imports once, and has no threads that a fork would lose.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
     child = context.Process(target=_child, args=(task.config, alone, size, available, ours))
@@ -139,7 +142,7 @@ def _fits_in_a_child(task: Task, world: World, size: int, available: int) -> boo
 
 
 def _child(config: Config, world: World, size: int, available: int, answer: Connection) -> None:
-    """Answers with an empty text if it fits, None if it does not, else with what went wrong."""
+    """Try, and send "" if the batch fits, None if it does not, or the text of another error."""
     import resource  # not on Windows
 
     if not config.ops.fused:
@@ -161,14 +164,14 @@ def _child(config: Config, world: World, size: int, available: int, answer: Conn
 
 
 def _available(world: World) -> int:
-    """Bytes that this process may take of its device, or its share of the host's memory."""
+    """Return the free bytes of the device, or this process's share of the host's memory."""
     if world.device.type == "cuda":
         return torch.cuda.mem_get_info(world.device)[0]
     return free_memory() // local_world_size()
 
 
 def _try(task: Task, world: World, size: int, total: int) -> None:
-    """One forward and backward pass of ``size`` images; raises if memory runs out."""
+    """Run forward and backward with ``size`` images; raise if memory runs out."""
     config = task.config
     model = _model_of_one(task, world)
     dtype = resolve_precision(config.precision, world.device)
@@ -181,7 +184,7 @@ def _try(task: Task, world: World, size: int, total: int) -> None:
 
 
 def _model_of_one(task: Task, world: World) -> nn.Module:
-    """A whole model with the experts of one process, each of which gets as many tokens."""
+    """Build a model with the experts of one process, each of which gets as many tokens."""
     moe = task.config.moe
     experts = max(moe.num_experts // world.expert.size, moe.top_k, 1)
     moe = moe.model_copy(update={"num_experts": experts, "eval_top_k": 0})

@@ -1,4 +1,4 @@
-"""The changes between a checkpoint and the start that resumes it, key by key."""
+"""Changes of config and data between a checkpoint and the start that resumes it."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ _PATHS = ("path", "train", "val")
 
 
 def changed_keys(old: Config, new: Config) -> list[str]:
-    """``section.key old → new`` for each key that differs; ``train.output`` is left out."""
-    said = []
+    """Return ``section.key old → new`` for each key that differs, except ``train.output``."""
+    changes = []
     before, now = old.model_dump(), new.model_dump()
     for section, values in now.items():
         for key, value in values.items():
             former = before[section].get(key)
             if former != value and (section, key) != ("train", "output"):
-                said.append(f"{section}.{key} {_shown(former)} → {_shown(value)}")
-    return said
+                changes.append(f"{section}.{key} {_shown(former)} → {_shown(value)}")
+    return changes
 
 
 def summary(changes: list[str], step: int) -> str:
-    """One line for the terminal; the first of the changes, and how many more."""
+    """Return one line for the terminal: the first changes, and the number of the others."""
     more = f" and {len(changes) - SHOWN} more" if len(changes) > SHOWN else ""
     return f"changed since step {step}: {', '.join(changes[:SHOWN])}{more}"
 
@@ -39,18 +39,18 @@ def _shown(value: Any) -> str:
 
 
 def data_facts(train: Loader) -> dict[str, int]:
-    """What distinguishes one training set from another: its numbers of samples and classes."""
+    """Return the numbers of samples and classes, by which training sets are compared."""
     return {"samples": train.num_samples, "classes": train.classes_seen}
 
 
 def other_data(old: Config, new: Config, facts: dict[str, Any] | None, train: Loader) -> str:
-    """Why the training data are not the checkpoint's, empty if they are.
+    """Return how the training data differ from the checkpoint's, "" if they do not.
 
-    A set at the same place that grew or shrank is the same set, unless a class came or went. So is
-    one at another place that has as many samples and classes.
+    A set at the same path may have more or fewer samples, but not classes. A set at another path
+    must have the same numbers of samples and classes.
 
     Args:
-        facts: :func:`data_facts` of the checkpoint; None if an older version wrote it.
+        facts: :func:`data_facts` of the checkpoint; None in checkpoints of older versions.
     """
     here = data_facts(train)
     if facts is None or here.items() <= facts.items():

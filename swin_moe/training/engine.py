@@ -1,4 +1,4 @@
-"""Config to DeepSpeed: ZeRO, precision, expert groups, clipping. The only file that imports it."""
+"""DeepSpeed, for ZeRO, precision, expert groups and clipping; only this file imports it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from .optim import build_optimizer, parameter_groups
 from .precision import cast_floating, predictions_in_fp32
 
 # isort: split
-# After `distributed`, which tells it the accelerator.
+# After `distributed`, which sets its accelerator.
 import deepspeed
 from deepspeed.moe.layer import MoE
 from deepspeed.ops.op_builder import AsyncIOBuilder
@@ -35,7 +35,7 @@ from deepspeed.utils import groups as deepspeed_groups
 
 log = logging.getLogger("swin_moe")
 
-# What we use of DeepSpeed beyond its documented interface.
+# Undocumented parts of DeepSpeed that this file uses.
 _INTERNALS = (
     (DeepSpeedZeroOptimizer, "_lazy_init_hp_params_optimizer_state"),
     (DeepSpeedZeroOptimizer_Stage3, "_swappable_optimizer_subgroup"),
@@ -48,11 +48,11 @@ _INTERNALS = (
 )
 
 
-def _prepare_nvme(zero: ZeroConfig, world: World) -> None:
-    """Build what reads and writes the files, once for all processes of a node.
+def prepare_nvme(zero: ZeroConfig, world: World) -> None:
+    """Build DeepSpeed's async_io, once per node, and make the folder of its files.
 
     Raises:
-        ValueError: that cannot be done here.
+        ValueError: libaio, a compiler or the folder is missing.
     """
     builder = AsyncIOBuilder()
     if not builder.is_compatible():
@@ -70,12 +70,12 @@ def _prepare_nvme(zero: ZeroConfig, world: World) -> None:
     barrier()
 
 
-# ZeRO asks whether the optimizer is a Muon. That file compiles three functions by decorators.
+# ZeRO imports Muon's file, whose decorators compile three functions.
 import_uncompiled("deepspeed.runtime.zero.muon.original_muon")
 
 
 def check_deepspeed() -> None:
-    """Raise ``ValueError`` if this DeepSpeed lacks what we use of its internals."""
+    """Raise ``ValueError`` if this version of DeepSpeed lacks an internal that this file uses."""
     for holder, name in _INTERNALS:
         if not hasattr(holder, name):
             raise ValueError(
@@ -84,36 +84,36 @@ def check_deepspeed() -> None:
             )
 
 
-def _bucket(model: nn.Module) -> int:
-    """Elements gathered before they are reduced; ZeRO-3 takes larger parameters as they are."""
+def bucket_size(model: nn.Module) -> int:
+    """Return the elements per reduction; ZeRO-1 and 2 need room for the largest parameter."""
     return max(BUCKET, largest_parameter(model))
 
 
 def largest_parameter(model: nn.Module) -> int:
-    """Elements of the largest parameter, whether ZeRO-3 has cut it or not."""
+    """Return the elements of the largest parameter, whether ZeRO-3 has cut it or not."""
     return max(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
 
 
 def cutter(
     zero: ZeroConfig, world: World, dtype: torch.dtype, largest: int
 ) -> Callable[[list[nn.Parameter]], None]:
-    """What cuts parameters over the ranks as ZeRO-3 does, before there is an :class:`Engine`.
+    """Return a function that cuts parameters over the ranks as ZeRO-3 does.
 
-    A model whose weights were all cut as soon as they were made never was whole in any rank's
-    memory. Every rank must cut the same parameters in the same order.
+    It serves to build a model before there is an :class:`Engine`, such that no rank ever holds the
+    whole model. Every rank must cut the same parameters in the same order.
 
     Args:
         largest: elements of the largest parameter.
     """
     if zero.uses_files:
-        _prepare_nvme(zero, world)
+        prepare_nvme(zero, world)
     deepspeed.ops.__compatible_ops__ = {}
     settings = {
         "train_micro_batch_size_per_gpu": 1,
         "zero_optimization": {"stage": 3, **_offloaded_weights(zero, world, largest)},
         "bf16": {"enabled": dtype == torch.bfloat16},
     }
-    # Of a module without parameters: what it does for those of a whole one is to follow.
+    # On a module without parameters; `cut` converts the model's parameters later.
     init = deepspeed.zero.Init(module=nn.Module(), config_dict_or_path=settings, dtype=dtype)
 
     def cut(parameters: list[nn.Parameter]) -> None:
@@ -129,7 +129,7 @@ def _offloaded_weights(zero: ZeroConfig, world: World, largest: int) -> dict[str
         return {}
     settings: dict[str, Any] = {"device": zero.offload_param}
     if zero.offload_param == "nvme":
-        part = -(-largest // world.size)  # of a parameter, on a rank
+        part = -(-largest // world.size)  # elements of the largest parameter on a rank
         settings |= {"nvme_path": zero.nvme_path, "max_in_cpu": 0, "buffer_size": part}
     return {"offload_param": settings}
 
@@ -141,7 +141,7 @@ def reserved_bytes(
     dtype: torch.dtype,
     world: World,
 ) -> int:
-    """What DeepSpeed holds on the device beside weights and gradients of the model's own dtype."""
+    """Return DeepSpeed's bytes on the device, except weights and gradients in the model's dtype."""
     parameters = sum(parameter.numel() for parameter in model.parameters())
     elsewhere = zero.offload_optimizer == "nvme" or (
         zero.offload_optimizer == "cpu" and world.device.type != "cpu"
@@ -149,27 +149,27 @@ def reserved_bytes(
     moments = 0 if elsewhere else (4 if optimizer.moments == "bf16" else 8) * parameters
     if zero.stage == 0:
         return moments
-    masters = 0 if elsewhere else 4 * parameters  # ZeRO-3 copies those of fp32 weights, too
-    # Experts are cut over their replicas alone; ranks that hold others replicate none.
+    masters = 0 if elsewhere else 4 * parameters  # ZeRO-3 copies fp32 weights, too
+    # Experts are cut over their replicas only.
     replicas = world.expert_data.size if world.expert.size > 1 else world.size
-    return (masters + moments) // replicas + 2 * _bucket(model) * dtype.itemsize
+    return (masters + moments) // replicas + 2 * bucket_size(model) * dtype.itemsize
 
 
 class _ExpertMarker(MoE):
-    """Stands in for our MoE layers: DeepSpeed looks for instances of its own class.
+    """A module that marks the model as having experts: DeepSpeed looks for its own class.
 
-    It has no parameters and is never called; it only says that the model has experts.
+    It has no parameters and is never called.
     """
 
     def __init__(self, num_experts: int, world: World) -> None:
         nn.Module.__init__(self)
         self.num_experts = num_experts
         self.ep_size = world.expert.size
-        self.num_local_experts = max(num_experts // world.expert.size, 1)  # or a shard of one
+        self.num_local_experts = max(num_experts // world.expert.size, 1)  # 1 for a shard
         self.expert_group_name = _group_name(world)
 
     def set_deepspeed_parallelism(self, use_data_before_expert_parallel_: bool = False) -> None:
-        """The groups exist already: they are those of ``distributed.init``."""
+        """Do nothing: the groups are those of ``distributed.init``."""
 
 
 def _group_name(world: World) -> str:
@@ -177,7 +177,7 @@ def _group_name(world: World) -> str:
 
 
 class _Part(NamedTuple):
-    """What a rank holds of a flattened parameter from element ``start`` on, by kind."""
+    """This rank's part of a flattened parameter, from element ``start`` on, by kind."""
 
     name: str
     start: int
@@ -188,13 +188,16 @@ class Engine:
     """A model under DeepSpeed.
 
     With an expert group of one rank the experts are ordinary parameters, which any ZeRO stage may
-    shard. Otherwise they are reduced over the expert-data group only. At ZeRO stage 0, bf16 means
-    autocast over fp32 weights and clipping is done here, because DeepSpeed averages the norms of
-    the ranks there, which is not the norm of all experts; from stage 1 on, weights are bf16 with
-    fp32 masters, and its norm is the true one.
+    shard. Otherwise they are reduced over the expert-data group only.
+
+    At ZeRO stage 0, bf16 means autocast over fp32 weights. This class clips the gradients there,
+    because DeepSpeed averages the ranks' norms, which does not give the norm of all experts. From
+    stage 1 on, weights are bf16 with fp32 masters, and DeepSpeed's norm is correct.
 
     Attributes:
-        model: the module inside. optimizer: the one whose rates a schedule may set.
+        model: the module inside.
+        optimizer: the optimizer whose rates a schedule may set.
+        deepspeed: DeepSpeed's engine.
     """
 
     def __init__(
@@ -210,7 +213,7 @@ class Engine:
     ) -> None:
         check_deepspeed()
         if zero.uses_files:
-            _prepare_nvme(zero, world)
+            prepare_nvme(zero, world)
         self.world = world
         self.model = model
         self._nvme_path = zero.nvme_path if zero.uses_files else ""
@@ -226,10 +229,10 @@ class Engine:
             self._mark_experts(groups)
         global_batch = micro_batch * gradient_accumulation_steps * world.size
         self.optimizer = build_optimizer(groups, optimizer, global_batch)
-        # Probing and building DeepSpeed's own ops takes seconds and a compiler; none is used.
+        # DeepSpeed's own ops are not used; probing and building them takes seconds and a compiler.
         deepspeed.ops.__compatible_ops__ = {}
         settings = self._settings(zero, micro_batch, gradient_accumulation_steps)
-        self._engine, *_ = deepspeed.initialize(
+        self.deepspeed, *_ = deepspeed.initialize(
             model=model, optimizer=self.optimizer, config=settings, dist_init_required=False
         )
         self._grad_norm: Tensor | float = 0.0
@@ -240,7 +243,7 @@ class Engine:
             "stage": zero.stage,
             "reduce_scatter": True,
             "contiguous_gradients": True,
-            "reduce_bucket_size": _bucket(self.model) if zero.stage < 3 else BUCKET,
+            "reduce_bucket_size": bucket_size(self.model) if zero.stage < 3 else BUCKET,
             "sub_group_size": SUB_GROUP,
             "overlap_comm": self.world.device.type == "cuda",
         }
@@ -269,7 +272,7 @@ class Engine:
         return self.stage > 0 and self.dtype == torch.bfloat16
 
     def _mark_experts(self, param_groups: list[dict[str, Any]]) -> None:
-        """Tell DeepSpeed which parameters are experts and which ranks replicate them."""
+        """Mark for DeepSpeed which parameters are experts and which ranks replicate them."""
         name = _group_name(self.world)
         for parameter_name in self.expert_names:
             parameter = self.parameters[parameter_name]
@@ -286,11 +289,11 @@ class Engine:
     # One step
 
     def forward(self, inputs: dict[str, Tensor]) -> Outputs:
-        """Call the model with its arguments by name, in fp32; predictions come back in fp32."""
+        """Call the model with its arguments by name, in fp32; return predictions in fp32."""
         if self._low_precision_weights:
             inputs = cast_floating(inputs, self.dtype)
         with self._autocast():
-            outputs: Outputs = self._engine(**inputs)
+            outputs: Outputs = self.deepspeed(**inputs)
         return predictions_in_fp32(outputs)
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
@@ -299,19 +302,19 @@ class Engine:
         return contextlib.nullcontext()
 
     def train(self, mode: bool = True) -> None:
-        self._engine.train(mode)
+        self.deepspeed.train(mode)
 
     def backward(self, loss: Tensor) -> None:
-        """Accumulate gradients; they are reduced with the last micro-step (ZeRO-2 and 3: each)."""
-        self._engine.backward(loss)
+        """Accumulate gradients; the last micro-step reduces them (ZeRO-2 and 3: each does)."""
+        self.deepspeed.backward(loss)
 
     @property
     def at_boundary(self) -> bool:
         """Whether the next :meth:`step` updates the weights."""
-        return bool(self._engine.is_gradient_accumulation_boundary())
+        return bool(self.deepspeed.is_gradient_accumulation_boundary())
 
     def step(self) -> None:
-        """To be called after every backward; updates the weights at the boundary.
+        """Update the weights at the boundary; must be called after every backward pass.
 
         Raises:
             FloatingPointError: the global gradient norm is not finite; weights and moments are
@@ -322,10 +325,10 @@ class Engine:
             self._grad_norm = self._clip_gradients()
             if not self._norm_is_finite():
                 for parameter in self.parameters.values():
-                    parameter.grad = None  # the optimizer passes over those
-        self._engine.step()
-        if boundary and self.stage > 0:  # DeepSpeed leaves a bad step out by itself
-            self._grad_norm = self._engine.get_global_grad_norm()
+                    parameter.grad = None  # the optimizer skips these
+        self.deepspeed.step()
+        if boundary and self.stage > 0:  # DeepSpeed skips a non-finite step itself
+            self._grad_norm = self.deepspeed.get_global_grad_norm()
         if boundary and not self._norm_is_finite():
             raise FloatingPointError("the gradient norm is not finite")
 
@@ -334,12 +337,12 @@ class Engine:
         return math.isfinite(norm) and norm >= 0  # DeepSpeed marks a bad norm by −1
 
     def grad_norm(self) -> float:
-        """Global norm of the last update's gradients before clipping: dense² + Σ experts²."""
+        """Return the last update's global gradient norm before clipping, √(dense² + Σ experts²)."""
         return float(self._grad_norm)
 
     @property
     def lr(self) -> float:
-        """The rate of the last layers, which layer decay leaves as it is."""
+        """The rate of the last layers, which layer decay does not change."""
         return max(float(group["lr"]) for group in self.optimizer.param_groups)
 
     @torch.no_grad()
@@ -349,8 +352,8 @@ class Engine:
         expert = [grad for name, grad in gradients.items() if name in self.expert_names]
         total = torch.nn.utils.get_total_norm(dense).square()
         if expert:
-            of_experts = torch.nn.utils.get_total_norm(expert).square()
-            total = total + all_reduce_(of_experts, group=self.world.expert)
+            experts = torch.nn.utils.get_total_norm(expert).square()
+            total = total + all_reduce_(experts, group=self.world.expert)
         norm = total.sqrt()
         if self.clip_norm:
             torch.nn.utils.clip_grads_with_norm_(
@@ -359,13 +362,13 @@ class Engine:
         return norm
 
     # ----------------------------------------------------------------------------------------
-    # State by logical name, whatever the stage
+    # State by logical name, at every ZeRO stage
 
     def fragments(self) -> Iterator[Fragment]:
-        """What this rank holds of masters and moments, each element on one rank only; no copies.
+        """Yield this rank's part of masters and moments, without copies; parts do not overlap.
 
-        At ZeRO stage 0 the ranks hold the same and share the work. Persistent buffers are rank 0's.
-        A fragment is valid until the next one is asked for.
+        At ZeRO stage 0, where all ranks hold the same, the parts share the work. Rank 0 yields the
+        persistent buffers. A fragment is valid until the next one is taken.
         """
         for name, start, values in self._parts():
             if values["weight"].numel():
@@ -375,7 +378,7 @@ class Engine:
 
     @property
     def saved_bytes(self) -> int:
-        """About what this rank's fragments take."""
+        """Approximate bytes of this rank's fragments."""
         each = 4 + (4 if isinstance(self.optimizer, PairedAdamW) else 8)
         total = 0
         for name in self.parameters:
@@ -385,11 +388,14 @@ class Engine:
 
     @torch.no_grad()
     def load(self, read: Callable[[str, str, int, int], Tensor], updates: int) -> None:
-        """Set masters and moments to what ``read(name, kind, start, stop)`` returns, 1-D.
+        """Set this rank's part of masters and moments.
 
-        Start and stop are elements of the flattened parameter on this rank; each rank reads what it
-        holds. The module's own weights and buffers must have been loaded before the engine was
-        made; here follow the parts that only the optimizer has.
+        The module's own weights and buffers must have been loaded before the engine was built.
+
+        Args:
+            read: returns elements ``start`` to ``stop`` of a flattened parameter on this rank, 1-D,
+                for ``(name, kind, start, stop)``.
+            updates: number of updates made so far.
         """
         self._start_moments(updates)
         for name, start, values in self._parts(to_load=True):
@@ -402,10 +408,11 @@ class Engine:
         return tuple(getattr(parameter, "ds_shape", parameter.shape))  # ds_shape: under ZeRO-3
 
     def _parts(self, to_load: bool = False) -> Iterator[_Part]:
-        """This rank's part of every parameter.
+        """Yield this rank's part of every parameter.
 
         Args:
-            to_load: all that this rank needs, not only what it writes, and what is set is kept.
+            to_load: yield all elements on this rank, not only its share of a save, and keep
+                changes to them.
         """
         if self.stage == 0:
             yield from self._parts_of_replicas(to_load)
@@ -426,7 +433,7 @@ class Engine:
             yield _Part(name, part.start, {kind: t[part] for kind, t in state.items()})
 
     def _parts_of_partitions(self) -> Iterator[_Part]:
-        """ZeRO 1 and 2 cut the concatenation of all parameters."""
+        """Yield the parts under ZeRO-1 and 2, which cut the concatenation of all parameters."""
         for name, parameter in self.parameters.items():
             mapping = parameter._hp_mapping  # type: ignore[attr-defined]
             if mapping is None:  # all of it is on other ranks
@@ -436,9 +443,9 @@ class Engine:
             yield _Part(name, start, {"weight": mapping.get_hp_fragment(), **moments})
 
     def _parts_of_shards(self, to_load: bool) -> Iterator[_Part]:
-        """ZeRO-3 cuts every parameter."""
+        """Yield the parts under ZeRO-3, which cuts every parameter."""
         names = {id(parameter): name for name, parameter in self.parameters.items()}
-        zero = self._engine.optimizer
+        zero = self.deepspeed.optimizer
         for index, parameters in enumerate(zero.fp16_groups):
             with self._resident(index, keep=to_load) as flat:
                 state = {"weight": flat.data, **moment_views(self.optimizer.state[flat])}
@@ -451,12 +458,12 @@ class Engine:
 
     @contextlib.contextmanager
     def _resident(self, index: int, keep: bool) -> Iterator[Tensor]:
-        """ZeRO-3's flat fp32 weights of one sub-group, read from NVMe if that is where they are.
+        """Give ZeRO-3's flat fp32 weights of one sub-group, read from NVMe if they are there.
 
         Args:
             keep: write them back.
         """
-        zero = self._engine.optimizer
+        zero = self.deepspeed.optimizer
         swapped = zero._swappable_optimizer_subgroup(index)
         if swapped:
             zero._optimizer_states_and_gradient_swap_in(index)
@@ -467,13 +474,13 @@ class Engine:
             zero._release_swap_buffers(index)
 
     def _start_moments(self, updates: int) -> None:
-        """Make the optimizer's state before its first step.
+        """Create the optimizer's state before its first step.
 
-        DeepSpeed maps parameters to their moments after the first *group* has stepped, and then
-        finds none for the other groups if they are made lazily.
+        DeepSpeed maps parameters to moments after the first *group* has stepped, when moments that
+        are created lazily do not exist in the other groups.
         """
         if self.stage == 3:
-            for index in range(len(self._engine.optimizer.fp16_groups)):
+            for index in range(len(self.deepspeed.optimizer.fp16_groups)):
                 with self._resident(index, keep=True) as flat:
                     start_moments(self.optimizer.state[flat], flat, updates, self._moment_keys)
             return
@@ -481,13 +488,13 @@ class Engine:
             for flat in group["params"]:  # whole parameters, or ZeRO's parts
                 start_moments(self.optimizer.state[flat], flat, updates, self._moment_keys)
         if self.stage > 0:
-            self._engine.optimizer._hp_optimizer_states_linked = False
-            self._engine.optimizer._lazy_init_hp_params_optimizer_state()
+            self.deepspeed.optimizer._hp_optimizer_states_linked = False
+            self.deepspeed.optimizer._lazy_init_hp_params_optimizer_state()
 
     def close(self) -> None:
         """Release the hooks and buffers that DeepSpeed holds, and its files."""
         if self._nvme_path:
             barrier()
-        self._engine.destroy()
+        self.deepspeed.destroy()
         if self._nvme_path and self.world.local_rank == 0:
             shutil.rmtree(self._nvme_path, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""Metrics of a model on held-out data, on any number of processes."""
+"""Evaluation of a model on held-out data, on any number of processes."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from ..tasks.base import Forward
 
 @torch.no_grad()
 def evaluate(task: Task, forward: Forward, loader: Loader, device: torch.device) -> Evaluation:
-    """Run ``forward`` over the loader's one epoch; every rank of the job must call it.
+    """Evaluate ``forward`` on one epoch of the loader; every rank must call it.
 
     Raises:
-        ValueError: no sample of any rank is readable.
+        ValueError: no sample on any rank is readable.
     """
     evaluator = task.evaluator(device)
     unreadable = torch.zeros((), dtype=torch.float64, device=device)

@@ -1,8 +1,8 @@
-"""What all ranks must agree on in each update: bad numbers, the order to stop, a jump of the loss.
+"""Agreement of all ranks in each update on non-finite values, a request to stop, and the loss.
 
-One small reduction an update, on the device. Its result makes the gradients of every rank NaN if
-any rank met a bad number, so that the optimizer of each refuses the step, and it is read by the
-host only after the step, which waits for the device anyway.
+It takes one small reduction per update, on the device. If any rank has a non-finite value, the
+result makes the gradients of every rank NaN, so that every optimizer refuses the step. The host
+reads the result only after the step, which waits for the device anyway.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from ..distributed import World, all_reduce_
 
 
 class UpdateStatus(NamedTuple):
-    """What an update was like; the same on every rank.
+    """The status of an update, the same on every rank.
 
     Attributes:
-        bad: what was not finite and where; empty if nothing was. A gradient is not looked at here.
-        stop: whether a rank was asked to stop: 1 by SIGINT alone, 2 by another signal.
+        bad: place and rank of a non-finite value, "" if there was none; gradients are not checked.
+        stop: 0, or whether a rank must stop: 1 = SIGINT alone, 2 = another signal.
         loss: the greatest of the ranks' mean losses.
     """
 
@@ -32,22 +32,28 @@ class UpdateStatus(NamedTuple):
 
 
 class Guard:
-    """Gathers the signs of one update over its micro-steps and the ranks.
+    """The status of one update, gathered over its micro-steps and the ranks.
 
     Args:
-        layers: names of the MoE layers. stop_asked: whether this rank was asked to stop, as
-            :class:`~swin_moe.common.signals.StopSignal` has it.
+        layers: names of the MoE layers.
+        stop_asked: returns this rank's part of ``stop``, such as
+            :class:`~swin_moe.common.signals.StopSignal`.
     """
 
     def __init__(self, layers: list[str], world: World, stop_asked: Callable[[], int]) -> None:
         self.world, self._stop_asked = world, stop_asked
         self._places = [*(f"tokens at {layer}" for layer in layers), "loss"]
-        # Whether each place was bad, whether to stop, the sum of the losses.
+        # Non-finite values at each place, whether to stop, sum of the losses.
         self._signs = torch.zeros(len(self._places) + 2, device=world.device)
         self._losses = 0
 
     def see(self, loss: Tensor, nonfinite_tokens: Tensor | None) -> None:
-        """Take note of a micro-step: its loss, and [layers] tokens that were not finite."""
+        """Add a micro-step.
+
+        Args:
+            loss: scalar.
+            nonfinite_tokens: [layers], tokens with non-finite logits; None in a dense model.
+        """
         loss = loss.detach().float()
         if nonfinite_tokens is not None:
             self._signs[:-3] += nonfinite_tokens
@@ -56,9 +62,10 @@ class Guard:
         self._losses += 1
 
     def agree(self) -> Tensor:
-        """Reduce over ranks; returns a scalar to multiply the loss with: 1, or NaN after bad ones.
+        """Reduce over ranks, once per update, before its last backward pass.
 
-        To be called once an update, before its last backward pass.
+        Returns:
+            a scalar factor for the loss: 1, or NaN if any value was not finite.
         """
         signs = self._signs
         signs[:-2] = (signs[:-2] > 0).float() * (self.world.rank + 1)
@@ -68,10 +75,9 @@ class Guard:
         return torch.where(signs[:-2].amax() > 0, torch.nan, 1.0)
 
     def read(self) -> UpdateStatus:
-        """What :meth:`agree` found; synchronises the host and begins anew.
+        """Return the result of :meth:`agree` and reset; synchronises the host.
 
-        The first layer that met a bad number is the nearest to the cause; later ones got it from
-        there.
+        ``bad`` names the first layer with a non-finite value, which is nearest to the cause.
         """
         *culprits, stop, loss = self._signs.tolist()
         self._signs.zero_()
@@ -82,14 +88,14 @@ class Guard:
 
 
 class SpikeDetector:
-    """Finds losses far above what they were lately.
+    """A detector of losses far above their running mean.
 
     Args:
-        sigmas: how many standard deviations above the running mean; 0 = never.
+        sigmas: standard deviations above the running mean that make a spike; 0 = never.
     """
 
-    MEMORY = 100  # updates that the running figures look back
-    WARM_UP = 50  # updates before the first verdict
+    MEMORY = 100  # updates over which the running mean is taken
+    WARM_UP = 50  # updates before the first check
 
     def __init__(self, sigmas: float) -> None:
         self.sigmas = sigmas
@@ -97,7 +103,7 @@ class SpikeDetector:
         self._seen = 0
 
     def check(self, loss: float) -> str:
-        """What was usual, if the loss is a spike, else empty; a spike does not become usual."""
+        """Return "mean ± deviation" if the loss is a spike, otherwise add it and return ""."""
         deviation = math.sqrt(self._variance)
         bound = self._mean + self.sigmas * max(deviation, 1e-3 * abs(self._mean))
         if self.sigmas and self._seen >= self.WARM_UP and loss > bound:

@@ -22,7 +22,7 @@ class Inputs:
 
     Attributes:
         loaders: training and held-out data.
-        source: weights of ``model.pretrained``, None where a checkpoint of the run goes on instead.
+        source: weights of ``model.pretrained``; None if there are none, or a checkpoint is resumed.
     """
 
     loaders: list[Loader]
@@ -31,24 +31,27 @@ class Inputs:
 
 
 def open_inputs(run: Run, task: Task, fresh: bool) -> Inputs:
-    """Open data and weights, or raise ``ValueError`` with one line; sets ``task.class_names``."""
+    """Open data and weights and set ``task.class_names``.
+
+    Raises:
+        ValueError: one line for the user.
+    """
     config = task.config
     loaders = _open_data(run, task, fresh)
     return Inputs(loaders, _plan(config, loaders[0]), _starting_weights(run, config, fresh))
 
 
 def list_bad_samples(run: Run, loaders: list[Loader]) -> None:
-    """Let each loader list what it cannot read in the run's logs."""
+    """Make each loader list unreadable samples in the run's logs."""
     for loader in loaders:
         name = f"bad-samples-rank-{run.world.rank}.jsonl"
         loader.bad.file = Appender(run.log_file.with_name(name))
 
 
 def _open_data(run: Run, task: Task, fresh: bool) -> list[Loader]:
-    """The training and held-out data, with labels that fit the model's classes.
+    """Open training and held-out data, with labels of the model's classes.
 
-    The names of the classes are those of the checkpoint that the run will resume, otherwise those
-    of the training data.
+    Class names are those of the checkpoint to resume, otherwise those of the training data.
     """
     config, world = task.config, run.world
     known = None if fresh else checkpoint.known_classes(run.checkpoints)
@@ -62,16 +65,16 @@ def _open_data(run: Run, task: Task, fresh: bool) -> list[Loader]:
 
 
 def _starting_weights(run: Run, config: Config, fresh: bool) -> Pretrained | None:
-    """Weights of ``model.pretrained``; none where a checkpoint of the run goes on instead.
+    """Read the weights of ``model.pretrained``, unless a checkpoint of the run will be resumed.
 
-    Sets ``model.pretrained_window_sizes`` to the file's windows where the config leaves them open,
-    and keeps that choice when the run is resumed.
+    Sets ``model.pretrained_window_sizes`` to the file's windows if the config does not state them;
+    a resumed run keeps them.
     """
     if not config.model.pretrained:
         return None
     checkpoints = [] if fresh else checkpoint.list_checkpoints(run.checkpoints)
     for path in checkpoints:
-        with contextlib.suppress(ValueError):  # a damaged one is passed over, and said, later
+        with contextlib.suppress(ValueError):  # the resume reports and skips damaged ones
             saved = load_config(path / "config.yaml").model.pretrained_window_sizes
             stated = config.model.pretrained_window_sizes
             config.model.pretrained_window_sizes = stated or saved

@@ -1,4 +1,4 @@
-"""Parameter groups, the optimizer and its schedule, by the Swin recipes."""
+"""Parameter groups, optimizer and schedule of the Swin recipes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..models import expert_parameter_names
 from ..models.build import layer_id
 from .adamw import PairedAdamW
 
-# Parts of names, under any prefix, that are never decayed; so are 1-D tensors and biases.
+# Parts of the names of parameters without weight decay, in addition to 1-D tensors and biases.
 NO_DECAY = (
     "absolute_pos_embed",
     "mask_token",
@@ -27,8 +27,8 @@ NO_DECAY = (
 
 
 def decays(name: str, parameter: torch.Tensor) -> bool:
-    """Whether weight decay applies: the official rule, stacked expert biases included."""
-    shape = getattr(parameter, "ds_shape", parameter.shape)  # ds_shape: of one that ZeRO-3 has cut
+    """Return whether weight decay applies: the official rule, extended to stacked expert biases."""
+    shape = getattr(parameter, "ds_shape", parameter.shape)  # ds_shape: under ZeRO-3
     if len(shape) <= 1 or name.endswith(".bias"):
         return False
     return not any(part in name for part in NO_DECAY)
@@ -37,11 +37,11 @@ def decays(name: str, parameter: torch.Tensor) -> bool:
 def parameter_groups(
     model: nn.Module, weight_decay: float, layer_decay: float = 1.0
 ) -> list[dict[str, Any]]:
-    """Up to four groups, dense and expert parameters, decayed and not; with layer decay per layer.
+    """Group parameters: dense and expert, with and without decay; with layer decay, per layer.
 
-    Expert groups carry ``moe: True``. With ``layer_decay`` < 1 each group carries ``lr_scale``,
-    by which timm's schedules multiply its rate: layer_decay^(layers above it). A group's order of
-    parameters is the model's.
+    Expert groups have ``moe: True``. With ``layer_decay`` < 1 each group has ``lr_scale``,
+    layer_decay^(layers above it), by which timm's schedules multiply its rate. Parameters of a
+    group are in the model's order.
     """
     experts = expert_parameter_names(model)
     depths: list[int] = model.config.depths  # type: ignore[assignment, union-attr]
@@ -64,16 +64,16 @@ def parameter_groups(
 def build_optimizer(
     groups: list[dict[str, Any]], optimizer: OptimizerConfig, global_batch: int
 ) -> torch.optim.Optimizer:
-    """AdamW at the peak rate base_lr × global batch / 512, times ``lr_scale`` of the group."""
+    """Build AdamW at the peak rate base_lr × global batch / 512, times the group's ``lr_scale``."""
     peak = optimizer.base_lr * global_batch / REFERENCE_BATCH
     betas = (optimizer.betas[0], optimizer.betas[1])
     adamw: torch.optim.Optimizer
     if optimizer.moments == "bf16":
         adamw = PairedAdamW(groups, lr=peak, betas=betas, eps=optimizer.eps)
-    else:  # fused: one pass over memory, and no temporaries as long as the weights
+    else:  # fused: one pass over memory, and no large temporaries
         adamw = torch.optim.AdamW(groups, lr=peak, betas=betas, eps=optimizer.eps, fused=True)
     for group in adamw.param_groups:
-        group["initial_lr"] = peak  # where a schedule starts from, which then scales it itself
+        group["initial_lr"] = peak  # schedules multiply it by lr_scale themselves
         group["lr"] = peak * group.get("lr_scale", 1.0)
     return adamw
 
@@ -84,7 +84,7 @@ def build_schedule(
     steps_per_epoch: int,
     global_batch: int,
 ) -> CosineLRScheduler:
-    """Linear warm-up, then cosine decay to min_lr at the last update; stepped per update."""
+    """Build linear warm-up, then cosine decay to min_lr at the last update; stepped per update."""
     scale = global_batch / REFERENCE_BATCH
     warmup = round(schedule.warmup_epochs * steps_per_epoch)
     return CosineLRScheduler(

@@ -1,4 +1,4 @@
-"""The dtype to compute in, and a forward pass in it without DeepSpeed."""
+"""The compute dtype, and a forward pass in it without DeepSpeed."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from ..tasks.base import Forward
 
 
 def cpu_computes_in_bf16() -> bool:
-    """Whether this processor has bf16 instructions: AVX512-BF16 or AMX."""
+    """Return whether this processor has bf16 instructions: AVX512-BF16 or AMX."""
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
 def resolve_precision(precision: PrecisionConfig, device: torch.device) -> torch.dtype:
-    """The dtype to compute in; ``auto`` is bf16 where the device has instructions for it.
+    """Return the compute dtype; ``auto`` is bf16 if the device has instructions for it.
 
     Raises:
-        ValueError: bf16 is asked for on a GPU without it.
+        ValueError: the config states bf16, and the GPU lacks it.
     """
     if precision.dtype == "fp32":
         return torch.float32
@@ -35,17 +35,17 @@ def resolve_precision(precision: PrecisionConfig, device: torch.device) -> torch
 
 
 def cast_floating(inputs: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    """Inputs with all floating-point tensors in ``dtype``; masks and indices stay."""
+    """Cast the floating-point inputs to ``dtype``; masks and indices stay."""
     return {n: x.to(dtype) if x.is_floating_point() else x for n, x in inputs.items()}
 
 
 def predictions_in_fp32(outputs: Outputs) -> Outputs:
-    """Outputs whose predictions are fp32, for the loss."""
+    """Cast the predictions to fp32, for the loss."""
     return outputs._replace(predictions=tree_map(Tensor.float, outputs.predictions))
 
 
 def in_precision(model: nn.Module, dtype: torch.dtype, cast_weights: bool) -> Forward:
-    """Wrap a model so that it computes as under the engine: bf16 weights, or autocast."""
+    """Wrap a model so that it computes as in the engine, with bf16 weights or autocast."""
     if cast_weights and dtype != torch.float32:
         for parameter in model.parameters():  # buffers stay fp32, as under DeepSpeed
             parameter.data = parameter.data.to(dtype)

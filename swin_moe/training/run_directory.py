@@ -1,4 +1,4 @@
-"""The directory of a run: whose it is, what life in it goes on, and its log files."""
+"""The run directory: its lock, the checkpoint to resume, its config and its log files."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ from .changes import changed_keys, other_data, summary
 
 log = logging.getLogger("swin_moe")
 
-MARKER = ".swin_moe"  # in every run directory: nothing else is ever moved or written over
-_held: list[IO[str]] = []
+MARKER = ".swin_moe"  # in every run directory; other directories are never moved or overwritten
+held_locks: list[IO[str]] = []  # markers that this process has locked, open until it ends
 _NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP}
-_PATIENCE, _LEAVING = 60.0, 10.0  # seconds for the processes of an earlier start to end
+_PATIENCE, _LEAVING = 60.0, 10.0  # seconds to wait for the lock after a restart, and otherwise
 
 
 @dataclass
@@ -58,7 +58,7 @@ class Run:
         return self.folder / "logs" / f"rank-{self.world.rank}.log"
 
     def say(self, text: str) -> None:
-        """Print a line on rank 0 and put it into this rank's log."""
+        """Print a line on rank 0, and log it on this rank."""
         if self.world.is_main:
             self.console.print(text, highlight=False, markup=False, soft_wrap=True)
         log.info("%s", text)
@@ -71,17 +71,17 @@ def prepare_folder(
     train: Loader | None = None,
     accept_changes: bool = False,
 ) -> checkpoint.Reader | None:
-    """Choose the checkpoint to resume from and write ``config.yaml``; the same on every rank.
+    """Choose the checkpoint to resume, the same on every rank, and write ``config.yaml``.
 
     Args:
-        train: the training data, which must be the checkpoint's.
-        accept_changes: resume with other data or classes, too.
+        train: the training data, which must match the checkpoint's.
+        accept_changes: resume also with other data or classes.
     """
-    reader = _chosen(run, partial(_adopt, run, fresh))
+    reader = _chosen(run, partial(adopt_folder, run, fresh))
     changes: list[str] = []
     if reader is not None:
         saved = load_config(reader.path / "config.yaml")
-        _check_same_model(reader, saved, config)
+        check_same_model(reader, saved, config)
         if train is not None and not accept_changes:
             _check_same_data(reader, saved, config, train)
         changes = changed_keys(saved, config)
@@ -91,19 +91,19 @@ def prepare_folder(
         run.say(summary(changes, int(reader.state["step"])))
         log.debug("all changes: %s", ", ".join(changes))
     if run.world.is_main:
-        _write_config(run.folder, config, reader if changes else None)
+        write_config(run.folder, config, reader if changes else None)
     return reader
 
 
-def _write_config(folder: Path, config: Config, changed_since: checkpoint.Reader | None) -> None:
-    """Write ``config.yaml``; where it changes, the former one stays beside it."""
+def write_config(folder: Path, config: Config, changed_since: checkpoint.Reader | None) -> None:
+    """Write ``config.yaml``; if it changes, the former one is kept next to it."""
     path, text = folder / "config.yaml", dump_config(config)
     try:
         if changed_since is not None and path.is_file():
             kept = folder / f"config-until-{changed_since.path.name}.yaml"
-            if not kept.exists():  # else this is another start from the same checkpoint
+            if not kept.exists():  # otherwise this is another start from the same checkpoint
                 path.replace(kept)
-        temporary = folder / ".config.yaml"  # a full disk or a kill leaves no half of one
+        temporary = folder / ".config.yaml"  # a full disk or a kill leaves no partial config
         temporary.write_text(text, encoding="utf-8")
         temporary.replace(path)
     except OSError as error:
@@ -116,12 +116,12 @@ def _check_same_data(
     if why := other_data(saved, config, reader.state.get("data"), train):
         raise ConfigError(
             f"{why}: mend the data, set another train.output, or resume {reader.path.name} with "
-            "it by --accept-changes"
+            "--accept-changes"
         )
 
 
 def record_start(run: Run, resumed_from: str) -> None:
-    """Append to ``starts.jsonl`` what this start of the run is made of; every rank calls it."""
+    """Append command, hosts and versions of this start to ``starts.jsonl``; every rank calls it."""
     hosts = gather_objects(hostname())
     if not run.world.is_main:
         return
@@ -136,7 +136,7 @@ def record_start(run: Run, resumed_from: str) -> None:
         "versions": {
             "swin_moe": __version__,
             "python": platform.python_version(),
-            "torch": torch.__version__,  # with its build, which metadata lacks
+            "torch": torch.__version__,  # includes the build, unlike the metadata
             **{name: version(name) for name in packages},
         },
     }
@@ -148,7 +148,7 @@ def record_start(run: Run, resumed_from: str) -> None:
 
 
 def git_commit() -> str:
-    """Commit of the source, with -dirty if files differ from it; empty outside a work tree."""
+    """Return the source's commit, with -dirty if files differ from it; "" outside a work tree."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=10)
@@ -158,13 +158,13 @@ def git_commit() -> str:
 
 
 def step_back(run: Run, passed_over: bool) -> checkpoint.Reader:
-    """The checkpoint to go back to; the same on every rank.
+    """Choose the checkpoint to roll back to, the same on every rank.
 
     Args:
-        passed_over: the newest one was tried and leads nowhere: it is set aside.
+        passed_over: set the newest one aside, from which no update succeeded.
 
     Raises:
-        ValueError: there is none.
+        ValueError: no checkpoint is left.
     """
     reader = _chosen(run, partial(_newest, run, passed_over))
     assert reader is not None
@@ -172,12 +172,12 @@ def step_back(run: Run, passed_over: bool) -> checkpoint.Reader:
 
 
 def _chosen(run: Run, choose: Callable[[], str]) -> checkpoint.Reader | None:
-    """What rank 0 chooses, or the error that it meets, on every rank."""
+    """Return the checkpoint that rank 0 chooses, or raise its error, on every rank."""
     chosen: str | Exception = ""
     if run.world.is_main:
         try:
             chosen = choose()
-        except (ValueError, OSError) as error:  # to be raised on every rank alike
+        except (ValueError, OSError) as error:  # raised on every rank below
             chosen = error
     chosen = broadcast_object(chosen)
     if isinstance(chosen, Exception):
@@ -198,14 +198,16 @@ def _newest(run: Run, passed_over: bool) -> str:
     return str(found)
 
 
-def _adopt(run: Run, fresh: bool) -> str:
-    """Lock the run directory, move an earlier life aside if need be, choose the checkpoint.
+def adopt_folder(run: Run, fresh: bool) -> str:
+    """Lock the run directory on rank 0, and choose the checkpoint to resume.
+
+    A directory whose run cannot be resumed, or must not (``fresh``), is moved aside.
 
     Returns:
-        path of the checkpoint to resume from, empty if there is none.
+        path of the checkpoint, "" if there is none.
 
     Raises:
-        ValueError: the directory holds something else, or another training runs in it.
+        ValueError: the directory has other content, or another training runs in it.
     """
     folder = run.folder
     marker = folder / MARKER
@@ -223,7 +225,7 @@ def _adopt(run: Run, fresh: bool) -> str:
             checkpoint.set_aside_newer(run.checkpoints, found)
             return str(found)
         if not fresh and not (folder / "metrics.jsonl").exists():
-            return ""  # it had hardly begun
+            return ""  # that run logged nothing
         aside = folder.with_name(f"{folder.name}.{time.strftime('%Y%m%d-%H%M%S')}")
         folder.rename(aside)
         run.say(f"the earlier run was moved to {aside}")
@@ -233,29 +235,29 @@ def _adopt(run: Run, fresh: bool) -> str:
 
 
 def _may_stay(path: Path) -> bool:
-    """Whether a new run may begin beside this: what was printed to a file, a disk's lost+found."""
+    """Return whether a new run may start next to a file: redirected output, or lost+found."""
     if path.name == "lost+found":
         return True
     return path.suffix in (".log", ".out", ".err", ".txt") and path.is_file()
 
 
 def _is_run(folder: Path) -> bool:
-    """Whether swin-moe made the folder; copies often lack the marker, whose name is hidden."""
+    """Return whether swin-moe made the folder; copies often lack the marker, a hidden file."""
     found = checkpoint.list_checkpoints(folder / "checkpoints")
     return (folder / MARKER).exists() or any((one / "manifest.json").exists() for one in found)
 
 
 def _lock(marker: Path) -> None:
-    """Hold the marker as long as this process lives, and write into it who does.
+    """Lock the marker until this process ends, and write this process's name into it.
 
-    Processes of an earlier start may need a moment to end; after a restart they have more time.
+    Processes of an earlier start get ``_LEAVING`` seconds to end, after a restart ``_PATIENCE``.
 
     Raises:
-        ValueError: another training holds it.
+        ValueError: another training holds the lock.
     """
     handle = marker.open("a+")
     deadline = time.monotonic() + (_PATIENCE if started_again() else _LEAVING)
-    said = False
+    warned = False
     while True:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -275,19 +277,19 @@ def _lock(marker: Path) -> None:
                 f"another training runs in {plain(marker.parent)}{holder}: wait for it, end it, or "
                 "set another train.output"
             )
-        if not said:
+        if not warned:
             log.warning("waiting for the training that runs in %s%s", plain(marker.parent), holder)
-            said = True
+            warned = True
         time.sleep(0.2)
-    with contextlib.suppress(OSError):  # a full disk: then a later start cannot name us
+    with contextlib.suppress(OSError):  # on a full disk a later start cannot name this process
         handle.truncate(0)
         handle.write(f"process {os.getpid()} on {hostname()}\n")
         handle.flush()
-    _held.append(handle)
+    held_locks.append(handle)
 
 
 def _holder(handle: IO[str]) -> str:
-    """Who wrote into the marker, in brackets."""
+    """Return the name in the marker, in brackets, or ""."""
     with contextlib.suppress(OSError, UnicodeDecodeError):
         handle.seek(0)
         if name := handle.read(300).strip():
@@ -296,9 +298,9 @@ def _holder(handle: IO[str]) -> str:
 
 
 def keep_former_defaults(run: Run, config: Config, fresh: bool) -> None:
-    """Keep a variant's defaults from when the run began, if the config does not state the keys.
+    """Keep the defaults with which the run began, for keys that the config does not state.
 
-    For example, weights trained with a gate before the norm compute nonsense with one after it.
+    For example, weights trained with a gate before the norm are useless with one after it.
     """
     saved = None if fresh else _last_config(run)
     if saved is None or saved.model.name != config.model.name:
@@ -319,7 +321,7 @@ def keep_former_defaults(run: Run, config: Config, fresh: bool) -> None:
 
 
 def _last_config(run: Run) -> Config | None:
-    """The config of the newest checkpoint whose config can be read."""
+    """Return the newest readable config of the run's checkpoints."""
     for path in checkpoint.list_checkpoints(run.checkpoints):
         try:
             return load_config(path / "config.yaml")
@@ -328,8 +330,12 @@ def _last_config(run: Run) -> Config | None:
     return None
 
 
-def _check_same_model(reader: checkpoint.Reader, saved: Config, config: Config) -> None:
-    """The checkpoint's task and model must be the config's; everything else may change."""
+def check_same_model(reader: checkpoint.Reader, saved: Config, config: Config) -> None:
+    """Check that task and model are the checkpoint's; everything else may change.
+
+    Raises:
+        ConfigError: they are not.
+    """
     if saved.task.name != config.task.name:
         raise ConfigError(
             f"task.name={config.task.name}, but the checkpoint {reader.path} was trained with "
@@ -343,7 +349,7 @@ def _check_same_model(reader: checkpoint.Reader, saved: Config, config: Config) 
             key = shape_keys[0]
             way = ""
             if key in ("blocks", "num_experts") and not saved.moe.enabled:
-                way = "; `swin-moe convert --upcycle` makes a mixture of a dense model"
+                way = "; `swin-moe convert --upcycle` turns a dense model into a mixture of experts"
             raise ConfigError(
                 f"{section}.{key}={new[key]!r}, but the checkpoint {reader.path} was trained with "
                 f"{old[key]!r}: change it back, set another train.output, or use --fresh{way}"
@@ -367,8 +373,8 @@ _SHAPE_KEYS = {
 
 
 def log_to_file(path: Path) -> None:
-    """Send everything that is logged by this rank to ``path`` as well."""
-    with contextlib.suppress(OSError):  # the first line reports it
+    """Log all messages of this rank to ``path`` as well."""
+    with contextlib.suppress(OSError):  # the first log line reports it
         path.parent.mkdir(parents=True, exist_ok=True)
     handler = LogFile(path)
     handler.setFormatter(PlainFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))

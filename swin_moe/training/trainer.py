@@ -1,4 +1,4 @@
-"""The training loop: epoch, step, evaluate, save. It knows no DeepSpeed and no file format."""
+"""The training loop: epochs, updates, evaluations, saves; independent of DeepSpeed and files."""
 
 from __future__ import annotations
 
@@ -38,32 +38,40 @@ logger = logging.getLogger("swin_moe")
 
 
 class RollBack(Exception):
-    """Too many updates in a row were left out: go back to a checkpoint, the same on every rank."""
+    """Too many updates in a row were skipped: all ranks must go back to a checkpoint."""
 
 
 @dataclass
 class Position:
-    """Where training stands.
+    """The progress of a training.
 
-    ``step`` counts the updates made and never falls; the place in the schedule is ``epoch`` and
-    ``update``, which a resume with another global batch converts.
+    ``step`` never falls. ``epoch`` and ``update`` are the place in the schedule, which a resume
+    with another global batch converts.
+
+    Attributes:
+        step: updates so far, skipped ones included.
+        update: updates within the epoch.
+        best: best value of the task's metric.
+        unreadable: unreadable training samples so far.
+        unreadable_before: those of earlier epochs.
+        skipped: skipped updates so far.
     """
 
     step: int = 0
     epoch: int = 0
-    update: int = 0  # updates done within the epoch
-    best: float | None = None  # of the task's metric
+    update: int = 0
+    best: float | None = None
     best_step: int = -1
     unreadable: int = 0
-    unreadable_before: int = 0  # of those, the ones of former epochs
-    skipped: int = 0  # of the steps, those whose update was left out
+    unreadable_before: int = 0
+    skipped: int = 0
 
     def state(self) -> dict[str, Any]:
         return asdict(self)
 
     @classmethod
     def of(cls, state: dict[str, Any]) -> Position:
-        """A position from its :meth:`state`, also as earlier versions wrote it."""
+        """Return the position of a :meth:`state`, also of earlier versions."""
         state = dict(state)
         top1 = state.pop("best_top1", -1.0)
         return cls(**{"best": top1 if top1 >= 0 else None, **state})
@@ -71,7 +79,7 @@ class Position:
 
 @dataclass
 class TrainingPlan:
-    """How long to train and when to do what, in updates and epochs."""
+    """The length of a training and the intervals of its actions, in updates and epochs."""
 
     epochs: int
     updates_per_epoch: int
@@ -87,7 +95,7 @@ class TrainingPlan:
         return bool(self.limit(position))
 
     def limit(self, position: Position) -> str:
-        """The key that ends training at this position, empty if none does."""
+        """Return the key that ends training at this position, "" if none does."""
         if position.epoch >= self.epochs:
             return "schedule.epochs"
         return "train.max_steps" if 0 < self.max_steps <= position.step else ""
@@ -95,11 +103,14 @@ class TrainingPlan:
 
 @dataclass
 class Trainer:
-    """Everything a loop needs, built elsewhere.
+    """The training loop, with everything that it needs.
 
-    ``save`` begins to write a checkpoint of the position it is handed; ``saver`` tells of it when
-    it is done, and waits for it. ``say`` prints a line on rank 0. ``went_back``: the weights are
-    those of a checkpoint before ``position``.
+    Attributes:
+        save: begins to write a checkpoint of a position.
+        saver: reports when a checkpoint is written, and waits for it.
+        say: prints a line on rank 0.
+        went_back: the weights are those of a checkpoint before ``position``.
+        updates_made: updates of this object, without skipped ones.
     """
 
     plan: TrainingPlan
@@ -129,23 +140,23 @@ class Trainer:
         self._guard = Guard(self._routers.names, self.world, self.stop_signal)
         self._spikes = SpikeDetector(self.faults.spike_sigmas)
         self._bad_in_a_row = 0
-        self.updates_made = 0  # since this trainer began
+        self.updates_made = 0
         self._unreadable = 0  # on this rank, since the last log
         self._clock, self._images, self._waited = time.monotonic(), 0, 0.0
         self._steps_logged, self.images_per_second = self.position.step, 0.0
         self._loader_watch = LoaderWatch()
-        self._piped = False  # no bar is shown
+        self._piped = False  # no progress bar is shown
 
     def fit(self) -> None:
         """Train from the current position to the end of the plan."""
         position, plan = self.position, self.plan
         self.watchdog.enter("the first batch was awaited")
-        if self.went_back and plan.is_done(position):  # no update is left: these are the result
+        if self.went_back and plan.is_done(position):  # these weights are the result
             self._evaluate()
             self._save(proven=True)
         while not plan.is_done(position):
             epoch = position.epoch
-            self._train_epoch()
+            self.train_epoch()
             finished = position.epoch > epoch
             done = plan.is_done(position)
             evaluated = done or (finished and position.epoch % plan.eval_every_epochs == 0)
@@ -161,7 +172,7 @@ class Trainer:
             )
 
     def result(self) -> Result:
-        """How the training ended."""
+        """Return the result for the closing table."""
         position = self.position
         return Result(
             metric=self.task.metric,
@@ -173,7 +184,8 @@ class Trainer:
             limit=self.plan.limit(position),
         )
 
-    def _train_epoch(self) -> None:
+    def train_epoch(self) -> None:
+        """Train to the end of the epoch, or of the plan."""
         position, plan = self.position, self.plan
         self.engine.train()
         batches = self.train_loader.epoch(
@@ -195,13 +207,13 @@ class Trainer:
                 last = position.update == plan.updates_per_epoch or plan.is_done(position)
                 every = plan.save_every_steps
                 saves = every > 0 and position.step % every == 0 and not last
-                # Also at each save, so that a resumed run repeats the records and loses none.
+                # Also at each save, so that a resumed run loses no record.
                 if position.step % plan.log_every_steps == 0 or saves or last or stop:
                     bar.update(task, status=self._log_training())
                 bar.update(task, completed=position.update)
                 if saves:
                     self._save()
-                if stop and not last:  # else after the epoch's evaluation and an update more
+                if stop and not last:  # otherwise after the evaluation and one more update
                     self._stop(interrupted=stop == 1)
         self._turn_epoch()
 
@@ -212,51 +224,56 @@ class Trainer:
             position.unreadable_before = position.unreadable
 
     def _save(self, proven: bool = False) -> None:
-        """Not while updates are being left out: the weights may be what is wrong.
+        """Begin a save, but not after skipped updates, which may have come from bad weights.
 
         Args:
-            proven: an evaluation has shown that they are not.
+            proven: an evaluation has shown that the weights are good.
         """
         if proven or not self._bad_in_a_row:
             with self.watchdog.phase("a checkpoint was copied", writes=True):
                 self.save(self.position)
 
     def _wait_for_save(self) -> bool:
-        """Whether the last save is complete."""
+        """Wait for the last save and return whether it is complete."""
         with self.watchdog.phase("the other ranks' files were awaited", writes=True):
             return self.saver.wait()
 
     def _stop(self, interrupted: bool) -> None:
-        """Save what there is and end, because a signal to some rank asked for it."""
+        """Save and end the training, because a rank received a signal.
+
+        Raises:
+            Preempted: always, unless the save failed.
+            TrainingError: the save failed.
+        """
         self._save()
         complete = self._wait_for_save()
-        told = "interrupted" if interrupted else "told to stop by a signal"
-        told += f" at step {self.position.step}"
+        end = "interrupted" if interrupted else "stopped by a signal"
+        end += f" at step {self.position.step}"
         if not complete:
             raise TrainingError(
-                f"{told}, but the checkpoint could not be written (the warning above says why); "
+                f"{end}, but the checkpoint could not be written (the warning above says why); "
                 f"{self._mend()}"
             )
         if self._bad_in_a_row:
             raise Preempted(
-                f"{told}, while updates were being left out: start again to go on from the last "
+                f"{end}, while updates were being skipped: start again to go on from the last "
                 "checkpoint",
                 interrupted,
             )
         again = "the same command goes on" if interrupted else "start again to go on"
-        raise Preempted(f"{told}; the checkpoint is written: {again} from it", interrupted)
+        raise Preempted(f"{end}; the checkpoint is written: {again} from it", interrupted)
 
     def _mend(self) -> str:
-        """What there is, and what helps, where a checkpoint could not be written."""
+        """Return the last good checkpoint and the remedy, after a failed save."""
         good = self.saver.writing.good
         there = f"the last good one is {good}" if good else "no other of this run is complete"
         return f"{there}: mend that and start again"
 
     def _update(self, batches: Iterator[Batch]) -> int:
-        """One optimizer update: ``gradient_accumulation_steps`` micro-batches and a step.
+        """Make an update: ``gradient_accumulation_steps`` micro-batches and an optimizer step.
 
         Returns:
-            whether a rank was asked to stop, see :class:`~swin_moe.training.guard.UpdateStatus`.
+            whether to stop, see :class:`~swin_moe.training.guard.UpdateStatus`.
         """
         position, plan = self.position, self.plan
         self.schedule.step_update(position.epoch * plan.updates_per_epoch + position.update)
@@ -283,19 +300,19 @@ class Trainer:
                     self.engine.step()
             except FloatingPointError:
                 bad = "gradient norm"
-        verdict = self._guard.read()
+        status = self._guard.read()
         position.step += 1
         position.update += 1
         if bad:
-            self._left_out(verdict.bad or bad, samples)
+            self._skipped(status.bad or bad, samples)
         else:
-            self._made(verdict.loss, samples)
+            self._made(status.loss, samples)
         self.watchdog.beat()
         self.saver.poll()
-        return verdict.stop
+        return status.stop
 
     def _made(self, loss: float, samples: list[Batch]) -> None:
-        """After an update that was made."""
+        """Account for an update that was made."""
         self._bad_in_a_row = 0
         self.updates_made += 1
         self._routers.after_update(made=True)
@@ -306,11 +323,11 @@ class Trainer:
                 f"{usual}; its samples are listed in logs/rank-*.log"
             )
 
-    def _left_out(self, what: str, samples: list[Batch]) -> None:
-        """After an update that was refused by every rank.
+    def _skipped(self, bad: str, samples: list[Batch]) -> None:
+        """Account for an update that was skipped on every rank.
 
         Raises:
-            TrainingError, RollBack: as ``faults.nonfinite`` and ``faults.max_nonfinite`` say.
+            TrainingError, RollBack: by ``faults.nonfinite`` and ``faults.max_nonfinite``.
         """
         self._bad_in_a_row += 1
         self.position.skipped += 1
@@ -318,9 +335,9 @@ class Trainer:
         self._log_samples(samples)
         policy, limit = self.faults.nonfinite, self.faults.max_nonfinite
         if policy == "stop" or (policy == "skip" and self._bad_in_a_row >= limit):
-            raise self._nonfinite_error(what)
+            raise self._nonfinite_error(bad)
         self.say(
-            f"warning at step {self.position.step}: non-finite {what}; the update is left out "
+            f"warning at step {self.position.step}: non-finite {bad}; the update is skipped "
             f"({self._bad_in_a_row} in a row, {policy} at {limit}); its samples are listed in "
             "logs/rank-*.log"
         )
@@ -356,23 +373,23 @@ class Trainer:
                 "logs/bad-samples-rank-*.jsonl in the run directory lists them by kind"
             )
 
-    def _nonfinite_error(self, what: str) -> TrainingError:
+    def _nonfinite_error(self, bad: str) -> TrainingError:
         ways = ["a lower optimizer.base_lr", "a longer schedule.warmup_epochs"]
         if self.engine.dtype != torch.float32:
             ways.append("precision.dtype=fp32")
         return TrainingError(
-            f"non-finite {what} at step {self.position.step}; the weights were not changed and "
+            f"non-finite {bad} at step {self.position.step}; the weights were not changed and "
             f"{self._kept()} (try {' or '.join(ways)})"
         )
 
     def _kept(self) -> str:
-        """What a failure of all ranks leaves."""
+        """Return a clause on the checkpoint that a failure leaves."""
         self._wait_for_save()
         kept = self.saver.writing.good
         return "the last checkpoint is kept" if kept else "there is no checkpoint yet"
 
     # ----------------------------------------------------------------------------------------
-    # Figures
+    # Records
 
     def _epochs_done(self) -> float:
         return round(self.position.epoch + self.position.update / self.plan.updates_per_epoch, 4)
@@ -381,9 +398,9 @@ class Trainer:
         self._clock, self._images, self._waited = time.monotonic(), 0, 0.0
 
     def _log_training(self) -> str:
-        """Reduce the meters over ranks and write a record; returns the bar's status text.
+        """Reduce the meters over ranks, write a record, and return the bar's status text.
 
-        Where no bar is shown, the status is printed as a line.
+        Without a bar the status is printed as a line.
         """
         device, position = self.world.device, self.position
         waited = self._waited / max(time.monotonic() - self._clock, 1e-9)
@@ -435,7 +452,7 @@ class Trainer:
         return status
 
     def _updates_left(self) -> int:
-        """Updates that the training still has to make."""
+        """Return the number of updates until the training ends."""
         position, plan = self.position, self.plan
         left = (plan.epochs - position.epoch) * plan.updates_per_epoch - position.update
         return min(left, plan.max_steps - position.step) if plan.max_steps else left
@@ -445,7 +462,7 @@ class Trainer:
         return self.engine.forward(inputs)
 
     def _evaluate(self) -> bool:
-        """Evaluate, record and tell; returns whether it is the best so far."""
+        """Evaluate, write and print the result; return whether it is the best so far."""
         position = self.position
         self.engine.train(False)
         with self.watchdog.phase("the held-out images were evaluated"):

@@ -195,7 +195,7 @@ def test_two_nodes_are_preempted_and_go_on_from_the_checkpoint(slurm, tmp_path):
     wait(lambda: slurm.state(low) == "PENDING", "the job has queued again")
     # Slurm would wait for 2 min; within the second of the requeue it refuses its own credential.
     slurm.say("scontrol", "update", f"jobid={low}", "StartTime=now+5")
-    assert "told to stop by a signal" in log.read_text()
+    assert "stopped by a signal" in log.read_text()
     wait(lambda: last_step(run) > stopped_at + 5, "the requeued job goes on")
     assert f"resumed from step-{stopped_at:08d}" in log.read_text()
     assert starts(run) == 2

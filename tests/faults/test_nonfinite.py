@@ -32,7 +32,7 @@ def test_a_bad_update_is_left_out_and_told(tmp_path):
     warnings = re.findall(r"warning at step \d+: non-finite .*", done.stdout)
     assert len(warnings) == 1, done.stdout
     assert re.match(
-        r"warning at step 6: non-finite (loss|tokens at \S+) on rank 1; the update is left out "
+        r"warning at step 6: non-finite (loss|tokens at \S+) on rank 1; the update is skipped "
         r"\(1 in a row, skip at 10\)", warnings[0],
     )  # fmt: skip
     position = last_state(tmp_path)["position"]

@@ -43,7 +43,7 @@ def wait_for_step(process, folder, step, patience=PATIENCE):
 @pytest.mark.parametrize(
     ("number", "code", "told"),
     [
-        (signal.SIGTERM, 75, "told to stop by a signal at step {}; the checkpoint is written: "
+        (signal.SIGTERM, 75, "stopped by a signal at step {}; the checkpoint is written: "
          "start again to go on"),
         (signal.SIGINT, 130, "interrupted at step {}; the checkpoint is written: the same command "
          "goes on"),

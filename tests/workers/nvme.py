@@ -29,7 +29,7 @@ def train(
     figures = train_between(engine, world, cell, folder, first, last)
     if cell.offload == "nvme":
         assert list((folder.parent / "nvme").rglob("*.swp")), "nothing is in files"
-        flats = engine._engine.optimizer.fp32_partitioned_groups_flat
+        flats = engine.deepspeed.optimizer.fp32_partitioned_groups_flat
         assert any(flat.numel() == 0 for flat in flats), "everything is in memory"
     engine.close()
     return figures

@@ -1,7 +1,4 @@
-"""A trainer on two processes with images of our own: counts, the choice bias, and NaN on one rank.
-
-Every rank asserts; the folder is only told how much was checked.
-"""
+"""A trainer on two processes with random images: counts, the choice bias, and NaN on one rank."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,7 +18,7 @@ NAME = "layers.1.blocks.1"
 
 
 class Images:
-    """Batches of random images in place of a loader's; ``spoilt`` makes NaN of one's pixels."""
+    """A loader of random images; batch ``spoilt`` has NaN pixels."""
 
     num_samples = UPDATES * ACCUMULATION * MICRO_BATCH
     workers = 0
@@ -42,7 +39,7 @@ class Images:
 
 
 def plain_task(config):
-    """Classification of images that are normalised already."""
+    """Build a classification task for normalised images."""
     from swin_moe.tasks.classification import Classification
 
     class Plain(Classification):
@@ -82,7 +79,7 @@ def make_trainer(world, spoilt: int = -1, **changes):
 
 
 def check_bias(world) -> None:
-    """Once per update, by the counts of all micro-steps and ranks, whatever is recomputed."""
+    """The bias moves once per update, by the counts of all micro-steps and ranks, without recomputes."""
     trainer, records = make_trainer(world)
     model = trainer.engine.model
     outputs, forward = [], trainer.engine.forward
@@ -94,14 +91,14 @@ def check_bias(world) -> None:
     trainer.engine.forward = kept
     bias = model.layers[1].blocks[1].mlp.choice_bias
     rises = [bias.rises.clone()]
-    logged = trainer._log_training
+    write = trainer.log.write
 
-    def noted():
+    def noted(record):
         rises.append(bias.rises.clone())
-        return logged()
+        write(record)
 
-    trainer._log_training = noted
-    trainer._train_epoch()
+    trainer.log.write = noted
+    trainer.train_epoch()
     assert len(outputs) == UPDATES * ACCUMULATION
     for update in range(UPDATES):
         part = outputs[update * ACCUMULATION : (update + 1) * ACCUMULATION]
@@ -137,7 +134,7 @@ def check_nan(world) -> None:
     trainer.engine.forward = kept
     before = {name: p.detach().clone() for name, p in trainer.engine.model.named_parameters()}
     try:
-        trainer._train_epoch()
+        trainer.train_epoch()
     except TrainingError as error:
         message = str(error)
     expected = f"non-finite tokens at {NAME} on rank {rank} at step 2; the weights were not changed"
