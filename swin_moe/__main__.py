@@ -1,4 +1,4 @@
-"""The program: it answers signals before it imports the rest."""
+"""The program: handles signals before it imports the rest."""
 
 from .common.signals import watch
 from .common.writing import open_streams

@@ -1,4 +1,4 @@
-"""A checkpoint, opened to be asked: its model with the data that it is held against."""
+"""Evaluate a checkpoint, with its model and held-out data."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ log = logging.getLogger("swin_moe")
 
 @dataclass(frozen=True)
 class Opened:
-    """A checkpoint with its task and held-out data; ``forward`` calls the model."""
+    """A checkpoint with its task, model and held-out data; ``forward`` calls the model."""
 
     path: Path
     task: Task
@@ -38,10 +38,13 @@ class Opened:
 
 
 def open_checkpoint(path: Path, world: World, overrides: list[str], command: str) -> Opened:
-    """The last checkpoint of a run directory, or a checkpoint folder, with its held-out data.
+    """Open a checkpoint, or the last one of a run directory, with its held-out data.
+
+    Args:
+        command: name of the command, for messages.
 
     Raises:
-        ValueError: nothing there can be evaluated, or there are several processes.
+        ValueError: no checkpoint can be evaluated, or there are several processes.
     """
     if world.size > 1:
         raise ValueError(f"{command} runs as one process: start it without a launcher")
@@ -49,7 +52,7 @@ def open_checkpoint(path: Path, world: World, overrides: list[str], command: str
 
 
 def _open(found: Path, world: World, overrides: list[str]) -> Opened:
-    class_names = checkpoint.class_names(found)  # first: without the folder there seem to be none
+    class_names = checkpoint.class_names(found)  # first: fails if the folder is gone
     source = read_pretrained(found)
     config = load_config(found / "config.yaml", overrides)
     if not any(override.startswith("data.path=") for override in overrides):
@@ -76,7 +79,7 @@ def _open(found: Path, world: World, overrides: list[str]) -> Opened:
 
 
 def _load_the_rest(model: nn.Module, backbone: nn.Module, path: Path) -> None:
-    """Load what the task adds to the backbone, such as a decoder."""
+    """Load the parameters that the task adds to the backbone, such as a decoder."""
     inside = {id(parameter) for parameter in backbone.parameters()}
     reader = checkpoint.Reader(path)
     with torch.no_grad():
@@ -86,7 +89,7 @@ def _load_the_rest(model: nn.Module, backbone: nn.Module, path: Path) -> None:
 
 
 def _find_data(config: Config, path: Path) -> None:
-    """Resolve a relative ``data.path`` as in training, if it is not below the working directory."""
+    """Resolve a relative ``data.path`` as in training, if the working directory lacks it."""
     here = Path(config.data.path)
     state = read_json(path / "state.json")
     there = state.get("data", {}).get("folder") if isinstance(state, dict) else None

@@ -1,4 +1,4 @@
-"""Models by name, with the weights of a file: what ``swin_moe.build_model`` is."""
+"""Models by name, such as ``swin_moe.build_model``, with initial weights or those of a file."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ log = logging.getLogger("swin_moe")
 
 
 def build_model(name: str, **overrides: Any) -> SwinTransformer:
-    """A model by name, e.g. ``build_model("swinv2_tiny_window8_256", num_classes=10)``.
+    """Build a model by name, e.g. ``build_model("swinv2_tiny_window8_256", num_classes=10)``.
 
     Overrides are keys of the config section ``model``, or of ``moe`` as ``moe={"top_k": 2}``. With
-    ``pretrained=PATH`` the weights are those of a file, of any dialect that ``swin-moe convert``
-    reads, fitted to this image size, window and number of classes. Otherwise they are drawn from
-    torch's global generator. Under ``torch.device("meta")`` a model of any size takes no memory;
+    ``pretrained=PATH`` the weights come from a file in any format that ``swin-moe convert`` reads,
+    adapted to this image size, window and number of classes. Otherwise they are drawn from torch's
+    global generator. Under ``torch.device("meta")`` a model of any size takes no memory;
     ``model.to_empty(device=...)`` and ``model.init_weights()`` then make it real.
 
     Raises:
-        ConfigError: unknown name or key, or a value of the wrong kind.
+        ConfigError: a name or key is unknown, or a value has the wrong type.
     """
     if name not in KNOWN:
         raise ConfigError(unknown_model(name))
@@ -51,7 +51,7 @@ def build_model(name: str, **overrides: Any) -> SwinTransformer:
 
 
 def _plain(value: Any) -> Any:
-    """Tuples as lists and paths as text, as a config has them."""
+    """Turn tuples into lists and paths into text, as in a config."""
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -60,7 +60,7 @@ def _plain(value: Any) -> Any:
 
 
 def list_models(pattern: str = "*") -> list[str]:
-    """Names of the models that match a shell-style pattern, e.g. ``swin_moe*``."""
+    """List the models whose names match a shell-style pattern, e.g. ``swin_moe*``."""
     return sorted(name for name in VARIANTS if fnmatch(name, pattern))
 
 
@@ -73,7 +73,7 @@ def build_features(
     freeze_moe: bool = False,
     **overrides: Any,
 ) -> SwinFeatures:
-    """Features of a model by name; ``overrides`` as in :func:`build_model`."""
+    """Build the feature maps of a model by name; ``overrides`` as in :func:`build_model`."""
     return SwinFeatures(
         build_model(name, num_classes=0, **overrides),
         out_indices,

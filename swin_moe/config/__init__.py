@@ -1,4 +1,8 @@
-"""Typed configuration: strict YAML in, sections of typed keys out."""
+"""Typed configuration, read from strict YAML.
+
+``sections.py`` has all keys, defaults and checks; ``tasks.py`` and ``variants.py`` have those of
+tasks and named models. ``loading.py`` reads files and overrides through ``yaml_core.py``.
+"""
 
 from .batch import micro_batch_sizes, micro_batches, share_global_batch
 from .idle import idle_keys

@@ -1,4 +1,4 @@
-"""``data.global_batch``: the same images in each update, whatever the number of processes."""
+"""``data.global_batch``: the same number of images per update on any number of processes."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ def share_global_batch(config: Config, processes: int) -> str:
     """Set batch size and micro-steps so that all processes together make the global batch.
 
     With ``train.gradient_accumulation_steps=auto``, ``data.batch_size`` becomes the whole share of
-    a process in an update, which is cut later. Nothing changes if ``data.global_batch`` is 0.
+    a process, which is cut later. If ``data.global_batch`` is 0, nothing changes.
 
     Returns:
-        a line on what differs from the user's values, empty if nothing does.
+        a line on changes of values that the user stated, "" if there are none.
 
     Raises:
-        ValueError: it cannot be shared out evenly; the line says what can.
+        ValueError: the batch cannot be divided evenly; the line suggests values.
     """
     data, train = config.data, config.train
     if not data.global_batch:
@@ -43,10 +43,13 @@ def share_global_batch(config: Config, processes: int) -> str:
 
 
 def micro_batches(config: Config, processes: int) -> tuple[int, int]:
-    """The images of a micro-batch, and the number of micro-batches of a process.
+    """Return the images of a micro-batch, and the micro-batches of a process per update.
 
-    A micro-batch is ``data.batch_size`` images. It is a process's whole share if that is less, or
-    if ``train.gradient_accumulation_steps`` is ``auto``.
+    A micro-batch is ``data.batch_size`` images. It is a process's whole share if that is smaller,
+    or if ``train.gradient_accumulation_steps`` is ``auto``.
+
+    Raises:
+        ValueError: see :func:`share_global_batch`.
     """
     total, most = config.data.global_batch, config.data.batch_size
     pairs = config.mixes_pairs
@@ -73,13 +76,13 @@ def micro_batches(config: Config, processes: int) -> tuple[int, int]:
 
 
 def micro_batch_sizes(config: Config, images: int) -> list[int]:
-    """The sizes into which the images of an update can be cut, largest first."""
+    """Return the possible sizes of micro-batches of ``images`` images, largest first."""
     sizes = [size for size in range(images, 0, -1) if images % size == 0]
     return [size for size in sizes if not (config.mixes_pairs and size % 2)]
 
 
 def _near(total: int, number: int) -> list[int]:
-    """The divisors of ``total`` next to a number, at most one on each side."""
+    """Return the divisors of ``total`` next to a number, at most one on each side."""
     small = [n for n in range(1, math.isqrt(total) + 1) if total % n == 0]
     divisors = sorted({*small, *(total // n for n in small)})
     below = [n for n in divisors if n <= number][-1:]

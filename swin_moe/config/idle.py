@@ -1,4 +1,4 @@
-"""Keys that are set and that nothing reads, because of another key."""
+"""Keys that are set but have no effect, because of another key."""
 
 from __future__ import annotations
 
@@ -7,34 +7,34 @@ from operator import attrgetter
 
 from .sections import AugmentConfig, Config, MoEConfig
 
-Idle = tuple[str, tuple[str, ...]]  # the key that is why, and those without effect
+Idle = tuple[str, tuple[str, ...]]  # a key, and the keys that have no effect because of it
 
 
 def idle_keys(config: Config) -> str:
-    """One line on what is set without effect, else empty."""
-    usual = Config()
+    """Return a line on keys that are set without effect, "" if there are none."""
+    defaults = Config()
     moe = _of_moe(config.moe) if config.moe.enabled else ()
-    said = [
-        f"{key} with {why}={attrgetter(why)(config)}"
-        for why, keys in (*moe, *_of_augment(config.augment), *_of_others(config))
+    idle = [
+        f"{key} with {cause}={attrgetter(cause)(config)}"
+        for cause, keys in (*moe, *_of_augment(config.augment), *_of_others(config))
         for key in keys
-        if attrgetter(key)(config) != attrgetter(key)(usual)
+        if attrgetter(key)(config) != attrgetter(key)(defaults)
     ]
-    return f"without effect: {', '.join(said)}" if said else ""
+    return f"without effect: {', '.join(idle)}" if idle else ""
 
 
 def _of_moe(moe: MoEConfig) -> Iterator[Idle]:
-    of_tokens = ("moe.eval_top_k", "moe.batch_prioritized", "moe.route_per_image", "moe.balance",
-                 "moe.aux_loss_weight")  # fmt: skip
+    token_choice = ("moe.eval_top_k", "moe.batch_prioritized", "moe.route_per_image",
+                    "moe.balance", "moe.aux_loss_weight")  # fmt: skip
     if moe.routing == "token_choice":
         yield "moe.routing", ("moe.slots_per_expert",)
     elif moe.routing == "expert_choice":
         gate = () if moe.gate_after_norm else ("moe.normalize_gate",)
-        yield "moe.routing", ("moe.slots_per_expert", *of_tokens, *gate)
+        yield "moe.routing", ("moe.slots_per_expert", *token_choice, *gate)
     else:
         choice = ("moe.top_k", "moe.score", "moe.normalize_gate", "moe.gate_noise")
         capacity = ("moe.capacity_factor", "moe.eval_capacity_factor")
-        yield "moe.routing", (*of_tokens, *choice, *capacity)
+        yield "moe.routing", (*token_choice, *choice, *capacity)
     if moe.router == "linear":
         yield "moe.router", ("moe.cosine_router_dim", "moe.cosine_router_init_t")
     if moe.balance == "none":
@@ -49,7 +49,7 @@ def _of_augment(augment: AugmentConfig) -> Iterator[Idle]:
     elif not augment.mixup:
         yield "augment.mixup", ("augment.mixup_switch_prob",)
     policy = augment.auto_augment
-    if policy and "3a" not in policy and augment.color_jitter:  # as timm does it
+    if policy and "3a" not in policy and augment.color_jitter:  # timm's rule
         yield "augment.auto_augment", ("augment.color_jitter",)
 
 

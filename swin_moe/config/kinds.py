@@ -1,4 +1,4 @@
-"""Kinds of values: numbers within bounds that no real run comes near, and paths."""
+"""Types of values: numbers within generous bounds, and paths."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Section(BaseModel):
 
 
 def _whole(value: Any) -> Any:
-    """``1e6`` is a whole number, too."""
+    """Turn whole floats such as ``1e6`` into integers."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
@@ -32,12 +32,12 @@ Seed = Annotated[int, Field(ge=0, lt=2**64), _Whole]
 Size = Annotated[int, Field(ge=1, le=_SIZE), _Whole]  # pixels, channels, blocks, experts, …
 SizeOrNone = Annotated[int, Field(ge=0, le=_SIZE), _Whole]  # 0 = none
 Classes = Annotated[int, Field(ge=0, le=100_000_000), _Whole]
-Images = Annotated[int, Field(ge=1, le=2**20), _Whole]  # of a batch
+Images = Annotated[int, Field(ge=1, le=2**20), _Whole]  # in a batch
 ImagesOrNone = Annotated[int, Field(ge=0, le=2**20), _Whole]
 Workers = Annotated[int, Field(ge=0, le=4096), _Whole]
 
 Rate = Annotated[float, Field(ge=0.0, le=1.0)]
-DropRate = Annotated[float, Field(ge=0.0, lt=1.0)]  # at 1 nothing would be left
+DropRate = Annotated[float, Field(ge=0.0, lt=1.0)]
 NonNegativeFloat = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
 Factor = Annotated[float, Field(ge=0.0, le=_SIZE)]
 PositiveFactor = Annotated[float, Field(gt=0.0, le=_SIZE)]
@@ -47,12 +47,12 @@ Seconds = Annotated[float, Field(ge=0.0, le=1e8)]
 
 
 def check_path(value: Any, required: bool = False) -> str:
-    """A path with ``~/`` expanded; an address such as ``s3://`` is unchanged.
+    """Return a path with ``~/`` expanded; an address such as ``s3://`` is unchanged.
 
-    All other characters are those of names, blanks at the ends included.
+    Blanks at the ends belong to the name.
 
     Raises:
-        ValueError: no file can be called so.
+        ValueError: no file can have this name.
     """
     if not isinstance(value, str):
         raise ValueError(f"expected a path, got {value!r:.60}")
@@ -60,7 +60,7 @@ def check_path(value: Any, required: bool = False) -> str:
         raise ValueError("a path cannot hold the character NUL")
     if (value or required) and not value.strip():
         raise ValueError("it is empty: name a file or a folder")
-    if value != value.strip("\r\n\t\f\v"):  # of a file with other line ends, or a block of YAML
+    if value != value.strip("\r\n\t\f\v"):  # from other line ends, or a block of YAML
         raise ValueError(f"{value!r:.60} begins or ends with a line break or a tab: remove it")
     return os.path.expanduser(value) if re.match(r"~([^/]*/|$)", value) else value
 

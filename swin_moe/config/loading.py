@@ -1,4 +1,4 @@
-"""From strict YAML with ``base:`` inheritance and dotted overrides to a typed configuration.
+"""Read a typed configuration from strict YAML with ``base:`` inheritance and dotted overrides.
 
 Every mistake in a file or an override becomes a :class:`ConfigError`: one line that names the file
 and line or the override, the value, what was expected and the nearest valid key.
@@ -43,26 +43,26 @@ def _error(place: str, problem: str) -> ConfigError:
 
 
 def _short(text: str, length: int) -> str:
-    """A text without its middle if it is too long for a line."""
+    """Cut the middle out of a text that is too long for a line."""
     half = length // 2 - 2
     return text if len(text) <= length else f"{text[:half]}...{text[-half:]}"
 
 
 def _kind(key: Key) -> Any:
-    """The type of a section or of a key's values; None if there is no such key."""
+    """Return the type of a section or of a key's values; None if there is no such key."""
     kinds: list[Any] = [Config]
     for part in present_name(key):
         fields = [getattr(kind, "model_fields", {}).get(part) for kind in kinds]
         found = [field.annotation for field in fields if field is not None]
         if not found:
             return None
-        # The section of a task is one of several.
+        # `task` is a union of sections.
         kinds = list(TASKS.values()) if key[:1] == ("task",) and part == "task" else found[:1]
     return kinds[0]
 
 
 def _is_text(key: Key) -> bool:
-    """Whether a key takes a word as it is typed; so does one that is not known."""
+    """Return whether a key takes text; an unknown key does."""
     return _kind(key) in (str, None)
 
 
@@ -104,10 +104,10 @@ def _read_with_bases(path: Path) -> tuple[dict[str, Any], Origins]:
 
 
 def _rename(raw: dict[str, Any], origins: Origins, quiet: bool = False) -> None:
-    """Give former keys their new names; rank 0 of each node says so in one line each.
+    """Give former keys their new names; rank 0 of each node logs a warning for each.
 
     Args:
-        quiet: a run wrote the file, nobody is to edit it.
+        quiet: log nothing, because a run wrote the file.
     """
     if not isinstance(raw, dict):
         return
@@ -120,7 +120,7 @@ def _rename(raw: dict[str, Any], origins: Origins, quiet: bool = False) -> None:
 
 
 def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """Merge nested mappings; a value that is not a mapping replaces what it meets."""
+    """Merge nested mappings; a value that is not a mapping replaces the base's."""
     merged = dict(base)
     for key, value in over.items():
         old = merged.get(key)
@@ -159,20 +159,20 @@ def _state(raw: dict[str, Any], origins: Origins, key: Key, value: Any, place: s
         if not isinstance(section, dict):
             raise _error(place, f"'{part}' is not a section")
     section[key[-1]] = value
-    for known in [other for other in origins if other[: len(key)] == key]:
-        del origins[known]
+    for below in [other for other in origins if other[: len(key)] == key]:
+        del origins[below]
     origins[key] = place
 
 
 def _word(key: Key, text: str) -> Any:
-    """The value of a word of the command line.
+    """Return the value of a word on the command line.
 
-    The shell has removed its own quotes, and the rest is literal. For a key that takes text, no
-    character is special, except that a whole word in quotes stands for what is in
-    them. Other keys take what a file may hold: numbers, true and false, [lists], {sections}.
+    The shell has removed its own quotes, and the rest is literal. Quotes around the whole word are
+    removed. Otherwise a key that takes text gets the word unchanged. Other keys take the values of
+    a file: numbers, true and false, [lists], {sections}.
 
     Raises:
-        ValueError: it cannot be read.
+        ValueError: the word cannot be parsed.
     """
     word = text.strip()
     if (inner := yaml_core.unquoted(word)) is not None:
@@ -187,7 +187,7 @@ def _word(key: Key, text: str) -> Any:
 
 
 def _valid_keys(section: Key) -> list[str]:
-    """Dotted names of the keys of a section, or of the sections."""
+    """Return the dotted names of the keys of a section, or of the sections."""
     if not section:
         return list(Config.model_fields)
     kinds = TASKS.values() if section == ("task",) else [_kind(section)]
@@ -200,7 +200,7 @@ def _all_keys() -> list[str]:
 
 
 def _suggest(key: Key) -> str:
-    """The likeliest valid key: of that very name, beside the mistake, or anywhere."""
+    """Return the most likely key: of the same name, or similar in its section, or anywhere."""
     name = ".".join(key)
     if len(key) == 1 and name in _all_keys():
         section, _, leaf = name.partition(".")
@@ -223,17 +223,17 @@ def _leaf(name: str) -> str:
 
 
 def _near(leaf: str, names: list[str]) -> list[str]:
-    """The dotted names that hold ``leaf`` as whole words; else the most similar one."""
+    """Return the dotted names that contain ``leaf`` as whole words, otherwise the most similar."""
     parts = [name for name in names if f"_{leaf}_" in f"_{_leaf(name)}_"]
     close = difflib.get_close_matches(leaf, map(_leaf, names), n=1, cutoff=0.6)
     return parts or [name for name in names if _leaf(name) in close]
 
 
 def _explain(error: ValidationError, origins: Origins, source: str) -> ConfigError:
-    """The first key that is wrong, as one line."""
+    """Describe the first wrong key in one line."""
     errors = [_without_tag(each) for each in error.errors()]
     key = tuple(str(part) for part in errors[0]["loc"][:2])
-    # A value may have several forms. The one that fits furthest says what is wrong.
+    # A key may allow several types. The errors of the type that fits best are reported.
     same = [other for other in errors if other["loc"][: len(key)] == errors[0]["loc"][:2]]
     deepest = max(len(_indices(other)) for other in same)
     same = [other for other in same if len(_indices(other)) == deepest]
@@ -265,7 +265,7 @@ def _explain(error: ValidationError, origins: Origins, source: str) -> ConfigErr
 
 
 def _without_tag(error: Any) -> Any:
-    """An error whose place does not name the chosen one of several sections."""
+    """Remove the name of the task from the place of an error."""
     place = error["loc"]
     return error | {"loc": place[:1] + place[2:]} if place[:1] == ("task",) else error
 
@@ -277,7 +277,7 @@ _BOUNDS = {
 
 
 def _indices(error: Any) -> list[int]:
-    """Where in the value of a key an error is; pydantic also names the members of a union."""
+    """Return the place of an error within a key's value, without pydantic's names of types."""
     return [part for part in error["loc"][2:] if isinstance(part, int)]
 
 
@@ -295,7 +295,7 @@ def _or(names: list[str]) -> str:
 
 
 def _hint(error: Any) -> str:
-    """What to write instead, where the value is only in the wrong form."""
+    """Return a correction of a value in the wrong form, otherwise ""."""
     value = error["input"]
     if error["type"] == "string_type":
         return (
@@ -318,8 +318,8 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
         path: a file, or the name of a recipe that comes with the package.
 
     Raises:
-        ConfigError: one line naming the file and line (or the override), the key, its value,
-            what was expected, and the nearest valid key.
+        ConfigError: one line that names the file and line (or the override), the key, its value,
+            the expected type, and the nearest valid key.
     """
     path = find_config(path)
     raw, origins = _read_with_bases(path)
@@ -337,13 +337,13 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
 
 
 def written_by_a_run(path: Path) -> bool:
-    """Whether a config file lies in a run directory or a checkpoint."""
-    beside = (path.parent / "manifest.json", path.parent / ".swin_moe")
-    return path.name == "config.yaml" and any(mark.is_file() for mark in beside)
+    """Return whether a config file is in a run directory or a checkpoint."""
+    marks = (path.parent / "manifest.json", path.parent / ".swin_moe")
+    return path.name == "config.yaml" and any(mark.is_file() for mark in marks)
 
 
 def _check_rates(config: Config, origins: Origins, source: str) -> None:
-    """Raise :class:`ConfigError` for a rate that would rise; earlier versions let that pass."""
+    """Raise :class:`ConfigError` for a rate that would rise, which earlier versions allowed."""
     peak, lowest = config.optimizer.base_lr, config.schedule.min_lr
     if lowest > peak:
         keys = (("schedule", "min_lr"), ("optimizer", "base_lr"))
@@ -353,7 +353,7 @@ def _check_rates(config: Config, origins: Origins, source: str) -> None:
 
 
 def parse_overrides(overrides: list[str] | tuple[str, ...]) -> dict[str, Any]:
-    """``section.key=value`` words as nested plain values, not yet validated."""
+    """Parse ``section.key=value`` words into nested plain values, not yet validated."""
     raw: dict[str, Any] = {}
     for override in overrides:
         _apply_override(raw, {}, override)
@@ -361,7 +361,7 @@ def parse_overrides(overrides: list[str] | tuple[str, ...]) -> dict[str, Any]:
 
 
 def validate(raw: dict[str, Any], origins: Origins | None = None, source: str = "config") -> Config:
-    """Fill in the variant that ``model.name`` names and validate nested plain values."""
+    """Fill in the defaults of ``model.name`` and validate nested plain values."""
     raw, origins = copy.deepcopy(raw), dict(origins or {})
     _rename(raw, origins, quiet=True)
     config = _validate(Config, raw, origins, source)
@@ -370,7 +370,7 @@ def validate(raw: dict[str, Any], origins: Origins | None = None, source: str = 
 
 
 def validate_architecture(raw: dict[str, Any], source: str) -> Architecture:
-    """The same for the sections ``model`` and ``moe`` alone, which weights may state, too."""
+    """Validate the sections ``model`` and ``moe`` alone, such as those in a file of weights."""
     raw = copy.deepcopy(raw)
     _rename(raw, {}, quiet=True)
     raw.pop("ops", None)
@@ -405,7 +405,7 @@ def _validate(
         config = kind.model_validate(_merge(known, raw))
     except ValidationError as error:
         raise _explain(error, origins, source) from None
-    for section, keys in known.items():  # what is set is what the user stated, not the variant
+    for section, keys in known.items():  # only keys that the user stated count as set
         getattr(config, section).model_fields_set.difference_update(
             keys.keys() - (raw.get(section) or {}).keys()
         )
@@ -413,13 +413,13 @@ def _validate(
 
 
 def _with_task(raw: dict[str, Any]) -> dict[str, Any]:
-    """Name the default task where the section leaves its name out."""
+    """Add the default name to the section ``task`` if it has none."""
     task = raw.get("task", {})
     return {**raw, "task": {"name": "classification", **task}} if isinstance(task, dict) else raw
 
 
 def _task_defaults(raw: dict[str, Any]) -> dict[str, Any]:
-    """What the chosen task sets in other sections, unless they are stated."""
+    """Return the chosen task's defaults for other sections."""
     task = raw["task"]
     name = task.get("name") if isinstance(task, dict) else None
     chosen = TASKS.get(name) if isinstance(name, str) else None
@@ -427,22 +427,22 @@ def _task_defaults(raw: dict[str, Any]) -> dict[str, Any]:
 
 
 def unknown_model(name: str) -> str:
-    """What to tell a person who asked for a model that there is not."""
+    """Return the message for an unknown model name."""
     near = difflib.get_close_matches(name, KNOWN, n=3)
     hint = f"did you mean {' or '.join(near)}?" if near else "`swin-moe models` lists the names"
     return f"{name!r} is not a known model: {hint}"
 
 
 def dump_config(config: Config) -> str:
-    """The resolved configuration as YAML that :func:`load_config` reads back."""
+    """Return the resolved configuration as YAML that :func:`load_config` reads back."""
     return yaml_core.dump(config.model_dump(), default_flow_style=None)
 
 
 def load_plain(path: Path) -> dict[str, Any]:
-    """A YAML file that is no config of ours, such as a manifest, as plain values.
+    """Read a YAML file that is not a config, such as a manifest, into plain values.
 
     Raises:
-        ConfigError: it cannot be read, or is no mapping.
+        ConfigError: it cannot be read, or is not a mapping.
     """
     return _read_file(path, None)[0]
 

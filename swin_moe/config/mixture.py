@@ -1,4 +1,4 @@
-"""Refuses a config that claims a mixture of experts but has no MoE block."""
+"""Find configs that claim a mixture of experts but have no MoE block."""
 
 from __future__ import annotations
 
@@ -15,18 +15,19 @@ _DENSE_SWIN_MOE = "swin_moe_small_dense_window12_192_22k"
 def dense_by_mistake(
     config: Architecture, raw: dict[str, Any], origins: dict[Key, str], saved: bool = False
 ) -> tuple[Key, str] | None:
-    """Find the key that claims a mixture of experts, although no block is one.
+    """Find the key that claims a mixture of experts, although the model has no MoE block.
 
     The claim is a name or family of such models, or any stated key of ``moe``. A file that states
     ``moe.blocks`` may also state other keys at their defaults, since a run writes all keys of a
     dense model. ``moe.blocks=[]`` on the command line makes a model dense on purpose.
 
     Args:
-        raw: what the user stated. origins: where, as far as known.
+        raw: the stated values.
+        origins: their files or overrides, as far as known.
         saved: a run wrote the file, with all keys: only overrides count.
 
     Returns:
-        the key and what is wrong with it; None where nothing is.
+        the key and a message, or None.
     """
     if config.moe.enabled or _overridden(("moe", "blocks"), raw, origins):
         return None
@@ -48,13 +49,13 @@ def dense_by_mistake(
         mends["model", key] = f"{blocks}, or model.name: {_DENSE_SWIN_MOE} with this shape"
     for path, mend in mends.items():
         if not saved or _overridden(path, raw, origins):
-            what = f"{'.'.join(path)}={raw[path[0]][path[1]]}, but moe.blocks is empty"
-            return path, f"{what} and the model would be dense: {mend}"
+            claim = f"{'.'.join(path)}={raw[path[0]][path[1]]}"
+            return path, f"{claim}, but moe.blocks is empty and the model would be dense: {mend}"
     return None
 
 
 def _overridden(path: Key, raw: dict[str, Any], origins: dict[Key, str]) -> bool:
-    """Whether the command line states a key, or the whole section that holds it."""
+    """Return whether the command line states a key or its whole section."""
     stated = path[1] in (raw.get(path[0]) or {})
     places = (origins.get(path, ""), origins.get(path[:1], ""))
     return stated and any(place.startswith("override") for place in places)

@@ -35,7 +35,7 @@ def find_config(config: str | Path) -> Path:
 
 
 def suggest_recipes(name: str | Path) -> str:
-    """Return the end of an error's line: the recipes with the most similar name, or a command."""
+    """Return the hint of an error: the recipes with the most similar name, and a command."""
     leaf = Path(name).name.removesuffix(".yaml")
     leaves = {recipe: recipe.rpartition("/")[2] for recipe in recipe_files()}
     close = difflib.get_close_matches(leaf, leaves.values(), n=1)
@@ -45,7 +45,7 @@ def suggest_recipes(name: str | Path) -> str:
 
 
 def _is_missing(path: Path) -> bool:
-    """Whether there is no such file. Other errors are reported when the file is read."""
+    """Return whether there is no such file; its reader reports other errors."""
     try:
         path.lstat()
     except FileNotFoundError:

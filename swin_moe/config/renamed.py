@@ -1,4 +1,4 @@
-"""Keys of earlier versions: they are read under their new names, and one line says so."""
+"""Keys of earlier versions, which are read under their new names with a warning."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ RENAMED: dict[Key, Key] = {
 
 
 def present_name(key: Key) -> Key:
-    """The name of a key today."""
+    """Return the present name of a key."""
     return RENAMED.get(key[:2], key[:2]) + key[2:]
 
 
@@ -26,10 +26,10 @@ def rename(raw: dict[str, Any], origins: dict[Key, str]) -> Iterator[tuple[str, 
     """Move the values of former keys to their new names, in place.
 
     Yields:
-        where the former key is stated, and a line on what to write instead.
+        the place of the former key, and a line with its new name.
 
     Raises:
-        ValueError: both names are stated; the message is one line.
+        ValueError: both names are stated.
     """
     for old, new in RENAMED.items():
         section = raw.get(old[0])
@@ -54,6 +54,6 @@ def rename(raw: dict[str, Any], origins: dict[Key, str]) -> Iterator[tuple[str, 
 
 
 def _value(key: str, value: Any) -> Any:
-    """The value in the unit of the new key."""
+    """Convert a value to the unit of the new key."""
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     return 60.0 * value if key == "hang_minutes" and is_number else value

@@ -1,4 +1,4 @@
-"""The sections of a configuration: the one place for keys, defaults and what fits together."""
+"""The sections of a configuration: all keys, their defaults, and checks between them."""
 
 from __future__ import annotations
 
@@ -36,24 +36,24 @@ class ModelConfig(Section):
     pretrained_window_sizes: list[kinds.SizeOrNone] = []
     init_std: kinds.Deviation = 0.02  # of Linear layers; experts have moe.init_std
     extra_norm_every_n_blocks: NonNegative = 0  # on the main branch, as in Swin V2 H and G
-    # Recompute each block in the backward pass, or so many of each stage's first ones; offload: and
-    # keep their inputs in host memory until then.
+    # Compute each block again in the backward pass, or that number of each stage's first blocks.
+    # offload: also keep their inputs in host memory until then.
     use_checkpoint: bool | Literal["offload"] | list[NonNegative] = False
-    # Windows whose attention matrices exist at a time, where no kernel, which makes none, does the
-    # attention; they are made again in the backward pass. 0 = all windows.
+    # Windows whose attention matrices exist at a time; the backward pass computes them again.
+    # 0 = all windows. The kernels need no matrices: it concerns the reference alone.
     attention_chunk: NonNegative = 0
-    # Weights to start from, of any dialect that `swin-moe convert` reads.
+    # Weights to start from, in any format that `swin-moe convert` reads.
     pretrained: kinds.OptionalPath = ""
 
     @property
     def image_sides(self) -> tuple[int, int]:
-        """(height, width) in pixels."""
+        """Height and width in pixels."""
         size = self.img_size
         return (size, size) if isinstance(size, int) else (size[0], size[1])
 
     @property
     def token_grid(self) -> tuple[int, int]:
-        """(height, width) of the first stage in tokens."""
+        """Height and width of the first stage in tokens."""
         height, width = self.image_sides
         return -(-height // self.patch_size), -(-width // self.patch_size)
 
@@ -94,7 +94,7 @@ class ModelConfig(Section):
                 )
 
     def recomputed_blocks(self, stage: int) -> int:
-        """How many of a stage's first blocks are recomputed in the backward pass."""
+        """Return the number of a stage's first blocks that the backward pass computes again."""
         if isinstance(self.use_checkpoint, list):
             return self.use_checkpoint[stage]
         return self.depths[stage] if self.use_checkpoint else 0
@@ -105,30 +105,30 @@ class MoEConfig(Section):
 
     blocks: list[list[NonNegative]] = []
     num_experts: kinds.Size = 8
-    num_shared_experts: kinds.SizeOrNone = 0  # dense ones beside them, which every token meets
+    num_shared_experts: kinds.SizeOrNone = 0  # dense experts of all tokens, in addition
     routing: Literal["token_choice", "expert_choice", "soft"] = "token_choice"
-    router: Literal["linear", "cosine"] = "linear"  # soft has its own
+    router: Literal["linear", "cosine"] = "linear"  # soft routing has its own
     cosine_router_dim: kinds.Size = 256
     cosine_router_init_t: kinds.PositiveFactor = 0.5
     score: Literal["softmax", "sigmoid"] = "softmax"
     top_k: Positive = 1
     eval_top_k: NonNegative = 0  # 0 = top_k
-    slots_per_expert: kinds.Size = 1  # of soft routing, per image
+    slots_per_expert: kinds.Size = 1  # per image, with soft routing
     capacity_factor: kinds.Factor = 1.25  # 0 = dropless
     eval_capacity_factor: kinds.Factor = 0.0  # dropless, see docs/moe.md
     route_per_image: bool = False  # token choice: each image has its own queues and capacity
     batch_prioritized: bool = True
     normalize_gate: bool = False
-    gate_after_norm: bool = False  # in post-norm blocks, whose norm else undoes a token's only gate
+    gate_after_norm: bool = False  # otherwise the norm of post-norm blocks undoes an only gate
     gate_noise: kinds.Weight = 1.0
-    balance: Literal["none", "importance_load", "gshard"] = "importance_load"  # of token choice
+    balance: Literal["none", "importance_load", "gshard"] = "importance_load"  # token choice only
     aux_loss_weight: kinds.Weight | list[kinds.Weight] = 0.01  # or one per MoE layer
     z_loss_weight: kinds.Weight = 0.0
     expert_bias_update_rate: kinds.Weight = 0.0  # balance without a loss; DeepSeek-V3 has 0.001
     fc2_bias: bool = True
     init_std: kinds.Deviation = 0.02
     drop_rate: kinds.DropRate = 0.0
-    overlap_degree: kinds.Size | Literal["auto"] = 1  # chunks that travel while others are computed
+    overlap_degree: kinds.Size | Literal["auto"] = 1  # chunks, sent while others are computed
     backend: Literal["fused", "reference", "tutel"] = "fused"
 
     @model_validator(mode="after")
@@ -146,10 +146,10 @@ class MoEConfig(Section):
         if self.gate_after_norm and (self.routing == "soft" or self.num_shared_experts):
             raise ValueError(
                 "gate_after_norm has no meaning with routing=soft or num_shared_experts > 0, where "
-                "the norm sees a mean whose weights it cannot undo"
+                "the norm cannot undo the gate"
             )
         if self.routing == "soft" and self.router == "cosine":
-            raise ValueError("routing=soft has a router of its own: leave out router=cosine")
+            raise ValueError("routing=soft has its own router: leave out router=cosine")
         return self
 
     def _check_balance(self) -> None:
@@ -175,18 +175,18 @@ class MoEConfig(Section):
 
     @property
     def routes_images_apart(self) -> bool:
-        """Whether tokens of an image never meet the choices of another's."""
+        """Whether each image is routed on its own."""
         return self.route_per_image or self.routing != "token_choice"
 
     @property
     def layer_aux_loss_weight(self) -> float:
-        """The one weight of a layer's own config, see :meth:`of_block`."""
+        """The weight in the config of one layer, see :meth:`of_block`."""
         if isinstance(self.aux_loss_weight, list):
             raise ValueError("aux_loss_weight: a single layer has one weight, not a list")
         return self.aux_loss_weight
 
     def of_block(self, stage: int, block: int) -> MoEConfig:
-        """The config of one MoE layer, with its own balance weight."""
+        """Return the config of one MoE layer, with its own balance weight."""
         weight = self.aux_loss_weight
         if isinstance(weight, list):
             layers = [(i, j) for i, blocks in enumerate(self.blocks) for j in sorted(blocks)]
@@ -195,26 +195,26 @@ class MoEConfig(Section):
 
 
 class DataConfig(Section):
-    """Where samples come from. ``path`` is a folder, tar shards or the name of a bundled sample."""
+    """The data. ``path`` is a folder, tar shards or the name of a bundled sample."""
 
     path: kinds.RequiredPath = "fashion_mnist"
     train: kinds.RequiredPath = "train"  # sub-folder, or prefix of the shards' names
     val: kinds.RequiredPath = "val"
-    # How the samples' classes find the model's: by their names, or by number whatever the names.
+    # Match the samples' classes with the model's by their names or by their numbers.
     match_classes: Literal["name", "number"] = "name"
     batch_size: kinds.Images = (
         128  # per process and micro-step, see train.gradient_accumulation_steps
     )
-    # Images of an update on any number of processes; it sets the micro-steps. 0 = not fixed.
+    # Images per update on any number of processes; it sets the micro-steps. 0 = not fixed.
     global_batch: kinds.ImagesOrNone = 0
     eval_batch_size: kinds.ImagesOrNone = 0  # 0 = batch_size
     num_workers: kinds.Workers = 4
-    # 0 = shuffle all samples in each epoch. On network disks: shuffle the shards, and so many
-    # samples at a time among themselves, so that the reads of a while are of a few shards.
+    # 0 = shuffle all samples in each epoch. On network disks: shuffle the shards, and then samples
+    # within windows of this size, so that only few shards are read at a time.
     shuffle_window: NonNegative = 0
     # Share of an epoch's images that may be unreadable; more stop the run. Ten are always allowed.
     max_bad_share: Rate = 0.001
-    # Largest image that is read. The default takes 0.5 GB of memory as RGB.
+    # Pixels of the largest image that is read. The default takes 0.5 GB of memory as RGB.
     max_pixels: Positive = 178_956_970
     mean: list[Annotated[float, Field(ge=-1e6, le=1e6)]] = [0.485, 0.456, 0.406]
     std: list[Annotated[float, Field(ge=1e-6, le=1e6)]] = [0.229, 0.224, 0.225]
@@ -236,7 +236,7 @@ class AugmentConfig(Section):
     auto_augment: str = "rand-m9-mstd0.5-inc1"  # empty = none
     interpolation: Literal["bicubic", "bilinear", "random"] = "bicubic"
     random_erase: Rate = 0.25
-    # Repeated augmentation: each image so often in an epoch of equal length.
+    # Repeated augmentation: copies of each image, in an epoch of unchanged length.
     repeats: kinds.Size = 1
     mixup: kinds.Weight = 0.8
     cutmix: kinds.Weight = 1.0
@@ -254,14 +254,14 @@ class AugmentConfig(Section):
         return self
 
 
-REFERENCE_BATCH = 512  # images per update for which base_lr, warmup_lr and min_lr are meant
+REFERENCE_BATCH = 512  # images per update to which base_lr, warmup_lr and min_lr refer
 
 
 class OptimizerConfig(Section):
     """AdamW. The peak rate is ``base_lr`` × global batch / 512, as in the Swin recipes.
 
-    ``moments``: in which dtype both moments are kept; they are computed in fp32, and masters are
-    fp32 in any case.
+    ``moments`` is the dtype in which both moments are stored; they are computed in fp32, and
+    masters are always fp32.
     """
 
     base_lr: Annotated[float, Field(gt=0)] = 5e-4
@@ -297,35 +297,35 @@ class ScheduleConfig(Section):
 
 
 class TrainConfig(Section):
-    """What a run is.
+    """A run.
 
-    ``gradient_accumulation_steps``: micro-batches of an update. With ``auto``, a process computes
-    ``data.batch_size`` images for an update, in as few micro-batches as fit into its memory. Rates
-    and the order of samples then do not depend on the machine.
+    ``gradient_accumulation_steps`` is the number of micro-batches of an update. With ``auto``, each
+    process computes ``data.batch_size`` images per update, in the fewest micro-batches that fit
+    into its memory. Rates and the order of samples then do not depend on the machine.
     """
 
     output: kinds.OptionalPath = ""  # run directory; empty = runs/<name of the config file>
     seed: kinds.Seed = 0
     gradient_accumulation_steps: Positive | Literal["auto"] = 1
     eval_every_epochs: Positive = 1
-    max_steps: NonNegative = 0  # stop after that many updates; 0 = run all epochs
+    max_steps: NonNegative = 0  # stop after this number of updates; 0 = run all epochs
     profile: bool = False  # trace a few updates into profile/ and split their time
 
     @property
     def micro_steps(self) -> int:
-        """``gradient_accumulation_steps``, once ``auto`` has become a number."""
+        """``gradient_accumulation_steps`` as a number; ``auto`` must have been resolved."""
         if self.gradient_accumulation_steps == "auto":
             raise ValueError("gradient_accumulation_steps=auto has not been resolved")
         return self.gradient_accumulation_steps
 
 
 class ParallelConfig(Section):
-    """How ranks share the experts.
+    """The placement of experts on ranks.
 
-    ``expert_parallel_size``: consecutive ranks that hold each expert once. With more ranks than
-    experts, several hold parts of one. ``auto``: as many processes of a node as divide both them
-    and the experts. ``hierarchical_all_to_all``: within nodes first, then across; ``auto``: where
-    the ranks are of several nodes.
+    ``expert_parallel_size`` is the number of consecutive ranks that hold each expert once; if it
+    exceeds the number of experts, several ranks hold parts of one. ``auto`` is the largest number
+    that divides the processes of a node and the experts. ``hierarchical_all_to_all`` exchanges
+    rows within nodes first, then across; ``auto`` does so if the ranks are on several nodes.
     """
 
     expert_parallel_size: kinds.Size | Literal["auto"] = 1
@@ -333,11 +333,11 @@ class ParallelConfig(Section):
 
 
 class ZeroConfig(Section):
-    """What DeepSpeed cuts over the ranks, and where it keeps masters and moments."""
+    """DeepSpeed's ZeRO: its stage, and the place of masters, moments and weights."""
 
     stage: Annotated[int, Field(ge=0, le=3)] = 1
     offload_optimizer: Literal["none", "cpu", "nvme"] = "none"  # to host memory, or to files
-    offload_param: Literal["none", "cpu", "nvme"] = "none"  # of ZeRO-3: those of the model, too
+    offload_param: Literal["none", "cpu", "nvme"] = "none"  # ZeRO-3: the model's weights, too
     nvme_path: kinds.OptionalPath = ""  # a folder on a fast disk of each node, for nvme
 
     @model_validator(mode="after")
@@ -360,7 +360,7 @@ class ZeroConfig(Section):
 
     @property
     def uses_files(self) -> bool:
-        """Whether anything is kept below ``nvme_path``."""
+        """Whether ZeRO keeps files below ``nvme_path``."""
         return "nvme" in (self.offload_optimizer, self.offload_param)
 
 
@@ -372,19 +372,19 @@ class PrecisionConfig(Section):
 class CheckpointConfig(Section):
     every_epochs: Positive = 1
     every_steps: NonNegative = 0  # also within an epoch; 0 = only at its end
-    keep_last: Positive = 2  # beside the best one
+    keep_last: Positive = 2  # in addition to the best one
 
 
 class FaultsConfig(Section):
-    """What a run does when something goes wrong.
+    """The reaction of a run to faults.
 
-    ``nonfinite``: an update with NaN or infinity in its loss, tokens or gradients is never made.
-    ``skip`` leaves it out and stops after ``max_nonfinite`` in a row; ``rollback`` then goes back
-    to the last checkpoint instead, and on with later samples; ``stop`` stops at the first.
-    ``spike_sigmas``: a loss so many standard deviations above the running mean is reported with its
-    samples; 0 = never. ``hang_timeout_s``: without any progress for so long, each rank writes its
-    stacks to its log and ends, for the launcher to restart; 0 = wait for ever. Each part of the
-    start may take twice as long.
+    An update with NaN or infinity in its loss, tokens or gradients is never made. With
+    ``nonfinite: skip`` the run stops after ``max_nonfinite`` skipped updates in a row; with
+    ``rollback`` it then goes back to the last checkpoint and continues with later samples; with
+    ``stop`` it stops at the first. A loss ``spike_sigmas`` standard deviations above the running
+    mean is reported with its samples; 0 = never. After ``hang_timeout_s`` without progress each
+    rank writes its stacks to its log and ends, for the launcher to restart; 0 = wait for ever. Each
+    part of the start may take twice as long.
     """
 
     nonfinite: Literal["skip", "rollback", "stop"] = "skip"
@@ -399,13 +399,13 @@ class LogConfig(Section):
 
 
 class OpsConfig(Section):
-    fused: bool = True  # false: every op runs its PyTorch reference, to see if a kernel is to blame
-    require_fused: bool = False  # fail rather than run on the PyTorch reference
+    fused: bool = True  # false: every op runs its PyTorch reference, to debug the kernels
+    require_fused: bool = False  # fail instead of using a PyTorch reference
     allow_unverified: bool = False  # use CUDA kernels that have not yet run on this architecture
 
 
 class Architecture(Section):
-    """The sections that say what a model is."""
+    """The sections that define a model."""
 
     model: ModelConfig = ModelConfig()
     moe: MoEConfig = MoEConfig()
@@ -417,7 +417,7 @@ class Architecture(Section):
 
 
 class Config(Architecture):
-    """The whole configuration. Modules are handed their own section, never this."""
+    """The whole configuration."""
 
     task: TaskConfig = ClassificationConfig()
     data: DataConfig = DataConfig()
@@ -435,7 +435,7 @@ class Config(Architecture):
 
     @property
     def mixes_pairs(self) -> bool:
-        """Whether images are mixed two by two, so that micro-batches must be even."""
+        """Whether images are mixed in pairs, so that micro-batches must be even."""
         mixes = self.augment.mixup > 0 or self.augment.cutmix > 0
         return mixes and self.task.mixes_images
 

@@ -1,4 +1,4 @@
-"""The sections that ``task:`` may be: what is learned. ``name`` chooses one."""
+"""The sections of ``task:``; its key ``name`` chooses one."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class ClassificationConfig(Section):
 class SimMIMConfig(Section):
     """Masked image modelling (https://arxiv.org/abs/2111.09886).
 
-    ``mask_unit`` is the side in pixels of the squares that are masked as a whole.
-    ``norm_target_size`` is the side of the neighbourhood that normalises a target pixel; 0 = none.
+    ``mask_unit`` is the side of the masked squares, in pixels. ``norm_target_size`` is the side of
+    the neighbourhood that normalises a target pixel; 0 = none.
     """
 
     name: Literal["simmim"] = "simmim"

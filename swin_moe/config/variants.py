@@ -1,8 +1,8 @@
 """Named model variants: the published tables of the Swin family as plain data.
 
-Each variant holds defaults for the config sections ``model`` and ``moe``; whatever a YAML file or a
-call of ``build_model(name, **overrides)`` states wins over them. ``PUBLISHED`` is what the papers
-and the official repository print beside them; tests hold our counts against it.
+Each variant has defaults for the config sections ``model`` and ``moe``; values in a YAML file or a
+call of ``build_model(name, **overrides)`` replace them. ``PUBLISHED`` has figures of the papers and
+the official repository, with which tests compare our counts.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ Sections = dict[str, dict[str, Any]]
 
 
 class Published(NamedTuple):
-    """Figures of the official tables; None where none is printed.
+    """Figures of the official tables, as printed; None if there is none.
 
     Attributes:
-        parameters: millions, to as many digits as printed (a string keeps them).
-        gmacs: multiply-accumulates of one image's forward pass, in thousand millions.
-        top1: ImageNet-1K accuracy in percent (of the ImageNet-22K held-out part for 22K models).
+        parameters: in millions.
+        gmacs: multiply-accumulates of one image's forward pass, in 10⁹.
+        top1: ImageNet-1K accuracy in percent (for 22K models that on held-out ImageNet-22K).
     """
 
     parameters: str
@@ -26,7 +26,7 @@ class Published(NamedTuple):
     top1: float | None = None
 
 
-# A model whose shape the config states itself: ``model.name: swinv2`` and the sizes.
+# Models with sizes from the config, such as ``model.name: swinv2``.
 FAMILIES: dict[str, Sections] = {
     "swin": {"model": {"family": "swin"}},
     "swinv2": {"model": {"family": "swinv2"}},
@@ -37,7 +37,7 @@ FAMILIES: dict[str, Sections] = {
 
 VARIANTS: dict[str, Sections] = {}
 PUBLISHED: dict[str, Published] = {}
-# Former defaults of variants: a run that began with them keeps them.
+# Former defaults of variants, which a run that began with them keeps.
 FORMER: dict[str, Sections] = {}
 
 _SHAPES: Sections = {
@@ -45,7 +45,7 @@ _SHAPES: Sections = {
     "small": {"embed_dim": 96, "depths": [2, 2, 18, 2], "num_heads": [3, 6, 12, 24]},
     "base": {"embed_dim": 128, "depths": [2, 2, 18, 2], "num_heads": [4, 8, 16, 32]},
     "large": {"embed_dim": 192, "depths": [2, 2, 18, 2], "num_heads": [6, 12, 24, 48]},
-    # Heads of H, G and SimMIM's giant are not published; the family's are 32 wide.
+    # Heads of H, G and SimMIM's giant are not published; as in the family they are 32 wide.
     "huge": {"embed_dim": 352, "depths": [2, 2, 18, 2], "num_heads": [11, 22, 44, 88]},
     "giant": {"embed_dim": 512, "depths": [2, 2, 42, 4], "num_heads": [16, 32, 64, 128]},
     "simmim_giant": {"embed_dim": 448, "depths": [2, 2, 18, 2], "num_heads": [14, 28, 56, 112]},
@@ -54,7 +54,7 @@ _22K: dict[str, Any] = {"num_classes": 21841}
 
 
 def default_moe_blocks(depths: list[int]) -> list[list[int]]:
-    """Every second block of the last stage but one, and the last block: Swin-MoE's placement."""
+    """Return Swin-MoE's blocks: every second one of the last stage but one, and the last block."""
     blocks: list[list[int]] = [[] for _ in depths]
     blocks[-1] = [depths[-1] - 1]
     if len(depths) > 1:
@@ -164,10 +164,10 @@ def _add_mlp() -> None:
 
 
 def _add_moe() -> None:
-    """The official Swin-MoE, and ours: the same placement and recipe on Swin V2.
+    """Add the official Swin-MoE, and ours, with the same placement and recipe on Swin V2.
 
-    A block of Swin V2 has its norm after the experts, which cancels a token's only gate: there the
-    gate stands after the norm. Evaluation drops no token, see docs/moe.md.
+    Blocks of Swin V2 have their norm after the experts, where it would cancel a token's only gate.
+    Our models therefore apply the gate after the norm. Evaluation drops no token, see docs/moe.md.
     """
     for size, experts, row in (
         ("small", 0, Published("65.8", top1=35.5)),

@@ -1,6 +1,6 @@
-"""Our YAML: the core of YAML 1.2 without tags and aliases, of bounded size and depth.
+"""A subset of YAML 1.2: the core schema without tags and aliases, of bounded size and depth.
 
-The same rules read configs, overrides, the configs of checkpoints and manifests, and write them.
+It serves for configs, overrides, the configs of checkpoints, and manifests.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ import yaml
 
 from ..common.reading import DEPTH, read_text
 
-LIMIT = 1 << 18  # bytes of a file; the largest config has some thousands
+LIMIT = 1 << 18  # bytes of a file; configs have some thousands
 
 Key = tuple[str, ...]
 IsText = Callable[[Key], bool]
-"""Whether a key takes text literally: ``no`` and ``1e-3`` are words."""
+"""Returns whether a key takes text literally, such as ``no`` and ``1e-3``."""
 
 _NULL = ("~", "null", "Null", "NULL")
 _WORDS: dict[str, bool | None] = dict.fromkeys(["", *_NULL])
@@ -29,7 +29,7 @@ _FLOAT = re.compile(
     r"[-+]?(?:[0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))(?:[eE][-+]?[0-9]+)?"
     r"|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)"
 )
-# Octal in YAML 1.1, and decimal in 1.2.
+# Octal in YAML 1.1, decimal in 1.2.
 _ZERO_LED = re.compile(r"[-+]?0[0-9]+")
 
 
@@ -38,7 +38,7 @@ class ConfigError(ValueError):
 
 
 class NotOurYaml(ValueError):
-    """What is wrong with a text; ``line`` is counted from 1."""
+    """A text outside this subset of YAML; ``line`` is counted from 1."""
 
     def __init__(self, problem: str, line: int = 1) -> None:
         super().__init__(problem)
@@ -46,15 +46,15 @@ class NotOurYaml(ValueError):
 
 
 def scalar(text: str) -> bool | int | float | str | None:
-    """What a word without quotes means.
+    """Return the value of a word without quotes.
 
     Raises:
-        ValueError: YAML 1.1, which other programs read, gives it another meaning than YAML 1.2.
+        ValueError: its meanings in YAML 1.1, which other programs read, and YAML 1.2 differ.
     """
     if text in _WORDS:
         return _WORDS[text]
     if _INTEGER.fullmatch(text):
-        if len(text) > 1000:  # Python refuses to read many more
+        if len(text) > 1000:  # Python itself refuses numbers of some thousand digits
             raise ValueError(f"a number of {len(text):,} digits is not read")
         return int(text, 0)
     if _FLOAT.fullmatch(text):
@@ -66,7 +66,7 @@ def scalar(text: str) -> bool | int | float | str | None:
 
 
 def _instead(text: str) -> str:
-    """What to write for a word of several meanings."""
+    """Return a correction of a word with several meanings."""
     switch = {"yes": "true", "on": "true", "no": "false", "off": "false"}.get(text.lower())
     number = re.sub(r"^([-+]?)0+(?=[0-9])", r"\1", text.replace("_", ""))
     is_number = _INTEGER.fullmatch(number) or _FLOAT.fullmatch(number)
@@ -74,10 +74,10 @@ def _instead(text: str) -> str:
 
 
 def parse(text: str, is_text: IsText | None = None) -> tuple[Any, dict[Key, int]]:
-    """The value of a YAML text, and the lines of its keys.
+    """Return the value of a YAML text, and the lines of its keys.
 
     Raises:
-        NotOurYaml: it is not YAML, or has what is not used here.
+        NotOurYaml: it is not YAML, or not of this subset.
     """
     try:
         builder = _Builder(text, is_text)
@@ -91,12 +91,12 @@ def parse(text: str, is_text: IsText | None = None) -> tuple[Any, dict[Key, int]
         mark = getattr(error, "problem_mark", None)
         problem = getattr(error, "problem", None) or str(error).splitlines()[0]
         raise NotOurYaml(f"not valid YAML ({problem})", mark.line + 1 if mark else 1) from None
-    except (ValueError, OverflowError):  # numbers in escapes and directives that are none
+    except (ValueError, OverflowError):  # bad numbers in escapes and directives
         raise NotOurYaml("not valid YAML (an escape or a directive cannot be read)") from None
 
 
 class _Builder:
-    """Builds values from the parser's events, one by one: nothing too deep is ever read."""
+    """Builds values from the parser's events one by one, which bounds the depth."""
 
     def __init__(self, text: str, is_text: IsText | None) -> None:
         self.lines: dict[Key, int] = {}
@@ -168,10 +168,10 @@ def _line(event: yaml.Event) -> int:
 
 
 def unquoted(text: str) -> str | None:
-    """The text in a word's quotes, by YAML's rules; None if it is not a quoted word.
+    """Return the text in a word's quotes, by YAML's rules; None if it is not a quoted word.
 
     Raises:
-        NotOurYaml: it has an escape that YAML does not know.
+        NotOurYaml: it has an escape that is not YAML's.
     """
     if re.fullmatch(r"'(?:[^']|'')*'", text):
         return text[1:-1].replace("''", "'")
@@ -181,11 +181,11 @@ def unquoted(text: str) -> str | None:
 
 
 def read(path: Path, is_text: IsText | None = None) -> tuple[dict[str, Any], dict[Key, int]]:
-    """The mapping in a file, and the lines of its keys.
+    """Return the mapping in a file, and the lines of its keys.
 
     Raises:
-        NotOurYaml: see :func:`parse`.
-        ValueError: it is not a regular file, is too large, is not text, or holds no mapping.
+        NotOurYaml: see :func:`parse`, or the text is not a mapping.
+        ValueError: it is not a regular file, is too large, or is not text.
         OSError: it cannot be read.
     """
     data, lines = parse(read_text(path, LIMIT), is_text)
@@ -197,7 +197,7 @@ def read(path: Path, is_text: IsText | None = None) -> tuple[dict[str, Any], dic
 
 
 class _Dumper(yaml.SafeDumper):
-    """Puts quotes around each word that YAML 1.1 or 1.2 could take for something else."""
+    """A dumper that quotes each word with another meaning in YAML 1.1 or 1.2."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
@@ -209,7 +209,7 @@ for _pattern in (_INTEGER, _FLOAT, _ZERO_LED):
 
 
 def dump(data: dict[str, Any], width: int = 80, default_flow_style: bool | None = False) -> str:
-    """Plain values as YAML that :func:`parse` reads back equal."""
+    """Return plain values as YAML that :func:`parse` reads back equal."""
     return yaml.dump(
         data, Dumper=_Dumper, sort_keys=False, width=width, default_flow_style=default_flow_style
     )

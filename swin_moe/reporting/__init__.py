@@ -1,5 +1,6 @@
-"""Figures of a run as people read them.
+"""Logs, tables and pictures of a run.
 
-``metric_log.py`` writes JSONL and TensorBoard, ``tables.py`` prints the header and the result.
-``plots.py`` draws ``summary.png``, and ``profiler.py`` splits the time of an update.
+``metric_log.py`` writes JSONL and TensorBoard, and ``tables.py`` prints header and result.
+``plots.py`` draws ``summary.png``, ``contact_sheet.py`` draws the data, and ``profiler.py`` splits
+the time of an update.
 """

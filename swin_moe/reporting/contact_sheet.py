@@ -1,4 +1,4 @@
-"""A picture of what a model sees: images as the task prepares them, with captions."""
+"""A picture of a model's inputs: images as the task prepares them, with captions."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from ..data import Batch, Loader
 from ..data.loader import loader_of
 from ..tasks import Task, build_task
 
-LOOKED_AT = 1000  # held-out samples, for some of several classes
-COLUMNS, ROWS = 8, 4  # of training images; below them comes a row of held-out ones
-TILE, GAP, LABEL, TITLE = 142, 8, 40, 34  # pixels: of an image, between, of two lines, on top
+LOOKED_AT = 1000  # held-out samples among which images of several classes are chosen
+COLUMNS, ROWS = 8, 4  # training images; below them is a row of held-out ones
+TILE, GAP, LABEL, TITLE = 142, 8, 40, 34  # pixels: image, gap, caption of two lines, title
 
 Cell = tuple[np.ndarray, str]  # pixels [H, W, C] in 0..1, and the caption
 
 
 def show(config: Config, output: Path, console: Console) -> None:
-    """Draw the first images of the first epoch, as the first of all processes will see them.
+    """Draw rank 0's first images of the first epoch.
 
     Raises:
         ValueError: one line, for a config or data that cannot be used.
@@ -46,9 +46,9 @@ def show(config: Config, output: Path, console: Console) -> None:
 
 
 def contact_sheet(task: Task, train: Loader, val: Loader, path: Path) -> None:
-    """A PNG of the batches that training begins with, and of the first held-out images.
+    """Draw the first training batches and some held-out images as a PNG.
 
-    Both are read in this process alone, and nothing that training draws is changed by it.
+    This process reads them itself; the random draws of the training do not change.
     """
     wanted = COLUMNS * ROWS
     cells: list[Cell] = []
@@ -59,7 +59,7 @@ def contact_sheet(task: Task, train: Loader, val: Loader, path: Path) -> None:
 
 
 def _cells(task: Task, batch: Batch, step: int, training: bool) -> list[Cell]:
-    """The readable images of a batch, prepared for the model, with their captions."""
+    """Return the readable images of a batch, prepared for the model, with their captions."""
     pixels, captions = task.preview(task.prepare(batch, step, training))
     valid = batch.valid.tolist()
     return [
@@ -70,9 +70,9 @@ def _cells(task: Task, batch: Batch, step: int, training: bool) -> list[Cell]:
 
 
 def _of_several_classes(loader: Loader) -> list[int]:
-    """Indices of held-out images for a row, from as many classes as evenly spread samples have.
+    """Choose held-out images for a row from evenly spread samples, with many classes.
 
-    The first of each class come first, then the second of each.
+    The first image of each class comes first, then the second of each.
     """
     looked_at = min(loader.num_samples, LOOKED_AT)
     seen: Counter[int] = Counter()
@@ -86,7 +86,7 @@ def _of_several_classes(loader: Loader) -> list[int]:
 
 
 def draw_sheet(training: list[Cell], held_out: list[Cell], path: Path) -> None:
-    """Tiles with their labels; pixels [H, W, C] are in 0..1."""
+    """Draw tiles with their captions; pixels [H, W, C] are in 0..1."""
     rows = [training[i : i + COLUMNS] for i in range(0, len(training), COLUMNS)] + [held_out]
     step = TILE + GAP, TILE + LABEL
     sheet = Image.new("RGB", (COLUMNS * step[0] + GAP, len(rows) * step[1] + TITLE), "white")
@@ -97,7 +97,7 @@ def draw_sheet(training: list[Cell], held_out: list[Cell], path: Path) -> None:
     for row, cells in enumerate(rows):
         for column, (pixels, label) in enumerate(cells):
             left, top = GAP + column * step[0], TITLE + row * step[1]
-            # The label stands above its image: its last line touches it.
+            # The caption's last line touches the image below.
             middle, above = left + TILE / 2, top + LABEL - 4
             lines = label.count("\n")
             font = _font(12, own if label.isascii() else other)

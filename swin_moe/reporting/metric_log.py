@@ -29,15 +29,15 @@ log = logging.getLogger("swin_moe")
 Record = dict[str, Any]
 
 CURVES = 16  # experts of a layer that get a curve each in TensorBoard
-HISTOGRAM = np.append(np.arange(0.0, 4.0, 0.1), [4.0, 8.0, 1e3])  # of load over the even share
-CELL = 12  # pixels of a heat map per expert and layer
+HISTOGRAM = np.append(np.arange(0.0, 4.0, 0.1), [4.0, 8.0, 1e3])  # edges of load ÷ even share
+CELL = 12  # pixels per expert and layer in a heat map
 
 
 class Meter:
-    """Running mean of the finite values, on the device until it is read."""
+    """A running mean of finite values, on the device until it is read."""
 
     def __init__(self, device: torch.device) -> None:
-        self._sums = torch.zeros(2, device=device)  # values, their number
+        self._sums = torch.zeros(2, device=device)  # sum of values, number of values
 
     def update(self, value: Tensor) -> None:
         value = value.detach().float()
@@ -45,7 +45,7 @@ class Meter:
         self._sums += torch.stack((torch.where(finite, value, 0.0), finite.float()))
 
     def read(self) -> float:
-        """The mean since the last read; NaN without values. Synchronises the host."""
+        """Return the mean since the last call; NaN without values. Synchronises the host."""
         total, count = self._sums.tolist()
         self._sums.zero_()
         return total / count if count else float("nan")
@@ -54,11 +54,11 @@ class Meter:
 class Events:
     """A TensorBoard event file.
 
-    torch's SummaryWriter writes in a thread. A full disk ends that thread with a traceback, and
-    whoever then waits for it waits for ever.
+    It replaces torch's SummaryWriter, which writes in a thread: a full disk ends that thread, and
+    a wait for it then never ends.
 
     Args:
-        purge_step: what TensorBoard knows of this step and later ones is of a life taken back.
+        purge_step: TensorBoard must discard earlier events from this step on.
     """
 
     def __init__(self, folder: Path, purge_step: int | None) -> None:
@@ -81,11 +81,10 @@ class Events:
             self._add(step=purge_step, session_log=SessionLog(status=SessionLog.START))
 
     def add(self, record: Record, loads: list[list[float]]) -> None:
-        """Every number; of the experts' loads, which may be thousands, a curve each for up to
-        ``CURVES`` experts a layer, else a histogram over the experts.
+        """Write a record's numbers, and loads as curves, from ``CURVES`` experts on as histograms.
 
         Args:
-            loads: of all layers, drawn with each evaluation, see :func:`heat_map`.
+            loads: loads of all layers, drawn with each evaluation, see :func:`heat_map`.
         """
         values = self._summary.Summary()
         for key, value in record.items():
@@ -117,11 +116,11 @@ class Events:
 
 
 class MetricLog:
-    """``metrics.jsonl`` and TensorBoard events of a run; only rank 0 makes one.
+    """``metrics.jsonl`` and TensorBoard events of a run; only rank 0 has one.
 
     Args:
-        folder: the run directory. resume_step: records after that step are of a life that the
-            resume takes back, and are cut off.
+        folder: the run directory.
+        resume_step: later records, which the resumed run will repeat, are removed; None = all.
     """
 
     def __init__(self, folder: Path, tensorboard: bool, resume_step: int | None) -> None:
@@ -135,12 +134,12 @@ class MetricLog:
             )  # fmt: skip
         self._file = Appender(self.path)
         self._step = resume_step or 0
-        self._loads: list[list[float]] = []  # of the layers, as last written
+        self._loads: list[list[float]] = []  # the layers' last loads
         purge = None if resume_step is None else resume_step + 1
         self._events = Events(folder / "tensorboard", purge) if tensorboard else None
 
     def _take_back(self, resume_step: int | None) -> None:
-        """Leave nothing but whole records of up to ``resume_step``."""
+        """Remove partial records and those after ``resume_step``."""
         kept = []
         if resume_step is not None:
             kept = [r for r in read_metrics(self.path.parent) if r["step"] <= resume_step]
@@ -153,7 +152,7 @@ class MetricLog:
             with contextlib.suppress(OSError):  # the first record reports it
                 self.path.touch()
             return
-        temporary = self.path.with_suffix(".tmp")  # a kill here must not lose what there is
+        temporary = self.path.with_suffix(".tmp")  # a kill here must lose no record
         temporary.unlink(missing_ok=True)
         temporary.write_bytes(text)
         temporary.replace(self.path)
@@ -180,7 +179,7 @@ class MetricLog:
 
 
 def _line(record: Record) -> bytes:
-    """A record as strict JSON, which knows no NaN and no infinity: they are null."""
+    """Return a record as a line of strict JSON, with null for NaN and infinity."""
     strict = _replaced(record, lambda x: isinstance(x, float) and not math.isfinite(x), None)
     return f"{json.dumps(strict, allow_nan=False)}\n".encode()
 
@@ -194,9 +193,9 @@ def _replaced(value: Any, wrong: Callable[[Any], bool], right: Any) -> Any:
 
 
 def heat_map(loads: list[list[float]]) -> np.ndarray:
-    """Loads [layers][E] as pixels [H, W, 3] uint8: a row per layer, a column per expert.
+    """Draw loads [layers][E] as pixels [H, W, 3] uint8: a row per layer, a column per expert.
 
-    White is the even share; the redder, the more, up to twice as much; the bluer, the less.
+    White is the even share, red twice the even share or more, blue none.
     """
     load = np.array(loads)
     excess = np.clip(load * load.shape[1] - 1.0, -1.0, 1.0)[..., None]
@@ -206,7 +205,7 @@ def heat_map(loads: list[list[float]]) -> np.ndarray:
 
 
 def read_metrics(folder: Path) -> list[Record]:
-    """The records of a run, with NaN for null; a line that is no whole record is left out."""
+    """Return the records of a run, with NaN for null; partial lines are skipped."""
     records = []
     path = folder / "metrics.jsonl"
     if not path.is_file():
@@ -222,7 +221,7 @@ def read_metrics(folder: Path) -> list[Record]:
 
 
 def progress_bar(enabled: bool) -> Progress:
-    """Bar with loss, rate, gradient norm, images/s and time to go; none if nobody watches."""
+    """Return a progress bar, which is invisible unless ``enabled`` in a live terminal."""
     console = Terminal()
     return Progress(
         TextColumn("epoch {task.fields[epoch]}"),

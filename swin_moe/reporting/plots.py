@@ -1,4 +1,4 @@
-"""``summary.png``: a run at one look, drawn from its ``metrics.jsonl``."""
+"""``summary.png``: the curves of a run, drawn from its ``metrics.jsonl``."""
 
 from __future__ import annotations
 
@@ -17,40 +17,37 @@ from .metric_log import MetricLog, Record, read_metrics
 
 log = logging.getLogger("swin_moe")
 
-# What is drawn of every MoE layer over time: key and title.
+# Curves of every MoE layer: key and title.
 ROUTER_CURVES = (
     ("max_violation", "max violation: greatest load ÷ even − 1"),
     ("drop_rate", "assignments dropped (%)"),
     ("gate_entropy", "gate entropy (0 certain, 1 uniform)"),
     ("dead_experts", "dead experts (without a token)"),
 )
-COLUMNS = 12  # of the grid that all rows share
-NAMED = 12  # layers that fit one line of a legend
-EVENTS = 160  # columns of a heat map, at most: more are joined
+COLUMNS = 12  # of the grid of all rows
+NAMED = 12  # layers in one line of a legend
+EVENTS = 160  # most columns of a heat map; more are averaged
 
 
 def show_picture(metrics: MetricLog, key: str, path: Path, draw: Callable[[], Any]) -> None:
-    """Draw a picture of a training and put it into TensorBoard.
-
-    Any failure is a warning: no training ends because of a picture.
-    """
+    """Draw a picture of a training and add it to TensorBoard; a failure is only a warning."""
     try:
         draw()
         if path.exists():
             metrics.image(key, path)
     except Exception as error:
         log.warning("%s cannot be drawn: %s", plain(path), reason(error))
-        log.debug("this is why:", exc_info=True)
+        log.debug("the traceback:", exc_info=True)
 
 
 def draw_summary(folder: Path, metrics: Sequence[Metric]) -> Path | None:
-    """Draw ``summary.png``: loss, metrics, and how the routers of each MoE layer fared.
+    """Draw ``summary.png``: loss, metrics, and router statistics of each MoE layer.
 
     Args:
-        metrics: of the task.
+        metrics: metrics of the task.
 
     Returns:
-        its path, None if nothing was logged yet.
+        its path; None if there are no records yet.
     """
     records = read_metrics(folder)
     if not records:
@@ -92,7 +89,7 @@ def _draw(name: str, records: list[Record], path: Path, metrics: Sequence[Metric
 
 
 def _second_panel(metrics: Sequence[Metric]) -> tuple[dict[str, str], str]:
-    """Curves next to those of the loss, and their title."""
+    """Return the curves next to those of the loss, and their title."""
     shown = [metric for metric in metrics if metric.key != "loss"]
     if not shown:
         return {"train/grad_norm": "before clipping"}, "gradient norm"
@@ -109,7 +106,7 @@ def _last_with(records: list[Record], prefix: str) -> Record:
 
 
 def _colours(count: int) -> list[Any]:
-    """From the first layer to the last, so that their order shows."""
+    """Return colours in the order of the layers."""
     from matplotlib import colormaps
 
     return [colormaps["turbo"](x) for x in np.linspace(0.08, 0.92, max(count, 2))[:count]]
@@ -127,7 +124,7 @@ def _draw_curves(axis: Any, records: list[Record], keys: dict[str, str], title: 
 
 
 def _draw_routers(figure: Any, grid: Any, records: list[Record], colours: dict[str, Any]) -> None:
-    """Row 1: a curve per layer in each panel; row 2: which colour is which layer."""
+    """Draw row 1, panels with a curve per layer, and row 2, the legend of the layers."""
     width = COLUMNS // len(ROUTER_CURVES)
     for index, (key, title) in enumerate(ROUTER_CURVES):
         axis = figure.add_subplot(grid[1, width * index : width * (index + 1)])
@@ -163,7 +160,7 @@ def _draw_routers(figure: Any, grid: Any, records: list[Record], colours: dict[s
 def _draw_loads(
     figure: Any, grid: Any, records: list[Record], colours: dict[str, Any], across: int
 ) -> None:
-    """From row 3 on: the load of each expert over time, a map per layer, with one colour bar."""
+    """Draw from row 3 on a map per layer, the load of each expert over time, and a colour bar."""
     width, axes, image = COLUMNS // across, [], None
     for index, (layer, colour) in enumerate(colours.items()):
         row, column = 3 + index // across, index % across

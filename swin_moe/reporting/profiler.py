@@ -1,14 +1,14 @@
-"""``train.profile``: a trace of a few updates, and what their time went into.
+"""``train.profile``: a trace of a few updates, and a split of their time.
 
-An instant of an update belongs to the first of these that is going on then (on a GPU, data comes
-after the collectives: what the device does meanwhile hides it):
+Each instant of an update counts for the first of these activities that is in progress (on a GPU,
+data comes after the collectives, since work on the device hides it):
 
 - data: the main thread waits for the next batch;
 - compute: ops run, on a CPU in the main thread, on a GPU in any stream;
-- all_to_all: rows travel to experts or back, and nothing is computed meanwhile. On gloo, and for
-  the lengths of queues that travel first, this includes waiting for the slower peer;
+- all_to_all: rows travel to or from experts while nothing is computed. On gloo, and for the lengths
+  of queues, this includes waiting for slower ranks;
 - reduce: any other collective, likewise;
-- host: nothing of all that, which is Python, and launches that the device waits for.
+- host: none of these, that is Python, and launches for which the device waits.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ Event = dict[str, Any]
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """What the maker says of a GPU's matrix products, in FLOP/s; 0 where that is not known."""
+    """Return the vendor's peak of a GPU's matrix products in FLOP/s; 0 if it is not known."""
     if device.type != "cuda":
         return 0.0
     name = torch.cuda.get_device_name(device).lower().replace(" ", "")
@@ -50,11 +50,12 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
 
 
 class Profile:
-    """Traces ``UPDATES`` updates after the first ones; to be told of each by :meth:`step`.
+    """A trace of ``UPDATES`` updates after the first ones; call :meth:`step` after each update.
 
     Args:
-        folder: gets a trace per rank, for https://ui.perfetto.dev.
-        flops: of one update on one rank. peak: FLOP/s of the device, 0 if that is not known.
+        folder: folder for a trace per rank, for https://ui.perfetto.dev.
+        flops: FLOPs of one update on one rank.
+        peak: FLOP/s of the device, 0 if it is not known.
     """
 
     def __init__(
@@ -73,22 +74,22 @@ class Profile:
             schedule=schedule(wait=SKIPPED, warmup=WARM_UP, active=UPDATES, repeat=1),
             on_trace_ready=self._write,
         )
-        with silenced():  # it tells of itself, and of GPUs that are not there
+        with silenced():  # it prints a banner, and warnings without a GPU
             self._profiler.start()
 
     def step(self) -> None:
-        """After an update, on every rank."""
+        """Count an update; every rank must call it."""
         if not self._done:
             with silenced():
                 self._profiler.step()
 
     def take(self) -> dict[str, float]:
-        """The split, for the log, once: ``profile/compute_ms`` and so on, means over the ranks."""
+        """Return the split once, for the log: ``profile/compute_ms`` etc., means over the ranks."""
         record, self._record = self._record, {}
         return record
 
     def close(self) -> None:
-        """At the end of the training; says so if it came before the trace's."""
+        """Stop at the end of the training; print a line if the trace is not complete."""
         if not self._done:
             self._done = True
             with silenced():
@@ -99,7 +100,7 @@ class Profile:
                 )
 
     def _write(self, profiler: profile) -> None:
-        if self._done:  # the training has ended in mid-trace
+        if self._done:  # the training has ended before the trace
             return
         self._done = True
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -115,32 +116,33 @@ class Profile:
             self.console.print(_table(ranks, mean))
             if "profile/mfu" in self._record:
                 self.console.print(f"model FLOPs utilisation {self._record['profile/mfu']:.1f} %")
-            told = f"traces for ui.perfetto.dev: {plain(self.path.parent)}"
-            self.console.print(told, markup=False, soft_wrap=True)
+            line = f"traces for ui.perfetto.dev: {plain(self.path.parent)}"
+            self.console.print(line, markup=False, soft_wrap=True)
 
 
 def read(path: Path) -> list[Event]:
-    """The events of a trace that have a duration, times in µs."""
+    """Return the events of a trace that have a duration, with times in µs."""
     with gzip.open(path, "rt", encoding="utf-8") as file:
         events = json.load(file)["traceEvents"]
     return [event for event in events if event.get("ph") == "X"]
 
 
 def split(events: list[Event]) -> dict[str, float]:
-    """Milliseconds of a mean update by kind; they sum to the update's."""
+    """Return the milliseconds of a mean update by kind; they sum to the update's time."""
     updates = [e for e in events if e["name"] == "update" and e.get("cat") == "user_annotation"]
     if not updates:
         return dict.fromkeys(KINDS, 0.0)
     mine = [e for e in events if e["tid"] == updates[0]["tid"]]
-    data = _of(e for e in mine if e["name"] == "data")
+    data = _intervals(e for e in mine if e["name"] == "data")
     kernels = [e for e in events if e.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]
     if kernels:
         nccl = [e for e in kernels if "nccl" in e["name"]]
         rows = [e for e in nccl if "SendRecv" in e["name"] or "AllToAll" in e["name"]]
         claims = {
-            "compute": _of(e for e in kernels if "nccl" not in e["name"]),
-            "all_to_all": _of(rows) + _of(e for e in mine if e["name"] == "all-to-all"),
-            "reduce": _of(nccl),
+            "compute": _intervals(e for e in kernels if "nccl" not in e["name"]),
+            "all_to_all": _intervals(rows)
+            + _intervals(e for e in mine if e["name"] == "all-to-all"),
+            "reduce": _intervals(nccl),
             "data": data,
         }
     else:
@@ -148,12 +150,13 @@ def split(events: list[Event]) -> dict[str, float]:
         others = [e for e in events if e["name"].startswith("gloo:")]
         claims = {
             "data": data,
-            "compute": _of(e for e in mine if _computes(e)),
+            "compute": _intervals(e for e in mine if _computes(e)),
             "all_to_all": _in_flight(rows, mine)
-            + _of(e for e in mine if e["name"] == "all-to-all"),
-            "reduce": _in_flight(others, mine) + _of(e for e in mine if e["name"] == "reduce"),
+            + _intervals(e for e in mine if e["name"] == "all-to-all"),
+            "reduce": _in_flight(others, mine)
+            + _intervals(e for e in mine if e["name"] == "reduce"),
         }
-    left = _union(_of(updates))
+    left = _union(_intervals(updates))
     found = {}
     for kind, intervals in claims.items():
         rest = _minus(left, _union(intervals))
@@ -164,17 +167,17 @@ def split(events: list[Event]) -> dict[str, float]:
 
 
 def _computes(event: Event) -> bool:
-    """Ops of torch and of ours; ranges of autograd hold waits, those of c10d begin them."""
+    """Return whether an event is an op of torch or ours: autograd and c10d contain waits."""
     space = event["name"].partition("::")[0]
     return event.get("cat") == "cpu_op" and space not in ("c10d", "autograd", event["name"])
 
 
-def _of(events: Iterable[Event]) -> list[Interval]:
+def _intervals(events: Iterable[Event]) -> list[Interval]:
     return [(e["ts"], e["ts"] + e["dur"]) for e in events]
 
 
 def _in_flight(events: list[Event], mine: list[Event]) -> list[Interval]:
-    """From when the main thread handed a collective over; its own range begins in a thread."""
+    """Return the intervals of collectives, from their submission by the main thread on."""
     begun = sorted(e["ts"] for e in mine if e["name"].startswith("c10d::"))
     intervals = []
     for event in events:
@@ -185,7 +188,7 @@ def _in_flight(events: list[Event], mine: list[Event]) -> list[Interval]:
 
 
 def _union(intervals: list[Interval]) -> list[Interval]:
-    """Sorted, without overlaps."""
+    """Return the union of intervals, sorted and without overlaps."""
     result: list[Interval] = []
     for start, end in sorted(intervals):
         if result and start <= result[-1][1]:
@@ -196,7 +199,7 @@ def _union(intervals: list[Interval]) -> list[Interval]:
 
 
 def _minus(left: list[Interval], taken: list[Interval]) -> list[Interval]:
-    """What of ``left`` is not in ``taken``; both sorted and without overlaps."""
+    """Return ``left`` without ``taken``; both are sorted and without overlaps."""
     result = []
     index = 0
     for start, end in left:

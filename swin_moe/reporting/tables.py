@@ -1,4 +1,4 @@
-"""What a person reads in the terminal: the header, the closing table, the table of classes."""
+"""Tables in the terminal: the header, the closing table, the table of classes."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def header(
     cost: Cost,
     loaders: list[Loader],
 ) -> Table:
-    """Model, data, world, ZeRO stage, precision and ops of a run, before it starts."""
+    """Return the table at the start of a run: model, data, world, ZeRO, precision and ops."""
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     table.add_column(style="bold")
     table.add_column(overflow="fold")
@@ -72,7 +72,7 @@ def header(
 
 
 def _rate(config: Config, batch: int) -> str:
-    """The peak rate, to compare with a recipe or another batch."""
+    """Describe the peak rate, to compare it with a recipe or another batch."""
     base, decay = config.optimizer.base_lr, config.optimizer.layer_decay
     peak = base * batch / REFERENCE_BATCH
     text = f"{_short(base, 6)} × {batch}/{REFERENCE_BATCH} = {_short(peak, 2)} at its peak"
@@ -80,7 +80,7 @@ def _rate(config: Config, batch: int) -> str:
 
 
 def _short(value: float, digits: int) -> str:
-    """A rate as people write it: 3.1e-5, 5e-4, 0.016."""
+    """Format a rate: 3.1e-5, 5e-4, 0.016."""
     if value >= 0.01:
         return f"{value:.{digits}g}"
     mantissa, exponent = f"{value:.{digits - 1}e}".split("e")
@@ -88,7 +88,7 @@ def _short(value: float, digits: int) -> str:
 
 
 def _ops(world: World, dtype: torch.dtype) -> str:
-    """A line per kind of status, and the instruction set of the attention on a CPU."""
+    """Return a line per status of the ops, and the attention's instruction set on a CPU."""
     status = ops.status()
     lines = []
     for kind in dict.fromkeys(status.values()):
@@ -101,7 +101,7 @@ def _ops(world: World, dtype: torch.dtype) -> str:
 
 def _sequential(chunk: int, world: World) -> str:
     if world.device.type in ops.status()["window_attention"].partition(";")[0]:
-        return "its kernels hold no matrices: model.attention_chunk saves nothing here"
+        return "its kernels store no matrices: model.attention_chunk saves nothing here"
     return f"{chunk} windows at a time, computed again in the backward pass"
 
 
@@ -124,12 +124,12 @@ def _device_name(world: World) -> str:
 
 @dataclass(frozen=True)
 class Result:
-    """How a training ended.
+    """The result of a training.
 
     Attributes:
-        evaluation: the last one; None if nothing was left to do.
-        best: of ``metric``, with the step that reached it.
-        unreadable: training images that were skipped.
+        evaluation: the last evaluation; None if nothing was left to do.
+        best: best value of ``metric``, reached at ``best_step``.
+        unreadable: number of unreadable training images.
         limit: the key that ended the training.
     """
 
@@ -143,7 +143,7 @@ class Result:
 
 
 def closing(folder: Path, result: Result, seconds: float) -> Table:
-    """Result and paths of a run that ended."""
+    """Return the table at the end of a run: result and paths."""
     table = Table(title="done", title_justify="left", show_header=False)
     found, metric = result.evaluation, result.metric
     if found is not None and result.best is not None:
@@ -160,7 +160,7 @@ def closing(folder: Path, result: Result, seconds: float) -> Table:
         table.add_row("picture", cell(folder / "summary.png"))
     last = folder / "checkpoints" / "last"
     newest = list_checkpoints(last.parent)
-    # A file system without links has no last, or a copy that stays behind.
+    # A file system without links has no `last`, or an old copy.
     is_last = not newest or last.resolve().name == newest[0].name
     table.add_row("checkpoint", cell(last if is_last else newest[0]))
     table.add_row("metrics", cell(folder / "metrics.jsonl"))
@@ -175,7 +175,7 @@ def closing(folder: Path, result: Result, seconds: float) -> Table:
 def print_evaluation(
     console: Console, path: Path, result: Evaluation, metrics: Sequence[Metric]
 ) -> None:
-    """The rows of an evaluation, such as one per class, then a line of totals."""
+    """Print the rows of an evaluation, such as one per class, then a line of totals."""
     if result.rows:
         table = Table(*result.rows[0])
         for column in table.columns[1:]:

@@ -1,8 +1,8 @@
-"""What is learned: a file for each task, and the contract that they share.
+"""The tasks: a file for each, and their common interface.
 
-``base.py`` has the contract: a task builds the model, prepares batches, and knows loss and metrics.
-Trainer, evaluation, automatic batch, planner and pictures call it and never name a task. The
-sections of ``task:`` are in ``config/tasks.py``.
+``base.py`` has the interface: a task builds the model, prepares batches, computes the loss and
+evaluates. The rest of the program uses only this interface; ``config/tasks.py`` has the sections of
+``task:``.
 """
 
 from ..config import Config
@@ -19,9 +19,9 @@ __all__ = ["TASKS", "Evaluation", "Evaluator", "Metric", "StepResult", "Task", "
 
 
 def build_task(config: Config, rank: int = 0) -> Task:
-    """The task of ``config.task.name``.
+    """Build the task of ``config.task.name``.
 
     Args:
-        rank: of this process; what a task draws at random depends on it.
+        rank: rank of this process, on which random draws depend.
     """
     return TASKS[config.task.name](config, rank)

@@ -1,4 +1,4 @@
-"""The contract of a task. Everything that trains or evaluates runs these steps:
+"""The interface of a task. Training and evaluation run these steps:
 
 batch = task.prepare(batch, step, training)
 outputs = forward(batch.inputs)
@@ -26,10 +26,10 @@ Forward = Callable[[dict[str, Tensor]], Outputs]
 
 
 class Metric(NamedTuple):
-    """A figure of an evaluation, as people read it.
+    """A metric of an evaluation, and its form in text.
 
     Attributes:
-        key: ``val/<key>`` in the log.
+        key: name in the log, as ``val/<key>``.
         unit: ``%`` for percentages in 0–100, otherwise empty.
     """
 
@@ -42,15 +42,15 @@ class Metric(NamedTuple):
         return f"{value:.2f} {self.unit}" if self.unit else f"{value:.4f}"
 
     def is_better(self, value: float, best: float | None) -> bool:
-        """Whether a value beats the best one so far; None = there is none."""
+        """Return whether a value beats the best one so far; None = there is none."""
         return best is None or (value > best if self.higher_is_better else value < best)
 
 
 class StepResult(NamedTuple):
-    """A forward pass with its loss.
+    """The result of a forward pass.
 
     Attributes:
-        loss: scalar of the task, without the balance losses of MoE layers.
+        loss: scalar loss of the task, without the balance losses of MoE layers.
         scalars: further scalars on the device, logged as ``train/<key>``.
     """
 
@@ -60,13 +60,13 @@ class StepResult(NamedTuple):
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Figures of held-out data over all ranks.
+    """The result of an evaluation over all ranks.
 
     Attributes:
-        metrics: by :attr:`Metric.key`, in the order in which they are logged.
-        samples: how many were counted.
-        unreadable: samples that could not be decoded and count nowhere.
-        rows: of a table to print, such as one row per class.
+        metrics: values by :attr:`Metric.key`, in the order of the log.
+        samples: number of evaluated samples.
+        unreadable: number of samples that could not be decoded, and are not evaluated.
+        rows: rows of a table to print, such as one per class.
     """
 
     metrics: dict[str, float]
@@ -76,27 +76,27 @@ class Evaluation:
 
 
 class Evaluator(ABC):
-    """Adds up what a model predicts."""
+    """An evaluation in progress."""
 
     @abstractmethod
     def update(self, outputs: Outputs, batch: Batch) -> None:
-        """Take in a batch; samples that are not ``batch.valid`` must count nowhere."""
+        """Add a batch; samples that are not ``batch.valid`` must not count."""
 
     @abstractmethod
     def compute(self) -> Evaluation:
-        """Return the figures of all ranks, each of which must call it."""
+        """Return the result over all ranks; every rank must call it."""
 
 
 class Task(ABC):
-    """What is learned. It is no module: everything that is trained is in its model.
+    """A task. It has no parameters: all parameters are in its model.
 
     Args:
-        config: of the run; a task reads its own section, and what its model and samples need.
-        rank: of this process.
+        config: the run's config.
+        rank: rank of this process.
 
     Attributes:
-        metrics: of an evaluation; the first one decides which checkpoint is the best.
-        class_names: by label, where the data has any; set once they are known.
+        metrics: metrics of an evaluation; the first one decides which checkpoint is the best.
+        class_names: names of the classes by label, set when the data is open; None without names.
     """
 
     metrics: ClassVar[tuple[Metric, ...]]
@@ -111,20 +111,20 @@ class Task(ABC):
         return self.metrics[0]
 
     def check(self) -> None:  # noqa: B027 - most tasks can use any config
-        """Raise ``ValueError``, one line that names the key, for what no start can use."""
+        """Raise ``ValueError`` if the config does not fit the task; one line names the key."""
 
     @abstractmethod
     def build_model(
         self, expert_group: Group | None = None, *, initialise: bool = True
     ) -> nn.Module:
-        """The model, with everything that is trained in it; its forward returns ``Outputs``.
+        """Build the model with all parameters; its forward returns ``Outputs``.
 
         Args:
-            initialise: draw the weights; otherwise the caller calls its ``init_weights``.
+            initialise: draw the weights; otherwise the caller calls ``init_weights``.
         """
 
     def backbone(self, model: nn.Module) -> SwinTransformer:
-        """The part of the model that pretrained weights are for."""
+        """Return the part of the model that pretrained weights fill."""
         assert isinstance(model, SwinTransformer)
         return model
 
@@ -134,18 +134,18 @@ class Task(ABC):
 
     @abstractmethod
     def prepare(self, batch: Batch, step: int, training: bool) -> Batch:
-        """Make of a loader's batch, on the device, what model and loss take.
+        """Turn a loader's batch, on the device, into inputs and targets.
 
-        What is drawn must depend on the seed, ``rank`` and ``step`` alone, or in evaluation on
-        ``batch.indices``.
+        Random draws must depend only on the seed, ``rank`` and ``step``, in evaluation only on the
+        seed and ``batch.indices``.
 
         Args:
-            step: of the micro-steps from the start of the training.
+            step: number of micro-steps since the start of the training.
         """
 
     @abstractmethod
     def loss(self, outputs: Outputs, batch: Batch) -> StepResult:
-        """The loss of a prepared batch."""
+        """Compute the loss of a prepared batch."""
 
     @abstractmethod
     def evaluator(self, device: torch.device) -> Evaluator:
@@ -153,10 +153,10 @@ class Task(ABC):
 
     @abstractmethod
     def example_batch(self, images: int, device: torch.device) -> Batch:
-        """A prepared batch without data: for trials of memory, plans and benchmarks."""
+        """Return a prepared batch without data, for trials of memory, plans and benchmarks."""
 
     def preview(self, batch: Batch) -> tuple[Tensor, list[str]]:
-        """What a person should see of a prepared batch.
+        """Return pictures of a prepared batch.
 
         Returns:
             pixels [B, H, W, C] in 0–1 on the host, and a caption for each, which may be empty.
@@ -167,11 +167,11 @@ class Task(ABC):
         return pixels, [""] * len(pixels)
 
     def step(self, forward: Forward, batch: Batch) -> tuple[Outputs, StepResult, Tensor]:
-        """Forward and loss of a prepared batch.
+        """Run forward and loss of a prepared batch.
 
         Returns:
-            outputs, the task's result, and the scalar to call ``backward`` on: the loss with the
-            balance losses of MoE layers.
+            outputs, the task's result, and the scalar for ``backward``: the loss plus the balance
+            losses of MoE layers.
         """
         outputs = forward(batch.inputs)
         result = self.loss(outputs, batch)
@@ -179,13 +179,13 @@ class Task(ABC):
         return outputs, result, result.loss if aux_loss is None else result.loss + aux_loss
 
     def images(self, count: int, device: torch.device) -> Tensor:
-        """Random images [count, C, H, W] of the model's size."""
+        """Draw random images [count, C, H, W] of the model's size."""
         model = self.config.model
         return torch.randn(count, model.in_chans, *model.image_sides, device=device)
 
 
 def whole_batch(inputs: dict[str, Tensor], targets: Any) -> Batch:
-    """A batch of valid samples that are in no data set."""
+    """Return a batch of valid samples from no data set."""
     count = len(inputs["images"])
     valid = torch.ones(count, dtype=torch.bool, device=inputs["images"].device)
     return Batch(inputs, targets, valid, torch.full((count,), -1), [])

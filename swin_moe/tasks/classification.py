@@ -1,4 +1,4 @@
-"""A class per image: soft targets by mixup, CutMix and label smoothing; top-1 and top-5."""
+"""Classification: soft targets by mixup, CutMix and label smoothing; top-1 and top-5."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from ..models import Outputs, SwinTransformer
 from .base import Evaluation, Evaluator, Metric, StepResult, Task, whole_batch
 from .mixing import Mixing, build_mixing
 
-SHOWN = 0.05  # share from which a class of a mixed label is named
+SHOWN = 0.05  # least share of a class in the caption of a mixed label
 
 
 class Classification(Task):
-    """Logits [B, num_classes] against soft targets [B, num_classes], in evaluation labels [B]."""
+    """Classification with soft targets [B, num_classes]; evaluation uses labels [B]."""
 
     metrics = (Metric("top1", "top-1", "%"), Metric("top5", "top-5", "%"),
                Metric("loss", "val loss", higher_is_better=False))  # fmt: skip
@@ -66,10 +66,10 @@ class Classification(Task):
 
 
 class Accuracy(Evaluator):
-    """Mean cross-entropy, top-1 and top-5, in total and per class.
+    """Mean cross-entropy, top-1 and top-5, and top-1 per class.
 
     Args:
-        names: of the classes, by label.
+        names: names of the classes by label.
     """
 
     def __init__(
@@ -91,8 +91,8 @@ class Accuracy(Evaluator):
         self._total.index_add_(0, labels, torch.ones_like(labels, dtype=torch.float64))
 
     def compute(self) -> Evaluation:
-        everything = all_reduce_(torch.cat((self._correct, self._total, self._sums)))
-        correct, total, sums = everything.split([self.num_classes, self.num_classes, 2])
+        reduced = all_reduce_(torch.cat((self._correct, self._total, self._sums)))
+        correct, total, sums = reduced.split([self.num_classes, self.num_classes, 2])
         images = float(total.sum())
         metrics = {
             "loss": float(sums[0]) / max(images, 1),
@@ -114,14 +114,14 @@ class Accuracy(Evaluator):
 
 
 def class_name(label: int, names: Sequence[str] | None) -> str:
-    """The caption of a label; empty for padding and unreadable samples."""
+    """Return the caption of a label; "" for padding and unreadable samples."""
     if label < 0:
         return ""
     return shorten(names[label]) if names else str(label)
 
 
 def soft_label(target: Tensor, names: Sequence[str] | None) -> str:
-    """The classes of a soft label [num_classes], the strongest first."""
+    """Return a caption with the one or two strongest classes of a soft label [num_classes]."""
     weights, classes = target.topk(min(2, len(target)))
     first, *other = zip(weights.tolist(), classes.tolist(), strict=True)
     if not other or other[0][0] < max(SHOWN, 2 * float(target.min())):

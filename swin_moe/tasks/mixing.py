@@ -1,4 +1,4 @@
-"""Random erasing, mixup and CutMix through timm, with randomness that needs no state to resume."""
+"""Random erasing, mixup and CutMix through timm, with random draws that a resume repeats."""
 
 from __future__ import annotations
 
@@ -15,16 +15,15 @@ Mixing = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
 
 
 def build_mixing(augment: AugmentConfig, num_classes: int, seed: int, rank: int = 0) -> Mixing:
-    """A function ``(images [B, C, H, W], labels [B], step) -> (images, targets [B, num_classes])``.
+    """Return ``(images [B, C, H, W], labels [B], step) -> (images, targets [B, num_classes])``.
 
-    Images are float and normalised; they are erased and mixed in place, on their own device.
-    Targets are soft, with label smoothing, also where mixup and CutMix are off. What is drawn is a
-    function of ``(seed, rank, step)`` alone, but for the noise of an erased rectangle on a GPU,
-    which is its own generator's.
+    Images are float and normalised; they are erased and mixed in place, on their device. Targets
+    are soft, with label smoothing, also without mixup and CutMix. Random draws depend only on
+    ``(seed, rank, step)``, except the noise in an erased rectangle on a GPU, which comes from the
+    GPU's generator.
 
     Raises:
-        ValueError: by the returned function, if images are mixed and their number is odd (images
-            are mixed in pairs).
+        ValueError: by the returned function, if it mixes an odd number of images.
     """
     smoothing = augment.label_smoothing
     mixed = augment.mixup > 0 or augment.cutmix > 0

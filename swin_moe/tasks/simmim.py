@@ -12,11 +12,11 @@ from ..models import Outputs, SimMIM, SwinTransformer
 from ..models.simmim import absolute_error, masked_l1_loss, masked_pixels, random_mask
 from .base import Evaluation, Evaluator, Metric, StepResult, Task, whole_batch
 
-GREY = 0.5  # of masked pixels in pictures
+GREY = 0.5  # level of masked pixels in pictures
 
 
 class MaskedImageModelling(Task):
-    """Reconstructs images [B, C, H, W] from unmasked patches; labels are not read."""
+    """Reconstruction of images [B, C, H, W] from unmasked patches; labels are not used."""
 
     metrics = (Metric("loss", "val loss", higher_is_better=False),)
 
@@ -47,7 +47,7 @@ class MaskedImageModelling(Task):
         config = self.config
         encoder = SwinTransformer(config.model, config.moe, expert_group, initialise=False)
         model = SimMIM(encoder, initialise=False)
-        if initialise:  # in the order in which a model that is sharded at once is initialised
+        if initialise:  # draws in the same order as under ZeRO-3, see models/sharded_init.py
             model.init_weights()
         return model
 
@@ -66,7 +66,7 @@ class MaskedImageModelling(Task):
         return batch._replace(inputs={"images": images, "mask": mask}, targets=images)
 
     def _generator(self, *place: int) -> torch.Generator:
-        """Numbers that depend on the seed and the place alone."""
+        """Return a generator that depends only on the seed and ``place``."""
         return torch.Generator().manual_seed(hash((self.config.train.seed, *place)))
 
     def _mask(self, generator: torch.Generator | None = None) -> Tensor:
@@ -99,11 +99,11 @@ class MaskedImageModelling(Task):
 
 
 class _MeanError(Evaluator):
-    """The loss over all masked pixels of the held-out images."""
+    """The mean loss over all masked pixels of the held-out images."""
 
     def __init__(self, task: MaskedImageModelling, device: torch.device) -> None:
         self._task = task
-        # Absolute error, masked pixels times channels, images.
+        # Sums of absolute errors, of masked pixels times channels, and of images.
         self._sums = torch.zeros(3, dtype=torch.float64, device=device)
 
     def update(self, outputs: Outputs, batch: Batch) -> None:

@@ -276,7 +276,7 @@ def test_all_tokens_to_one_expert():
         ({"score": "sigmoid"}, "needs score=softmax"),
         ({"gate_noise": 0.0}, "needs gate_noise > 0"),
         ({"routing": "expert_choice", "capacity_factor": 0.0}, "needs capacity_factor > 0"),
-        ({"routing": "soft", "router": "cosine"}, "has a router of its own"),
+        ({"routing": "soft", "router": "cosine"}, "has its own router"),
         ({"routing": "soft", "z_loss_weight": 0.1}, "z_loss_weight has no meaning"),
         (
             {"routing": "expert_choice", "expert_bias_update_rate": 0.1},

@@ -79,7 +79,7 @@ def make_trainer(world, spoilt: int = -1, **changes):
 
 
 def check_bias(world) -> None:
-    """The bias moves once per update, by the counts of all micro-steps and ranks, without recomputes."""
+    """The bias moves once per update, by the counts of all micro-steps and ranks."""
     trainer, records = make_trainer(world)
     model = trainer.engine.model
     outputs, forward = [], trainer.engine.forward
