@@ -10,7 +10,7 @@ from tests.parallel import run_worker
 RATES = {"lr": 1e-2, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.05}
 
 
-def both(size=70_000):  # more than a piece
+def both(size=70_000):  # more than one piece
     torch.manual_seed(0)
     start = torch.randn(size)
     weights = [torch.nn.Parameter(start.clone()) for _ in range(2)]
@@ -45,11 +45,11 @@ def test_the_second_moment_follows_where_the_nearest_number_would_stand_still():
     expected = float(adamw.state[exact]["exp_avg_sq"].mean())
     found = float(moment_views(paired.state[weight])["exp_avg_sq"].float().mean())
     assert found == pytest.approx(expected, rel=0.005)
-    assert nearest > 0.9  # it should be 0.29
+    assert nearest > 0.9  # the exact value is 0.29
 
 
 def test_training_follows():
-    """A small network learns as well, and nearly the same weights."""
+    """A small network learns equally well, with nearly equal weights."""
     losses, ends = [], []
     for kind in (torch.optim.AdamW, PairedAdamW):
         torch.manual_seed(0)
@@ -89,6 +89,6 @@ def test_the_same_updates_again_from_a_copy_of_the_state():
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_at_every_stage_saved_and_loaded(tmp_path, processes):
-    """Twenty seconds on two processes: six cells, each trained in several ways."""
+    """Takes 20 s on two processes: six cells, each trained in several ways."""
     run_worker("moments", tmp_path, processes)
     assert (tmp_path / "passed").exists()

@@ -1,4 +1,4 @@
-"""Bad input, each stage on one process, and each way to start, in fresh processes."""
+"""Bad input, every ZeRO stage on one process, and every way to start, in fresh processes."""
 
 import json
 import re
@@ -48,7 +48,7 @@ def test_nonfinite_loss_stops_before_the_step(tmp_path):
     kept = list_checkpoints(folder / "checkpoints")
     assert [int(path.name[5:]) for path in kept] == list(range(step - 1, max(step - 3, 0), -1))
     assert "last checkpoint is kept" in message
-    assert "precision.dtype=fp32" not in message  # it is that already
+    assert "precision.dtype=fp32" not in message  # it is fp32 already
 
 
 def test_where_there_is_no_checkpoint_yet_none_is_said_to_be_kept(tmp_path):
@@ -89,7 +89,7 @@ def test_module_and_plain_torchrun_are_the_same_program(tmp_path):
 
 
 def write_images(folder, **counts):
-    """Folders of two classes; ``counts`` are a class's images by split."""
+    """Write folders of two classes; ``counts`` are the images per class by split."""
     for split, count in counts.items():
         for label in range(2):
             (folder / split / f"class{label}").mkdir(parents=True)
@@ -100,7 +100,7 @@ def write_images(folder, **counts):
 
 
 def test_corrupt_images_are_skipped_counted_and_reported(tmp_path):
-    """Real images, some of them damaged, as folders of files."""
+    """Write folders of real images, some of them damaged."""
     write_images(tmp_path / "data", train=12, val=4)
     (tmp_path / "data/train/class0/3.png").write_bytes(b"\x89PNG not really")
     (tmp_path / "data/val/class1/0.png").write_bytes(b"")
@@ -113,7 +113,7 @@ def test_corrupt_images_are_skipped_counted_and_reported(tmp_path):
     assert last["data/unreadable"] == 2
     assert "class0/3.png" in done.stderr
     assert "class1/0.png" in done.stderr
-    assert "img/s  (1 images unreadable)" in done.stdout  # of those held out
+    assert "img/s  (1 images unreadable)" in done.stdout  # of the held-out ones
     assert re.search(r"unreadable\W+2 images were skipped", done.stdout)
     lists = sorted((tmp_path / "run/logs").glob("bad-samples-rank-*.jsonl"))
     listed = [json.loads(line) for path in lists for line in path.read_text().splitlines()]
@@ -137,14 +137,14 @@ def test_too_many_unreadable_images_stop_the_run(tmp_path):
         done.stderr.splitlines()[-1].removeprefix("swin-moe: error: "),
     )
     assert "Traceback" not in done.stderr
-    assert done.stderr.count("skipped unreadable image") == 10  # the list knows the others
+    assert done.stderr.count("skipped unreadable image") == 10  # the list has the others
     assert len((tmp_path / "run/logs/bad-samples-rank-0.jsonl").read_text().splitlines()) > 10
     done = train(tmp_path / "other", *recipe, "data.max_bad_share=0.2")
     assert done.returncode == 0, done.stderr
 
 
 def test_a_resume_keeps_its_windows(tmp_path):
-    """Another window is another function: it takes a new run, which adopts the old windows."""
+    """Another window is another function and needs a new run."""
     from swin_moe.training.run_directory import check_same_model
 
     reader = SimpleNamespace(path=tmp_path)

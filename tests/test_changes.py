@@ -1,4 +1,4 @@
-"""A resume says what changed, and refuses other data."""
+"""A resume reports changes, and refuses other data."""
 
 import re
 from types import SimpleNamespace
@@ -20,8 +20,8 @@ def loader(samples, classes, missing=()):
 def test_changes_are_listed_by_key():
     old, new = config(path="a"), config(path="b #2")
     new.optimizer.base_lr, new.train.output = 1e-4, "elsewhere"
-    said = summary(changed_keys(old, new), 135)
-    assert said == "changed since step 135: data.path a → b #2, optimizer.base_lr 0.0005 → 0.0001"
+    line = summary(changed_keys(old, new), 135)
+    assert line == "changed since step 135: data.path a → b #2, optimizer.base_lr 0.0005 → 0.0001"
     assert changed_keys(old, old) == []
     assert summary([f"k{i}" for i in range(11)], 1).endswith("k7 and 3 more")
 
@@ -42,4 +42,4 @@ def test_other_data_are_known_by_classes_and_by_place_and_size(now, path, why):
     found = other_data(config(path="a"), config(path=path), facts, now)
     assert bool(found) == bool(why)
     assert re.search(why, found)
-    assert other_data(config(path="a"), config(path=path), None, now) == ""  # an older version's
+    assert other_data(config(path="a"), config(path=path), None, now) == ""  # from an older version

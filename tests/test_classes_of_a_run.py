@@ -1,4 +1,4 @@
-"""A run keeps the names of its classes: no start and no evaluation shifts its labels."""
+"""A run keeps the names of its classes: its labels never shift."""
 
 import json
 import shutil
@@ -16,7 +16,7 @@ DATA = ["model.img_size=16", "model.num_classes=3", "data.mean=[0.5]", "data.std
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A run of two updates, and its data."""
+    """Make data and a run of two updates."""
     folder = tmp_path_factory.mktemp("classes")
     for split in ("train", "val"):
         make_folder(folder / "data" / split, CLASSES)

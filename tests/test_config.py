@@ -1,4 +1,4 @@
-"""Configs load strictly, and every mistake is one line that helps."""
+"""Configs load strictly, and every mistake is one helpful line."""
 
 from pathlib import Path
 

@@ -19,7 +19,7 @@ from swin_moe.config import (
 from swin_moe.config.yaml_core import NotOurYaml, dump, parse
 from tests.parallel import MICRO
 
-# What YAML takes for a number, a date, a switch, nothing, a comment, a list, an alias, a tag, …
+# Words that YAML takes for a number, a date, a switch, null, a comment, a list, an alias, a tag, …
 NAMES = [
     "no", "yes", "on", "off", "y", "true", "null", "~", "2012", "010", "08", "0123", "1:30", "1e-3",
     "5e5", "1_000", "0x1F", "0o17", "0b11", ".5", "1.", ".inf", ".nan", "-", "--", "---", "...",
@@ -71,7 +71,7 @@ def test_quotes_around_a_whole_word_are_those_of_yaml(typed, meant):
         "train.output",
         "zero.offload_optimizer",
         "model.img_size",
-    ):  # whatever the key takes
+    ):  # for keys of any type
         section, name = key.split(".")
         assert parse_overrides([f"{key}={typed}"]) == {section: {name: meant}}
 
@@ -113,7 +113,7 @@ def test_plain_data_come_back_from_a_file(tmp_path):
 @pytest.mark.parametrize("word", ["no", "2012", "1e-3", "5e5", "1_000", "010", "1:30", "2001-01-01",
                                   "on", "true", ".inf", "0x1F"])  # fmt: skip
 def test_a_name_in_a_file_is_its_characters(tmp_path, word):
-    """Also of checkpoints, whose config.yaml an earlier version wrote without quotes."""
+    """Also in checkpoints, in whose config.yaml earlier versions wrote no quotes."""
     path = write(tmp_path, f"data: {{path: {word}, train: '{word}'}}\ntrain:\n  output: {word}\n")
     config = load_config(path)
     assert (config.data.path, config.data.train, config.train.output) == (word, word, word)
@@ -196,7 +196,7 @@ def test_paths_are_treated_alike(tmp_path, monkeypatch):
         assert value("~/a") == f"{tmp_path}/a"
         assert value("~nobody-of-this-name/a") == "~nobody-of-this-name/a"
         assert value("s3://~/a") == "s3://~/a"
-        assert value("~root") == "~root"  # a name like another
+        assert value("~root") == "~root"  # an ordinary name
         assert "NUL" in error(path, f"{key}=a\0b")
         assert f"{key}: it is empty" in error(path, f"{key}=  ")
         assert "line break" in error(path, f"{key}=a\r")
@@ -240,7 +240,7 @@ def test_a_lowest_rate_above_the_peak(tmp_path):
     assert error(path, "optimizer.base_lr=1e-7").startswith("override 'optimizer.base_lr=1e-7'")
     load_config(path, ["schedule.min_lr=1e-6"])
     path.rename(tmp_path / "config.yaml")
-    (tmp_path / "manifest.json").touch()  # of a checkpoint that an earlier version wrote
+    (tmp_path / "manifest.json").touch()  # a checkpoint of an earlier version
     assert load_config(tmp_path / "config.yaml").optimizer.base_lr == 1e-6
 
 
@@ -317,7 +317,7 @@ def test_a_long_chain_of_bases(tmp_path):
 
 
 def test_damaged_configs_raise_nothing_else(tmp_path):
-    """Some hundred damages of a real config; a line, or a config."""
+    """Some hundred damages of a real config give one line, or a config."""
     chance = random.Random(7)
     lines = MICRO.read_text().splitlines(keepends=True)
     bits = [*NAMES, *"\0\n[]{}:\t'\"\\\ufffe", "- ", "? ", "  ", "!!int ", "&a ", "base: /dev/null",

@@ -1,4 +1,4 @@
-"""Checkpoints of DeepSpeed's own format, written by it, become weights; nothing in them is run."""
+"""Checkpoints in DeepSpeed's format, written by it, become weights without running code in them."""
 
 import os
 import shutil
@@ -40,7 +40,7 @@ def test_experts_are_stacked(saved):
     first = torch.load(saved / "experts/first.pth", weights_only=True)
     assert fc1[0].equal(first["fc1.weight"])
     assert fc2[0].equal(first["fc2.weight"].t())
-    for expert in range(4):  # each rank's were made different
+    for expert in range(4):  # they differ between ranks
         torch.testing.assert_close(fc1[expert], fc1[0] + expert)
     source = read_pretrained(saved / "experts")
     assert source.dialect == "official"

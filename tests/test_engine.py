@@ -1,4 +1,4 @@
-"""What the engine decides before DeepSpeed takes over."""
+"""Decisions of the engine before DeepSpeed starts."""
 
 import pytest
 import torch

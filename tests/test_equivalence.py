@@ -1,4 +1,4 @@
-"""Every legal way to train trains what one process trains in fp32; every other one is refused.
+"""Every legal way to train equals one process in fp32; every other way is refused.
 
 Rounding is all that may differ. In fp32 that is a few 1e-7; in bf16, Adam's first steps make much
 of the rounding of small gradients.
@@ -22,9 +22,9 @@ from tests.workers.equivalence import STEPS, edges, legal_cells
 
 WORLDS = (1, 2, 4)
 CELLS = [cell for world in WORLDS for cell in legal_cells(world)]
-SAMPLE = 12  # cells in addition to the edges, others each day
+SAMPLE = 12  # cells in addition to the edges, different ones each day
 EXPERTS = next(cell for cell in CELLS if cell.expert_parallel == 2)
-# Largest relative deviation of loss and of gradient norm over the steps.
+# Bound of the relative deviation of loss and gradient norm over the steps.
 FIGURES = {"fp32": (1e-5, 1e-5), "bf16": (1.5e-3, 5e-3)}
 # Of all weights after the last step: distance to the reference over the distance that it went.
 WEIGHTS = {"fp32": 1e-5, "bf16": 0.15}
@@ -32,7 +32,7 @@ WEIGHTS = {"fp32": 1e-5, "bf16": 0.15}
 
 @pytest.fixture(scope="module")
 def results(request, tmp_path_factory):
-    """Every cell that a test asks for, and what it is compared with, trained in three starts.
+    """Train all tested cells and their references in three starts.
 
     Most of a minute: some fifty trainings of five steps on up to four processes.
     """
@@ -65,7 +65,7 @@ def weights(folder, cell, step=STEPS):
 
 
 def deviation(folder, cell):
-    """Of losses, norms and weights from those of one process in fp32."""
+    """Return the deviations of losses, norms and weights from those of one process in fp32."""
     found, expected = read(folder, cell), read(folder, cell.reference)
     figures = [
         max(abs(a - b) / abs(b) for a, b in zip(found[key], expected[key], strict=True))
@@ -78,7 +78,7 @@ def deviation(folder, cell):
 
 
 def distance(mine, theirs):
-    """Between the learnt weights of two models."""
+    """Return the distance between the learnt weights of two models."""
     names = [n for n, t in mine.items() if n.endswith(" weight") and t.is_floating_point()]
     return math.sqrt(sum((mine[n].double() - theirs[n].double()).square().sum() for n in names))
 
@@ -110,7 +110,9 @@ def test_experts_of_two_ranks_differ(results):
     reader = Reader(results / EXPERTS.name / f"step-{STEPS:08d}")
     name = next(n for n in reader.names() if n.endswith("experts.fc1.weight"))
     weight = reader.tensor(name, share=ExpertShare(range(4)))
-    assert not torch.equal(weight[0], weight[2])  # unmarked experts would have been made equal
+    assert not torch.equal(
+        weight[0], weight[2]
+    )  # reduction of unmarked experts would make them equal
 
 
 def configure(world, expert_parallel, stage):
@@ -119,7 +121,7 @@ def configure(world, expert_parallel, stage):
 
 
 def test_every_other_cell_is_refused():
-    """Before anything is built, by one line that names the keys."""
+    """One line names the keys before anything is built."""
     legal = {(cell.world, cell.expert_parallel, cell.stage) for cell in CELLS}
     refused = 0
     for world, n, stage in itertools.product(WORLDS, (1, 2, 4), range(4)):
@@ -153,7 +155,7 @@ def test_state_in_files_is_state_in_memory(tmp_path):
     assert (tmp_path / "passed").exists()
 
 
-def test_what_offload_needs_is_told(tmp_path, monkeypatch):
+def test_missing_parts_of_offload_are_reported(tmp_path, monkeypatch):
     from swin_moe.training import engine
 
     for override in ("zero.stage=2", "zero.nvme_path=''"):
@@ -172,7 +174,7 @@ def test_what_offload_needs_is_told(tmp_path, monkeypatch):
 
 
 def table(folder):
-    """The matrix for ``docs/``: worst deviation over accumulation and recompute of each cell."""
+    """Return the matrix for ``docs/``: worst deviation of each cell."""
     lines = [
         "| processes | expert parallel | ZeRO | precision | loss | gradient norm | weights |",
         "|---|---|---|---|---|---|---|",

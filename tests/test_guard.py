@@ -1,4 +1,4 @@
-"""What ranks agree on, and loss spikes, in one process."""
+"""The agreement of ranks, and loss spikes, in one process."""
 
 import math
 import signal
@@ -24,7 +24,7 @@ def test_verdict_names_the_first_layer_and_the_factor_spoils_the_update():
     assert math.isnan(guard.agree())
     assert guard.read().bad == "loss on rank 0"
     guard.see(torch.tensor(1.0), torch.tensor([0, 0]))
-    assert guard.agree() == 1  # it begins anew
+    assert guard.agree() == 1  # it has been reset
     assert guard.read() == ("", False, 1.0)
 
 

@@ -38,7 +38,7 @@ def test_resume_cuts_off_what_it_takes_back(tmp_path):
         log.write(record)
     log.close()
     with (tmp_path / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 6, "tr')  # a kill in mid-line
+        file.write('{"step": 6, "tr')  # a kill within a line
     log = MetricLog(tmp_path, tensorboard=True, resume_step=3)
     for record in records([4]):
         log.write(record)
@@ -61,7 +61,7 @@ def test_what_is_not_finite_is_null_in_strict_json(tmp_path):
         log.write(record)
     log.close()
     with log.path.open("a") as file:
-        file.write('{"step": 3, "epoch": 1.0, "train/loss": NaN}\n')  # of an older version
+        file.write('{"step": 3, "epoch": 1.0, "train/loss": NaN}\n')  # from an older version
     MetricLog(tmp_path, tensorboard=False, resume_step=3).close()
     lines = log.path.read_text().splitlines()
     strict = [json.loads(line, parse_constant=refuse) for line in lines]

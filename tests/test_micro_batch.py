@@ -1,4 +1,4 @@
-"""The largest micro-batch is found by trial, and a trial that fails leaves nothing behind."""
+"""The largest micro-batch is found by trial, and a failed trial has no side effects."""
 
 import resource
 
@@ -35,7 +35,7 @@ def test_micro_batches_shrink_with_the_memory_and_make_up_the_same_update(capfd)
     assert 0 < sizes[0] < sizes[1] < sizes[2]
     assert resource.getrlimit(resource.RLIMIT_DATA) == limits
     assert torch.equal(torch.get_rng_state(), state)
-    assert not capfd.readouterr().err  # no stacks of the trials that failed
+    assert not capfd.readouterr().err  # no stacks of failed trials
 
 
 def test_recomputing_makes_room():
@@ -46,7 +46,7 @@ def test_recomputing_makes_room():
 
 @pytest.mark.parametrize("available", [430, 520])
 def test_bf16_in_which_onednn_runs_out_of_memory(available):
-    """It says so in words of its own, and fails for good in that process."""
+    """oneDNN has its own message for it, and does not recover in that process."""
     size, steps = chosen(
         available * MB, "data.batch_size=512", "zero.stage=2", "precision.dtype=bf16"
     )
@@ -56,7 +56,7 @@ def test_bf16_in_which_onednn_runs_out_of_memory(available):
 
 def test_too_little_memory_is_told():
     with pytest.raises(ValueError, match="not even a micro-batch of 1 fits") as error:
-        chosen(50 * MB, "zero.stage=1")  # DeepSpeed takes more for its buckets
+        chosen(50 * MB, "zero.stage=1")  # DeepSpeed needs more for its buckets
     assert "model.use_checkpoint=true" in str(error.value)
 
 

@@ -67,6 +67,6 @@ def test_global_generators_are_undisturbed(generator_states):
     before = generator_states()
     build_mixing(AugmentConfig(), 5, seed=0)(IMAGES.clone(), LABELS, 0)
     assert generator_states() == before
-    with pytest.raises(ZeroDivisionError), seeded(3):  # also when what is inside fails
+    with pytest.raises(ZeroDivisionError), seeded(3):  # also after an exception
         torch.rand(1).item() / 0
     assert generator_states() == before

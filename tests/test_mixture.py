@@ -34,7 +34,7 @@ def loaded(tmp_path, text, *overrides, name="c.yaml"):
 
 
 @pytest.mark.parametrize(
-    ("text", "override", "place", "said"),
+    ("text", "override", "place", "claim"),
     [
         ("model: {name: swinv2_moe}", None, "c.yaml:1", "model.name=swinv2_moe"),
         ("model: {name: swin_moe}", None, "c.yaml:1", "model.name=swin_moe"),
@@ -46,11 +46,11 @@ def loaded(tmp_path, text, *overrides, name="c.yaml"):
         ("", "moe={router: cosine}", "override 'moe={router: cosine}'", "moe.router=cosine"),
     ],
 )
-def test_a_mixture_without_blocks_is_refused(tmp_path, text, override, place, said):
+def test_a_mixture_without_blocks_is_refused(tmp_path, text, override, place, claim):
     with pytest.raises(ConfigError) as error:
         loaded(tmp_path, text, *([override] if override else []))
     message = str(error.value)
-    assert f"{place}: {said}, but {WRITE}, or " in message
+    assert f"{place}: {claim}, but {WRITE}, or " in message
     assert "\n" not in message
 
 
@@ -74,7 +74,7 @@ def test_dense_on_purpose(tmp_path):
 
 
 def test_what_a_dense_run_wrote_loads(tmp_path):
-    """A run's config states all keys. One that an earlier version made dense by mistake loads."""
+    """A run's config states all keys. A run that was dense by mistake still loads."""
     plain = dump_config(loaded(tmp_path, ""))
     assert not loaded(tmp_path, plain).moe.enabled
     with pytest.raises(ConfigError, match=r"override 'moe\.top_k=1': moe\.top_k=1, but"):
@@ -103,7 +103,7 @@ NAME = "swinv2_moe_base_8expert_window12_192_22k"
 
 
 def test_what_is_set_is_what_the_user_stated(tmp_path):
-    """Not what a variant fills in: a resume asks for that."""
+    """Defaults of a variant do not count as stated, which a resume needs."""
     config = loaded(tmp_path, f"model: {{name: {NAME}, window_size: 12}}")
     assert config.model.model_fields_set == {"name", "window_size"}
     assert not config.moe.model_fields_set
@@ -124,9 +124,9 @@ def test_what_is_set_is_what_the_user_stated(tmp_path):
     ],
 )
 def test_who_trains_a_router_without_a_gradient_is_warned(changes, post_norm, warned):
-    said = lost_gate(MoEConfig(**{"blocks": [[1]], **changes}), post_norm)
-    assert said.endswith("start new runs with moe.gate_after_norm=true") == warned
-    assert bool(said) == warned
+    message = lost_gate(MoEConfig(**{"blocks": [[1]], **changes}), post_norm)
+    assert message.endswith("start new runs with moe.gate_after_norm=true") == warned
+    assert bool(message) == warned
 
 
 @pytest.mark.parametrize(
@@ -145,9 +145,9 @@ def test_who_trains_a_router_without_a_gradient_is_warned(changes, post_norm, wa
     ],
 )
 def test_keys_that_the_routing_does_not_read_are_named(changes, named):
-    said = idle_keys(Config(moe=MoEConfig(**{"blocks": [[1]], **changes})))
-    assert named in said
-    assert bool(said) == bool(named)
+    message = idle_keys(Config(moe=MoEConfig(**{"blocks": [[1]], **changes})))
+    assert named in message
+    assert bool(message) == bool(named)
 
 
 @pytest.mark.parametrize(
@@ -170,13 +170,13 @@ def test_keys_that_the_routing_does_not_read_are_named(changes, named):
 )  # fmt: skip
 def test_keys_that_nothing_reads_are_named(tmp_path, override, named):
     (tmp_path / "c.yaml").write_text("model: {name: swinv2}\n")
-    said = idle_keys(load_config(tmp_path / "c.yaml", override.split()))
-    assert named in said
-    assert bool(said) == bool(named)
+    message = idle_keys(load_config(tmp_path / "c.yaml", override.split()))
+    assert named in message
+    assert bool(message) == bool(named)
 
 
 def kept(tmp_path, began, now, fresh=False):
-    """The config of a resume, and its message, if the checkpoint has another config."""
+    """Return the config of a resume, and its message, if the checkpoint has another config."""
     text = io.StringIO()
     run = Run(tmp_path, World(0, 0, 1, torch.device("cpu"), Group(), Group()),
               Console(file=text, width=300))  # fmt: skip
@@ -193,26 +193,28 @@ OLD = ("moe.gate_after_norm=false", "model.drop_path_rate=0.2")
 
 def test_a_run_keeps_the_defaults_that_it_began_with(tmp_path):
     recipe = f"model: {{name: {NAME}}}"
-    config, said = kept(tmp_path, loaded(tmp_path, recipe, *OLD), loaded(tmp_path, recipe))
+    config, message = kept(tmp_path, loaded(tmp_path, recipe, *OLD), loaded(tmp_path, recipe))
     assert not config.moe.gate_after_norm
     assert config.model.drop_path_rate == 0.2
-    assert said.startswith("as when the run began: model.drop_path_rate=0.2 moe.gate_after_norm=f")
+    assert message.startswith(
+        "as when the run began: model.drop_path_rate=0.2 moe.gate_after_norm=f"
+    )
 
 
 def test_what_the_user_states_wins_over_what_the_run_began_with(tmp_path):
     recipe = f"model: {{name: {NAME}}}"
     stated = loaded(tmp_path, recipe, "moe.gate_after_norm=true", "model.drop_path_rate=0.3")
-    config, said = kept(tmp_path, loaded(tmp_path, recipe, *OLD), stated)
+    config, message = kept(tmp_path, loaded(tmp_path, recipe, *OLD), stated)
     assert config.moe.gate_after_norm
     assert config.model.drop_path_rate == 0.3
-    assert not said
+    assert not message
 
 
 @pytest.mark.parametrize(
     ("before", "now", "fresh"),
     [
-        ((NAME, *OLD), NAME, True),  # it begins again
-        ((NAME,), NAME, False),  # it began with today's defaults
+        ((NAME, *OLD), NAME, True),  # it starts from the beginning
+        ((NAME,), NAME, False),  # it began with the present defaults
         ((NAME, "model.drop_path_rate=0.25"), NAME, False),  # never a default
         (("swinv2_moe_base_16expert_window12_192_22k", *OLD), NAME, False),
     ],
@@ -220,9 +222,9 @@ def test_what_the_user_states_wins_over_what_the_run_began_with(tmp_path):
 def test_nothing_else_is_kept(tmp_path, before, now, fresh):
     began = loaded(tmp_path, f"model: {{name: {before[0]}}}", *before[1:])
     asked = loaded(tmp_path, f"model: {{name: {now}}}")
-    config, said = kept(tmp_path, began, asked.model_copy(deep=True), fresh)
+    config, message = kept(tmp_path, began, asked.model_copy(deep=True), fresh)
     assert config == asked
-    assert not said
+    assert not message
 
 
 def test_weights_of_a_gate_before_the_norm_are_told_apart(tmp_path, caplog):

@@ -60,7 +60,7 @@ def test_rate_scales_with_the_batch_and_follows_warmup_and_cosine():
 
 
 def test_layer_decay_scales_the_whole_schedule():
-    """Before the first update, in the warm-up and after it; the unscaled rate is everyone's."""
+    """Rates of the groups keep their ratios before the first update, in the warm-up and later."""
     recipe = ScheduleConfig(epochs=4, warmup_epochs=1, warmup_lr=1e-6, min_lr=1e-5)
     optimizers, schedules = [], []
     for layer_decay in (1.0, 0.8):
@@ -86,7 +86,7 @@ def test_layer_decay_scales_the_whole_schedule():
 
 @pytest.mark.parametrize(("make", "prefix"), [(moe_model, ""), (simmim, "encoder.")])
 def test_layer_ids(make, prefix):
-    """Every parameter by the list above."""
+    """Every parameter has the layer of the list above."""
     seen = set()
     for name, _ in make().named_parameters():
         (match,) = (p for p in LAYERS if name.removeprefix(prefix).startswith(p))
@@ -144,7 +144,7 @@ def test_groups_split_experts_and_decay():
 
 
 def test_no_decay_equals_the_official_list():
-    """Also under ``encoder.``, where the official keywords match nothing by mistake."""
+    """Also under ``encoder.``, where the official keywords match no other parameter."""
     golden = Golden("train_trajectory_swinv2")
     official = set(golden.config["no_decay_parameters"])
     config = ModelConfig(**golden.config["arguments"])
@@ -169,7 +169,7 @@ def undecayed(model):
 )
 @pytest.mark.parametrize("router", ["", "linear", "cosine"])
 def test_no_decay_by_family(family, router, kinds):
-    """What is not decayed although it has two dimensions or more; of 1-D tensors nothing is."""
+    """These have two or more dimensions and no decay; 1-D tensors never have decay."""
     moe = MoEConfig(blocks=[[1]], num_experts=2, router=router) if router else None
     model = build(family, moe, ape=True, extra_norm_every_n_blocks=2)
     kinds = kinds | {"absolute_pos_embed"}

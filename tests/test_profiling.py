@@ -26,12 +26,12 @@ def test_on_a_cpu():
         event("aten::add", 12, 20),  # within it
         event("swin_moe::moe_route", 30, 35),
         event("c10d::alltoall_base_", 40, 41),
-        ranged("gloo:all_to_all", 43, 60, tid=2),  # handed over at 40
+        ranged("gloo:all_to_all", 43, 60, tid=2),  # submitted at 40
         event("aten::gelu", 50, 55),  # hides a part of it
         event("autograd::engine::evaluate_function: _HomeBackward", 60, 70),
         event("c10d::allreduce_", 70, 71),
         ranged("gloo:all_reduce", 71, 90, tid=2),
-        event("aten::copy_", 72, 80, tid=2),  # of gloo's own thread
+        event("aten::copy_", 72, 80, tid=2),  # in gloo's thread
         event("aten::mm", 200, 300),  # an evaluation
     ]
     assert split(events) == pytest.approx(
@@ -45,7 +45,7 @@ def test_on_a_gpu():
     events = [
         ranged("update", 0, 100),
         ranged("data", 0, 20),
-        event("aten::mm", 0, 100),  # its launch is no work of the device
+        event("aten::mm", 0, 100),  # a launch is not work of the device
         event("gemm", 5, 40, "kernel", 7),
         event("ncclDevKernel_SendRecv(x)", 35, 50, "kernel", 8),
         event("ncclDevKernel_AllReduce_Sum_bf16(x)", 45, 70, "kernel", 9),

@@ -1,4 +1,4 @@
-"""Every recipe and variant is as published; parameters and GMACs are those of the tables."""
+"""Recipes and variants are as published; parameters and GMACs equal the tables."""
 
 import io
 import re
@@ -24,7 +24,7 @@ def cost(name):
 
 
 def printed_like(value, printed):
-    """``value`` with as many decimals, or as many significant digits, as a table prints."""
+    """Round ``value`` to the decimals or significant digits of a table's figure."""
     if "e" in printed:
         digits = len(printed.split("e")[0].replace(".", "")) - 1
         return f"{value:.{digits}e}".replace("e+0", "e")
@@ -50,7 +50,7 @@ def test_top1_activates_what_the_dense_model_has(family, size, experts):
     assert found.macs == pytest.approx(dense.macs, rel=0.006)
 
 
-# What was published, key by key; below that, what ours do otherwise and why.
+# Published values by key; below them our deviations, with reasons.
 AUGMENTATION = {
     "augment.auto_augment": "rand-m9-mstd0.5-inc1", "augment.color_jitter": 0.4,
     "augment.interpolation": "bicubic", "augment.random_erase": 0.25, "augment.mixup": 0.8,
@@ -74,16 +74,16 @@ MIXTURE = {
     "model.mlp_fc2_bias": False,
 }  # fmt: skip
 DROPLESS = {"moe.eval_capacity_factor": 0.0}  # 1.25 there: a result must not depend on the batch
-ON_V2 = {  # Swin-MoE's placement and recipe on Swin V2, which nobody has published
+ON_V2 = {  # Swin-MoE's placement and recipe on Swin V2: not published
     **DROPLESS,
-    "moe.gate_after_norm": True,  # else its norm takes the gate, and the router does not learn
-    "model.init_std": 0.02,  # dense layers are Swin V2's own, so that its weights fit
+    "moe.gate_after_norm": True,  # otherwise the norm cancels the gate
+    "model.init_std": 0.02,  # that of Swin V2, whose dense weights fit
     "model.mlp_fc2_bias": True,
 }
 LARGE = {  # Swin V2 H and G: no recipe is published
     **ON_V2, "moe.drop_rate": 0.0, "moe.init_std": 0.02, "moe.fc2_bias": True,
 }  # fmt: skip
-PLAIN = {  # of small grey images that are upright and fill the frame
+PLAIN = {  # small grey images, upright and in full frame
     "augment.auto_augment": "", "augment.color_jitter": 0.0, "augment.random_erase": 0.0,
     "augment.mixup": 0.0, "augment.cutmix": 0.0, "augment.eval_crop": 1.0,
 }  # fmt: skip
@@ -94,13 +94,13 @@ MASKED = {  # SimMIM: its masks, crops and optimizer; the rest as MICRO
     "augment.random_erase": 0.0, "augment.mixup": 0.0, "augment.cutmix": 0.0,
     "moe.gate_after_norm": True, "optimizer.weight_decay": 0.05, "optimizer.clip_norm": 5.0,
 }  # fmt: skip
-LAPTOP = {  # so small and short that two CPU cores show it
+LAPTOP = {  # small and short enough for two CPU cores
     **DROPLESS, **PLAIN, "model.num_classes": 10, "model.img_size": 64, "model.window_size": 8,
     "model.drop_path_rate": 0.0, "schedule.epochs": 1, "schedule.warmup_epochs": 0.02,
     "optimizer.base_lr": 2e-3, "schedule.warmup_lr": 1e-5, "schedule.min_lr": 1e-5,
     "data.batch_size": 32,
 }  # fmt: skip
-MICRO = {  # ours, by docs/learning.md; it is nobody's published recipe
+MICRO = {  # our own, by docs/learning.md
     **PLAIN, **ON_V2, "model.num_classes": 10, "model.img_size": 32, "model.window_size": 4,
     "model.drop_path_rate": 0.05, "schedule.epochs": 12, "schedule.warmup_epochs": 1,
     "optimizer.base_lr": 6e-3, "schedule.warmup_lr": 1e-5, "schedule.min_lr": 1e-5,
@@ -111,7 +111,7 @@ MICRO = {  # ours, by docs/learning.md; it is nobody's published recipe
 
 
 def expected_of(path):
-    """All that must stand in a recipe."""
+    """Return the keys and values that a recipe must state."""
     name = path.stem
     base = {"model.drop_path_rate": 0.3} if "moe_base" in name else {}
     if path.parent.name == "imagenet22k" and "moe" not in name:
@@ -125,7 +125,7 @@ def expected_of(path):
         "simmim_micro": {**MASKED, "moe.num_experts": 8},
         "swin_moe_1b": {**MIXTURE, **DROPLESS, "moe.num_experts": 64},
         "swin_moe_1b_laptop": {**MIXTURE, **LAPTOP, "moe.num_experts": 64},
-        # Smaller micro-batches, for memory; the batch is that of as many GPUs as there are.
+        # Smaller micro-batches, to fit into memory; the batch depends on the number of GPUs.
         "swin_moe_13b": {**MIXTURE, **LARGE, "moe.num_experts": 64, "data.batch_size": 64},
         "swin_moe_100b": {**MIXTURE, **LARGE, "moe.num_experts": 128, "data.batch_size": 32,
                           "moe.blocks": every_second},
@@ -160,7 +160,7 @@ SHAPES = {
     r"swin_mlp_base_patch4_window7_224": (224, 7, 0.5),
     **{rf"swinv2_{size}_window{window}_256": (256, window, drop)
        for size, drop in (("tiny", 0.2), ("small", 0.3), ("base", 0.5)) for window in (8, 16)},
-    # Tiny and small were not pretrained there, H, G and SimMIM's g are unpublished: as base.
+    # As base: tiny and small were not pretrained there, H, G and SimMIM's g are unpublished.
     r"swinv2_(tiny|small|base|large)_window12_192_22k": (192, 12, 0.2),
     r"swinv2_(huge|giant|simmim_giant)_window12_192": (192, 12, 0.2),
     r"swinv2_(base|large)_window12to16_192to256_22kto1k": (256, 16, 0.2),
@@ -196,7 +196,7 @@ def test_recipes_asked_for_are_there():
         assert rows <= names
 
 
-# Millions of parameters, and of those that one token meets, as the files' comments have them.
+# Millions of parameters, and of activated ones, as in the files' comments.
 SCALE = {
     "swin_moe_1b": (1033, 66),
     "swin_moe_1b_laptop": (1016, 49),

@@ -1,4 +1,4 @@
-"""What two processes began, any others finish as if nothing had happened."""
+"""Any number of processes resumes the training of two, with the same result."""
 
 import json
 import signal
@@ -24,7 +24,7 @@ def results(tmp_path_factory):
 
 
 def tensors(folder, step):
-    """Name, kind and value of all masters and moments that were saved."""
+    """Return the saved masters and moments by name and kind."""
     reader = Reader(folder / f"step-{step:08d}")
     for name, entry in sorted(reader.entries.items()):
         for kind in sorted(entry.kinds):
@@ -43,7 +43,7 @@ def test_all_that_was_saved_is_loaded_bit_for_bit(results, cell):
 @pytest.mark.parametrize("cell", CELLS, ids=lambda cell: cell.name)
 def test_the_curve_goes_on(results, cell):
     same_ranks = cell[:4] == BEGINNING._replace(dtype=cell.dtype)[:4]
-    # Another stage adds up in another order; in bf16 that shows.
+    # Another stage sums in another order, which changes bf16 results.
     rounded = cell.dtype == "bf16" and not same_ranks
     found = json.loads((results / f"to-{cell.name}" / "figures.json").read_text())
     through = json.loads((results / f"through-{cell.dtype}" / "figures.json").read_text())
@@ -52,7 +52,7 @@ def test_the_curve_goes_on(results, cell):
         assert values == expected, key
     mine = tensors(results / f"to-{cell.name}", STEPS)
     theirs = tensors(results / f"through-{cell.dtype}", STEPS)
-    # How far the same training at the other stage goes apart, never interrupted; else nowhere.
+    # The deviation of an uninterrupted training at the other stage; otherwise none.
     other = tensors(results / f"through-{cell.dtype}{'-stage-1' if rounded else ''}", STEPS)
     for (name, a), (_, b), (_, c) in zip(mine, theirs, other, strict=True):
         if same_ranks:
@@ -78,7 +78,7 @@ def test_each_rank_wrote_its_part(results):
     }  # fmt: skip
 
 
-def test_after_a_workers_death_others_interrupt_nothing():
+def test_further_deaths_of_workers_interrupt_nothing():
     """PyTorch's handler raises at each death, at any place in the program."""
     from swin_moe import train  # imports DeepSpeed
 

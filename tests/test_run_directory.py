@@ -1,4 +1,4 @@
-"""The directory of a run: whose it is and what life in it goes on."""
+"""The run directory: its owner, its lock, and the checkpoint to resume."""
 
 import errno
 import logging
@@ -50,12 +50,12 @@ def test_a_run_that_is_held_is_waited_for_and_its_holder_named(tmp_path, monkeyp
         adopt_folder(run_of(tmp_path / "run"), fresh=False)
     assert 10 <= sum(waited) < 11
     assert caplog.text.count("waiting for the training that runs in") == 1
-    (tmp_path / "run" / MARKER).write_bytes(b"\xff")  # not our words
+    (tmp_path / "run" / MARKER).write_bytes(b"\xff")  # not written by swin-moe
     with pytest.raises(ValueError, match=r"another training runs in \S*run: wait"):
         adopt_folder(run_of(tmp_path / "run"), fresh=False)
 
 
-def test_what_ends_within_some_seconds_does_not_stop_the_next_start(tmp_path, monkeypatch):
+def test_a_start_waits_some_seconds_for_the_last_one_to_end(tmp_path, monkeypatch):
     assert adopt_folder(run_of(tmp_path / "run"), fresh=False) == ""
     monkeypatch.setattr(
         run_directory.time, "sleep", lambda _: run_directory.held_locks.pop().close()
@@ -95,7 +95,7 @@ def test_a_file_system_without_locks_is_told_and_used(tmp_path, monkeypatch, cap
 
 @pytest.mark.parametrize("kind", ["a file", "a broken link", "a folder", "a pipe"])
 def test_odd_things_in_a_run_stop_no_start(tmp_path, kind, monkeypatch, caplog):
-    """Each makes a warning at most."""
+    """Each is a warning at most."""
     make = {
         "a file": Path.touch,
         "a broken link": lambda path: path.symlink_to("/nowhere/else"),
@@ -144,7 +144,7 @@ def test_a_run_without_a_checkpoint_is_moved_aside(tmp_path, fresh):
     assert len(list(tmp_path.glob("run.*/metrics.jsonl"))) == 1
 
 
-def test_a_restart_waits_for_what_the_dead_left_behind(tmp_path, monkeypatch):
+def test_a_restart_waits_for_processes_of_the_last_start(tmp_path, monkeypatch):
     assert adopt_folder(run_of(tmp_path / "run"), fresh=False) == ""
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     monkeypatch.setattr(

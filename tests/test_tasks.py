@@ -1,4 +1,4 @@
-"""The seam of tasks: its contract, SimMIM as the second task, and who may name a task."""
+"""The interface of tasks, SimMIM as the second task, and the files that may name a task."""
 
 import json
 import re
@@ -28,7 +28,7 @@ def task_of(path, *overrides, rank=0):
 
 
 def batch_of(task, count=4):
-    """A batch as a loader yields it."""
+    """Return a batch like a loader's."""
     example = task.example_batch(count, CPU)
     images = (torch.rand(count, 1, 32, 32) * 255).to(torch.uint8)
     labels = torch.arange(count) % 10
@@ -162,7 +162,7 @@ def losses(folder):
 
 
 def test_simmim_trains_a_mixture_with_expert_parallelism(masked):
-    """Starts the program five times, on 2 processes each."""
+    """Starts the program five times, each on 2 processes."""
     root, done, _ = masked
     found = losses(root / "whole")
     assert found[-1] < found[0]

@@ -1,4 +1,4 @@
-"""The trainer's side of telemetry, on one process and on two; what it costs is in no test."""
+"""Statistics in the trainer, on one process and on two."""
 
 import pytest
 import torch
@@ -24,7 +24,7 @@ def test_in_evaluation_a_spoilt_image_spoils_no_other(routing):
     torch.manual_seed(0)
     moe = MoEConfig(blocks=[[], [1]], num_experts=4, routing=routing)
     model = build(MODEL, moe).eval()
-    for parameter in model.parameters():  # block norms start at zero: wake every path up
+    for parameter in model.parameters():  # block norms start at zero and hide the blocks
         if parameter.ndim == 1:
             torch.nn.init.ones_(parameter)
     images = torch.randn(4, 1, 16, 16)

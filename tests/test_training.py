@@ -1,10 +1,11 @@
-"""Whole runs in fresh processes: train, evaluate, be killed, resume."""
+"""Whole runs in fresh processes: train, evaluate, kill, resume."""
 
 import fcntl
 import json
 import re
 import shutil
 import time
+from io import StringIO
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,7 @@ RECIPE = ["precision.dtype=fp32", "zero.stage=2", "log.every_steps=1", "train.ma
 
 
 def figures(folder):
-    """What must repeat exactly: everything that is logged but speed and time."""
+    """Return the records without speed and time; they must repeat exactly."""
     return [
         {
             key: value
@@ -65,7 +66,7 @@ def test_run_directory_and_terminal(undisturbed):
                  "epoch 0.6/1", "top-1", "summary.png", "swin-moe evaluate",
                  "logs/rank-0.log to rank-1.log", "100 images an update"):  # fmt: skip
         assert part in printed
-    # Piped, it prints a line per log.every_steps, without control sequences.
+    # Without a terminal it prints a line per log.every_steps, without control sequences.
     lines = re.findall(r"^epoch 1/1  step (\d+)  loss .* lr .* img/s  eta \d+:", printed, re.M)
     assert [int(step) for step in lines] == list(range(1, 61))
     assert "\x1b" not in printed
@@ -112,7 +113,7 @@ def test_evaluate_repeats_the_final_accuracy_on_one_process(undisturbed):
 
 
 def test_kill_and_resume_repeat_the_losses_exactly(undisturbed, tmp_path):
-    """Killed with SIGKILL, and the newest checkpoint cut off: the one before it carries on."""
+    """After SIGKILL, and with the newest checkpoint truncated, the one before it is resumed."""
     folder = tmp_path / "killed"
     process = start("swin_moe", *training(folder, *RECIPE, processes=2), processes=2)
     deadline = time.monotonic() + PATIENCE
@@ -205,7 +206,7 @@ def test_a_run_that_is_done_names_the_key_that_ends_it():
     assert plan.limit(Position(step=30, epoch=3)) == "schedule.epochs"
     limit = plan.limit(Position(step=25, epoch=2, update=5))
     result = Result(Metric("top1", "top-1", "%"), None, None, -1, 0, 0.0, limit)
-    console = Console(width=200, record=True, quiet=True)
+    console = Console(width=200, file=StringIO())
     console.print(closing(Path("run"), result, 1.0))
     expected = "nothing was left to do: raise train.max_steps to go on; --fresh"
-    assert expected in console.export_text()
+    assert expected in console.file.getvalue()

@@ -1,4 +1,4 @@
-"""Trained at one window, used at a larger one without fine-tuning: what Swin V2's paper claims."""
+"""A model works at a larger window without fine-tuning, as Swin V2's paper claims."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from swin_moe.weights.files import write
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A small V2 after 600 steps at 32 pixels and window 4: half a minute of real learning."""
+    """Train a small V2 for 600 steps at 32 pixels and window 4, half a minute."""
     model = train("swinv2", 600)
     path = tmp_path_factory.mktemp("transfer") / "trained.safetensors"
     write(path, dict(model.named_parameters()), Architecture(model=model.config))
@@ -27,7 +27,7 @@ def test_most_of_the_accuracy_is_kept_at_a_larger_window(trained, pixels, window
 
 
 def test_the_pretrained_window_counts(trained):
-    """Both settings keep the accuracy here, so that alone would not show which one is in use."""
+    """Both settings keep the accuracy here, which therefore does not show the setting in use."""
     images = torch.randn(2, 1, 64, 64)
     known, own = (transferred(trained[1], "swinv2", 64, 8, own=own).eval() for own in (False, True))
     assert (known(images)[0] - own(images)[0]).abs().max() > 1e-3

@@ -1,4 +1,4 @@
-"""Recomputing blocks in the backward pass changes the memory and nothing else."""
+"""Activation checkpointing changes memory and nothing else."""
 
 from functools import partial
 
@@ -17,7 +17,7 @@ from swin_moe.ops import assume_fused
 MODEL = {"img_size": 32, "patch_size": 2, "num_classes": 5, "embed_dim": 16, "depths": [2, 3],
          "num_heads": [2, 4], "window_size": 4, "drop_path_rate": 0.3, "drop_rate": 0.1,
          "attn_drop_rate": 0.1}  # fmt: skip
-# Noise strong enough to turn the routing over, and a capacity that bites
+# Noise strong enough to change the routing, and a capacity that drops tokens
 MOE = {"blocks": [[1], [0, 2]], "num_experts": 4, "top_k": 2, "capacity_factor": 0.75,
        "gate_noise": 4.0, "drop_rate": 0.1}  # fmt: skip
 CASES = {
@@ -34,7 +34,7 @@ WAYS = [True, "offload"]
 
 
 def build(case, use_checkpoint, only_noise=False):
-    """``only_noise``: no dropout, no drop path; only the gate noise draws numbers."""
+    """Build a model; ``only_noise``: without dropout and drop path, with gate noise alone."""
     family, moe = CASES[case]
     changes = {key: 0.0 for key in MODEL if key.startswith(("drop", "attn_drop")) and only_noise}
     torch.manual_seed(0)
@@ -49,7 +49,7 @@ def build(case, use_checkpoint, only_noise=False):
 
 
 def step(model):
-    """One forward and backward; the output's tensors and all gradients, by name."""
+    """Return the tensors of the output and all gradients of one step, by name."""
     torch.manual_seed(1)
     images, labels = torch.randn(4, 3, 32, 32, requires_grad=True), torch.tensor([0, 1, 2, 3])
     logits, aux_loss, routing = model(images)
@@ -60,7 +60,7 @@ def step(model):
         seen |= {"aux_loss": aux_loss, "dropped": routing.dropped}
         seen |= routing._asdict()
     loss.backward()
-    seen["after"] = torch.rand(3)  # the generator stands where it would have stood
+    seen["after"] = torch.rand(3)  # the generator's state is the same
     seen |= {f"{name}.grad": parameter.grad for name, parameter in model.named_parameters()}
     return {"images.grad": images.grad, **seen}
 
@@ -72,7 +72,7 @@ def differences(one, other):
 
 @pytest.fixture
 def calls(monkeypatch):
-    """Counts the blocks that are checkpointed."""
+    """Count the blocks that are checkpointed."""
     counted = []
 
     def counting(block, *args, **kwargs):
@@ -98,7 +98,7 @@ def test_output_and_gradients_are_equal_bit_for_bit(case, how, calls):
 
 
 def test_some_blocks_of_a_stage(calls):
-    """The first ones of each stage, so many as the list says, and nothing else changes."""
+    """The listed number of first blocks of each stage is recomputed; results do not change."""
     plain = step(build("swinv2 moe", False))
     model = build("swinv2 moe", [1, 2])
     assert not differences(plain, step(model))
@@ -112,14 +112,14 @@ def test_some_blocks_of_a_stage(calls):
     ("counts", "message"),
     [([1], "has 1 stages, depths has 2"), ([1, 4], r"\[1\]=4, but the stage has 3 blocks")],
 )
-def test_a_list_that_does_not_fit_the_depths_is_told(counts, message):
+def test_a_list_that_does_not_fit_the_depths_is_refused(counts, message):
     with pytest.raises(ValueError, match=f"use_checkpoint.*{message}"):
         ModelConfig(**{**MODEL, "use_checkpoint": counts})
 
 
 @pytest.fixture
 def plans(monkeypatch):
-    """Every routing plan, in the order in which they are made."""
+    """Record every routing plan, in order."""
     made = []
 
     def recording(*args, **kwargs):
@@ -136,7 +136,7 @@ DISCRETE = ("expert", "slot", "source", "destination", "counts", "used")
 
 
 def unlike(plans):
-    """Fields in which a recomputed plan is not the first one; blocks come back in reverse."""
+    """Return the fields in which recomputed plans, in reverse order, differ from the first ones."""
     assert len(plans) == 2 * 3
     pairs = list(zip(plans[:3], reversed(plans[3:]), strict=True))
     fields = (*DISCRETE, "gate")
@@ -173,8 +173,8 @@ def redrawing(monkeypatch, **options):
     )
 
 
-def test_a_plan_is_kept_whatever_is_drawn(monkeypatch, plans):
-    """Other numbers in the recompute, as a GPU's rounding may bring, never re-route a token."""
+def test_a_plan_is_kept_if_the_recompute_draws_other_numbers(monkeypatch, plans):
+    """Other numbers in the recompute, such as by a GPU's rounding, never re-route a token."""
     redrawing(monkeypatch)
     with assume_fused(False):
         step(build("swin_moe top-1", True, only_noise=True))
@@ -182,8 +182,8 @@ def test_a_plan_is_kept_whatever_is_drawn(monkeypatch, plans):
 
 
 @pytest.mark.parametrize("only_noise", [False, True])
-def test_numbers_drawn_anew_would_be_seen(only_noise, monkeypatch, plans):
-    """The tests above are sharp: without the kept plan, routes and gradients differ."""
+def test_without_the_kept_plan_routes_differ(only_noise, monkeypatch, plans):
+    """The tests above would notice a plan that is not kept."""
     plain = step(build("swin_moe cosine", False, only_noise))
     plans.clear()
     redrawing(monkeypatch)
@@ -196,7 +196,7 @@ def test_numbers_drawn_anew_would_be_seen(only_noise, monkeypatch, plans):
 
 
 def saved_bytes(model):
-    """Bytes that one forward pass keeps for the backward pass, weights not counted."""
+    """Return the bytes that a forward pass keeps for the backward pass, without weights."""
     weights = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
     kept = {}
 
@@ -208,7 +208,7 @@ def saved_bytes(model):
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         output = model(torch.randn(4, 3, 32, 32))
-    assert output is not None  # alive until here, or addresses would be used twice
+    assert output is not None  # keep it alive, so that addresses are not reused
     return sum(kept.values())
 
 

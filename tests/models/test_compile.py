@@ -1,4 +1,4 @@
-"""torch.compile: one graph that computes what eager mode does, and few of them for many sizes."""
+"""torch.compile: one graph with eager mode's results, and few graphs for many sizes."""
 
 import pytest
 import torch
@@ -6,8 +6,12 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from tests.models.test_swin import lively
 
-# As little as shows shifted windows and patch merging: compiling takes long.
-ONE_STAGE = {"depths": [2], "num_heads": [1], "embed_dim": 16}  # a head that the kernels know
+# The smallest models with shifted windows and patch merging: compiling takes long.
+ONE_STAGE = {
+    "depths": [2],
+    "num_heads": [1],
+    "embed_dim": 16,
+}  # a width of head that the kernels support
 TWO_STAGES = {"depths": [2, 1]}
 CASES = [
     ("swinv2", "inductor", ONE_STAGE),
@@ -55,7 +59,7 @@ def test_compiled_equals_eager(family, backend, shape):
 )
 @torch.no_grad()
 def test_one_compiled_model_for_all_sizes(family, shape, graphs):
-    """A graph each for sizes that patches divide, for others and for clipped windows.
+    """There is one graph for sizes that patches divide, one for others, one for clipped windows.
 
     SwinMLP has one more, for maps that its windows divide. The time is the C++ compiler's.
     """

@@ -1,4 +1,4 @@
-"""torch.export, ONNX and torch.jit.trace: a graph of torch's ops that computes what the model does.
+"""torch.export, ONNX and torch.jit.trace: a graph of torch's ops with the model's results.
 
 Heads are 16 and 32 wide, which the kernels know: narrower ones run their reference everywhere.
 """
@@ -105,7 +105,7 @@ def test_traced_equals_eager(family):
 
 @torch.no_grad()
 def test_a_trace_follows_its_weights():
-    """An evaluation keeps the position bias, which a trace must not take for a constant."""
+    """Evaluation keeps the position bias, which must not become a constant of a trace."""
     model, other = lively(**MIXED), lively(**MIXED)
     model(images(1))
     for parameter in other.parameters():
@@ -128,14 +128,14 @@ def test_a_mixture_exported_and_traced_equals_eager(routing):
 )
 @torch.no_grad()
 def test_a_mixture_in_onnx_equals_eager(routing, tmp_path):
-    """With a router that is all zeros, as upcycling makes it: equal scores keep their order."""
+    """Also with a router of zeros, as after upcycling: equal scores keep their order."""
     model = mixture(batch_prioritized=True, **ROUTINGS[routing])
     model.layers[0].blocks[0].mlp.router.weight.zero_()
     check_onnx(model, model, tmp_path / "model.onnx")
 
 
 @torch.no_grad()
-def test_what_depends_on_the_batch_is_refused(tmp_path):
+def test_a_capacity_that_depends_on_the_batch_is_refused(tmp_path):
     model = mixture(eval_capacity_factor=1.0)
     words = "moe.eval_capacity_factor=0 or moe.route_per_image=true"
     with pytest.raises(ValueError, match=words):
@@ -146,7 +146,7 @@ def test_what_depends_on_the_batch_is_refused(tmp_path):
 
 
 @torch.no_grad()
-def test_what_cannot_leave_is_refused(tmp_path, monkeypatch):
+def test_models_that_cannot_be_exported_are_refused(tmp_path, monkeypatch):
     model = mixture()
     with pytest.raises(ValueError, match="dynamo=True"):
         torch.onnx.export(model, (images(1),), tmp_path / "model.onnx", dynamo=False)

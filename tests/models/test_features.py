@@ -18,7 +18,7 @@ FAMILIES = ["swin", "swinv2", "swin_mlp", "swin_moe_small_dense_window12_192_22k
 
 
 def step(features, images):
-    """One optimizer step; the parameters that it changed."""
+    """Make an optimizer step and return the parameters that changed."""
     before = {name: p.detach().clone() for name, p in features.named_parameters()}
     maps, aux_loss, _ = features(images)
     loss = sum((x * torch.randn_like(x)).sum() for x in maps)
@@ -30,7 +30,7 @@ def step(features, images):
 
 
 def wake(features):
-    """Block norms of V2 start at zero, which leaves what precedes them without a gradient."""
+    """Set block norms of V2, which start at zero and stop gradients, to one."""
     for parameter in features.parameters():
         if parameter.ndim == 1:
             torch.nn.init.ones_(parameter)
@@ -68,7 +68,7 @@ def test_maps_are_taken_before_patch_merging():
 
 @pytest.mark.parametrize("moe", [{}, MOE])
 def test_every_parameter_has_a_gradient(moe):
-    """Also where stages are cut off: DDP waits for all of them."""
+    """Also without the last stages: DDP waits for all parameters."""
     features = build_features("swinv2", out_indices=(0, 2), moe=moe, **SMALL).train()
     assert len(features.backbone.layers) == 3
     maps, aux_loss, _ = features(torch.randn(2, 3, 64, 64))
@@ -136,7 +136,7 @@ def test_weights_of_a_file(tmp_path):
 
 
 def run(*numbers):
-    """Execute the document's first block and others in one namespace."""
+    """Execute code blocks of the document in one namespace, the first one always."""
     torch.manual_seed(0)
     namespace = {}
     for number in (0, *numbers):

@@ -1,4 +1,4 @@
-"""Whole models with the attention kernels against the same models on the reference."""
+"""Whole models with the attention kernels equal the same models on the reference."""
 
 import importlib
 
@@ -24,7 +24,7 @@ SHAPE = {
 
 
 def small(family):
-    """A model in which every part matters: the zeros that training starts from are drawn."""
+    """Build a model in which every part matters, with random norms instead of zeros."""
     torch.manual_seed(0)
     name = "swin_moe_small_dense_window12_192_22k" if family == "swin_moe" else family
     model = build_model(name, **SHAPE)
@@ -37,7 +37,7 @@ def small(family):
 
 @pytest.fixture
 def calls(monkeypatch):
-    """How often the op was served by its kernels."""
+    """Record which calls of the op used its kernels."""
     served = []
     fits = op._fits_kernel
 
@@ -77,8 +77,8 @@ def test_logits_and_gradients(family, size, calls, monkeypatch):
 
 
 @needs_library
-def test_the_training_curve_is_the_references(calls, monkeypatch):
-    """Same seed, 30 steps of AdamW: the losses agree to 1e-4 while rounding grows."""
+def test_the_training_curve_equals_the_references(calls, monkeypatch):
+    """Losses of 30 steps of AdamW from one seed agree to 1e-4."""
 
     def losses():
         model = small("swinv2").train()
@@ -101,7 +101,7 @@ def test_the_training_curve_is_the_references(calls, monkeypatch):
     reference = losses()
     assert reference[-1] < 0.5 * reference[0]  # it learns
     assert fused == pytest.approx(reference, rel=1e-4)
-    assert fused != reference  # by rounding: they are not the same code
+    assert fused != reference  # by rounding
 
 
 @needs_library

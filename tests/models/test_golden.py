@@ -93,7 +93,7 @@ def test_forward_equals_official(name):
 @pytest.mark.parametrize("balance", ["gshard", "importance_load"])
 @torch.no_grad()
 def test_routing_equals_official(name, balance):
-    """Experts, slots and what is dropped exactly; gates and both balance losses within rounding."""
+    """Experts, slots and drops are equal; gates and both balance losses within rounding."""
     golden = Golden(name)
     model = load(golden, balance=balance).eval()
     seen = {}

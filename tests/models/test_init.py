@@ -1,4 +1,4 @@
-"""Weights: made on the meta device and set later, bit for bit; and what they are drawn from."""
+"""Initial weights: their distributions, and equality after the meta device, bit for bit."""
 
 import math
 
@@ -27,13 +27,13 @@ def simmim(router):
 
 
 def tensors(model):
-    """Every parameter and buffer, those that are not saved included."""
+    """Return every parameter and buffer, also those that are not saved."""
     return dict(model.named_parameters()) | dict(model.named_buffers())
 
 
 @torch.no_grad()
 def from_meta(make):
-    """Built without memory, then real, with nothing but rubbish in it."""
+    """Build a model on the meta device, and give it memory with garbage."""
     with torch.device("meta"):
         model = make()
     assert {t.device.type for t in tensors(model).values()} == {"meta"}
@@ -55,7 +55,7 @@ def assert_equal_after_init(make, *inputs):
         assert torch.equal(tensor, expected[name]), name
         if not tensor.is_floating_point():
             assert (tensor >= 0).all(), name
-    with torch.no_grad():  # nothing that is neither parameter nor buffer has stayed behind
+    with torch.no_grad():  # no other tensor is on the meta device
         outputs = [model.eval()(*inputs) for model in models]
     torch.testing.assert_close(outputs[1], outputs[0], rtol=0, atol=0)
 
@@ -83,7 +83,7 @@ def test_meta_simmim_becomes_the_same_model(router):
 
 
 def assert_std(tensor, std):
-    """Within five standard errors of a normal sample, which truncation at ±2 leaves as it is."""
+    """Check within five standard errors of a normal sample; truncation at ±2 has no effect."""
     error = 5 * std / math.sqrt(2 * tensor.numel())
     assert tensor.std().item() == pytest.approx(std, abs=error)
     assert tensor.mean().abs().item() <= 5 * std / math.sqrt(tensor.numel())

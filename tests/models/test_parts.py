@@ -1,4 +1,4 @@
-"""A model that is built module by module has the weights of one that is built at once."""
+"""A model that is built module by module has the weights of one that is built whole."""
 
 from functools import partial
 
@@ -68,7 +68,7 @@ def test_the_same_weights_and_the_same_draws(case):
     assert all(parameter.numel() == 0 for parameter in parts.parameters())
     for name, buffer in whole.named_buffers():
         assert buffer.equal(dict(parts.named_buffers())[name])
-    assert any((tensor == 7).all() for tensor in kept)  # what was filled in is what is taken
+    assert any((tensor == 7).all() for tensor in kept)  # filled values are taken
 
 
 @pytest.mark.parametrize("processes", [1, 2])

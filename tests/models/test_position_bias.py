@@ -1,4 +1,4 @@
-"""The position bias that evaluation keeps: never another one than the weights give."""
+"""The position bias that evaluation keeps always equals the bias of the weights."""
 
 import copy
 
@@ -58,7 +58,7 @@ def test_changed_weights_are_seen(family):
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("way", ["data", "numpy", "swapped"])
 def test_weights_replaced_behind_autograds_back_are_seen(family, way):
-    """As averages of weights do that stay in evaluation mode, and engines with masters."""
+    """Averages of weights and engines with masters write weights in these ways."""
     model, images = lively(family).eval(), torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         before = model(images).predictions
@@ -75,8 +75,8 @@ def test_weights_replaced_behind_autograds_back_are_seen(family, way):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_another_dtype_is_not_served_from_it(family):
-    """Weights that are the same numbers in both, as those of a file in bf16."""
+def test_another_dtype_does_not_use_it(family):
+    """Also if the numbers are equal in both dtypes, such as weights from a file in bf16."""
     model, images = lively(family).eval().bfloat16().float(), torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         model(images)
@@ -84,7 +84,7 @@ def test_another_dtype_is_not_served_from_it(family):
         assert torch.equal(kept, model.train().eval()(images.double())[0])
 
 
-def test_another_window_and_training_are_not_served_from_it(monkeypatch):
+def test_another_window_and_training_do_not_use_it(monkeypatch):
     model = lively("swinv2").eval()
     calls = count_computations(attention_of(model), monkeypatch)
     with torch.no_grad():
@@ -98,8 +98,8 @@ def test_another_window_and_training_are_not_served_from_it(monkeypatch):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_what_stands_in_for_the_parameters_is_not_kept(family):
-    """Fake tensors have no storage to tell them apart by, and functional calls bring their own."""
+def test_a_bias_of_replaced_parameters_is_not_kept(family):
+    """Fake tensors have no values to compare, and functional calls replace parameters."""
     model, images = lively(family).eval(), torch.randn(2, 3, 32, 32)
     tensors = dict(model.named_parameters()) | dict(model.named_buffers())
     mode = FakeTensorMode()
@@ -117,7 +117,7 @@ def test_what_stands_in_for_the_parameters_is_not_kept(family):
 
 @pytest.mark.parametrize("family", ["swinv2", "swin_moe"])
 def test_pruning_that_goes_on_is_seen(family):
-    """Its mask is a buffer, and the parameter stays as it was."""
+    """Pruning changes a mask, a buffer, and not the parameter."""
     model, images = lively(family).eval(), torch.randn(2, 3, 32, 32)
     linear = attention_of(model).cpb_mlp[0]
     with torch.no_grad():
@@ -128,8 +128,8 @@ def test_pruning_that_goes_on_is_seen(family):
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("way", ["to_empty", "assign", "rounded before"])
-def test_loading_weights_sets_what_no_file_holds(family, way):
-    """The coordinates of a model that was made without memory, or rounded to bf16 since."""
+def test_loading_weights_sets_the_coordinates(family, way):
+    """Also in a model from the meta device, or one that was rounded to bf16."""
     model, images = lively(family).eval(), torch.randn(2, 3, 32, 32)
     if way == "rounded before":
         other = copy.deepcopy(model).bfloat16().float()

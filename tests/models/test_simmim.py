@@ -1,4 +1,4 @@
-"""SimMIM equals the official implementation; its masks, losses and what it refuses."""
+"""SimMIM equals the official implementation; masks, losses and refused arguments."""
 
 import pytest
 import torch
@@ -58,7 +58,7 @@ def test_every_tensor_equals_official(golden):
 
 @pytest.mark.parametrize(("height", "width"), [(12, 9), (3, 5), (1, 1)])
 def test_target_equals_its_definition(height, width):
-    """Mean and unbiased variance of each neighbourhood, pixel by pixel, smaller images included."""
+    """Mean and unbiased variance of each pixel's neighbourhood, also in small images."""
     torch.manual_seed(0)
     images = torch.randn(1, 2, height, width, dtype=torch.float64)
     target = norm_target(images, 5)
@@ -80,7 +80,7 @@ def test_only_masked_pixels_count():
     error = (images - output.predictions)[..., 6:8, 10:12].abs().mean()
     torch.testing.assert_close(loss_of(model, images, mask, 0), error, rtol=1e-4, atol=0.0)
     other = images.clone()
-    other[..., 6:8, 10:12] += 1.0  # what is masked is not seen
+    other[..., 6:8, 10:12] += 1.0  # masked pixels have no effect
     assert torch.equal(model(other, mask).predictions, output.predictions)
 
 
@@ -95,7 +95,7 @@ def test_any_image_size():
 
 
 def test_position_embedding_comes_after_the_mask():
-    """With everything masked, only it can tell one place of the image from another."""
+    """With everything masked, places of the image differ by the embedding alone."""
     reconstructions = {}
     for ape in (False, True):
         model = SimMIM(SwinTransformer(TINY.model_copy(update={"ape": ape}))).eval()
@@ -162,13 +162,13 @@ def test_mask_of_another_shape_is_refused(shape):
         ({"ratio": 1.5}, "ratio=1.5"),
     ],
 )
-def test_masks_that_cannot_be(change, message):
+def test_impossible_masks_are_refused(change, message):
     with pytest.raises(ValueError, match=message) as caught:
         random_mask(**{"height": 192, "width": 192, "patch_size": 4, **change})
     one_line(caught)
 
 
-def test_what_simmim_does_not_take():
+def test_encoders_with_classes_are_refused():
     with pytest.raises(ValueError, match="num_classes=0, not 7") as caught:
         SimMIM(SwinTransformer(TINY.model_copy(update={"num_classes": 7})))
     one_line(caught)

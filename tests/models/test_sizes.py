@@ -1,4 +1,4 @@
-"""Image sizes that neither window nor patch divides: what is padded never enters a result."""
+"""Image sizes that neither window nor patch divides: padding never enters a result."""
 
 import importlib
 from collections import defaultdict
@@ -22,7 +22,7 @@ SIDES = [(5, 11), (11, 5), (7, 8), (3, 11), (4, 4)]  # in tokens, of windows of 
 @pytest.mark.parametrize("size", [(30, 41), (41, 30), (10, 41)])
 @pytest.mark.parametrize("family", ATTENTION)
 def test_the_value_of_padding_does_not_matter(family, size, monkeypatch):
-    """In the reference, that is: the kernels make none."""
+    """This concerns the reference: the kernels do not pad."""
     module = importlib.import_module("swin_moe.ops.window_reference")
     op = importlib.import_module("swin_moe.ops.window_attention")
     monkeypatch.setattr(op, "_fits_kernel", lambda qkv, windows: False)
@@ -60,7 +60,7 @@ def test_an_image_does_not_depend_on_its_neighbours(family, size):
 
 
 def groups(height, width, window, before, wrapped):
-    """The tokens that mix, as lists of (row, column, position in the window).
+    """Return groups of tokens that mix, as lists of (row, column, position in the window).
 
     Windows begin ``before`` rows and columns ahead of the image (behind its edge if negative: then
     with ``wrapped`` what precedes them ends the last window, as a region of its own).
@@ -82,7 +82,7 @@ def groups(height, width, window, before, wrapped):
 
 
 def brute_force(attn: WindowAttention, x, window, shift):
-    """x [H, W, C] to [H, W, C]: attention of real tokens alone, window by window."""
+    """Compute attention of x [H, W, C] window by window, without padding."""
     height, width, _ = x.shape
     qkv = attn.project_qkv(x).view(height, width, 3, attn.num_heads, -1)
     bias, out = attn.position_bias(window), torch.empty_like(x)
@@ -128,7 +128,7 @@ def test_spatial_mlp_equals_a_loop_over_windows(shift, sides):
     torch.testing.assert_close(mixer.mix(x, shift), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_an_image_without_its_batch_is_refused_in_words():
+def test_an_image_without_a_batch_is_refused():
     with pytest.raises(ValueError, match=r"shape \(3, 32, 32\), expected \[B, C, H, W\]"):
         lively("swinv2")(torch.randn(3, 32, 32))
 

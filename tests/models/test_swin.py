@@ -1,4 +1,4 @@
-"""Shapes, resolutions, windows and the seams of the backbone."""
+"""Shapes, resolutions, windows and interfaces of the backbone."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ TINY = {"img_size": 32, "patch_size": 2, "in_chans": 3, "num_classes": 5, "embed
 
 
 def awake(model):
-    """Block norms start at zero, which hides the blocks: set them to one."""
+    """Set block norms, which start at zero and hide the blocks, to one."""
     for parameter in model.parameters():
         if parameter.ndim == 1:
             torch.nn.init.ones_(parameter)
@@ -22,7 +22,7 @@ def awake(model):
 
 
 def lively(family="swinv2", moe=None, **overrides):
-    """A tiny model, in eval mode, whose logits depend on every parameter."""
+    """Build a tiny model in eval mode whose logits depend on every parameter."""
     torch.manual_seed(0)
     model = SwinTransformer(ModelConfig(family=family, **{**TINY, **overrides}), moe)
     for parameter in model.parameters():
@@ -63,7 +63,7 @@ def test_window_attention_checks_shapes():
 def test_coordinates_of_a_pretrained_window():
     own, larger = relative_coords(8), relative_coords(16, pretrained_window_size=8)
     assert own.abs().max() == pytest.approx(torch.log2(torch.tensor(9.0)).item() / 3)
-    # The offsets that the pretrained window knew keep their coordinates.
+    # Offsets of the pretrained window keep their coordinates.
     grid = larger.view(31, 31, 2)[8:23, 8:23].flatten(0, 1)
     torch.testing.assert_close(grid, own)
     assert relative_index(3).unique().numel() == 25
@@ -108,7 +108,7 @@ def test_meta_device_needs_no_memory():
 
 
 def _router_gradient(**options):
-    """Norm of the gradient that the task alone gives the router of a V2 block with top-1."""
+    """Return the norm of the router's gradient from the task alone, in a V2 block with top-1."""
     moe = MoEConfig(blocks=[[], [1]], num_experts=4, aux_loss_weight=0.0, gate_noise=0.0, **options)
     model = lively(moe=moe)
     torch.manual_seed(1)

@@ -1,4 +1,4 @@
-"""The bias on the choice of experts goes wherever the weights go."""
+"""Checkpoints and conversions keep the bias on the choice of experts."""
 
 import pytest
 import torch
@@ -43,7 +43,7 @@ def test_convert_keeps_it(run_checkpoint, tmp_path):
         convert(run_checkpoint, tmp_path / "w.pth", Console(quiet=True), dialect="official")
 
 
-def test_weights_without_one_leave_it_at_zero(run_checkpoint, tmp_path):
+def test_weights_without_a_bias_leave_it_at_zero(run_checkpoint, tmp_path):
     source = read_pretrained(run_checkpoint)
     del source.state[NAME]
     model = build(MODEL, MOE)

@@ -1,4 +1,4 @@
-"""The MoE layer shares Tutel's semantics: routing, outputs, losses and gradients."""
+"""The MoE layer equals Tutel's in routing, outputs, losses and gradients."""
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ PARAMETERS = {
 
 
 def official_shape(name: str, tensor: torch.Tensor) -> torch.Tensor:
-    """Tutel keeps fc2 as [E, hidden, dim], ours is [E, dim, hidden]."""
+    """Transpose Tutel's fc2, [E, hidden, dim], to ours, [E, dim, hidden]."""
     return tensor.transpose(1, 2) if name == "experts.fc2.weight" else tensor
 
 
@@ -40,7 +40,7 @@ def build(case: str, balance: str) -> MoELayer:
         router="cosine" if gate["type"] == "cosine_top" else "linear",
         eval_capacity_factor=float(gate["capacity_factor"]),
         batch_prioritized=spec["batch_prioritized_routing"],
-        normalize_gate=spec["normalize_gate"] and spec["gate_type"]["k"] > 1,  # as Tutel takes it
+        normalize_gate=spec["normalize_gate"] and spec["gate_type"]["k"] > 1,  # Tutel's rule
         gate_noise=gate["gate_noise"],
         balance=BALANCE[balance],
         aux_loss_weight=1.0,

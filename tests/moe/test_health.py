@@ -1,4 +1,4 @@
-"""What the routers did, added up and judged: figures, symptoms, and warnings that are rare."""
+"""Statistics of the routers: sums, symptoms, and rare warnings."""
 
 import math
 
@@ -17,7 +17,7 @@ CPU = torch.device("cpu")
 
 
 def totals(counts, entropy=0.5, dropped=0.0, least=-1.0, greatest=1.0, top_k=1):
-    """An interval in which every token found its experts; entropy is a share of ln E."""
+    """Return totals with finite logits; ``entropy`` is a share of ln E."""
     tokens = sum(counts) / top_k
     whole = entropy * math.log(len(counts)) * tokens
     return LayerTotals(
@@ -32,7 +32,7 @@ def stats(counts, sums, extremes):
     )
 
 
-def test_a_meter_adds_up_takes_extremes_and_starts_anew():
+def test_a_meter_sums_takes_extremes_and_resets():
     meter = RouterMeter(2, 2, CPU)
     one = stats([[3, 1], [0, 4]], [[4, 4, 1, 0, 2.0, 0.25], [4, 4, 0, 1, 0.0, 0.0]],
                 [[2.0, 1.0], [0.5, 0.25]])  # fmt: skip
@@ -56,7 +56,7 @@ def test_a_meter_adds_up_takes_extremes_and_starts_anew():
     assert record["moe/b/max_violation"] == 1.0
     assert record["moe/b/gate_entropy"] == 0.0
     assert second.nonfinite == 2
-    assert "moe/b/exchange_ms" not in record  # nobody was waited for
+    assert "moe/b/exchange_ms" not in record  # no rank waited
     empty = meter.read()[0]
     assert empty.tokens == 0
     assert "moe/a/logit_max" not in empty.record("a")  # JSON has no infinity
@@ -87,11 +87,11 @@ def test_choices_of_all_micro_steps_are_counted_once():
         (totals([250] * 4 + [0] * 4), ""),  # half of the experts dead: not yet a collapse
         (totals([300] * 3 + [0] * 5), "5 of 8 experts got no token"),
         (totals([600] + [60] * 7), "expert 0 takes 59 % of the tokens"),
-        (totals([500] + [500] + [10] * 6), ""),  # uneven, yet far from one taking all
+        (totals([500] + [500] + [10] * 6), ""),  # uneven, but no expert takes nearly all
         (totals([400] + [100] * 7, entropy=0.01), "all but certain (entropy 0.010 of 1)"),
         (totals(EVEN, entropy=0.01), ""),  # certain and even: a router that has learned
         (totals([60, 940]), "expert 1 takes 94 % of the tokens"),
-        (totals([1000]), ""),  # one expert cannot but take all
+        (totals([1000]), ""),  # one expert always takes all
         (totals([500, 500] + [10] * 6, top_k=2), "expert 0 takes 94 % of the tokens"),
         (totals(EVEN, dropped=0.25), "25 % of the assignments are dropped"),
     ],
@@ -104,12 +104,12 @@ def test_symptoms(interval, expected):
         assert [expected in one.text for one in found] == [True]
 
 
-def test_experts_that_choose_may_leave_out_more_tokens():
+def test_expert_choice_may_drop_more_tokens():
     assert symptoms(totals(EVEN, dropped=0.4), "expert_choice") == []
     assert symptoms(totals(EVEN, dropped=0.6), "expert_choice")
 
 
-def test_a_warning_waits_for_a_streak_and_is_told_again_only_if_worse():
+def test_a_warning_waits_for_a_streak_and_is_repeated_only_if_worse():
     watch = RouterWatch(NAMES, [MOE])
     bad, good = [totals([700, 200, 100] + [0] * 5)], [totals(EVEN)]
     for interval in [bad, bad, good, *[bad] * (STREAK - 1)]:
@@ -126,7 +126,7 @@ def test_a_warning_waits_for_a_streak_and_is_told_again_only_if_worse():
     assert told == 2
 
 
-def test_small_intervals_are_joined_until_they_say_something():
+def test_small_intervals_are_joined():
     watch = RouterWatch(NAMES, [MOE])
     told = [len(watch.check([totals([64] + [0] * 7)])) for _ in range(4 * STREAK)]
     assert told == [0] * (4 * STREAK - 1) + [1]  # 4 of them make 32 · 8 tokens

@@ -43,7 +43,7 @@ def test_capacity_rule():
     assert expert_capacity(98, 4, 1, 1.25) == 31
     assert expert_capacity(98, 4, 2, 1.0) == 50
     assert expert_capacity(98, 4, 2, 0.0) == 0
-    assert expert_capacity(2, 64, 1, 0.5) == 1  # never none at all
+    assert expert_capacity(2, 64, 1, 0.5) == 1  # at least one
 
 
 def test_ties_go_to_the_lower_index():

@@ -1,4 +1,4 @@
-"""Every routing mode: fp64 gradients, kernels and references, its promises, its refusals."""
+"""Every routing mode: fp64 gradients, kernels and references, properties, and refused settings."""
 
 import pytest
 import torch
@@ -53,7 +53,7 @@ def images(dtype=torch.float32, count=3):
 
 
 def run(layer, x):
-    """Output, loss, statistics and all gradients."""
+    """Return output, loss, statistics and all gradients."""
     torch.manual_seed(2)  # noise and dropout
     leaf = x.clone().requires_grad_()
     result = layer(leaf)
@@ -77,7 +77,7 @@ def test_gradients_of_the_reference_in_fp64(mode):
         return result.output, result.aux_loss
 
     parameters = tuple(p.detach().clone().requires_grad_() for p in layer.parameters())
-    if mode == "top-1 normalised":  # the router's gradient is not that of the gate, which is one
+    if mode == "top-1 normalised":  # the gate is constant
         parameters = tuple(
             p.requires_grad_(name != "router.weight")
             for name, p in zip(names, parameters, strict=True)
@@ -94,7 +94,7 @@ def test_kernels_agree_with_references(mode, training):
         with assume_fused(fused):
             results.append(run(make(mode).train(training), images()))
     for name, value in results[0].items():
-        # Sums of large terms round by their size, however small the sum is.
+        # Sums of large terms have rounding errors of their size, even if the sum is small.
         atol = 2e-5 + 2e-6 * float(value.detach().abs().max())
         torch.testing.assert_close(
             value, results[1][name], rtol=0, atol=atol, msg=lambda m, name=name: f"{name}: {m}"
@@ -162,7 +162,7 @@ def test_soft_slots_are_convex_combinations():
     torch.testing.assert_close(ones, torch.ones(36, 8))
 
 
-def test_evaluation_may_take_other_numbers_of_experts_and_places():
+def test_evaluation_may_use_another_top_k_and_capacity():
     layer = make("top-2", eval_top_k=3, eval_capacity_factor=0.5)
     tokens = images().view(-1, 8)
     plan = layer.route(tokens).plan
@@ -195,7 +195,7 @@ def test_bias_moves_the_choice_and_not_the_gate():
     assert not torch.equal(before.expert, after.expert)
 
 
-def test_bias_rises_for_the_idle_and_falls_for_the_busy():
+def test_bias_rises_for_idle_and_falls_for_busy_experts():
     bias = ExpertBias(4, 0.001)
     bias.update(torch.tensor([10, 2, 4, 0]))
     assert bias.rises.tolist() == [-1, 1, 0, 1]
@@ -206,7 +206,7 @@ def test_bias_rises_for_the_idle_and_falls_for_the_busy():
     assert bias().dtype == torch.float32
 
 
-def test_bias_evens_the_load():
+def test_bias_balances_the_load():
     torch.manual_seed(0)
     layer = make(
         "no loss but a bias", gate_noise=0.0, capacity_factor=0.0, expert_bias_update_rate=0.001
@@ -239,7 +239,7 @@ def test_compiles_without_a_graph_break(mode):
     x = images()
     expected = run(layer, x)
     layer.zero_grad()
-    torch._dynamo.reset()  # each layer is another graph, and their number is limited
+    torch._dynamo.reset()  # each layer is a new graph, and their number is limited
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     leaf = x.clone().requires_grad_()
     result = compiled(leaf)

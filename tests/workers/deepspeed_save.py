@@ -1,4 +1,4 @@
-"""Train a step and save it as DeepSpeed does by itself, and as we do."""
+"""Train a step and save it in DeepSpeed's format and in ours."""
 
 from pathlib import Path
 
@@ -32,7 +32,7 @@ def save_dense(world, folder: Path, stage: int, dtype: torch.dtype) -> None:
 
 
 def save_experts(world, folder: Path) -> None:
-    """An official Swin (V1) with DeepSpeed's own layer in place of one feed-forward."""
+    """Save an official Swin (V1) with DeepSpeed's MoE layer instead of one feed-forward."""
     from swin_moe.models import build
 
     distributed.seed_everything(0)

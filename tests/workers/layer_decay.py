@@ -12,7 +12,7 @@ from tests.workers.equivalence import MICRO_BATCH, MODEL, MOE, batch
 
 OPTIMIZER = OptimizerConfig(base_lr=0.5, clip_norm=0.2, eps=1e-5, layer_decay=0.8)
 SCHEDULE = ScheduleConfig(epochs=10, warmup_epochs=1, warmup_lr=0.1, min_lr=0.01)
-# Powers of 0.8: the one block of stage 0 and its merging are layer 1, stage 1 follows, then the end
+# Powers of 0.8: the block of stage 0 and its merging are layer 1, then come stage 1 and the rest
 POWERS = {
     "patch_embed.": 4, "layers.0.": 3, "layers.1.blocks.0.": 2, "layers.1.blocks.1.": 1,
     "norm.": 0, "head.": 0,
@@ -31,7 +31,7 @@ def loss_of(output, labels):
 
 
 def plain(parts: int, rates: list[float]) -> dict[str, torch.Tensor]:
-    """The same on this process alone, with all experts and one group per parameter."""
+    """Train on this process alone, with all experts and one group per parameter."""
     from swin_moe.models import build
     from swin_moe.training.optim import decays
 

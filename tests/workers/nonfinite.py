@@ -1,4 +1,4 @@
-"""A finite loss with a NaN gradient: the step is refused and the weights stay, at every stage."""
+"""A finite loss with a NaN gradient: every stage refuses the step and keeps the weights."""
 
 from pathlib import Path
 
@@ -48,7 +48,7 @@ def work(folder: Path) -> None:
                 checked += 1
             for name, value in state_of(engine).items():
                 assert torch.equal(value, before[name]), f"{stage} {dtype} {name}"
-            # The next update is as if the bad one had not been.
+            # The bad update does not change the next one.
             loss = F.cross_entropy(engine.forward({"images": images}).predictions, labels)
             engine.backward(loss)
             engine.step()

@@ -1,4 +1,4 @@
-"""ZeRO-3 of a model that was cut module by module trains what one does that was whole first."""
+"""ZeRO-3 of a model that was cut module by module equals ZeRO-3 of a whole model."""
 
 from functools import partial
 from pathlib import Path

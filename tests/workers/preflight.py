@@ -1,4 +1,4 @@
-"""Two processes that differ in one thing, which the folder's name says; each writes what came."""
+"""Two processes that differ in one thing, named by the folder; each writes its result."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""Half a training here, the other half there: each world resumes what two processes began.
+"""Resume the first half of a training of two processes on any number of processes.
 
 The first launch, on two processes, trains three updates with expert parallelism and ZeRO-2 and
 saves; every launch then goes on from there in its own way, and saves what it has loaded, too. One
@@ -19,7 +19,7 @@ from tests.workers.equivalence import (
     write_figures,
 )
 
-PARTS = 4  # micro-batches of an update
+PARTS = 4  # micro-batches per update
 HALF = 3
 BEGINNING = Cell(2, 2, stage=2, accumulation=2)
 ENDS = {
@@ -28,7 +28,7 @@ ENDS = {
         Cell(2, 2, stage=2, dtype="bf16", accumulation=2),
         Cell(2, 2, stage=1, dtype="bf16", accumulation=2),
         Cell(2, 2, stage=0, accumulation=2, recompute=True),
-        # Last, for DeepSpeed then puts a linear function of its own in place of PyTorch's.
+        # Last: DeepSpeed then replaces PyTorch's linear function.
         Cell(2, 1, stage=3, accumulation=2),
     ],
     4: [Cell(4, 4, stage=1), Cell(4, 2, stage=2)],
@@ -36,7 +36,7 @@ ENDS = {
 
 
 def go_on(world, cell: Cell, folder: Path, first: int, last: int) -> None:
-    """Train updates [first, last), from ``HALF`` on after those of the beginning."""
+    """Make updates [first, last), from ``HALF`` on after those of ``BEGINNING``."""
     if first:
         source = folder.parent / BEGINNING._replace(dtype=cell.dtype).name
         engine = resume_engine(world, cell, source / f"step-{HALF:08d}", first)

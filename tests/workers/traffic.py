@@ -1,4 +1,4 @@
-"""Bytes that a rank hands to collectives in one update, counted as they pass the dispatcher."""
+"""Count the bytes that a rank gives to collectives in one update, in PyTorch's dispatcher."""
 
 import gc
 import json
@@ -16,7 +16,7 @@ from swin_moe.models import build
 from swin_moe.training import engine as engine_module
 from swin_moe.training.engine import Engine
 
-# Which argument has the bytes that count: the whole of what is gathered, or of what is sent.
+# The argument whose bytes count: the whole gathered tensor, or the sent one.
 KINDS = {
     "allreduce_": ("all_reduce", 0),
     "_allgather_base_": ("all_gather", 0),
@@ -40,7 +40,7 @@ class Counter(TorchDispatchMode):
         if namespace == "c10d" and name in KINDS:
             kind, place = KINDS[name]
             tensors = [t for t in tree_leaves(args[place]) if isinstance(t, torch.Tensor)]
-            # Flags, norms and lengths of queues are no data: whole numbers, or a single one.
+            # Integers and single numbers do not count: flags, norms and lengths of queues.
             data = [t for t in tensors if t.is_floating_point() and t.numel() > 1]
             size = sum(t.numel() * t.element_size() for t in data)
             if size:
@@ -64,7 +64,7 @@ def work(folder: Path) -> None:
 
 
 def count(config: Config) -> dict[str, int]:
-    """By kind, of one update of a run that is under way: the mean over ranks."""
+    """Return the bytes of an update by kind, after the first updates: the mean over ranks."""
     world = distributed.init(config.parallel.expert_parallel_size)
     torch.manual_seed(world.rank)
     images = torch.randn(config.data.batch_size, 3, *config.model.image_sides)
@@ -85,6 +85,6 @@ def count(config: Config) -> dict[str, int]:
                 engine.backward(loss if aux_loss is None else loss + aux_loss)
                 engine.step()
     engine.close()
-    # What a rank sends home is what it got: the mean over ranks is what even loads would be.
+    # A rank sends back what it got: the mean over ranks equals that of even loads.
     ranks = distributed.gather_objects(counter.sent)
     return {kind: sum(sent[kind] for sent in ranks) // len(ranks) for kind in ranks[0]}
