@@ -1,4 +1,4 @@
-"""Draws names in pictures as they are, never as formulas, in a font that has their letters."""
+"""Text in pictures: never drawn as formulas, and in a font that has its letters."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ LATIN = 0x250  # code points below are in every font
 
 @contextmanager
 def drawing(*names: str) -> Iterator[None]:
-    """A context where matplotlib draws off screen, without formulas and without warnings of glyphs.
+    """Make matplotlib draw off screen, without formulas and without warnings of glyphs.
 
     Args:
-        names: what is to be written that may be in any alphabet.
+        names: texts in the picture that may be in any alphabet.
     """
     import matplotlib
 
@@ -45,14 +45,13 @@ def drawing(*names: str) -> Iterator[None]:
 
 
 def check_picture(path: Path, *kinds: str) -> Path:
-    """The path that ``--output`` gives, if a picture can be written there.
+    """Return the path that ``--output`` gives, if a picture can be written there.
 
     Args:
-        kinds: suffixes beside .png that are possible.
+        kinds: suffixes allowed in addition to .png.
 
     Raises:
-        ValueError: its suffix is another, perhaps of a file that is no picture, or there is no
-            such folder.
+        ValueError: its suffix is another, or its folder does not exist.
     """
     if path.suffix.lower() not in (".png", *kinds):
         raise ValueError(f"--output={plain(path)}: give the name of a .png file")
@@ -81,10 +80,9 @@ def write_png(path: Path, save: Callable[[IO[bytes]], Any]) -> None:
 
 
 def font_file(text: str) -> str:
-    """A font for a text: matplotlib's, which knows many alphabets, or else one of the system.
+    """Return the path of a font for a text: matplotlib's, or one of the system for other letters.
 
-    Returns:
-        its path, empty where neither is installed.
+    The path is empty if matplotlib is not installed.
     """
     own = _own_font()
     if not own or all(ord(letter) < LATIN for letter in text):
@@ -95,7 +93,7 @@ def font_file(text: str) -> str:
 
 @cache
 def _own_font() -> str:
-    """matplotlib's font, found without importing matplotlib, which takes long."""
+    """Return the path of matplotlib's font without importing matplotlib, which is slow."""
     spec = find_spec("matplotlib")
     folders = spec.submodule_search_locations if spec else None
     for folder in folders or []:
@@ -106,7 +104,7 @@ def _own_font() -> str:
 
 
 def _lacking(text: str, font: str) -> set[str]:
-    """The letters of a text that a font lacks; what only changes its neighbours does not count."""
+    """Return the letters of a text that a font lacks; marks and control characters do not count."""
     from matplotlib.ft2font import FT2Font
 
     known = FT2Font(font).get_charmap()
@@ -116,11 +114,11 @@ def _lacking(text: str, font: str) -> set[str]:
 
 @cache
 def _system_font(letters: str, own: str) -> str:
-    """A font of the system, found by fontconfig, for letters that our own font lacks."""
+    """Return a font of the system, found by fontconfig, for letters that ours lacks."""
     codes = " ".join(f"{ord(letter):x}" for letter in letters)
     command = ["fc-match", "--format=%{file}", f":scalable=true:color=false:charset={codes}"]
     lacking, found = set(letters), own
-    with suppress(OSError, subprocess.TimeoutExpired, RuntimeError):  # not there, or not a font
+    with suppress(OSError, subprocess.TimeoutExpired, RuntimeError):  # no fontconfig, or no font
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=10)
         left = _lacking(letters, done.stdout)
         if left < lacking:
