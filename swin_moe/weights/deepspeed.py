@@ -28,12 +28,12 @@ _TAG_LIMIT = 4096  # bytes
 _PARTITIONS = "single_partition_of_fp32_groups"
 
 
-def found(path: Path) -> bool:
+def is_deepspeed_folder(path: Path) -> bool:
     """Whether a folder is one of these, or the one above that names the last of them."""
     return (path / "latest").is_file() or _model_file(path) is not None
 
 
-def read(path: Path) -> State:
+def read_deepspeed_folder(path: Path) -> State:
     """The weights: fp32 masters if the folder has them, else what the module had.
 
     Raises:

@@ -16,8 +16,8 @@ from .. import checkpoint
 from ..common.reading import openable, read_json
 from ..common.text import plain
 from ..config import Architecture, load_config
-from . import deepspeed
 from .adapters import State
+from .deepspeed import is_deepspeed_folder, read_deepspeed_folder
 from .described import Described, beside, from_config, from_metadata, metadata
 from .file_kind import WeightsError, kind_of, unreadable
 from .safe_pickle import load_pickled, read_pickled, tensors_of
@@ -193,8 +193,8 @@ def _read_folder(path: Path) -> Weights:
         config = load_config(path / "config.yaml")
         about = Described(config, reader.class_names, from_config(config))
         return Weights({name: reader.tensor(name) for name in reader.names()}, about)
-    if deepspeed.found(path):
-        return Weights(deepspeed.read(path))
+    if is_deepspeed_folder(path):
+        return Weights(read_deepspeed_folder(path))
     first, *more = _files(path)
     weights = _read_file(first, beside(path))
     for file in more:
