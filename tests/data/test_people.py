@@ -268,7 +268,7 @@ def test_a_shard_beside_its_compressed_copy_does_not_count_twice(tmp_path):
 def test_a_stray_tar_does_not_take_the_place_of_class_folders(tmp_path):
     make_folder(tmp_path, ["a", "b"])
     a_tar(tmp_path / "a.tar", "1.png")  # the class that was unpacked
-    with pytest.raises(ValueError, match=r"holds a\.tar beside the class folder 'b'"):
+    with pytest.raises(ValueError, match=r"holds a\.tar next to the class folder 'b'"):
         open_path(tmp_path)
     a_tar(tmp_path / "b.tar", "1.png")
     assert open_path(tmp_path).class_names == ["a", "b"]

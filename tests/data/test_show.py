@@ -5,9 +5,9 @@ import pytest
 import torch
 from PIL import Image
 from rich.console import Console
+from swin_moe.data.tools.show import _told, show
 
 from swin_moe.config import load_config
-from swin_moe.data.tools.show import _told, show
 from swin_moe.data.watch import IN_A_ROW, LoaderWatch
 
 from .helpers import encode, make_folder
