@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from .text import plain, reason
+from .writing import replacing
 
 log = logging.getLogger("swin_moe")
 
@@ -68,13 +69,10 @@ def write_png(path: Path, save: Callable[[IO[bytes]], Any]) -> None:
     """
     drawn = io.BytesIO()
     save(drawn)
-    temporary = path.with_name(f".{path.name}")
     try:
-        temporary.write_bytes(drawn.getvalue())
-        temporary.replace(path)
+        with replacing(path) as temporary:
+            temporary.write_bytes(drawn.getvalue())
     except OSError as error:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
         why = error.strerror or reason(error)
         raise ValueError(f"{plain(path)} cannot be written: {why}") from None
 

@@ -6,6 +6,7 @@ import contextlib
 import io
 import logging
 import os
+import secrets
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -37,6 +38,24 @@ class Outage:
         if self.lasts:
             self.lasts = False
             log.warning("%s is written again, %s", self.name, left)
+
+
+@contextlib.contextmanager
+def replacing(path: Path, folder: Path | None = None) -> Iterator[Path]:
+    """Yield a path to write to, and rename it to ``path`` after success.
+
+    Args:
+        folder: of the temporary file, on the same file system; None = that of ``path``.
+    """
+    temporary = (folder or path.parent) / f".{path.name}.{secrets.token_hex(4)}.tmp"
+    try:
+        yield temporary
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def open_to_append(path: Path) -> IO[bytes]:

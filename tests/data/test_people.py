@@ -313,7 +313,7 @@ def test_parquet_shards_must_agree_on_their_classes(tmp_path):
         told = {"info": {"features": {"label": {"names": names}}}}
         table = table.replace_schema_metadata({"huggingface": json.dumps(told)})
         pq.write_table(table, tmp_path / f"train-{number}.parquet")
-    with pytest.raises(ValueError, match=r"train-1\.parquet names its classes otherwise"):
+    with pytest.raises(ValueError, match=r"train-1\.parquet names its classes differently"):
         open_path(tmp_path / "train")
 
 

@@ -247,13 +247,13 @@ def test_faulty_lists(tmp_path, text, message):
 
 def test_a_list_far_from_its_files(tmp_path):
     _refused(
-        r"m\.txt: its first file, .*n00_0\.JPEG, is not there",
+        r"m\.txt: its first file, .*n00_0\.JPEG, is missing",
         open_list,
         _make_map(tmp_path / "m.txt"),
     )
     path = tmp_path / "latin.txt"
     path.write_bytes("Größe.jpg\t0\n".encode("latin-1"))
-    _refused(r"latin\.txt: its first file, .*Gr\\xf6\\xdfe\.jpg, is not there", open_list, path)
+    _refused(r"latin\.txt: its first file, .*Gr\\xf6\\xdfe\.jpg, is missing", open_list, path)
 
 
 # ---------------------------------------------------------------------------------------------

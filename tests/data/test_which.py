@@ -106,7 +106,7 @@ def test_links(tmp_path):
         "5 files passed over: 3 links to a folder above, 1 pipes or devices, 1 links to nothing"
     )
     (root / "c").symlink_to("not mounted")
-    with pytest.raises(ValueError, match=r"/c is a link to not mounted, which is not there"):
+    with pytest.raises(ValueError, match=r"/c is a link to not mounted, which does not exist"):
         class_folders(root)
 
 
