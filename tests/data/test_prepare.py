@@ -106,7 +106,7 @@ def test_classes_are_chosen_and_numbered_by_a_file(tmp_path):
     (tmp_path / "twice.txt").write_text("ant\nant\n")
     _refused("'ant' is listed twice", folder, tmp_path / "o", classes=tmp_path / "twice.txt")
     (tmp_path / "none.txt").write_text("yak\n")
-    _refused("none of the 1 listed classes is in the data, first listed 'yak', first in the data 'ant'",
+    _refused("none of the 1 listed classes is in the data, first listed 'yak', first in the data",
              folder, tmp_path / "o", classes=tmp_path / "none.txt")  # fmt: skip
 
 

@@ -37,8 +37,6 @@ MAX_COMPRESSED = 256 << 20  # bytes of a set's .gz shards, which are kept in mem
 MAX_OPEN = 256  # files: a set may have more shards than a process may open
 INDEX_THREADS = 16  # reading headers from a network file system waits for its latency
 INDEXED_BYTES = 16 << 20  # of the smallest set whose index is kept
-    16 << 20
-)  # of the smallest set whose index is kept; smaller ones are quickly scanned
 
 
 def find_shards(pattern: str) -> list[Path]:
