@@ -320,7 +320,7 @@ def test_an_index_that_does_not_match_its_shards(prepared):
     table = prepared / "train.index.npy"
     kept = table.read_bytes()
     np.save(table, np.zeros(3, index.RECORD))
-    refused(r"train\.json: train\.index\.npy beside it is not its table: remove train\.json")
+    refused(r"train\.json: train\.index\.npy is not its table: remove train\.json")
     table.write_bytes(kept[:50])
     refused(r"train\.json: the index is damaged or incomplete")
     table.write_bytes(b"")
