@@ -86,7 +86,7 @@ def font_file(text: str) -> str:
     if not own or all(ord(letter) < LATIN for letter in text):
         return own
     lacking = _lacking(text, own)
-    return _system_font("".join(sorted(lacking)), own) if lacking else own
+    return system_font("".join(sorted(lacking)), own) if lacking else own
 
 
 @cache
@@ -111,7 +111,7 @@ def _lacking(text: str, font: str) -> set[str]:
 
 
 @cache
-def _system_font(letters: str, own: str) -> str:
+def system_font(letters: str, own: str) -> str:
     """Return a font of the system, found by fontconfig, for letters that ours lacks."""
     codes = " ".join(f"{ord(letter):x}" for letter in letters)
     command = ["fc-match", "--format=%{file}", f":scalable=true:color=false:charset={codes}"]

@@ -60,7 +60,7 @@ def private_folder() -> Iterator[Path]:
     # A job's own TMPDIR may be too long for a socket's name.
     place = Path(tempfile.gettempdir())
     place = place if len(os.fsencode(place)) < _LONGEST else Path("/tmp")
-    _remove_abandoned(place)
+    remove_abandoned(place)
     folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=place))
     with (folder / _OWNER).open("w") as owner:
         fcntl.flock(owner, fcntl.LOCK_EX)
@@ -70,7 +70,8 @@ def private_folder() -> Iterator[Path]:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _remove_abandoned(place: Path) -> None:
+def remove_abandoned(place: Path) -> None:
+    """Remove this user's private folders in ``place`` whose launcher and server are gone."""
     for owner in place.glob(f"{_PREFIX}*/{_OWNER}"):
         with contextlib.suppress(OSError):
             folder = owner.parent.lstat()

@@ -45,6 +45,8 @@ class Loader:
     """Batches of one split for one rank; made by :func:`build_loader`.
 
     Attributes:
+        dataset: the samples.
+        sampler: their order on this rank.
         num_samples: in the whole split, over all ranks.
         class_names: by label, None if the data has none.
         classes_seen: number of classes with samples in the whole split.
@@ -71,7 +73,7 @@ class Loader:
         self.missing_classes = [n for label, n in names if not counts[label : label + 1].any()]
         self._collate = collate
         self.bad, self.workers = BadSamples(), num_workers
-        self._sampler, self._dataset, self._most_bad = sampler, dataset, most_bad
+        self.sampler, self.dataset, self._most_bad = sampler, dataset, most_bad
         self._loader = DataLoader(
             dataset,
             batch_sampler=sampler,
@@ -87,7 +89,7 @@ class Loader:
 
     def __len__(self) -> int:
         """Return the number of batches per epoch, which is the same on every rank."""
-        return len(self._sampler)
+        return len(self.sampler)
 
     def epoch(self, epoch: int, start_batch: int = 0) -> Iterator[Batch]:
         """Yield the batches of ``epoch`` from ``start_batch`` on; end an unfinished former call.
@@ -101,7 +103,7 @@ class Loader:
                 unreadable.
             RuntimeError: a worker process died; :func:`why_died` explains it.
         """
-        self._sampler.set_position(epoch, start_batch)
+        self.sampler.set_position(epoch, start_batch)
         for batch in self._loader:
             if batch.skipped:
                 self.bad.add(batch.skipped)
@@ -116,26 +118,26 @@ class Loader:
         Raises:
             ValueError: there is too little shared memory.
         """
-        batch = self._sampler.batch_size * math.prod(self._dataset.shape)
+        batch = self.sampler.batch_size * math.prod(self.dataset.shape)
         check_shared_memory(self.workers, batch, self.description.partition(":")[0])
 
     def label(self, index: int) -> int:
         """Return the label of a sample of the split, without reading it."""
-        return int(self._dataset.source.labels[index])
+        return int(self.dataset.source.labels[index])
 
     def keys(self, batch: Batch) -> list[str]:
         """Return the names of a batch's samples in the data set."""
-        return [self._dataset.source.key(index) for index in batch.indices.tolist() if index >= 0]
+        return [self.dataset.source.key(index) for index in batch.indices.tolist() if index >= 0]
 
     def pick(self, indices: Sequence[int]) -> Batch:
         """Read these samples of the split as a batch of epoch 0, in this process."""
-        return self._collate([self._dataset[Draw(0, index)] for index in indices])
+        return self._collate([self.dataset[Draw(0, index)] for index in indices])
 
     def peek(self, batches: int) -> Iterator[Batch]:
         """Read the first batches of epoch 0 in this process; running epochs are not affected."""
-        self._sampler.set_position(0, 0)
-        for positions in itertools.islice(self._sampler, batches):
-            batch = self._loader.collate_fn([self._dataset[position] for position in positions])
+        self.sampler.set_position(0, 0)
+        for positions in itertools.islice(self.sampler, batches):
+            batch = self._loader.collate_fn([self.dataset[position] for position in positions])
             yield self._mended(batch) if batch.skipped else batch
 
     def close(self) -> None:
@@ -147,7 +149,7 @@ class Loader:
             self._loader._iterator = None
 
     def _mended(self, batch: Batch) -> Batch:
-        nothing = self._sampler.training and len(batch.skipped) == len(batch.valid)
+        nothing = self.sampler.training and len(batch.skipped) == len(batch.valid)
         return self._others(batch) if nothing else batch
 
     def _others(self, batch: Batch) -> Batch:
@@ -156,11 +158,11 @@ class Loader:
         They are drawn at random, since neighbours are often damaged together. The draw depends only
         on seed, epoch and the batch's own samples, so that a resumed run draws the same.
         """
-        epoch, wanted = self._sampler.epoch, len(batch.valid)
-        draw = np.random.default_rng([self._dataset.seed, epoch, *batch.indices.tolist()])
+        epoch, wanted = self.sampler.epoch, len(batch.valid)
+        draw = np.random.default_rng([self.dataset.seed, epoch, *batch.indices.tolist()])
         tries = min(self.num_samples, int(self._most_bad) + wanted)
         drawn = draw.choice(self.num_samples, tries, replace=False).tolist()
-        samples = (self._dataset[Draw(epoch, place)] for place in drawn)
+        samples = (self.dataset[Draw(epoch, place)] for place in drawn)
         found = list(itertools.islice((s for s in samples if s.skipped is None), wanted))
         if not found:
             bad = batch.skipped[0]

@@ -183,10 +183,10 @@ def test_an_entry_that_claims_more_than_the_table_holds(tmp_path):
     with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
         archive.writestr("a/1.png", encode(1))
     source = ZipSource(tmp_path / "x.zip", None)
-    from swin_moe.data.readers.zipped import _table, array
+    from swin_moe.data.readers.zipped import array, pack_records
 
-    record = _table(array("Q", [0, 2**33 + 5, 2**33 + 5, 0, 0]))
-    source._table[0] = record[0]
+    record = pack_records(array("Q", [0, 2**33 + 5, 2**33 + 5, 0, 0]))
+    source.table[0] = record[0]
     with pytest.raises(UnreadableImage, match=r"data\.max_pixels"):
         source.read(0)
 

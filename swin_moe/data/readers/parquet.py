@@ -34,6 +34,10 @@ class ParquetSource(Bounded):
     Args:
         paths: shards with a column of images (bytes, or a struct with ``bytes``) and of labels.
 
+    Attributes:
+        row_groups: the last ones read, at most ``KEPT_BYTES``, by number.
+        open_files: at most ``MAX_OPEN``, by number of the shard.
+
     Raises:
         ValueError: pyarrow, columns or labels are missing, or the file is damaged; one line naming
             the shard.
@@ -54,8 +58,8 @@ class ParquetSource(Bounded):
         self._ends = np.cumsum(self.runs)
         self.passed_over = ""
         self._bytes = sum(path.stat().st_size for path in self.paths)
-        self._kept: OrderedDict[int, list[bytes | None]] = OrderedDict()
-        self._files: OrderedDict[int, Any] = OrderedDict()
+        self.row_groups: OrderedDict[int, list[bytes | None]] = OrderedDict()
+        self.open_files: OrderedDict[int, Any] = OrderedDict()
         self._process = os.getpid()
 
     def _agreed_names(self, names: list[list[str] | None]) -> list[str] | None:
@@ -72,7 +76,7 @@ class ParquetSource(Bounded):
         return len(self.labels)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_files": OrderedDict(), "_kept": OrderedDict()}
+        return {**self.__dict__, "open_files": OrderedDict(), "row_groups": OrderedDict()}
 
     def describe(self) -> str:
         """Return format and size for the log."""
@@ -104,22 +108,22 @@ class ParquetSource(Bounded):
 
     def _row_group(self, group: int) -> list[bytes | None]:
         if self._process != os.getpid():  # forked: open files may not be shared
-            self._files, self._process = OrderedDict(), os.getpid()
-        if group in self._kept:
-            self._kept.move_to_end(group)
-            return self._kept[group]
+            self.open_files, self._process = OrderedDict(), os.getpid()
+        if group in self.row_groups:
+            self.row_groups.move_to_end(group)
+            return self.row_groups[group]
         shard, within = self._groups[group]
-        if shard not in self._files:
-            if len(self._files) >= MAX_OPEN:
-                self._files.popitem(last=False)[1].close()
-            self._files[shard] = _open(self.paths[shard])
+        if shard not in self.open_files:
+            if len(self.open_files) >= MAX_OPEN:
+                self.open_files.popitem(last=False)[1].close()
+            self.open_files[shard] = _open(self.paths[shard])
         with _naming(self.paths[shard]):
-            table = self._files[shard].read_row_group(within, columns=[self._images[shard]])
+            table = self.open_files[shard].read_row_group(within, columns=[self._images[shard]])
             values = table.column(0).to_pylist()
         images = [value.get("bytes") if isinstance(value, dict) else value for value in values]
-        self._kept[group] = images
-        while len(self._kept) > 1 and sum(map(_size, self._kept.values())) > KEPT_BYTES:
-            self._kept.popitem(last=False)
+        self.row_groups[group] = images
+        while len(self.row_groups) > 1 and sum(map(_size, self.row_groups.values())) > KEPT_BYTES:
+            self.row_groups.popitem(last=False)
         return images
 
 

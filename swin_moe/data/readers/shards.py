@@ -119,6 +119,9 @@ class ShardSource(Bounded):
         table: ``RECORD`` [N].
         contents: of compressed shards, by number.
         kind: for the log.
+
+    Attributes:
+        open_files: at most ``MAX_OPEN``, by number of the shard.
     """
 
     def __init__(
@@ -134,9 +137,9 @@ class ShardSource(Bounded):
         self.class_counts = np.array(manifest.class_counts, np.int64)
         self.runs = np.array([shard.samples for shard in manifest.shards], np.int64)
         self._bytes = sum(shard.bytes for shard in manifest.shards)
-        self._table, self._contents, self._kind = table, contents, kind
+        self.table, self._contents, self._kind = table, contents, kind
         self.numbered = kind != PER_CLASS
-        self._files: dict[int, IO[bytes]] = {}
+        self.open_files: dict[int, IO[bytes]] = {}
         self.manifest: Path | None = None  # the path of `prepare-data`'s manifest
         passed = int(manifest.preparation.get(PASSED_OVER) or 0)
         if self.numbered:
@@ -147,20 +150,20 @@ class ShardSource(Bounded):
 
     @property
     def labels(self) -> np.ndarray:
-        return self._table["label"]
+        return self.table["label"]
 
     def __len__(self) -> int:
-        return len(self._table)
+        return len(self.table)
 
     def __getstate__(self) -> dict[str, Any]:
-        state = {**self.__dict__, "_files": {}}  # open files do not survive pickling
-        if isinstance(self._table, np.memmap):  # would be pickled as a copy
-            state["_table"] = Path(str(self._table.filename))
+        state = {**self.__dict__, "open_files": {}}  # open files do not survive pickling
+        if isinstance(self.table, np.memmap):  # would be pickled as a copy
+            state["table"] = Path(str(self.table.filename))
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        if isinstance(state["_table"], Path):
-            state["_table"] = np.load(state["_table"], mmap_mode="r", allow_pickle=False)
+        if isinstance(state["table"], Path):
+            state["table"] = np.load(state["table"], mmap_mode="r", allow_pickle=False)
         self.__dict__.update(state)
 
     def describe(self) -> str:
@@ -169,7 +172,7 @@ class ShardSource(Bounded):
 
     def key(self, index: int) -> str:
         """Return a sample's name: its shard's path and its key."""
-        record = self._table[index]
+        record = self.table[index]
         shard, offset = int(record["shard"]), int(record["offset"])
         path, start = self.paths[shard], offset - int(record["header"])
         try:
@@ -188,7 +191,7 @@ class ShardSource(Bounded):
             OSError: the shard cannot be read, or is shorter than when it was indexed.
             ValueError: the member is larger than any image.
         """
-        record = self._table[index]
+        record = self.table[index]
         size = self.checked_size(int(record["size"]))
         return self._bytes_at(int(record["shard"]), int(record["offset"]), size)
 
@@ -203,11 +206,11 @@ class ShardSource(Bounded):
         return data
 
     def _file(self, shard: int) -> IO[bytes]:
-        if shard not in self._files:
-            if len(self._files) >= MAX_OPEN:
-                self._files.pop(next(iter(self._files))).close()
-            self._files[shard] = self.paths[shard].open("rb", buffering=0)
-        return self._files[shard]
+        if shard not in self.open_files:
+            if len(self.open_files) >= MAX_OPEN:
+                self.open_files.pop(next(iter(self.open_files))).close()
+            self.open_files[shard] = self.paths[shard].open("rb", buffering=0)
+        return self.open_files[shard]
 
 
 def open_manifest(path: Path, class_names: list[str] | None) -> ShardSource:

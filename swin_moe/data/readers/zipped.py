@@ -36,7 +36,9 @@ RECORD = np.dtype(
 MOST = [int(np.iinfo(RECORD[name]).max) for name in RECORD.names or ()]  # more than of any image
 
 
-class _Entry(NamedTuple):
+class Entry(NamedTuple):
+    """An entry of the central directory: name, offset, sizes in bytes, checksum and method."""
+
     name: str
     offset: int
     packed: int
@@ -54,6 +56,9 @@ class ZipSource(Bounded):
         archive: the zip.
         listing: lines of ``path<TAB>label``, such as ``train_map.txt``; None = each image's folder
             in the archive is its class.
+
+    Attributes:
+        table: ``RECORD`` [N], the images' entries.
 
     Raises:
         ValueError: archive or list are damaged, or do not belong together; one line naming the
@@ -75,7 +80,7 @@ class ZipSource(Bounded):
         names, records, parents = Names(), array("Q"), array("i")
         number: dict[str, int] = {}
         folders, passed = set(), PassedOver()
-        last, in_order = _Entry("", 0, 0, 0, 0, 0), True
+        last, in_order = Entry("", 0, 0, 0, 0, 0), True
         for entry in _entries(self.archive):
             if (parent := _class_folder(entry.name)) is not None:
                 in_order = in_order and _follows(entry.name, last.name)
@@ -94,7 +99,7 @@ class ZipSource(Bounded):
         ranks = {name: rank for rank, name in enumerate(self.class_names)}
         label_of = np.array([ranks[name] for name in class_of], np.int32)
         places = np.array(parents, np.int64)
-        self._names, self._table, self.labels = names, _table(records), label_of[places]
+        self._names, self.table, self.labels = names, pack_records(records), label_of[places]
         if not in_order:
             order = _walk(names, places, list(number))
             self._names = Names()
@@ -102,7 +107,7 @@ class ZipSource(Bounded):
             for place in order.tolist():
                 self._names.append(names[place])
             self._names.freeze()
-            self._table, self.labels = self._table[order], self.labels[order]
+            self.table, self.labels = self.table[order], self.labels[order]
 
     def _by_list(self, listing: Path) -> None:
         self._names, labels = Names(), array("i")
@@ -118,12 +123,12 @@ class ZipSource(Bounded):
             name = self._names[int(order[at])]
             if name == self._names[int(order[at + 1])]:
                 raise ValueError(f"{listing}: '{name}' is listed twice")
-        self._table = np.zeros(len(labels), RECORD)
+        self.table = np.zeros(len(labels), RECORD)
         found = np.zeros(len(labels), bool)
         for entry in _entries(self.archive):
             at = int(np.searchsorted(ordered, _hash(entry.name)))
             if at < len(order) and self._names[place := int(order[at])] == entry.name:
-                self._table[place] = tuple(map(min, entry[1:], MOST))
+                self.table[place] = tuple(map(min, entry[1:], MOST))
                 found[place] = True
         if not found.all():
             name = self._names[int(np.argmin(found))]
@@ -157,7 +162,7 @@ class ZipSource(Bounded):
         """
         if self._file is None:
             self._file = self.archive.open("rb", buffering=0)
-        record = self._table[index]
+        record = self.table[index]
         offset, packed, size = (int(record[name]) for name in ("offset", "packed", "size"))
         self.checked_size(max(packed, size))
         # pread does not move the file position: forked workers may share the open file.
@@ -257,7 +262,8 @@ def _hash(name: str) -> int:
     return hash(name)  # names of equal hashes are compared
 
 
-def _table(records: array) -> np.ndarray:
+def pack_records(records: array) -> np.ndarray:
+    """Return a table of ``RECORD`` from the numbers of all entries, one entry after the other."""
     columns = np.array(records, np.uint64).reshape(-1, len(RECORD.names or ()))
     table = np.empty(len(columns), RECORD)
     for place, (name, most) in enumerate(zip(RECORD.names or (), MOST, strict=True)):
@@ -265,7 +271,7 @@ def _table(records: array) -> np.ndarray:
     return table
 
 
-def _entries(archive: Path) -> Iterator[_Entry]:
+def _entries(archive: Path) -> Iterator[Entry]:
     """Yield the files and folders of an archive; a folder's name ends in a slash.
 
     Raises:
@@ -281,12 +287,17 @@ def _entries(archive: Path) -> Iterator[_Entry]:
                 if not more:
                     raise _damaged(archive)
                 buffer, at, size = buffer[at:] + more, 0, size - len(more)
-            entry, used = _parse_entry(buffer, at, archive)
+            entry, used = parse_entry(buffer, at, archive)
             at += used  # cutting the buffer would copy megabytes per entry
             yield entry
 
 
-def _parse_entry(buffer: bytes, start: int, archive: Path) -> tuple[_Entry, int]:
+def parse_entry(buffer: bytes, start: int, archive: Path) -> tuple[Entry, int]:
+    """Parse an entry of the central directory; return it and its size in bytes.
+
+    Raises:
+        ValueError: see :func:`_entries`.
+    """
     if len(buffer) - start < DIRECTORY.size:
         raise _damaged(archive)
     fields = DIRECTORY.unpack_from(buffer, start)
@@ -315,7 +326,7 @@ def _parse_entry(buffer: bytes, start: int, archive: Path) -> tuple[_Entry, int]
             offset = next(extra) if offset == 0xFFFFFFFF else offset
         except (StopIteration, struct.error):
             raise _damaged(archive) from None
-    return _Entry(name, offset, packed, size, crc, method), used
+    return Entry(name, offset, packed, size, crc, method), used
 
 
 def _decoded(name: bytes, is_utf8: bool) -> str:
