@@ -1,4 +1,4 @@
-"""``swin-moe checkpoint``: what there is, whether it is whole, other files, the weights alone."""
+"""``swin-moe checkpoint``: list, verify, reshard, and export the weights."""
 
 import shutil
 

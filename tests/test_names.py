@@ -1,4 +1,4 @@
-"""Names of every kind in tables, pictures, logs and messages: as they are, or escaped."""
+"""Names of every kind in tables, pictures, logs and messages: unchanged or escaped."""
 
 import ast
 import logging
@@ -28,7 +28,7 @@ from swin_moe.training.evaluation import Evaluation
 from tests.parallel import MICRO
 from tests.test_imports import FILES
 
-# Names, and how they are shown.
+# Name -> its printed form.
 NAMES = {
     "[/cat]": "[/cat]",
     "[red]": "[red]",
@@ -108,7 +108,7 @@ def test_a_font_of_the_system_helps_out(monkeypatch, caplog):
     own = font_file("plain")
     assert own.endswith("DejaVuSans.ttf")
     stix = Path(own).with_name("STIXGeneral.ttf")
-    only_there = "\u2a59"  # a sign of mathematics
+    only_there = "\u2a59"  # a mathematical symbol
     found = [str(stix)]
 
     def match(command, **_):
@@ -139,7 +139,7 @@ def test_a_picture_is_written_whole_or_not_at_all(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("error", "told"),
+    ("error", "line"),
     [
         (ValueError("\n  $5_\n  ^\nParseException"), r"$5_\n  ^\nParseException"),
         (ValueError(f"\n first \n{'x' * 200}"), "first"),
@@ -155,14 +155,14 @@ def test_a_picture_is_written_whole_or_not_at_all(tmp_path):
          "CUDA out of memory: lower data.batch_size, or see what fits by `swin-moe plan CONFIG`"),
     ],
 )  # fmt: skip
-def test_an_error_is_one_line_that_is_never_empty(monkeypatch, capsys, error, told):
+def test_an_error_is_one_line_that_is_never_empty(monkeypatch, capsys, error, line):
     def fail(*_):
         raise error
 
     monkeypatch.setattr(main, "_models", fail)
     monkeypatch.setattr(main, "_quiet", lambda: None)
     assert main.main(["models"]) in (1, 2)
-    assert capsys.readouterr().err == f"swin-moe: error: {told}\n"
+    assert capsys.readouterr().err == f"swin-moe: error: {line}\n"
     main.main(["models", "--debug"])
     shown = capsys.readouterr().err
     assert "Traceback" in shown
@@ -172,8 +172,8 @@ def test_an_error_is_one_line_that_is_never_empty(monkeypatch, capsys, error, to
 def test_a_run_s_log_is_named_instead_of_debug(monkeypatch, tmp_path):
     monkeypatch.setattr(LogFile, "current", staticmethod(lambda: tmp_path / "rank-0.log"))
     arguments = main.parse(["models"])
-    told = main._unexpected(RuntimeError("boom"), arguments)
-    assert told == f"RuntimeError: boom (the traceback is in {tmp_path / 'rank-0.log'})"
+    line = main._unexpected(RuntimeError("boom"), arguments)
+    assert line == f"RuntimeError: boom (the traceback is in {tmp_path / 'rank-0.log'})"
 
 
 def test_the_console_shows_warnings_as_lines_and_leaves_timm_to_the_logs(monkeypatch, capsys):
@@ -190,13 +190,13 @@ def test_the_console_shows_warnings_as_lines_and_leaves_timm_to_the_logs(monkeyp
             warnings.warn("odd", UserWarning, stacklevel=1)
     finally:
         logging.captureWarnings(False)
-    told = capsys.readouterr().err
-    assert told == "WARNING: skipped caf\\xe9\nWARNING: UserWarning: odd\n"
+    line = capsys.readouterr().err
+    assert line == "WARNING: skipped caf\\xe9\nWARNING: UserWarning: odd\n"
 
 
 def test_the_header_s_rate_is_as_people_write_it():
     config = load_config(MICRO, ["optimizer.base_lr=5e-4"])
     assert tables._rate(config, 32) == "5e-4 × 32/512 = 3.1e-5 at its peak"
     config.optimizer.base_lr, config.optimizer.layer_decay = 0.0125, 0.87
-    told = "0.0125 × 1024/512 = 0.025 at its peak, × 0.87 for each layer below the head"
-    assert tables._rate(config, 1024) == told
+    line = "0.0125 × 1024/512 = 0.025 at its peak, × 0.87 for each layer below the head"
+    assert tables._rate(config, 1024) == line

@@ -1,4 +1,4 @@
-"""What a signal does to the program: at its start, in training, and a second time."""
+"""Signals at the start, in training, and a second time."""
 
 import signal
 import subprocess

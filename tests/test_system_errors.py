@@ -1,4 +1,4 @@
-"""What the system refuses is said with the file, the key and what helps."""
+"""Messages about errors of the system name the file, the key and the remedy."""
 
 import argparse
 import errno

@@ -1,4 +1,4 @@
-"""Labels follow the names of classes, not their places in a sorted list."""
+"""Labels are matched by the names of classes, not by their places in a sorted list."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Whatever people keep as images, decoded as a viewer shows them."""
+"""Images of many formats, decoded as a viewer shows them."""
 
 import io
 
@@ -21,7 +21,7 @@ def _save(image: Image.Image, kind: str, **options) -> bytes:
 
 
 def _photo(width=50, height=37) -> Image.Image:
-    """Smooth, so that the formats with losses keep it."""
+    """Make a smooth image, which lossy formats preserve."""
     rows, columns = np.mgrid[:height, :width]
     return Image.fromarray(np.stack([rows * 5, columns * 4, rows + columns], -1).astype(np.uint8))
 
@@ -39,7 +39,7 @@ def _pixels(data: bytes, mode="RGB") -> np.ndarray:
 def test_each_format_as_pillow_reads_it(kind, mode):
     data = _save(_photo(), kind)
     expected = np.asarray(Image.open(io.BytesIO(data)).convert(mode)).reshape(37, 50, -1)
-    # From a JPEG, libjpeg takes the grey that it holds, and Pillow mixes it from the colours.
+    # libjpeg reads a JPEG's own grey channel, and Pillow mixes it from the colours.
     atol = 2 if (kind, mode) == ("JPEG", "L") else 0
     np.testing.assert_allclose(_pixels(data, mode).astype(int), expected, rtol=0, atol=atol)
 

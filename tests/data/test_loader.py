@@ -149,7 +149,7 @@ def _with_faults(tmp_path, bad, split="train"):
     content = [
         (key, b"no image" if n in bad else png, n) for n, (key, png, _) in enumerate(samples(12))
     ]
-    if 5 in bad:  # one that breaks off half-way
+    if 5 in bad:  # truncated half-way
         content[5] = ("key0005", encode(5, size=64, extension="jpg")[:900], 5)
     write_shard(tmp_path / f"{split}-0.tar", content)
     return tmp_path

@@ -71,8 +71,8 @@ def test_images_beside_the_class_folders_are_counted(tmp_path):
     with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
         for path in sorted(root.rglob("*")):
             archive.write(path, path.relative_to(root))
-    said = "2 files passed over: 1 .csv, 1 images in no class folder"
-    assert open_folder(root).passed_over == said
+    note = "2 files passed over: 1 .csv, 1 images in no class folder"
+    assert open_folder(root).passed_over == note
     assert ZipSource(tmp_path / "x.zip", None).passed_over.startswith("2 files passed over")
 
 
@@ -310,8 +310,8 @@ def test_parquet_shards_must_agree_on_their_classes(tmp_path):
 
     for number, names in enumerate([["a", "b"], ["b", "a"]]):
         table = pa.table({"image": [encode(number)], "label": [0]})
-        told = {"info": {"features": {"label": {"names": names}}}}
-        table = table.replace_schema_metadata({"huggingface": json.dumps(told)})
+        features = {"info": {"features": {"label": {"names": names}}}}
+        table = table.replace_schema_metadata({"huggingface": json.dumps(features)})
         pq.write_table(table, tmp_path / f"train-{number}.parquet")
     with pytest.raises(ValueError, match=r"train-1\.parquet names its classes differently"):
         open_path(tmp_path / "train")

@@ -1,4 +1,4 @@
-"""From any data set to shards, killed and gone on with, and what the index then holds."""
+"""From any data set to shards: after kills too, and with a correct index."""
 
 import io
 import json
@@ -40,7 +40,7 @@ def _refused(pattern, path, output, **options):
 
 
 def _small_shards(monkeypatch, size=3000):
-    """As if a megabyte were less."""
+    """Make a megabyte smaller."""
     settings = prepare.Settings
 
     def make(**values):
@@ -64,7 +64,7 @@ def test_a_folder_becomes_shards(tmp_path, monkeypatch):
     loader = open_loader(tmp_path / "out", num_classes=3, num_workers=2)
     assert len({i for batch in loader.epoch(0) for i in batch.indices.tolist()}) == 20
     _refused("holds shards already", folder, tmp_path / "out")
-    (tmp_path / "out" / "train.json").unlink()  # as if they were another's
+    (tmp_path / "out" / "train.json").unlink()  # as if another program had written them
     _refused("holds shards already", folder, tmp_path / "out")
 
 
@@ -258,7 +258,7 @@ def test_killed_and_gone_on_with(tmp_path, how, monkeypatch):
     ]
     program = subprocess.Popen(
         command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
-        # A shell that put the tests into the background has told them to ignore it.
+        # A shell that runs the tests in the background makes them ignore it.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     records = output / prepare.WORK
@@ -266,9 +266,9 @@ def test_killed_and_gone_on_with(tmp_path, how, monkeypatch):
         assert program.poll() is None, program.stderr.read()
         time.sleep(0.02)
     program.send_signal(how)
-    told = program.communicate(timeout=PATIENCE)[1]
+    printed = program.communicate(timeout=PATIENCE)[1]
     if how == signal.SIGINT:
-        assert "interrupted; the same command goes on" in told
+        assert "interrupted; the same command goes on" in printed
     assert not (output / "train.json").exists()
     deadline = time.monotonic() + PATIENCE  # its processes end with it
     while any(str(output).encode() in _command(p) for p in os.listdir("/proc") if p.isdigit()):

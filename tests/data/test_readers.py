@@ -1,4 +1,4 @@
-"""The formats that people hold ImageNet in, beside shards and folders; all by one interface."""
+"""Formats of ImageNet other than shards and folders, all with one interface."""
 
 import json
 import multiprocessing
@@ -20,7 +20,7 @@ from .test_shards import _write_members
 
 FILES = [f"n0{i % 3}/n0{i % 3}_{i}.JPEG" for i in range(12)] + ["n01/Größe.png"]
 LABELS = [int(name[2]) for name in FILES]
-WALKED = sorted(range(len(FILES)), key=FILES.__getitem__)  # as a folder of them is walked
+WALKED = sorted(range(len(FILES)), key=FILES.__getitem__)  # in the order of a folder's walk
 
 
 def _content(index: int) -> bytes:
@@ -53,7 +53,7 @@ def _read_all(source):
 
 
 def _check_in_processes(source, expected):
-    """Forked processes share an open file; spawned ones get a pickled copy."""
+    """Check that forked processes share an open file and spawned ones get a pickled copy."""
     source.read(0)
     with multiprocessing.get_context("fork").Pool(2) as pool:
         assert pool.map(source.read, range(len(source))) == expected
@@ -82,7 +82,7 @@ def test_zip_with_its_map(tmp_path, compression, end):
 
 def test_zip_without_a_map_is_of_class_folders(tmp_path):
     source = ZipSource(_make_zip(tmp_path / "train.zip"), None)
-    assert source.class_names == ["empty", "n00", "n01", "n02"]  # as a folder would have it
+    assert source.class_names == ["empty", "n00", "n01", "n02"]  # in the order of a folder
     assert source.labels.tolist() == [LABELS[i] + 1 for i in WALKED]
     assert _read_all(source) == [_content(i) for i in WALKED]
 
@@ -133,7 +133,7 @@ def test_a_list_may_begin_with_a_mark(tmp_path):
 
 
 def test_zip64_and_many_chunks(tmp_path, monkeypatch):
-    """Above 65,535 entries an archive has the large form of its directory."""
+    """Archives of more than 65,535 entries have the zip64 form of the directory."""
     monkeypatch.setattr(zipped, "CHUNK", 1000)
     names = [f"a/{i:05d}.jpg" for i in range(66_000)]
     with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
@@ -348,7 +348,7 @@ def test_faulty_parquet(tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------
-# What is there is told by looking
+# Detection of the format
 
 
 def test_tars_of_one_class_each(tmp_path):

@@ -127,7 +127,7 @@ def test_truncated_shard(tmp_path, name, kept):
 
 
 def test_truncated_at_every_block(tmp_path):
-    """Also between two samples, where tarfile sees nothing wrong."""
+    """Truncation between two samples counts too, where tarfile raises no error."""
     path = tmp_path / "bad.tar"
     write_shard(path, samples(2))
     content = path.read_bytes()

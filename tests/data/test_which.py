@@ -41,7 +41,7 @@ def test_companions_at_any_depth(path):
 
 
 def untidy(root):
-    """Class folders with many files that are not samples, and one empty class."""
+    """Write class folders with many files that are not samples, and one empty class."""
     make_folder(root, ["ant", "bee"], per_class=2)
     (root / "cow").mkdir()
     for name in ("ant/._0.png", "ant/.DS_Store", "@eaDir/ant/0.png", "ant/@eaDir/0.png",

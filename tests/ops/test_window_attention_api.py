@@ -1,4 +1,4 @@
-"""Window attention as an op: arguments, layouts, autograd, compilation, what it keeps."""
+"""Window attention as an op: arguments, layouts, autograd, compilation, saved tensors."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def test_bias_and_scale_may_have_the_dtype_of_qkv(dtype):
     assert mine[2].dtype == mine[3].dtype == dtype
 
 
-# A case that the kernels serve, and one that the reference does.
+# A case of the kernels, and one of the reference.
 BAD = [
     (lambda q, b, s: (q[0], b, s), {}, "qkv has shape"),
     (lambda q, b, s: (q[:, :, :, :2], b, s), {}, "qkv has shape"),
@@ -212,7 +212,7 @@ OP_CASES = [
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", OP_CASES, ids=str)
 def test_opcheck(case, dtype):
-    """Schema, fake shapes, autograd and tracing, of the op and of its backward."""
+    """Schema, fake shapes, autograd and tracing are checked, for the op and its backward."""
     qkv, bias, scale = case.inputs(dtype)
     scale = scale.flatten()
     seed = seed_of(case)
@@ -320,7 +320,7 @@ def test_activation_checkpointing_draws_the_same_dropout(dropout):
 @needs_library
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_backward_keeps_no_attention_matrix(dtype):
-    """But qkv, the output and one number per query; probabilities would be ten times as much."""
+    """Only qkv, the output and one number per query are saved, a tenth of the probabilities."""
     case = Case((16, 16), (8, 8), (96, 96), 1, 3, 32, dropout=0.1)
     inputs = [x.requires_grad_() for x in case.inputs(dtype)]
     saved: dict[int, Tensor] = {}
