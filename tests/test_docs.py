@@ -1,7 +1,7 @@
 """The documentation names nothing that is not there, and its commands are those of the program.
 
-A command is executed here, or parsed: subcommand, options, config file, keys and values. Commands
-of other programs are in ``documents.OUTSIDE`` with the reason. Links and anchors resolve.
+A command is executed here, or parsed: subcommand, options, config file, keys and values. Other
+programs are in ``OUTSIDE`` of ``documents/commands.py`` with the reason. Links and anchors resolve.
 """
 
 import os
@@ -15,9 +15,10 @@ import pytest
 import torch
 
 from swin_moe.cli.main import main
-from tests import documents
-from tests.documents import MICRO, ROOT, read
-from tests.parallel import PATIENCE
+from tests.documents import ROOT, broken_links, read
+from tests.documents.commands import FORMER, commands_of, wrong_command
+from tests.documents.names import wrong_names, wrong_python
+from tests.parallel import MICRO, PATIENCE
 
 GUIDES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 PAGES = [*GUIDES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
@@ -29,7 +30,7 @@ def name_of(path):
 
 @pytest.mark.parametrize("path", PAGES, ids=name_of)
 def test_links_lead_somewhere(path):
-    assert documents.broken_links(read(path)) == []
+    assert broken_links(read(path)) == []
 
 
 def test_the_index_has_every_page():
@@ -41,16 +42,16 @@ def test_the_index_has_every_page():
 
 @pytest.mark.parametrize("path", GUIDES, ids=name_of)
 def test_commands_are_those_of_the_program(path):
-    commands = documents.commands_of(read(path))
-    assert [problem for line in commands for problem in documents.wrong_command(line)] == []
+    commands = commands_of(read(path))
+    assert [problem for line in commands for problem in wrong_command(line)] == []
 
 
 @pytest.mark.parametrize("path", GUIDES, ids=name_of)
 def test_names_are_there(path):
     document = read(path)
-    problems = documents.wrong_names(document)
+    problems = wrong_names(document)
     if name_of(path) == "docs/command_line.md":  # which lists the former keys
-        former = {f"{name} is a former key" for name in documents.FORMER}
+        former = {f"{name} is a former key" for name in FORMER}
         assert former <= set(problems)
         problems = [p for p in problems if p not in former]
     assert problems == []
@@ -58,13 +59,13 @@ def test_names_are_there(path):
 
 @pytest.mark.parametrize("path", GUIDES, ids=name_of)
 def test_python_fits(path):
-    assert [p for source in read(path).python for p in documents.wrong_python(source)] == []
+    assert [p for source in read(path).python for p in wrong_python(source)] == []
 
 
 @cache
 def launches():
     """The words of each ``swin-moe launch`` of the documents that is written out."""
-    lines = {line for path in GUIDES for line in documents.commands_of(read(path))}
+    lines = {line for path in GUIDES for line in commands_of(read(path))}
     split = [shlex.split(line, comments=True) for line in lines if not re.search(r"[…\[]", line)]
     return sorted(words[2:] for words in split if words[:2] == ["swin-moe", "launch"] and words[3:])
 
@@ -134,7 +135,7 @@ FAULTS = [
     "```\nmake train CONFIG=my.yaml ARGS='data.pth=/data'\n```\n",
     "```\nmake train CONFG=my.yaml\n```\n",
     '```\nmake test ARGS="-m units"\n```\n',
-    "```\nmake test ARGS='-k nowhere'\n```\n",
+    "```\nmake test ARGS='-k million_kills'\n```\n",
     "```\nmk train\n```\n",
     "```\npython -m benchmarks.kernel\n```\n",
     "```\npython -m benchmarks.learning --groups main\n```\n",
@@ -170,10 +171,10 @@ FAULTS = [
 
 def problems_of(document):
     return [
-        *documents.broken_links(document),
-        *(p for line in documents.commands_of(document) for p in documents.wrong_command(line)),
-        *documents.wrong_names(document),
-        *(p for source in document.python for p in documents.wrong_python(source)),
+        *broken_links(document),
+        *(p for line in commands_of(document) for p in wrong_command(line)),
+        *wrong_names(document),
+        *(p for source in document.python for p in wrong_python(source)),
     ]
 
 
