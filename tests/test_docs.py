@@ -21,6 +21,7 @@ from tests.documents.names import wrong_names, wrong_python
 from tests.parallel import MICRO, PATIENCE
 
 GUIDES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+BINARY = (".so", ".pyc", ".gz", ".safetensors")
 PAGES = [*GUIDES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
 
 
@@ -31,6 +32,19 @@ def name_of(path):
 @pytest.mark.parametrize("path", PAGES, ids=name_of)
 def test_links_lead_somewhere(path):
     assert broken_links(read(path)) == []
+
+
+def test_sources_name_pages_that_are_there():
+    folders = ("swin_moe", "configs", "launch", "benchmarks", "tests")
+    files = [file for folder in folders for file in (ROOT / folder).rglob("*.*")]
+    text = "\n".join(
+        file.read_text(encoding="utf-8")
+        for file in [*files, ROOT / "Makefile", ROOT / "Dockerfile", ROOT / "setup.py"]
+        if file.name != "test_docs.py" and file.suffix not in BINARY and file.is_file()
+    )
+    pages = set(re.findall(r"\bdocs/\w+\.md(?:#[\w-]+)?", text))
+    assert len(pages) > 5
+    assert broken_links(read(ROOT / "README.md", "".join(f"[]({page})" for page in pages))) == []
 
 
 def test_the_index_has_every_page():
