@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from swin_moe.cli.main import main
+from swin_moe.tasks import Task
 from tests.documents import ROOT, broken_links, read
 from tests.documents.commands import FORMER, commands_of, wrong_command
 from tests.documents.names import wrong_names, wrong_python
@@ -74,6 +75,13 @@ def test_names_are_there(path):
 @pytest.mark.parametrize("path", GUIDES, ids=name_of)
 def test_python_fits(path):
     assert [p for source in read(path).python for p in wrong_python(source)] == []
+
+
+def test_the_table_of_a_task_has_its_contract():
+    text = (ROOT / "docs/extending.md").read_text(encoding="utf-8")
+    members = set(re.findall(r"^   \| `(\w+)", text, re.MULTILINE))
+    assert Task.__abstractmethods__ | {"metrics", "check"} <= members
+    assert members <= {*dir(Task), *Task.__annotations__}
 
 
 @cache
