@@ -176,6 +176,8 @@ FAULTS = [
     "Read `swin_moe/catalog.py`.\n",
     "Read `planner/tracer.py`.\n",
     "Read `csrc/cpu/windows_*.h`.\n",
+    "Look at `sumary.png`.\n",
+    "Read `logs/bad-samplings-rank-*.jsonl`.\n",
     "Call `swin_moe.models.build`, then `swin_moe.build_featurs(NAME)`.\n",
     "Give `--accept-change`.\n",
     "Set `SWIN_MOE_IAS=avx2`.\n",

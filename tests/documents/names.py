@@ -77,8 +77,13 @@ def _wrong_name(code: str) -> list[str]:
 
 
 def _wrong_file(code: str) -> list[str]:
+    """A file of the repository that is not there, or one of a run that the sources do not name."""
     if not re.fullmatch(r"[\w./*-]+", code):
         return []
+    name = code.rpartition("/")[2]
+    if name.endswith((".png", ".jsonl", ".json")) and code.partition("/")[0] not in FOLDERS:
+        words = re.findall(r"[A-Za-z_]+", name)  # a program may join them
+        return [] if all(word in _sources() for word in words) else [f"no file {code}"]
     in_repository = code.split("/")[0] in FOLDERS and "/" in code
     if not in_repository and not code.endswith(CODE):
         return []
@@ -124,7 +129,8 @@ def _keys_of_tables(document: Document) -> list[str]:
 @cache
 def _sources() -> str:
     paths = [ROOT / "setup.py", *(ROOT / "swin_moe").rglob("*.py"), ROOT / "tests/grid.py"]
-    paths += [*(ROOT / "launch").iterdir(), *(ROOT / "swin_moe/csrc").rglob("*.*")]
+    paths += [*(ROOT / "launch").iterdir(), *(ROOT / "benchmarks").rglob("*.[ps][yh]")]
+    paths += (ROOT / "swin_moe/csrc").rglob("*.*")
     return "".join(path.read_text(encoding="utf-8") for path in paths if path.is_file())
 
 
