@@ -15,7 +15,7 @@ from tests.parallel import PATIENCE, ROOT, environment
 
 PROGRAM = """
 import os, signal, sys
-from swin_moe.signals import StopSignal, watch
+from swin_moe.common.signals import StopSignal, watch
 watch()
 what, *numbers = sys.argv[1:]
 with StopSignal() as stop:
