@@ -107,7 +107,7 @@ def test_pictures_take_every_name_and_do_not_warn(tmp_path, name, recwarn):
 
 
 def test_a_font_of_the_system_helps_out(monkeypatch, caplog):
-    drawing._system_font.cache_clear()
+    drawing.system_font.cache_clear()
     own = font_file("plain")
     assert own.endswith("DejaVuSans.ttf")
     stix = Path(own).with_name("STIXGeneral.ttf")
@@ -125,10 +125,10 @@ def test_a_font_of_the_system_helps_out(monkeypatch, caplog):
 
         assert matplotlib.rcParams["font.family"] == ["DejaVu Sans", "STIXGeneral"]
     assert not caplog.text
-    drawing._system_font.cache_clear()
+    drawing.system_font.cache_clear()
     for found[0] in (own, "/dev/null", ""):  # one that lacks it too, and none at all
         assert font_file(only_there) == own
-        drawing._system_font.cache_clear()
+        drawing.system_font.cache_clear()
     assert caplog.text.count(f"no font of this machine has {only_there}: pictures show boxes") == 3
 
 

@@ -1,3 +1,4 @@
+import multiprocessing
 import os
 import pickle
 import random
@@ -88,8 +89,8 @@ def test_datasets_survive_spawn(tmp_path):
     make_shards(tmp_path, 8)
     loader = open_loader(tmp_path, HEAVY)
     expected = next(loader.epoch(0))
-    copy = pickle.loads(pickle.dumps(loader._loader.dataset))
-    first = next(iter(loader._sampler))
+    copy = pickle.loads(pickle.dumps(loader.dataset))
+    first = next(iter(loader.sampler))
     assert torch.equal(
         collate([copy[p] for p in first]).inputs["images"], expected.inputs["images"]
     )
@@ -115,7 +116,7 @@ def test_workers_outlive_the_signals_of_a_preempted_job(tmp_path):
     loader = open_loader(tmp_path, num_workers=1)
     batches = loader.epoch(0)
     next(batches)
-    (worker,) = loader._loader._iterator._workers
+    (worker,) = multiprocessing.active_children()
     for name in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         os.kill(worker.pid, name)
     assert len(list(batches)) == 9
@@ -166,7 +167,7 @@ def test_training_replaces_unreadable_images(tmp_path, workers, caplog):
     loader = open_loader(tmp_path, num_workers=workers)
     whole = list(loader.epoch(0))
     assert loader.bad.total == len(bad)
-    order = [index for batch in loader._sampler for _, index, _ in batch]
+    order = [index for batch in loader.sampler for _, index, _ in batch]
     for number, batch in enumerate(whole):
         wanted = order[4 * number : 4 * number + 4]
         for place in range(4):

@@ -285,7 +285,7 @@ def test_status_and_require_fused(monkeypatch):
     assert not any(name.endswith("_backward") for name in ops.status())
     with pytest.raises(ValueError, match="no kernels exist for device 'xpu'"):
         ops.require_fused("xpu")
-    monkeypatch.setattr(_library, "_compiled_for", lambda op, device: device == "cpu")
+    monkeypatch.setattr(_library, "compiled_for", lambda op, device: device == "cpu")
     assert set(ops.status().values()) == {"fused (cpu)"}
     ops.require_fused("cpu")
     with pytest.raises(ValueError, match=r"not compiled for cuda.*pip install"):
@@ -293,7 +293,7 @@ def test_status_and_require_fused(monkeypatch):
 
 
 def test_unverified_kernels_are_off_until_they_are_allowed(monkeypatch):
-    monkeypatch.setattr(_library, "_compiled_for", lambda op, device: True)
+    monkeypatch.setattr(_library, "compiled_for", lambda op, device: True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     monkeypatch.setattr(_library, "VERIFIED", {"moe_dispatch": {(9, 0)}})
