@@ -38,11 +38,11 @@ def test_token_choice_is_seen_as_the_layer_routed():
         with watched(model) as seen:
             output = model(images)
         plan = layer.route(kept[-1].reshape(-1, 16)).plan
-    assert torch.equal(output.logits, plain.logits)
+    assert torch.equal(output.predictions, plain.predictions)
     assert list(seen) == ["layers.1.blocks.0", "layers.1.blocks.1"]
     found = seen["layers.1.blocks.1"]
     assert found.expert.shape == found.weight.shape == (3, 4, 4)
-    assert torch.equal(found.counts, output.stats.counts[1])
+    assert torch.equal(found.counts, output.routing.counts[1])
     first, second = plan.kept.unbind(1)
     assert (~first & second).any()  # the second choice takes over
     taken_by = torch.where(first, plan.expert[:, 0], torch.where(second, plan.expert[:, 1], NOBODY))

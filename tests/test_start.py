@@ -15,7 +15,7 @@ from tests.saving import save
 WITHOUT_TORCH = """
 import sys
 sys.modules["torch"] = None  # whoever imports it fails
-from swin_moe.cli import entry
+from swin_moe.cli.main import entry
 entry()
 """
 
@@ -43,6 +43,7 @@ def places(tmp_path_factory):
     [
         ("--help", "COMMAND"),
         ("models swin_moe_base*", "swin_moe_base_8expert_window12_192_22k"),
+        ("recipes", "fashion_mnist/swin_moe_micro"),
         ("checkpoint list {root}/run", "step-00000003"),
         ("checkpoint verify {root}/run", "whole"),
         ("data verify {root}/shards --output {root}/bad.jsonl", "4 samples"),

@@ -135,6 +135,7 @@ def _run(arguments: argparse.Namespace) -> int:
         "evaluate": _evaluate,
         "inspect": _inspect,
         "models": _models,
+        "recipes": _recipes,
         "convert": _convert,
         "checkpoint": _checkpoint,
         "prepare-data": _prepare_data,
@@ -237,6 +238,21 @@ def _models(arguments: argparse.Namespace, console: Any) -> int:
     if not console.is_terminal:
         console.width = 120  # a pipe has none of its own
     console.print(table)
+    return DONE
+
+
+def _recipes(arguments: argparse.Namespace, console: Any) -> int:
+    from . import recipes
+
+    if arguments.copy is not None:
+        for path in recipes.copy(arguments.pattern, arguments.copy):
+            print(plain(path))
+        return DONE
+    lines = recipes.listing(arguments.pattern)
+    if not console.is_terminal:
+        console.width = max(map(len, lines))  # a pipe has none of its own
+    for line in lines:
+        console.print(line, no_wrap=True, overflow="ellipsis", highlight=False)
     return DONE
 
 

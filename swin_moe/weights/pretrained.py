@@ -27,6 +27,7 @@ from .wrappers import not_read
 log = logging.getLogger("swin_moe")
 
 EXPERT_BIAS = "choice_bias.rises"
+MASK_TOKEN = "mask_token"  # SimMIM adds it to the backbone
 # Buffers of other programs that are computed here, and biases that our layers lack.
 _COMPUTED = ("relative_position_index", "relative_coords_table", "attn_mask",
              "_num_global_experts", "batched_fc2_bias")  # fmt: skip
@@ -257,6 +258,7 @@ def misfit(source: Pretrained, model: ModelConfig, why: str) -> str:
 def _load(model: SwinTransformer, source: Pretrained, classes: list[str] | None) -> str:
     buffers = persistent_buffers(model)
     target = {**dict(model.named_parameters()), **buffers}
+    target.pop(MASK_TOKEN, None)
     state = {n: t for n, t in source.state.items() if n in target or not n.endswith(EXPERT_BIAS)}
     _warn_of_other_routing(model, source)
     state, head = head_by_name(state, source.class_names, classes)
@@ -274,7 +276,7 @@ def _load(model: SwinTransformer, source: Pretrained, classes: list[str] | None)
     missing = [n for n in result.missing if n not in HEAD and n not in buffers]
     extra = [*source.translation.unknown, *result.left_over]
     other_head = [name for name in extra if name.startswith("head.") and HEAD[0] not in state]
-    extra = [name for name in extra if name not in (*HEAD, *other_head)]
+    extra = [name for name in extra if name not in (*HEAD, *other_head, MASK_TOKEN)]
     if missing or extra:
         raise WeightsError(explain_difference(missing, extra))
     for name, tensor in result.state.items():

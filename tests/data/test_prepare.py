@@ -227,8 +227,8 @@ def test_wrong_use(tmp_path, monkeypatch):
 
 SLOW = """
 import sys, time
-from swin_moe import cli
-from swin_moe.data import commands, prepare
+from swin_moe.cli import main as cli
+from swin_moe.data.tools import commands, prepare
 write, settings = prepare._write_shard, prepare.Settings
 def slowly(shard):
     time.sleep(0.5)

@@ -323,7 +323,10 @@ def test_without_the_library_the_reference_runs_and_says_so(tmp_path):
         Path(ops.__file__).parent, package / "ops", ignore=shutil.ignore_patterns("__pycache__")
     )
     (package / "__init__.py").touch()
-    shutil.copy(Path(ops.__file__).parent.parent / "text.py", package)
+    shutil.copytree(
+        Path(ops.__file__).parents[1] / "common", package / "common",
+        ignore=shutil.ignore_patterns("__pycache__"),
+    )  # fmt: skip
     code = """
 import torch
 from swin_moe import ops
