@@ -229,11 +229,11 @@ SLOW = """
 import sys, time
 from swin_moe.cli import main as cli
 from swin_moe.data.tools import commands, prepare
-write, settings = prepare._write_shard, prepare.Settings
-def slowly(shard):
-    time.sleep(0.5)
-    return write(shard)
-prepare._write_shard = slowly
+digest, settings = prepare.sha256, prepare.Settings
+def slowly(path):
+    time.sleep(0.5)  # in each shard
+    return digest(path)
+prepare.sha256 = slowly
 commands.Settings = lambda **values: settings(**{**values, "shard_bytes": 3000})
 sys.exit(cli.main(sys.argv[1:]))
 """
