@@ -17,7 +17,7 @@ from tests.parallel import PATIENCE, ROOT, environment
 HANG = """
 import time
 from pathlib import Path
-from swin_moe.watchdog import Watchdog
+from swin_moe.distributed.watchdog import Watchdog
 
 def waits_for_ever():
     {wait}

@@ -11,6 +11,7 @@ from ..common.deferred import exports
 
 if TYPE_CHECKING:
     from .world import (
+        PATIENCE,
         Group,
         World,
         all_reduce_,
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     )
 
 __all__ = [
+    "PATIENCE",
     "Group",
     "World",
     "all_reduce_",
