@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
+from torch import nn
 
 from . import checkpoint
 from .common.reading import read_json
 from .config import Config, ConfigError, load_config
 from .data import Loader, loader_of
 from .distributed import World
-from .models import SwinTransformer, build
 from .reporting import tables
-from .training.evaluation import Evaluation, evaluate
+from .tasks import Evaluation, Task, build_task
+from .tasks.base import Forward
+from .training.evaluation import evaluate
 from .training.precision import in_precision, resolve_precision
 from .weights.pretrained import adopt_pretrained_window, load_pretrained, read_pretrained
 
@@ -28,12 +28,12 @@ log = logging.getLogger("swin_moe")
 
 @dataclass(frozen=True)
 class Opened:
-    """A checkpoint, ready to be asked: its own folder, and ``model`` called by ``forward``."""
+    """A checkpoint with its task and held-out data; ``forward`` calls the model."""
 
     path: Path
-    config: Config
-    model: SwinTransformer
-    forward: Callable[[torch.Tensor], Any]
+    task: Task
+    model: nn.Module
+    forward: Forward
     loader: Loader
 
 
@@ -60,16 +60,29 @@ def _open(found: Path, world: World, overrides: list[str]) -> Opened:
             f"model.num_classes={config.model.num_classes}, but {found} was trained for "
             f"{source.config.model.num_classes}: its head cannot be evaluated"
         )
+    task = build_task(config)
     config.model = adopt_pretrained_window(config.model, source)
     with torch.random.fork_rng(devices=[]):
-        model = build(config.model, config.moe)
-    load_pretrained(model, source)
+        model = task.build_model()
+    load_pretrained(task.backbone(model), source)
+    _load_the_rest(model, task.backbone(model), found)
     model.eval().to(world.device)
     dtype = resolve_precision(config.precision, world.device)
     forward = in_precision(model, dtype, cast_weights=config.zero.stage > 0)
-    loader = loader_of(config, training=False, classes=class_names)
+    loader = loader_of(config, training=False, classes=class_names, collate=task.collate)
     loader.check_room()
-    return Opened(found, config, model, forward, loader)
+    task.class_names = loader.class_names
+    return Opened(found, task, model, forward, loader)
+
+
+def _load_the_rest(model: nn.Module, backbone: nn.Module, path: Path) -> None:
+    """Load what the task adds to the backbone, such as a decoder."""
+    inside = {id(parameter) for parameter in backbone.parameters()}
+    reader = checkpoint.Reader(path)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if id(parameter) not in inside or name.endswith("mask_token"):
+                parameter.copy_(reader.tensor(name))
 
 
 def _find_data(config: Config, path: Path) -> None:
@@ -89,8 +102,7 @@ def evaluate_checkpoint(
 ) -> Evaluation:
     """Evaluate a checkpoint on one process, see :func:`open_checkpoint`."""
     opened = open_checkpoint(path, world, overrides, "evaluate")
-    classes = opened.config.model.num_classes
-    result = evaluate(opened.forward, opened.loader, classes, world.device)
-    tables.print_evaluation(console, opened.path.resolve(), result, opened.loader.class_names)
+    result = evaluate(opened.task, opened.forward, opened.loader, world.device)
+    tables.print_evaluation(console, opened.path.resolve(), result, opened.task.metrics)
     opened.loader.close()
     return result

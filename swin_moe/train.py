@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from torch import nn
 
 from . import checkpoint, distributed, ops, preflight
 from .checkpoint import Saved, Writer
@@ -22,20 +23,22 @@ from .common.errors import Preempted, TrainingError
 from .common.signals import StopSignal
 from .common.text import plain
 from .config import Config, ZeroConfig, dump_config, idle_keys, share_global_batch
-from .data import Loader, build_mixing
-from .data.tools.show import contact_sheet
+from .data import Loader
 from .distributed import World
 from .distributed.expert_placement import ExpertLayout, expert_share
 from .distributed.watchdog import START, Watchdog
-from .models import SwinTransformer, build, expert_parameter_names
+from .models import expert_parameter_names
+from .models.build import stage_of
 from .models.cost import count
 from .models.sharded_init import build_in_parts
 from .models.swin import FAMILIES
-from .moe import MoELayer, choose_overlap, lost_gate
+from .moe import MoELayer, choose_overlap, lost_gate, moe_layers, num_experts
 from .reporting import tables
+from .reporting.contact_sheet import contact_sheet
 from .reporting.metric_log import MetricLog
 from .reporting.plots import draw_summary, show_picture
 from .reporting.profiler import Profile, peak_flops
+from .tasks import Task, build_task
 from .training.auto_batch import resolve_micro_batch
 from .training.changes import data_facts
 from .training.engine import Engine, cutter, largest_parameter
@@ -55,8 +58,8 @@ class _Session:
 
     run: Run
     config: Config
+    task: Task
     plan: TrainingPlan
-    classes: list[str] | None  # names by label, where the data has any
     loaders: list[Loader]
     stop_signal: StopSignal
     writer: Writer
@@ -92,7 +95,9 @@ def train(
     started = time.monotonic()
     fresh = fresh and not ranks.started_again()  # once is what was meant
     with StopSignal() as stop_signal:
-        _check(config, world)
+        _choose_ops(config, world)
+        task = build_task(config, world.rank)
+        task.check()
         torch.set_flush_denormal(config.precision.flush_denormals)
         run = Run(Path(config.train.output), world, console)
         if note := share_global_batch(config, world.size):
@@ -103,14 +108,14 @@ def train(
             preflight.at_start(config, verdict, world, dtype, run.say)
         keep_former_defaults(run, config, fresh)
         dog.enter(f"data.path={plain(config.data.path)} was opened", works=True)
-        resolve_micro_batch(run, config, fresh)
-        inputs = open_inputs(run, config, fresh)
+        resolve_micro_batch(run, task, fresh)
+        inputs = open_inputs(run, task, fresh)
         dog.enter(f"the checkpoints in {plain(run.folder)} were read", works=True)
         reader = prepare_folder(run, config, fresh, inputs.loaders[0], accept_changes)
         dog.writing.good = "" if reader is None else str(reader.path)
         dog.log_to(run.log_file)
         dog.enter("the model and its optimizer were built", works=True)
-        job = _job(run, config, inputs, reader, stop_signal, dog)
+        job = _job(run, task, inputs, reader, stop_signal, dog)
         _say_how_it_starts(run, config)
         try:
             trainer = _assemble(job, reader, inputs.source)
@@ -124,7 +129,7 @@ def train(
                 job.profile.close()
             _finish_pictures(job)
     if world.is_main:
-        console.print(tables.closing(run.folder, trainer, time.monotonic() - started))
+        console.print(tables.closing(run.folder, trainer.result(), time.monotonic() - started))
     trainer.engine.close()
     for loader in job.loaders:
         loader.close()
@@ -133,7 +138,7 @@ def train(
 
 def _job(
     run: Run,
-    config: Config,
+    task: Task,
     inputs: Inputs,
     reader: checkpoint.Reader | None,
     stop_signal: StopSignal,
@@ -142,15 +147,15 @@ def _job(
     list_bad_samples(run, inputs.loaders)
     return _Session(
         run=run,
-        config=config,
+        config=task.config,
+        task=task,
         plan=inputs.plan,
-        classes=inputs.classes,
         loaders=inputs.loaders,
         stop_signal=stop_signal,
         writer=Writer(run.checkpoints, run.world, partial(_tell_of_save, run), dog.writing),
         watchdog=dog,
-        log=_open_log(run, config, reader),
-        profile=_profile(run, config) if config.train.profile else None,
+        log=_open_log(run, task.config, reader),
+        profile=_profile(run, task) if task.config.train.profile else None,
     )
 
 
@@ -179,13 +184,13 @@ def _assemble(
     run, config, world = job.run, job.config, job.run.world
     distributed.seed_everything(config.train.seed)
     if config.zero.stage == 3 and source is None:
-        model = _build_in_parts(config, world, reader)
+        model = _build_in_parts(job.task, world, reader)
     else:
-        model = build(config.model, config.moe, world.expert)
+        model = job.task.build_model(world.expert)
         if reader is not None:
             checkpoint.load_weights(model, reader, _layout(model, world))
-    by_name = job.classes if config.data.match_classes == "name" else None
-    started_from = load_pretrained(model, source, by_name) if source else ""
+    by_name = job.task.class_names if config.data.match_classes == "name" else None
+    started_from = load_pretrained(job.task.backbone(model), source, by_name) if source else ""
     exact = as_it_is(model) if source else None
     engine = _build_engine(config, model, world)
     if exact is not None:
@@ -194,7 +199,7 @@ def _assemble(
     if reader is not None:
         position = _restore(reader, engine, config, world, job.plan, place)
     if world.is_main and place is None:
-        cost = count(config.model, config.moe)
+        cost = count(config.model, config.moe, job.task.build_model)
         run.console.print(tables.header(config, run.folder, world, engine.dtype, cost, job.loaders))
     if source is not None:
         run.say(f"started from {config.model.pretrained}: {started_from}")
@@ -254,7 +259,7 @@ def _show_data(job: _Session, reader: checkpoint.Reader | None) -> None:
     """A picture of what the model is to see, in the run directory and in TensorBoard."""
     if job.log is not None and reader is None:
         path = job.run.folder / "data.png"
-        draw = partial(contact_sheet, job.config, job.loaders[0], job.loaders[1], path)
+        draw = partial(contact_sheet, job.task, job.loaders[0], job.loaders[1], path)
         show_picture(job.log, "data/first_batches", path, draw)
 
 
@@ -271,10 +276,7 @@ def _log_place(world: World) -> None:
     )
 
 
-def _check(config: Config, world: World) -> None:
-    """What can be refused before anything is built."""
-    if config.model.num_classes == 0:
-        raise ValueError("model.num_classes=0: training needs at least one class")
+def _choose_ops(config: Config, world: World) -> None:
     if not config.ops.fused:
         ops.use_references()
     if config.ops.allow_unverified:
@@ -283,21 +285,21 @@ def _check(config: Config, world: World) -> None:
         ops.require_fused(world.device.type)
 
 
-def _build_in_parts(
-    config: Config, world: World, reader: checkpoint.Reader | None
-) -> SwinTransformer:
+def _build_in_parts(task: Task, world: World, reader: checkpoint.Reader | None) -> nn.Module:
     """The model for ZeRO-3: cut module by module, it is never whole on any rank."""
     with torch.device("meta"), torch.random.fork_rng(devices=[]):
-        outline = build(config.model, config.moe, world.expert)
+        outline = task.build_model(world.expert)
     layout = _layout(outline, world)
 
     def fill(name: str, parameter: torch.nn.Parameter) -> None:
         if reader is not None:
             checkpoint.load_weight(name, parameter, reader, layout)
 
+    config = task.config
     dtype = resolve_precision(config.precision, world.device)
     cut = cutter(_own_files(config), world, dtype, largest_parameter(outline))
-    model = build_in_parts(config.model, config.moe, world.expert, cut, fill)
+    build = partial(task.build_model, world.expert, initialise=False)
+    model = build_in_parts(build, cut, fill)
     if reader is not None:
         checkpoint.load_buffers(model, reader, layout)
     return model
@@ -312,7 +314,7 @@ def _own_files(config: Config) -> ZeroConfig:
     return config.zero.model_copy(update={"nvme_path": str(Path(config.zero.nvme_path) / name)})
 
 
-def _build_engine(config: Config, model: SwinTransformer, world: World) -> Engine:
+def _build_engine(config: Config, model: nn.Module, world: World) -> Engine:
     return Engine(
         model,
         world,
@@ -328,13 +330,13 @@ def _tune_overlap(run: Run, config: Config, engine: Engine) -> None:
     if config.moe.overlap_degree != "auto" or run.world.expert.size == 1:
         return
     height, width = config.model.token_grid
-    for index, stage in enumerate(engine.model.layers):
-        layers = [module for module in stage.modules() if isinstance(module, MoELayer)]
-        if layers:
-            sides = -(-height // 2**index), -(-width // 2**index)
-            shape = (config.data.batch_size, *sides)
-            told = choose_overlap(layers, shape, run.world.device, engine.dtype)
-            run.say(f"stage {index}: {told}")
+    stages: dict[int, list[MoELayer]] = {}
+    for name, layer in moe_layers(engine.model).items():
+        stages.setdefault(stage_of(name), []).append(layer)
+    for stage, layers in stages.items():
+        shape = (config.data.batch_size, -(-height // 2**stage), -(-width // 2**stage))
+        line = choose_overlap(layers, shape, run.world.device, engine.dtype)
+        run.say(f"stage {stage}: {line}")
 
 
 def _open_log(run: Run, config: Config, reader: checkpoint.Reader | None) -> MetricLog | None:
@@ -353,9 +355,7 @@ def _build_trainer(job: _Session, engine: Engine, position: Position, went_back:
         schedule=build_schedule(engine.optimizer, config.schedule, plan.updates_per_epoch, batch),
         train_loader=job.loaders[0],
         eval_loader=job.loaders[1],
-        mixing=build_mixing(
-            config.augment, config.model.num_classes, config.train.seed, world.rank
-        ),
+        task=job.task,
         world=world,
         log=job.log,
         save=partial(_save, job, engine),
@@ -370,8 +370,9 @@ def _build_trainer(job: _Session, engine: Engine, position: Position, went_back:
     )
 
 
-def _profile(run: Run, config: Config) -> Profile:
+def _profile(run: Run, task: Task) -> Profile:
     """Model FLOPs are six a multiply-accumulate: two, and twice as many in the backward pass."""
+    config = task.config
     images = config.data.batch_size * config.train.micro_steps
     flops = 6.0 * count(config.model, config.moe).macs * images
     peak = peak_flops(run.world.device, resolve_precision(config.precision, run.world.device))
@@ -383,8 +384,8 @@ def _global_batch(config: Config, world: World) -> int:
     return config.data.batch_size * config.train.micro_steps * world.size
 
 
-def _layout(model: SwinTransformer, world: World) -> ExpertLayout:
-    experts = model.moe.num_experts
+def _layout(model: nn.Module, world: World) -> ExpertLayout:
+    experts = num_experts(model)
     share = expert_share(experts, world.expert.rank, world.expert.size)
     return ExpertLayout(expert_parameter_names(model), experts, share)
 
@@ -418,7 +419,7 @@ def _restore(
     plan: TrainingPlan,
     place: Position | None,
 ) -> Position:
-    position = Position(**reader.state["position"])
+    position = Position.of(reader.state["position"])
     if place is None:
         batch = _global_batch(config, world)
         _convert_position(position, reader.state, batch, plan)
@@ -438,6 +439,7 @@ def _save(job: _Session, engine: Engine, position: Position) -> None:
     config, world = job.config, job.run.world
     state = {
         "position": position.state(),
+        "metric": job.task.metric._asdict(),
         "global_batch": _global_batch(config, world),
         "updates_per_epoch": job.plan.updates_per_epoch,
         "processes": world.size,
@@ -451,7 +453,7 @@ def _save(job: _Session, engine: Engine, position: Position) -> None:
         _layout(engine.model, world),
         state=state,
         config_text=dump_config(config),
-        class_names=job.classes,
+        class_names=job.task.class_names,
         keep_last=config.checkpoint.keep_last,
         best_step=position.best_step,
         size=engine.saved_bytes,
@@ -478,5 +480,6 @@ def _finish_pictures(job: _Session) -> None:
     """Draw what came of it, even if it failed."""
     if job.log is not None:
         folder = job.run.folder
-        show_picture(job.log, "summary", folder / "summary.png", partial(draw_summary, folder))
+        draw = partial(draw_summary, folder, job.task.metrics)
+        show_picture(job.log, "summary", folder / "summary.png", draw)
         job.log.close()

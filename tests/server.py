@@ -16,7 +16,7 @@ from swin_moe.common import fork_server
 SOCKET = "SWIN_MOE_TESTS_FORK"  # environment variable: where the server listens
 MODULES = (
     "swin_moe.launch.elastic", "swin_moe.train", "swin_moe.evaluate", "swin_moe.inspection",
-    "swin_moe.data.tools.show", "sympy", "matplotlib.pyplot", "torch.utils.tensorboard",
+    "swin_moe.reporting.contact_sheet", "sympy", "matplotlib.pyplot", "torch.utils.tensorboard",
 )  # fmt: skip
 _SERVE = (
     "import sys; from pathlib import Path; from swin_moe.common import fork_server as f; "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -23,7 +24,7 @@ def list_table(path: Path) -> Table:
     """What each checkpoint of a run is: where in the training, how large, written by whom."""
     table = Table(box=SIMPLE_HEAD)
     table.add_column("checkpoint", overflow="fold")
-    for column in ("step", "epoch", "best top-1", "MB", "files", "written by", "is"):
+    for column in ("step", "epoch", "best", "MB", "files", "written by", "is"):
         table.add_column(column, justify="right" if column != "is" else "left")
     for folder in checkpoint.find(path):
         names = [n for n in ("last", "best") if (folder.parent / n).resolve() == folder.resolve()]
@@ -39,17 +40,28 @@ def _row(folder: Path) -> list[str]:
     contents = Contents(folder)
     state = contents.state
     position = state.get("position", {})
-    top1 = position.get("best_top1", -1)
     keys = ("processes", "expert_parallel_size", "zero_stage")
     processes, group, stage = (state.get(key, "?") for key in keys)
     return [
         str(state.get("step", "")),
         f"{position['epoch']} + {position['update']}" if "epoch" in position else "",
-        f"{top1:.2f} %" if top1 >= 0 else "",
+        _best(state),
         f"{_size(folder) / 1e6:.1f}",
         str(len(contents.files)),
         f"{processes} × EP {group} × ZeRO {stage}",
     ]
+
+
+def _best(state: dict[str, Any]) -> str:
+    """The best value of the run's metric until then, such as ``top-1 87.00 %``."""
+    position = state.get("position", {})
+    if "best_top1" in position:  # of an earlier version
+        return f"top-1 {position['best_top1']:.2f} %" if position["best_top1"] >= 0 else ""
+    value, metric = position.get("best"), state.get("metric", {})
+    if value is None:
+        return ""
+    unit = metric.get("unit", "")
+    return f"{metric.get('label', '')} {f'{value:.2f} {unit}' if unit else f'{value:.4f}'}"
 
 
 def _size(folder: Path) -> int:

@@ -296,7 +296,7 @@ def _data(arguments: argparse.Namespace, console: Any) -> int:
         return DONE if well else FAILED
     else:
         from ..config import load_config
-        from ..data.tools.show import show
+        from ..reporting.contact_sheet import show
 
         show(load_config(arguments.config, arguments.overrides), arguments.output, console)
     return DONE

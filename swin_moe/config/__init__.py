@@ -1,6 +1,6 @@
 """Typed configuration: strict YAML in, sections of typed keys out."""
 
-from .batch import micro_batches, share_global_batch
+from .batch import micro_batch_sizes, micro_batches, share_global_batch
 from .idle import idle_keys
 from .loading import (
     KNOWN,
@@ -16,6 +16,7 @@ from .loading import (
     validate_architecture,
 )
 from .sections import (
+    REFERENCE_BATCH,
     Architecture,
     AugmentConfig,
     CheckpointConfig,
@@ -34,12 +35,16 @@ from .sections import (
     ZeroConfig,
     check_moe_blocks,
 )
+from .tasks import TASKS, ClassificationConfig, SimMIMConfig
 
 __all__ = [
     "KNOWN",
+    "REFERENCE_BATCH",
+    "TASKS",
     "Architecture",
     "AugmentConfig",
     "CheckpointConfig",
+    "ClassificationConfig",
     "Config",
     "ConfigError",
     "DataConfig",
@@ -52,6 +57,7 @@ __all__ = [
     "ParallelConfig",
     "PrecisionConfig",
     "ScheduleConfig",
+    "SimMIMConfig",
     "TrainConfig",
     "ZeroConfig",
     "check_moe_blocks",
@@ -60,6 +66,7 @@ __all__ = [
     "idle_keys",
     "load_config",
     "load_plain",
+    "micro_batch_sizes",
     "micro_batches",
     "parse_overrides",
     "refuse_dense",

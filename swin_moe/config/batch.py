@@ -49,7 +49,7 @@ def micro_batches(config: Config, processes: int) -> tuple[int, int]:
     if ``train.gradient_accumulation_steps`` is ``auto``.
     """
     total, most = config.data.global_batch, config.data.batch_size
-    pairs = config.augment.mixup > 0 or config.augment.cutmix > 0
+    pairs = config.mixes_pairs
     each, rest = divmod(total, processes)
     unit = 2 if pairs else 1
     if rest or each % unit:
@@ -70,6 +70,12 @@ def micro_batches(config: Config, processes: int) -> tuple[int, int]:
             f"data.batch_size={most} does not divide: set data.batch_size={_or(fitting)}"
         )
     return most, each // most
+
+
+def micro_batch_sizes(config: Config, images: int) -> list[int]:
+    """The sizes into which the images of an update can be cut, largest first."""
+    sizes = [size for size in range(images, 0, -1) if images % size == 0]
+    return [size for size in sizes if not (config.mixes_pairs and size % 2)]
 
 
 def _near(total: int, number: int) -> list[int]:

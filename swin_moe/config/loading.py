@@ -23,6 +23,7 @@ from .kinds import check_path
 from .mixture import dense_by_mistake
 from .renamed import present_name, rename
 from .sections import Architecture, Config
+from .tasks import TASKS
 from .variants import FAMILIES, VARIANTS
 from .yaml_core import ConfigError, Key, NotOurYaml
 
@@ -48,13 +49,15 @@ def _short(text: str, length: int) -> str:
 
 def _kind(key: Key) -> Any:
     """The type of a section or of a key's values; None if there is no such key."""
-    kind: Any = Config
+    kinds: list[Any] = [Config]
     for part in present_name(key):
-        field = getattr(kind, "model_fields", {}).get(part)
-        if field is None:
+        fields = [getattr(kind, "model_fields", {}).get(part) for kind in kinds]
+        found = [field.annotation for field in fields if field is not None]
+        if not found:
             return None
-        kind = field.annotation
-    return kind
+        # The section of a task is one of several.
+        kinds = list(TASKS.values()) if key[:1] == ("task",) and part == "task" else found[:1]
+    return kinds[0]
 
 
 def _is_text(key: Key) -> bool:
@@ -182,7 +185,11 @@ def _word(key: Key, text: str) -> Any:
 
 def _valid_keys(section: Key) -> list[str]:
     """Dotted names of the keys of a section, or of the sections."""
-    return [".".join((*section, name)) for name in getattr(_kind(section), "model_fields", ())]
+    if not section:
+        return list(Config.model_fields)
+    kinds = TASKS.values() if section == ("task",) else [_kind(section)]
+    fields = dict.fromkeys(name for kind in kinds for name in getattr(kind, "model_fields", ()))
+    return [".".join((*section, name)) for name in fields]
 
 
 def _all_keys() -> list[str]:
@@ -195,6 +202,9 @@ def _suggest(key: Key) -> str:
     if len(key) == 1 and name in _all_keys():
         section, _, leaf = name.partition(".")
         return f"in a file, write '{section}:' and below it '{leaf}:'"
+    owners = [name for name, kind in TASKS.items() if key[1:2] and key[1] in kind.model_fields]
+    if key[0] == "task" and owners:
+        return f"only task.name={_or(owners)} has it"
     leaf = key[-1].lower().replace("-", "_")
     leaf = "base_lr" if leaf in ("lr", "learning_rate") else leaf
     same = [other for other in _all_keys() if _leaf(other) == leaf]
@@ -218,7 +228,7 @@ def _near(leaf: str, names: list[str]) -> list[str]:
 
 def _explain(error: ValidationError, origins: Origins, source: str) -> ConfigError:
     """The first key that is wrong, as one line."""
-    errors = error.errors()
+    errors = [_without_tag(each) for each in error.errors()]
     key = tuple(str(part) for part in errors[0]["loc"][:2])
     # A value may have several forms. The one that fits furthest says what is wrong.
     same = [other for other in errors if other["loc"][: len(key)] == errors[0]["loc"][:2]]
@@ -231,20 +241,30 @@ def _explain(error: ValidationError, origins: Origins, source: str) -> ConfigErr
         known = known[:-1]
     below = (place for other, place in origins.items() if other[: len(key)] == key)
     place = origins.get(known) or next(below, source)
+    if first["type"] == "union_tag_invalid":
+        place = origins.get(("task", "name"), place)
     name = ".".join(key) + "".join(f"[{index}]" for index in _indices(first))
     value = "null" if first["input"] is None else _short(repr(first["input"]), 60)
     if first["type"] == "extra_forbidden":
         message = f"unknown key '{name}': {_suggest(key)}"
+    elif first["type"] == "union_tag_invalid":
+        message = f"task.name={first['input']['name']!r:.60}: expected {_or(list(TASKS))}"
     elif first["type"] == "value_error":
         cause = str(first["ctx"]["error"])
         message = f"{name}: {cause}" if name else cause
-    elif first["type"] == "model_type":
+    elif first["type"] in ("model_type", "model_attributes_type"):
         message = f"'{name}' is a section and needs keys below it, got {value}"
     else:
         wanted = " or ".join(dict.fromkeys(map(_expected, same)))
         message = f"{name}={value}: expected {wanted}{_hint(first)}"
     more = len({other["loc"][:2] for other in errors}) - 1
     return _error(place, message + (f" (and {more} more)" if more else ""))
+
+
+def _without_tag(error: Any) -> Any:
+    """An error whose place does not name the chosen one of several sections."""
+    place = error["loc"]
+    return error | {"loc": place[:1] + place[2:]} if place[:1] == ("task",) else error
 
 
 _BOUNDS = {
@@ -265,6 +285,10 @@ def _expected(error: Any) -> str:
         return f"a list of at most {error['ctx']['max_length']}"
     message = str(error["msg"]).removeprefix("Input should be ")
     return message.removeprefix("a valid ").removeprefix("valid ")
+
+
+def _or(names: list[str]) -> str:
+    return " or ".join(map(repr, names))
 
 
 def _hint(error: Any) -> str:
@@ -368,6 +392,9 @@ def _validate(
         place = origins.get(("model", "name"), source)
         raise _error(place, f"model.name={unknown_model(name)}")
     known = KNOWN.get(name, {}) if isinstance(name, str) else {}
+    if kind is Config:
+        raw = _with_task(raw)
+        known = _merge(known, _task_defaults(raw))
     try:
         config = kind.model_validate(_merge(known, raw))
     except ValidationError as error:
@@ -377,6 +404,20 @@ def _validate(
             keys.keys() - (raw.get(section) or {}).keys()
         )
     return config
+
+
+def _with_task(raw: dict[str, Any]) -> dict[str, Any]:
+    """Name the default task where the section leaves its name out."""
+    task = raw.get("task", {})
+    return {**raw, "task": {"name": "classification", **task}} if isinstance(task, dict) else raw
+
+
+def _task_defaults(raw: dict[str, Any]) -> dict[str, Any]:
+    """What the chosen task sets in other sections, unless they are stated."""
+    task = raw["task"]
+    name = task.get("name") if isinstance(task, dict) else None
+    chosen = TASKS.get(name) if isinstance(name, str) else None
+    return chosen.defaults if chosen else {}
 
 
 def unknown_model(name: str) -> str:

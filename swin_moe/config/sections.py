@@ -4,16 +4,11 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from . import kinds
-from .kinds import NonNegative, NonNegativeFloat, Positive, Rate
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(
-        extra="forbid", strict=True, validate_assignment=True, allow_inf_nan=False
-    )
+from .kinds import NonNegative, NonNegativeFloat, Positive, Rate, Section
+from .tasks import ClassificationConfig, TaskConfig
 
 
 class ModelConfig(Section):
@@ -185,16 +180,18 @@ class MoEConfig(Section):
 
     @property
     def layer_aux_loss_weight(self) -> float:
-        """The one weight of a layer's own config, see :meth:`of_layer`."""
+        """The one weight of a layer's own config, see :meth:`of_block`."""
         if isinstance(self.aux_loss_weight, list):
             raise ValueError("aux_loss_weight: a single layer has one weight, not a list")
         return self.aux_loss_weight
 
-    def of_layer(self, index: int) -> MoEConfig:
-        """The config of the index-th MoE layer, with its own balance weight."""
+    def of_block(self, stage: int, block: int) -> MoEConfig:
+        """The config of one MoE layer, with its own balance weight."""
         weight = self.aux_loss_weight
-        own = float(weight[index] if isinstance(weight, list) else weight)
-        return self.model_copy(update={"aux_loss_weight": own})
+        if isinstance(weight, list):
+            layers = [(i, j) for i, blocks in enumerate(self.blocks) for j in sorted(blocks)]
+            weight = weight[layers.index((stage, block))]
+        return self.model_copy(update={"aux_loss_weight": float(weight)})
 
 
 class DataConfig(Section):
@@ -255,6 +252,9 @@ class AugmentConfig(Section):
             if len(pair) != 2 or pair[0] > pair[1]:
                 raise ValueError(f"{name}={pair} must be [low, high]")
         return self
+
+
+REFERENCE_BATCH = 512  # images per update for which base_lr, warmup_lr and min_lr are meant
 
 
 class OptimizerConfig(Section):
@@ -419,6 +419,7 @@ class Architecture(Section):
 class Config(Architecture):
     """The whole configuration. Modules are handed their own section, never this."""
 
+    task: TaskConfig = ClassificationConfig()
     data: DataConfig = DataConfig()
     augment: AugmentConfig = AugmentConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -431,6 +432,12 @@ class Config(Architecture):
     faults: FaultsConfig = FaultsConfig()
     log: LogConfig = LogConfig()
     ops: OpsConfig = OpsConfig()
+
+    @property
+    def mixes_pairs(self) -> bool:
+        """Whether images are mixed two by two, so that micro-batches must be even."""
+        mixes = self.augment.mixup > 0 or self.augment.cutmix > 0
+        return mixes and self.task.mixes_images
 
     @model_validator(mode="after")
     def _check(self) -> Config:
@@ -450,8 +457,7 @@ class Config(Architecture):
                 f"zero.stage=3 with parallel.expert_parallel_size={group} is not supported: use "
                 "parallel.expert_parallel_size=1 (ZeRO-3 then shards the experts) or zero.stage=2"
             )
-        mixes = self.augment.mixup > 0 or self.augment.cutmix > 0
-        if mixes and self.data.batch_size % 2:
+        if self.mixes_pairs and self.data.batch_size % 2:
             raise ValueError(
                 f"data.batch_size={self.data.batch_size} is odd, but mixup and cutmix need pairs: "
                 "make it even, or set augment.mixup=0 augment.cutmix=0"

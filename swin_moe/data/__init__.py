@@ -1,7 +1,7 @@
 """Datasets, transforms and resumable batches.
 
 :func:`build_loader` opens whatever holds images; its batches depend on seed, epoch and position
-alone. :func:`build_mixing` erases and mixes a batch on its device.
+alone.
 """
 
 from typing import TYPE_CHECKING
@@ -11,9 +11,8 @@ from ..common.deferred import exports
 if TYPE_CHECKING:
     from .dataset import Batch
     from .loader import Loader, build_loader, loader_of
-    from .mixing import build_mixing
 
-__all__ = ["Batch", "Loader", "build_loader", "build_mixing", "loader_of"]
+__all__ = ["Batch", "Loader", "build_loader", "loader_of"]
 
 # What prepares and verifies data must not wait for torch.
 __getattr__ = exports(
@@ -23,6 +22,5 @@ __getattr__ = exports(
         "Loader": "loader",
         "build_loader": "loader",
         "loader_of": "loader",
-        "build_mixing": "mixing",
     },
 )

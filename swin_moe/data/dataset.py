@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 from torch.utils.data import Dataset
 
 from .bad_samples import Skipped
@@ -18,31 +20,47 @@ from .transforms import Transform
 
 
 class Sample(NamedTuple):
-    """Pixels [H, W, C] uint8 with their label; zeros and −1 for padding and unreadable samples.
+    """Pixels [H, W, C] uint8 with their target; zeros and −1 for padding and unreadable samples.
 
     ``place`` is the sample's index in the split, −1 for padding.
     """
 
     pixels: np.ndarray
-    label: int
+    target: Any
     place: int
     skipped: Skipped | None = None
 
+    @property
+    def valid(self) -> bool:
+        return self.place >= 0 and self.skipped is None
+
 
 class Batch(NamedTuple):
-    """Images [B, C, H, W] uint8, labels [B] int64, and the samples that could not be read.
+    """Samples of one micro-step on one rank.
 
-    Bytes, because a worker hands over, and a GPU receives, four times as many images a second so;
-    :meth:`Loader.on_device` makes of them what a model takes. Memory is channels-last.
+    A loader yields the images as bytes: a worker hands over, and a GPU receives, four times as many
+    a second. The task then prepares them for the model.
 
-    In evaluation, label −1 marks padding and unreadable samples; no metric may count them.
-    ``indices`` [B] int64 are the samples' places in the split, −1 for padding.
+    Attributes:
+        inputs: arguments of the model's forward by name. From a loader: ``images`` [B, C, H, W]
+            uint8, channels-last in memory.
+        targets: of the task, from a loader labels [B] int64.
+        valid: [B] bool, False for padding and unreadable samples, which no metric may count.
+        indices: [B] int64, places in the split, −1 for padding; they stay on the host.
+        skipped: the samples that could not be read.
     """
 
-    images: Tensor
-    labels: Tensor
-    skipped: list[Skipped]
+    inputs: dict[str, Tensor]
+    targets: Any
+    valid: Tensor
     indices: Tensor
+    skipped: list[Skipped]
+
+    def to(self, device: torch.device) -> Batch:
+        inputs, targets, valid = tree_map(
+            lambda x: x.to(device, non_blocking=True), (self.inputs, self.targets, self.valid)
+        )
+        return self._replace(inputs=inputs, targets=targets, valid=valid)
 
 
 class ImageDataset(Dataset[Sample]):
@@ -77,20 +95,30 @@ class ImageDataset(Dataset[Sample]):
 
 
 def collate(samples: list[Sample]) -> Batch:
-    """Stack samples to a batch."""
+    """Stack images and labels."""
     pixels = torch.from_numpy(np.stack([sample.pixels for sample in samples]))
     return Batch(
-        pixels.permute(0, 3, 1, 2),
-        torch.tensor([sample.label for sample in samples]),
-        [sample.skipped for sample in samples if sample.skipped is not None],
+        {"images": pixels.permute(0, 3, 1, 2)},
+        torch.tensor([sample.target for sample in samples]),
+        torch.tensor([sample.valid for sample in samples]),
         torch.tensor([sample.place for sample in samples]),
+        [sample.skipped for sample in samples if sample.skipped is not None],
     )
 
 
-def replace_unreadable(batch: Batch) -> Batch:
-    """Put the next readable sample, cyclically, in each unreadable one's place, with its label."""
-    size = len(batch.labels)
-    good = (batch.labels >= 0).tolist()
-    chosen = [next(j % size for j in range(i, i + size) if good[j % size]) for i in range(size)]
-    images, labels, indices = (t[chosen] for t in (batch.images, batch.labels, batch.indices))
-    return Batch(images, labels, batch.skipped, indices)
+class CollateReadable:
+    """In training, puts the next readable sample, cyclically, in each unreadable one's place.
+
+    A batch without any readable sample stays as it is.
+    """
+
+    def __init__(self, collate: Callable[[list[Sample]], Batch]) -> None:
+        self.collate = collate
+
+    def __call__(self, samples: list[Sample]) -> Batch:
+        skipped = [sample.skipped for sample in samples if sample.skipped is not None]
+        size = len(samples)
+        if skipped and any(sample.valid for sample in samples):
+            rows = [(samples[i:] + samples[:i]) for i in range(size)]
+            samples = [next(sample for sample in row if sample.valid) for row in rows]
+        return self.collate(samples)._replace(skipped=skipped)

@@ -13,12 +13,11 @@ import re
 import shutil
 import signal
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader
 
 from ..common.fork_server import die_with_parent
@@ -27,10 +26,9 @@ from ..common.text import plain
 from ..config import AugmentConfig, Config, DataConfig
 from .bad_samples import BadSamples, allowed_bad
 from .classes import difference, places_as_labels
-from .dataset import Batch, ImageDataset, collate, replace_unreadable
+from .dataset import Batch, CollateReadable, ImageDataset, Sample, collate
 from .files import Source
 from .names import alike
-from .normalise import Normalise
 from .sampler import Draw, ResumableSampler
 from .source import empty_classes, open_source
 from .transforms import build_transform
@@ -61,9 +59,9 @@ class Loader:
         dataset: ImageDataset,
         sampler: ResumableSampler,
         num_workers: int,
-        normalise: Normalise,
         description: str,
         most_bad: float,
+        collate: Callable[[list[Sample]], Batch] = collate,
     ) -> None:
         self.num_samples = len(dataset.source)
         self.class_names, self.description = dataset.source.class_names, description
@@ -71,13 +69,13 @@ class Loader:
         self.classes_seen = int((counts > 0).sum())
         names = enumerate(self.class_names or ())
         self.missing_classes = [n for label, n in names if not counts[label : label + 1].any()]
-        self._normalise = normalise
+        self._collate = collate
         self.bad, self.workers = BadSamples(), num_workers
         self._sampler, self._dataset, self._most_bad = sampler, dataset, most_bad
         self._loader = DataLoader(
             dataset,
             batch_sampler=sampler,
-            collate_fn=collate,
+            collate_fn=CollateReadable(collate) if sampler.training else collate,
             num_workers=num_workers,
             persistent_workers=num_workers > 0,
             pin_memory=torch.cuda.is_available(),
@@ -121,11 +119,6 @@ class Loader:
         batch = self._sampler.batch_size * math.prod(self._dataset.shape)
         check_shared_memory(self.workers, batch, self.description.partition(":")[0])
 
-    def on_device(self, batch: Batch, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Images [B, C, H, W] float32, normalised by ``data.mean`` and ``std``, and labels [B]."""
-        images = batch.images.to(device, non_blocking=True)
-        return self._normalise(images), batch.labels.to(device, non_blocking=True)
-
     def label(self, index: int) -> int:
         """The label of a sample of the split, without reading it."""
         return int(self._dataset.source.labels[index])
@@ -136,13 +129,13 @@ class Loader:
 
     def pick(self, indices: Sequence[int]) -> Batch:
         """These samples of the split as a batch, read in this process, in the form of epoch 0."""
-        return collate([self._dataset[Draw(0, index)] for index in indices])
+        return self._collate([self._dataset[Draw(0, index)] for index in indices])
 
     def peek(self, batches: int) -> Iterator[Batch]:
         """The first batches of epoch 0, read in this process; the epochs are not touched."""
         self._sampler.set_position(0, 0)
         for positions in itertools.islice(self._sampler, batches):
-            batch = collate([self._dataset[position] for position in positions])
+            batch = self._loader.collate_fn([self._dataset[position] for position in positions])
             yield self._mended(batch) if batch.skipped else batch
 
     def close(self) -> None:
@@ -154,11 +147,8 @@ class Loader:
             self._loader._iterator = None
 
     def _mended(self, batch: Batch) -> Batch:
-        if not self._sampler.training:
-            return batch
-        if len(batch.skipped) == len(batch.labels):
-            batch = self._others(batch)
-        return replace_unreadable(batch)
+        nothing = self._sampler.training and len(batch.skipped) == len(batch.valid)
+        return self._others(batch) if nothing else batch
 
     def _others(self, batch: Batch) -> Batch:
         """Replace a batch without readable samples by other samples of the split.
@@ -166,7 +156,7 @@ class Loader:
         They are drawn at random, since neighbours are often damaged together. The draw depends only
         on seed, epoch and the batch's own samples, so that a resume takes the same ones.
         """
-        epoch, wanted = self._sampler.epoch, len(batch.labels)
+        epoch, wanted = self._sampler.epoch, len(batch.valid)
         draw = np.random.default_rng([self._dataset.seed, epoch, *batch.indices.tolist()])
         tries = min(self.num_samples, int(self._most_bad) + wanted)
         drawn = draw.choice(self.num_samples, tries, replace=False).tolist()
@@ -179,7 +169,7 @@ class Loader:
                 f"allows, first {plain(bad.key)} ({plain(bad.reason)})"
             )
         filled = [found[i % len(found)] for i in range(wanted)]
-        return collate(filled)._replace(skipped=batch.skipped)
+        return self._collate(filled)._replace(skipped=batch.skipped)
 
 
 def _workers(wanted: int, batches: int, say: bool) -> int:
@@ -280,6 +270,7 @@ def loader_of(
     rank: int = 0,
     world_size: int = 1,
     classes: list[str] | None = None,
+    collate: Callable[[list[Sample]], Batch] = collate,
 ) -> Loader:
     """Batches of a config's training or held-out split for one rank, see :func:`build_loader`."""
     return build_loader(
@@ -293,6 +284,7 @@ def loader_of(
         world_size=world_size,
         seed=config.train.seed,
         classes=classes,
+        collate=collate,
     )
 
 
@@ -308,6 +300,7 @@ def build_loader(
     world_size: int,
     seed: int,
     classes: list[str] | None = None,
+    collate: Callable[[list[Sample]], Batch] = collate,
 ) -> Loader:
     """Open the training or validation split and prepare its batches for one rank.
 
@@ -351,9 +344,9 @@ def build_loader(
         dataset,
         sampler,
         workers,
-        Normalise(data.mean, data.std),
         f"{split}: {content}",
         allowed_bad(len(source), data.max_bad_share),
+        collate,
     )
 
 

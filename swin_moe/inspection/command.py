@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..common.drawing import check_picture, drawing
 from ..common.terminal import cell
@@ -15,7 +15,8 @@ from ..common.text import plain, shorten
 from ..data import Loader
 from ..distributed import World
 from ..evaluate import Opened, open_checkpoint
-from ..models import SwinTransformer
+from ..models.build import stage_of
+from ..moe import moe_layers, num_experts
 from .draw import draw_experts, draw_maps, to_pixels
 from .routes import LayerFindings, watched
 
@@ -87,8 +88,8 @@ def _title(checkpoint: Path) -> str:
     return plain(f"{run}{checkpoint.name}")
 
 
-def _chosen(model: SwinTransformer, path: Path, wanted: list[str]) -> list[str]:
-    names = model.moe_layer_names()
+def _chosen(model: nn.Module, path: Path, wanted: list[str]) -> list[str]:
+    names = list(moe_layers(model))
     if not names:
         raise ValueError(f"{plain(path)}: the model has no MoE layers (moe.blocks is empty)")
     for name in wanted:
@@ -105,27 +106,29 @@ def look(
     Returns:
         the images [C, H, W] to be drawn with their labels, by index; the findings by layer.
     """
-    model, loader = opened.model, opened.loader
+    model, loader, config = opened.model, opened.loader, opened.task.config
     samples = min(max(SAMPLES, count), loader.num_samples)
     indices = [place * loader.num_samples // samples for place in range(samples)]
     wanted = _one_of_each(loader, indices, count)
-    patch, classes = model.config.patch_size, model.config.num_classes
+    patch = config.model.patch_size
+    classes = config.model.num_classes or len(loader.class_names or ())
     found = {
-        name: LayerFindings.empty(patch << int(name.split(".")[1]), model.moe.num_experts, classes)
+        name: LayerFindings.empty(patch << stage_of(name), num_experts(model), classes)
         for name in names
     }
     drawn: dict[int, tuple[Tensor, int]] = {}
-    size = opened.config.data.eval_batch_size or opened.config.data.batch_size
+    size = config.data.eval_batch_size or config.data.batch_size
     for start in range(0, samples, size):
         part = indices[start : start + size]
         batch = loader.pick(part)
-        valid = batch.labels >= 0
-        images, labels = batch.images[valid], batch.labels[valid]
+        valid = batch.valid
+        prepared = opened.task.prepare(batch.to(device), start, training=False)
+        images, labels = batch.inputs["images"][valid], batch.targets[valid]
         part = [index for index, good in zip(part, valid.tolist(), strict=True) if good]
         if not part:
             continue
         with torch.no_grad(), watched(model) as seen:
-            opened.forward(loader.on_device(batch, device)[0][valid.to(device)])
+            opened.forward({key: x[prepared.valid] for key, x in prepared.inputs.items()})
         for name, layer in found.items():
             layer.add(images, labels, seen[name], CROPS)
             maps = seen[name].expert.cpu()

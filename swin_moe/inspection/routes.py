@@ -14,8 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..models import SwinTransformer
-from ..moe import MoELayer, Routing, RoutingPlan
+from ..moe import Routing, RoutingPlan, moe_layers
 
 NOBODY = -1  # in place of an expert: the token was dropped
 
@@ -53,19 +52,19 @@ def takings(routing: Routing, grid: tuple[int, int, int]) -> Takings:
 
 
 @contextmanager
-def watched(model: SwinTransformer) -> Iterator[dict[str, Takings]]:
+def watched(model: nn.Module) -> Iterator[dict[str, Takings]]:
     """Within it, every forward pass leaves the :class:`Takings` of each MoE layer by its name."""
     seen: dict[str, Takings] = {}
-    layers = [module for module in model.modules() if isinstance(module, MoELayer)]
+    layers = moe_layers(model)
     handles = []
-    for name, layer in zip(model.moe_layer_names(), layers, strict=True):
+    for name, layer in layers.items():
         grid: list[int] = []
         handles.append(layer.register_forward_pre_hook(partial(_note_grid, grid)))
         layer.route = partial(_route, layer.route, grid, seen, name)  # type: ignore[method-assign]
     try:
         yield seen
     finally:
-        for layer in layers:
+        for layer in layers.values():
             del layer.__dict__["route"]  # uncovers the method
         for handle in handles:
             handle.remove()

@@ -7,18 +7,18 @@ makes a model of a config. Models by name and with weights of a file come from `
 from typing import Any
 
 from .backbone import SwinFeatures
-from .build import build, expert_parameter_names, split_output
+from .build import build, expert_parameter_names
+from .outputs import Outputs
 from .simmim import SimMIM
-from .swin import MoEOutput, SwinTransformer
+from .swin import SwinTransformer
 
 __all__ = [
-    "MoEOutput",
+    "Outputs",
     "SimMIM",
     "SwinFeatures",
     "SwinTransformer",
     "build",
     "expert_parameter_names",
-    "split_output",
 ]
 
 

@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Literal, cast
 
-import torch
 from torch import Tensor, nn
 
 from ..moe import MoEResult
+from ..ops import is_leaving
 from .layers import Mlp
+from .outputs import Outputs
 from .swin import SwinBlock, SwinStage, SwinTransformer
 
 OutputFormat = Literal["NCHW", "NHWC"]
@@ -19,12 +20,12 @@ OutputFormat = Literal["NCHW", "NHWC"]
 class SwinFeatures(nn.Module):
     """Feature maps of chosen stages, each taken before patch merging and normed by its own norm.
 
-    Called with images [B, in_chans, H, W] of any size it gives one map per chosen stage i,
-    [B, C·2^i, ⌈H/s⌉, ⌈W/s⌉] or channels last, where s = patch_size·2^i. Norms are named ``norm0``,
-    ``norm1``, … as in the official detection code.
+    Called with images [B, in_chans, H, W] of any size it returns :class:`Outputs` with a list of
+    maps, one per chosen stage i: [B, C·2^i, ⌈H/s⌉, ⌈W/s⌉] or channels last, where
+    s = patch_size·2^i. Norms are named ``norm0``, ``norm1``, … as in the official detection code.
 
     Args:
-        backbone: taken over and cut: its norm and head, and what follows the last chosen stage, go.
+        backbone: is modified: norm, head and the stages after the last chosen one are removed.
         out_indices: ascending indices of stages.
         frozen_stages: −1 freezes nothing, 0 patch and position embedding, n also the first n
             stages. What is frozen stays in eval mode.
@@ -89,29 +90,22 @@ class SwinFeatures(nn.Module):
             module.eval()
         return self
 
-    def forward(self, images: Tensor) -> list[Tensor]:
-        return self._forward(images)[0]
-
-    def forward_with_loss(self, images: Tensor) -> tuple[list[Tensor], Tensor]:
-        """The maps, and the MoE layers' weighted balance losses summed to a scalar (dense: 0)."""
-        maps, routed = self._forward(images)
-        losses = [result.aux_loss for result in routed]
-        return maps, torch.stack(losses).sum() if losses else maps[0].new_zeros(())
-
-    def _forward(self, images: Tensor) -> tuple[list[Tensor], list[MoEResult]]:
+    def forward(self, images: Tensor) -> Outputs:
         x = self.backbone.embed(images)
         maps: list[Tensor] = []
-        routed: list[MoEResult] = []
+        results: list[MoEResult] = []
         for i, layer in enumerate(self._stages()):
-            x, results = layer.forward_blocks(x)
-            routed += results
+            x, routed = layer.forward_blocks(x)
+            results += routed
             if i in self.out_indices:
                 normed = self.get_submodule(f"norm{i}")(x)
                 channels_first = self.output_format == "NCHW"
                 maps.append(normed.permute(0, 3, 1, 2).contiguous() if channels_first else normed)
             if layer.downsample is not None:
                 x = layer.downsample(x)
-        return maps, routed
+        if is_leaving() and not results:
+            return maps  # type: ignore[return-value]
+        return Outputs.of(maps, results)
 
 
 def _check(out: tuple[int, ...], stages: int, output_format: str, frozen_stages: int) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from ..config import ModelConfig, MoEConfig
 from .swin import FAMILIES, SwinTransformer, effective_window
@@ -27,10 +29,16 @@ class Cost:
     experts: int = 0
 
 
-def count(model: ModelConfig, moe: MoEConfig) -> Cost:
-    """Count from the config alone: the model is built on the meta device and needs no memory."""
+def count(model: ModelConfig, moe: MoEConfig, build: Callable[[], nn.Module] | None = None) -> Cost:
+    """Count from the config alone: the model is built on the meta device and needs no memory.
+
+    Args:
+        build: makes the model of a task around the backbone; multiply-accumulates are the
+            backbone's.
+    """
+    moe = moe.model_copy(update={"backend": "fused"})
     with torch.device("meta"), torch.random.fork_rng(devices=[]):
-        built = SwinTransformer(model, moe.model_copy(update={"backend": "fused"}))
+        built = build() if build else SwinTransformer(model, moe)
     sizes = {name: parameter.numel() for name, parameter in built.named_parameters()}
     experts = sum(size for name, size in sizes.items() if ".experts." in name)
     idle = experts - experts * moe.top_k // moe.num_experts

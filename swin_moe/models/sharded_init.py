@@ -9,25 +9,20 @@ import torch
 from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
-from ..config import ModelConfig, MoEConfig
-from ..distributed import Group
-from .swin import SwinTransformer
-
 Fill = Callable[[str, nn.Parameter], None]
 Take = Callable[[list[nn.Parameter]], None]
 
 
-def build_in_parts(
-    model: ModelConfig, moe: MoEConfig, expert_group: Group | None, take: Take, fill: Fill
-) -> SwinTransformer:
-    """The model of :func:`~swin_moe.models.build` from the same draws, a module at a time.
+def build_in_parts(build: Callable[[], nn.Module], take: Take, fill: Fill) -> nn.Module:
+    """Build a model from the same draws as whole, a module at a time.
 
     Args:
+        build: makes the model without its initial weights; ``init_weights`` then draws them.
         fill: called with the name and each initialised parameter, to put something else in it.
         take: called with a module's own parameters after that; it is to free their memory.
     """
     with _discarding():
-        built = SwinTransformer(model, moe, expert_group, initialise=False)
+        built = build()
     names = {id(module): name for name, module in built.named_modules()}
 
     @contextmanager
@@ -42,7 +37,7 @@ def build_in_parts(
             fill(prefix + name, parameter)
         take(list(own.values()))
 
-    built.init_weights(made)
+    built.init_weights(made)  # type: ignore[operator]
     return built
 
 

@@ -3,73 +3,62 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .outputs import Outputs
 from .swin import SwinTransformer
 
 
-class SimMIMOutput(NamedTuple):
-    """What SimMIM returns; train on ``loss + aux_loss``.
-
-    Attributes:
-        loss: scalar, mean absolute error of the masked pixels.
-        reconstruction: like the images.
-        aux_loss: scalar, sum of the MoE layers' weighted balance losses; 0 in a dense encoder.
-    """
-
-    loss: Tensor
-    reconstruction: Tensor
-    aux_loss: Tensor
-
-
 class SimMIM(nn.Module):
-    """Hides patches of an image from the encoder and predicts their pixels by one linear layer.
+    """An encoder that sees an image without its masked patches, and a layer that predicts pixels.
 
     State-dict names are the official ones: ``encoder.*`` with ``encoder.mask_token`` [1, 1, C], and
     ``decoder.0.*``, a 1×1 convolution to in_chans·stride² channels, stride = patch_size·2^(S−1).
 
     Args:
-        encoder: a model without classes; :meth:`init_weights` draws only what is added to it.
-        norm_target_size: side in pixels of the neighbourhood whose mean and variance normalise the
-            target (V2: 47); 0 = plain pixels (V1).
+        encoder: a model without classes, which gets a mask token.
+        initialise: draw the weights of mask token and decoder; otherwise the caller calls
+            :meth:`init_weights`.
 
     Raises:
-        ValueError: the encoder has classes, or the neighbourhood has no centre.
+        ValueError: the encoder has classes.
     """
 
-    def __init__(self, encoder: SwinTransformer, norm_target_size: int = 47) -> None:
+    def __init__(self, encoder: SwinTransformer, *, initialise: bool = True) -> None:
         super().__init__()
         config = encoder.config
         if config.num_classes:
             raise ValueError(f"SimMIM needs model.num_classes=0, not {config.num_classes}")
-        if norm_target_size and norm_target_size % 2 == 0:
-            raise ValueError(f"norm_target_size={norm_target_size} must be odd, or 0 for no norm")
         self.config = config
-        self.norm_target_size = norm_target_size
         self.encoder = encoder
-        # Of the encoder in the official files, and so in ours.
-        mask_token = nn.Parameter(torch.empty(1, 1, config.embed_dim))
-        self.encoder.register_parameter("mask_token", mask_token)
+        encoder.add_mask_token()
         stride = config.patch_size << (len(config.depths) - 1)
         self.decoder = nn.Sequential(
             nn.Conv2d(encoder.num_features, config.in_chans * stride**2, 1),
             nn.PixelShuffle(stride),
         )
-        self._init_own_weights()
+        if initialise:
+            nn.init.trunc_normal_(encoder.get_parameter("mask_token"), std=0.02)
 
     @torch.no_grad()
-    def init_weights(self) -> None:
-        """Set every parameter and buffer anew, by the official rules."""
-        self.encoder.init_weights()
-        self._init_own_weights()
+    def init_weights(
+        self, made: Callable[[nn.Module], AbstractContextManager[None]] = lambda _: nullcontext()
+    ) -> None:
+        """Set every parameter and buffer again, by the official rules.
 
-    def _init_own_weights(self) -> None:
-        nn.init.trunc_normal_(self.encoder.get_parameter("mask_token"), std=0.02)
-        self.decoder[0].reset_parameters()  # type: ignore[operator]
+        Args:
+            made: entered with each module while its own parameters are set, once.
+        """
+        self.encoder.init_weights(made)
+        for module in self.decoder:
+            with made(module):
+                if isinstance(module, nn.Conv2d):
+                    module.reset_parameters()
 
     def embed(self, images: Tensor, mask: Tensor) -> Tensor:
         """Tokens [B, H/p, W/p, C] before the position embedding, masked ones replaced.
@@ -86,22 +75,49 @@ class SimMIM(nn.Module):
         token = self.encoder.get_parameter("mask_token").to(tokens.dtype)
         return torch.where(mask.bool()[..., None], token, tokens)
 
-    def forward(self, images: Tensor, mask: Tensor) -> SimMIMOutput:
-        """Images [B, in_chans, H, W] and mask [B, H/p, W/p], 1 = masked."""
+    def forward(self, images: Tensor, mask: Tensor) -> Outputs:
+        """Reconstruct images [B, in_chans, H, W] from those patches that are not masked.
+
+        Args:
+            mask: [B, H/p, W/p], 1 or True = masked.
+        """
         height, width = images.shape[-2:]
         tokens = self.encoder.add_position(self.embed(images, mask))
-        features, routed = self.encoder.forward_stages(tokens)
+        features, results = self.encoder.forward_stages(tokens)
         reconstruction = self.decoder(features.permute(0, 3, 1, 2))[..., :height, :width]
-        target = images.to(_wide(images))
-        if self.norm_target_size:
-            target = norm_target(target, self.norm_target_size)
-        p = self.config.patch_size
-        pixels = mask.bool().repeat_interleave(p, 1).repeat_interleave(p, 2)
-        pixels = pixels[:, None, :height, :width].to(target.dtype)
-        error = ((target - reconstruction).abs() * pixels).sum()
-        loss = error / (pixels.sum() + 1e-5) / images.shape[1]
-        aux_loss = torch.stack([r.aux_loss for r in routed]).sum() if routed else loss.new_zeros(())
-        return SimMIMOutput(loss, reconstruction, aux_loss)
+        return Outputs.of(reconstruction, results)
+
+
+def masked_pixels(mask: Tensor, patch_size: int, height: int, width: int) -> Tensor:
+    """A mask of patches [B, H/p, W/p] as a mask of pixels [B, 1, height, width] bool."""
+    pixels = mask.bool().repeat_interleave(patch_size, 1).repeat_interleave(patch_size, 2)
+    return pixels[:, None, :height, :width]
+
+
+def absolute_error(
+    reconstruction: Tensor, images: Tensor, mask: Tensor, patch_size: int, norm_target_size: int
+) -> tuple[Tensor, Tensor]:
+    """Compare the masked pixels with their targets.
+
+    Args:
+        reconstruction, images: [B, C, H, W].
+        mask: [B, H/p, W/p], 1 or True = masked.
+        norm_target_size: side in pixels of the neighbourhood whose mean and variance normalise the
+            target (V2: 47); 0 = plain pixels (V1).
+
+    Returns:
+        the absolute errors [B, C, H, W], 0 outside the mask; and the mask [B, 1, H, W] as numbers.
+    """
+    target = images.to(_wide(images))
+    if norm_target_size:
+        target = norm_target(target, norm_target_size)
+    pixels = masked_pixels(mask, patch_size, *images.shape[-2:]).to(target.dtype)
+    return (target - reconstruction).abs() * pixels, pixels
+
+
+def masked_l1_loss(error: Tensor, pixels: Tensor) -> Tensor:
+    """The official loss of :func:`absolute_error`: mean over masked pixels and channels."""
+    return error.sum() / (pixels.sum() + 1e-5) / error.shape[1]
 
 
 def norm_target(images: Tensor, size: int = 47) -> Tensor:

@@ -14,17 +14,17 @@ from typing import NamedTuple
 import torch
 from timm.layers.drop import DropPath
 from torch import Tensor, nn
-from torch.utils._pytree import _register_namedtuple
 
 from ..config import ModelConfig, MoEConfig, check_moe_blocks
 from ..distributed import Group
-from ..moe import MoELayer, MoEResult, RoutingStats, build_moe
+from ..moe import MoEResult, build_moe
 from ..moe.experts import ExpertLinear
 from ..moe.router import CosineRouter, LinearRouter, SoftRouter
-from ..ops import of_one_size, sides
+from ..ops import is_leaving, of_one_size, sides
 from .activation_checkpoint import recomputed
 from .attention import SpatialMlp, WindowAttention
 from .layers import Mlp, PatchEmbed, PatchMerging
+from .outputs import Outputs
 from .position import resize_position_embedding
 
 _RESETTABLE = (nn.LayerNorm, nn.Conv2d, WindowAttention, CosineRouter, SoftRouter)
@@ -52,25 +52,6 @@ FAMILIES = {
     "swin_moe": Family(post_norm=False, cosine=False, position_bias="log_cpb"),
     "swin_mlp": Family(post_norm=False, cosine=None),
 }
-
-
-class MoEOutput(NamedTuple):
-    """Output of a model with MoE layers.
-
-    Attributes:
-        logits: [B, num_classes].
-        aux_loss: scalar, sum of the layers' weighted balance losses.
-        stats: the layers' statistics, stacked: [layers, ...].
-    """
-
-    logits: Tensor
-    aux_loss: Tensor
-    stats: RoutingStats
-
-
-# A program of torch.export is saved with the structure of its output.
-for _output in (MoEOutput, RoutingStats):
-    _register_namedtuple(_output, serialized_type_name=f"swin_moe.{_output.__name__}")
 
 
 def effective_window(height: int, width: int, window_size: int, shifted: bool) -> tuple[int, int]:
@@ -179,8 +160,9 @@ class SwinStage(nn.Module):
 class SwinTransformer(nn.Module):
     """A model of the Swin family, dense or with MoE blocks.
 
-    Called with images [B, in_chans, H, W] of any size it gives logits [B, num_classes], or with
-    MoE blocks a :class:`MoEOutput`. No process group is needed unless ``expert_group`` has more
+    Called with images [B, in_chans, H, W] of any size it returns :class:`Outputs` with logits
+    [B, num_classes]. A graph that leaves Python (:mod:`swin_moe.ops.leaving`) returns the logits
+    alone if the model is dense. No process group is needed unless ``expert_group`` has more
     than one rank. On the meta device it takes no memory; ``to_empty`` and :meth:`init_weights` then
     make it real.
 
@@ -209,6 +191,7 @@ class SwinTransformer(nn.Module):
         self.absolute_pos_embed: nn.Parameter | None = None
         if model.ape:
             self.absolute_pos_embed = nn.Parameter(torch.empty(1, height * width, model.embed_dim))
+        self.mask_token: nn.Parameter | None = None  # SimMIM's, see :meth:`add_mask_token`
         self.pos_drop = nn.Dropout(model.drop_rate)
         self.layers = nn.ModuleList(
             self._build_stage(stage, expert_group) for stage in range(stages)
@@ -256,8 +239,7 @@ class SwinTransformer(nn.Module):
         is_moe = stage < len(self.moe.blocks) and index in self.moe.blocks[stage]
         mlp: nn.Module
         if is_moe:
-            names = self.moe_layer_names()
-            own = self.moe.of_layer(names.index(f"layers.{stage}.blocks.{index}"))
+            own = self.moe.of_block(stage, index)
             mlp = build_moe(dim, hidden, own, expert_group, initialise=False)
         else:
             mlp = Mlp(dim, hidden, model.drop_rate, model.mlp_fc2_bias)
@@ -296,8 +278,9 @@ class SwinTransformer(nn.Module):
                 if id(module) in zero:
                     nn.init.zeros_(module.weight)  # type: ignore[arg-type]
         with made(self):
-            if self.absolute_pos_embed is not None:
-                nn.init.trunc_normal_(self.absolute_pos_embed, std=0.02)
+            for parameter in (self.absolute_pos_embed, self.mask_token):
+                if parameter is not None:
+                    nn.init.trunc_normal_(parameter, std=0.02)
 
     def _init_module(self, module: nn.Module) -> None:
         if isinstance(module, nn.Linear | SpatialMlp):
@@ -311,20 +294,9 @@ class SwinTransformer(nn.Module):
         elif isinstance(module, _RESETTABLE):
             module.reset_parameters()
 
-    def moe_layer_names(self) -> list[str]:
-        """Names such as ``layers.2.blocks.1``, in the order of :class:`MoEOutput`'s rows."""
-        return [
-            f"layers.{stage}.blocks.{block}"
-            for stage, blocks in enumerate(self.moe.blocks)
-            for block in sorted(blocks)
-        ]
-
-    def update_expert_bias(self, counts: Tensor) -> None:
-        """Once per optimizer step: counts [layers, E] of all ranks' assignments in it."""
-        modules = (m for m in self.modules() if isinstance(m, MoELayer))
-        for layer, layer_counts in zip(modules, counts, strict=True):
-            if layer.choice_bias is not None:
-                layer.choice_bias.update(layer_counts)
+    def add_mask_token(self) -> None:
+        """Add the token [1, 1, C] that stands for masked patches, not yet initialised."""
+        self.mask_token = nn.Parameter(torch.empty(1, 1, self.config.embed_dim))
 
     def add_position(self, x: Tensor) -> Tensor:
         """Patches [B, H, W, C] with the absolute position embedding, where there is one."""
@@ -352,13 +324,9 @@ class SwinTransformer(nn.Module):
         """Normed tokens [B, h', w', num_features] and the MoE layers' results."""
         return self.forward_stages(self.embed(images))
 
-    def forward(self, images: Tensor) -> Tensor | MoEOutput:
-        features, routed = self.forward_features(images)
+    def forward(self, images: Tensor) -> Outputs:
+        features, results = self.forward_features(images)
         logits = self.head(features.mean((1, 2)))
-        if not routed:
+        if is_leaving() and not results:
             return logits
-        return MoEOutput(
-            logits,
-            torch.stack([result.aux_loss for result in routed]).sum(),
-            RoutingStats(*map(torch.stack, zip(*(r.stats for r in routed), strict=True))),
-        )
+        return Outputs.of(logits, results)

@@ -124,9 +124,8 @@ class _Case:
 class RouterWatch:
     """Reads what a :class:`RouterMeter` reads and says, rarely, that a layer needs help."""
 
-    def __init__(self, names: list[str], moe: MoEConfig) -> None:
-        self.names = names
-        self.layers = [moe.of_layer(index) for index in range(len(names))]
+    def __init__(self, names: list[str], layers: list[MoEConfig]) -> None:
+        self.names, self.layers = names, layers
         self._joined: list[LayerTotals | None] = [None] * len(names)
         self._cases: dict[tuple[int, str], _Case] = {}
 

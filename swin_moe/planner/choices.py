@@ -10,7 +10,8 @@ import torch
 
 from ..common.hardware import Cluster
 from ..common.host import MARGIN
-from ..config import Config, ModelConfig, micro_batches
+from ..config import Config, ModelConfig, micro_batch_sizes, micro_batches
+from ..tasks import build_task
 from .flops import Flops, flops
 from .memory import Memory, memory
 from .states import ParameterGroup, groups_of, spread, states
@@ -119,8 +120,7 @@ class Planner:
         """Every way that keeps the global batch."""
         asked = self.asked()
         whole = asked.images * asked.accumulation
-        pairs = self.config.augment.mixup > 0 or self.config.augment.cutmix > 0
-        sizes = [n for n in range(whole, 0, -1) if whole % n == 0 and not (pairs and n % 2)]
+        sizes = micro_batch_sizes(self.config, whole)
         for checkpoint in (False, True):
             for group in self._expert_groups(asked):
                 for stage in (1, 2, 3) if self.cluster.size > 1 else (1, 3):
@@ -207,7 +207,7 @@ class Planner:
     def groups(self, expert_parallel_size: int) -> list[ParameterGroup]:
         if expert_parallel_size not in self._groups:
             optimizer = self.config.optimizer
-            model = meta_model(self.config.model, self.config.moe, expert_parallel_size)
+            model = meta_model(build_task(self.config), expert_parallel_size)
             self._groups[expert_parallel_size] = groups_of(
                 model, optimizer.weight_decay, optimizer.layer_decay
             )
@@ -226,8 +226,7 @@ class Planner:
             if choice.checkpoint == "offload":  # to where: the device's account is the same
                 model = model.model_copy(update={"use_checkpoint": True})
             self._traces[key] = trace(
-                model,
-                self.config.moe,
+                build_task(self.config.model_copy(update={"model": model})),
                 dtype=torch.bfloat16 if self.bf16 else torch.float32,
                 autocast=autocast,
                 expert_parallel_size=group,

@@ -40,7 +40,7 @@ def groups_of(model: nn.Module, decay: float, layer_decay: float) -> list[Parame
     """The groups of a model (on the meta device), replicas left at one."""
     return [
         ParameterGroup(tuple(p.numel() for p in group["params"]), group["moe"])
-        for group in parameter_groups(model, decay, layer_decay)  # type: ignore[arg-type]
+        for group in parameter_groups(model, decay, layer_decay)
     ]
 
 

@@ -22,10 +22,11 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from .. import ops
-from ..config import ModelConfig, MoEConfig
 from ..distributed import Group
-from ..models import SwinTransformer, build, expert_parameter_names, split_output
-from ..moe import MoELayer
+from ..models import Outputs, expert_parameter_names
+from ..moe import moe_layers
+from ..tasks import Task, build_task
+from ..training.precision import cast_floating, predictions_in_fp32
 from .stand_ins import stand_in
 
 BATCHES = (8, 16)  # images; enough that rounding of the experts' capacity does not show
@@ -68,8 +69,7 @@ class Trace:
 
 
 def trace(
-    model: ModelConfig,
-    moe: MoEConfig,
+    task: Task,
     *,
     dtype: torch.dtype,
     autocast: bool = False,
@@ -87,7 +87,7 @@ def trace(
     runs = []
     for images in BATCHES:
         with ops.assume_fused(fused):
-            run = _run(model, moe, images, dtype, autocast, expert_parallel_size, padded, fused)
+            run = _run(task, images, dtype, autocast, expert_parallel_size, padded, fused)
             runs.append(run)
     one, two = runs
     if one.steps != two.steps or len(one.moved) != len(two.moved):
@@ -203,8 +203,7 @@ def _flops(func: Any, args: Any, kwargs: Any, result: Any) -> int:
 
 
 def _run(
-    config: ModelConfig,
-    moe: MoEConfig,
+    task: Task,
     images: int,
     dtype: torch.dtype,
     autocast: bool,
@@ -212,24 +211,26 @@ def _run(
     padded: bool,
     fused: bool,
 ) -> _Recorder:
-    model = meta_model(config, moe, group)
+    model = meta_model(task, group)
     with FakeTensorMode():
         _make_fake(model, torch.float32 if autocast else dtype)
         model.train()
-        for module in model.modules():
-            if isinstance(module, MoELayer):
-                stand_in(module, padded, fused)
-        made_before = torch.empty(images, config.in_chans, *config.image_sides)
-        batch = made_before if autocast else made_before.to(dtype)
-        targets = torch.empty(images, max(config.num_classes, 1))
-        held = [*model.parameters(), *model.buffers(), batch, made_before, targets]
+        for layer in moe_layers(model).values():
+            stand_in(layer, padded, fused)
+        batch = task.example_batch(images, torch.device("cpu"))
+        cast = batch if autocast else batch._replace(inputs=cast_floating(batch.inputs, dtype))
+        held = [*model.parameters(), *model.buffers()]
+        held += [x for x in tree_leaves((batch, cast)) if isinstance(x, Tensor)]
         recorder = _Recorder(held)
         hooks = _take_gradients(model, recorder)
-        with recorder:
+
+        def forward(inputs: dict[str, Tensor]) -> Outputs:
             with torch.autocast("cpu", dtype) if autocast else contextlib.nullcontext():
-                logits, routed = split_output(model(batch))
-            loss = (-targets * logits.float().log_softmax(-1)).sum(-1).mean()
-            loss = loss if routed is None else loss + routed.aux_loss
+                outputs: Outputs = model(**inputs)
+            return predictions_in_fp32(outputs)
+
+        with recorder:
+            _, _, loss = task.step(forward, cast)
             recorder._record()
             recorder.forward_events, recorder.forward_ops = len(recorder.live), len(recorder.moved)
             loss.backward()
@@ -241,11 +242,12 @@ def _run(
     return recorder
 
 
-def meta_model(config: ModelConfig, moe: MoEConfig, expert_parallel_size: int) -> SwinTransformer:
-    """A rank's model without memory: of the experts it has its share."""
-    moe = moe.model_copy(update={"backend": "fused", "overlap_degree": 1})
+def meta_model(task: Task, expert_parallel_size: int) -> nn.Module:
+    """A rank's model without memory; it has its share of the experts."""
+    moe = task.config.moe.model_copy(update={"backend": "fused", "overlap_degree": 1})
+    same = build_task(task.config.model_copy(update={"moe": moe}))
     with torch.device("meta"), torch.random.fork_rng(devices=[]):
-        return build(config, moe, Group(None, 0, expert_parallel_size))
+        return same.build_model(Group(None, 0, expert_parallel_size))
 
 
 def _make_fake(model: nn.Module, dtype: torch.dtype) -> None:

@@ -93,7 +93,7 @@ class Events:
                 values.MergeFrom(self._load(key, value))
             elif isinstance(value, (int, float)) and key not in ("step", "epoch"):
                 values.MergeFrom(self._summary.scalar(key, value))
-        if loads and "val/top1" in record:
+        if loads and any(key.startswith("val/") for key in record):
             picture = self._summary.image("moe/load", heat_map(loads), dataformats="HWC")
             values.MergeFrom(picture)
         self._add(step=record["step"], summary=values)

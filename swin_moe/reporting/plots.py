@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import numpy as np
 
 from ..common.drawing import drawing, write_png
 from ..common.text import plain, reason
+from ..tasks import Metric
 from .metric_log import MetricLog, Record, read_metrics
 
 log = logging.getLogger("swin_moe")
@@ -42,8 +43,11 @@ def show_picture(metrics: MetricLog, key: str, path: Path, draw: Callable[[], An
         log.debug("this is why:", exc_info=True)
 
 
-def draw_summary(folder: Path) -> Path | None:
-    """Draw ``summary.png``: loss, accuracy, and how the routers of each MoE layer fared.
+def draw_summary(folder: Path, metrics: Sequence[Metric]) -> Path | None:
+    """Draw ``summary.png``: loss, metrics, and how the routers of each MoE layer fared.
+
+    Args:
+        metrics: of the task.
 
     Returns:
         its path, None if nothing was logged yet.
@@ -54,11 +58,11 @@ def draw_summary(folder: Path) -> Path | None:
     name = plain(folder.absolute().name)
     path = folder / "summary.png"
     with drawing(name):
-        _draw(name, records, path)
+        _draw(name, records, path, metrics)
     return path
 
 
-def _draw(name: str, records: list[Record], path: Path) -> None:
+def _draw(name: str, records: list[Record], path: Path, metrics: Sequence[Metric]) -> None:
     from matplotlib import pyplot
 
     layers = [k[4:-5] for k in _last_with(records, "moe/") if k.endswith("/load")]
@@ -76,8 +80,7 @@ def _draw(name: str, records: list[Record], path: Path) -> None:
     _draw_curves(
         figure.add_subplot(grid[0, 6:]),
         records,
-        {"val/top1": "top-1", "val/top5": "top-5"},
-        "accuracy (%)",
+        *_second_panel(metrics),
     )
     if layers:
         colours = dict(zip(layers, _colours(len(layers)), strict=True))
@@ -86,6 +89,16 @@ def _draw(name: str, records: list[Record], path: Path) -> None:
     figure.suptitle(name)
     write_png(path, partial(figure.savefig, dpi=100, format="png"))
     pyplot.close(figure)
+
+
+def _second_panel(metrics: Sequence[Metric]) -> tuple[dict[str, str], str]:
+    """Curves next to those of the loss, and their title."""
+    shown = [metric for metric in metrics if metric.key != "loss"]
+    if not shown:
+        return {"train/grad_norm": "before clipping"}, "gradient norm"
+    units = {metric.unit for metric in shown}
+    title = "accuracy (%)" if units == {"%"} else ", ".join(metric.label for metric in shown)
+    return {f"val/{metric.key}": metric.label for metric in shown}, title
 
 
 def _last_with(records: list[Record], prefix: str) -> Record:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -15,13 +17,11 @@ from .. import ops
 from ..checkpoint import list_checkpoints
 from ..common.terminal import cell
 from ..common.text import plain
-from ..config import Config, ModelConfig, MoEConfig
+from ..config import REFERENCE_BATCH, Config, ModelConfig, MoEConfig
 from ..data import Loader
 from ..distributed import World
 from ..models.cost import Cost
-from ..training.evaluation import Evaluation
-from ..training.optim import REFERENCE_BATCH
-from ..training.trainer import Trainer
+from ..tasks import Evaluation, Metric
 
 
 def header(
@@ -122,19 +122,38 @@ def _device_name(world: World) -> str:
     return f"CPU ({torch.get_num_threads()} threads each, {os.cpu_count()} cores)"
 
 
-def closing(folder: Path, trainer: Trainer, seconds: float) -> Table:
+@dataclass(frozen=True)
+class Result:
+    """How a training ended.
+
+    Attributes:
+        evaluation: the last one; None if nothing was left to do.
+        best: of ``metric``, with the step that reached it.
+        unreadable: training images that were skipped.
+        limit: the key that ended the training.
+    """
+
+    metric: Metric
+    evaluation: Evaluation | None
+    best: float | None
+    best_step: int
+    unreadable: int
+    images_per_second: float
+    limit: str
+
+
+def closing(folder: Path, result: Result, seconds: float) -> Table:
     """Result and paths of a run that ended."""
     table = Table(title="done", title_justify="left", show_header=False)
-    result, position = trainer.last_evaluation, trainer.position
-    if result is not None:
-        best = f"best {position.best_top1:.2f} % at step {position.best_step}"
-        table.add_row("top-1", f"{result.top1:.2f} % ({best})")
-        table.add_row("time", f"{seconds / 60:.1f} min, {trainer.images_per_second:.0f} images/s")
+    found, metric = result.evaluation, result.metric
+    if found is not None and result.best is not None:
+        best = f"best {metric.format(result.best)} at step {result.best_step}"
+        table.add_row(metric.label, f"{metric.format(found.metrics[metric.key])} ({best})")
+        table.add_row("time", f"{seconds / 60:.1f} min, {result.images_per_second:.0f} images/s")
     else:
-        limit = trainer.plan.limit(position)
-        way = f"raise {limit} to go on; --fresh starts from the beginning"
+        way = f"raise {result.limit} to go on; --fresh starts from the beginning"
         table.add_row("trained", f"nothing was left to do: {way}")
-    unreadable = position.unreadable + (result.unreadable if result is not None else 0)
+    unreadable = result.unreadable + (found.unreadable if found is not None else 0)
     if unreadable:
         table.add_row("unreadable", f"{unreadable} images were skipped; see the logs")
     if (folder / "summary.png").exists():
@@ -154,20 +173,23 @@ def closing(folder: Path, trainer: Trainer, seconds: float) -> Table:
 
 
 def print_evaluation(
-    console: Console, path: Path, result: Evaluation, names: list[str] | None
+    console: Console, path: Path, result: Evaluation, metrics: Sequence[Metric]
 ) -> None:
-    """Accuracy per class, then a line of totals."""
-    table = Table("class", "images", "top-1")
-    table.columns[1].justify = table.columns[2].justify = "right"
-    for index, (correct, total) in enumerate(zip(result.correct, result.total, strict=True)):
-        if total:
-            name = names[index] if names else str(index)
-            table.add_row(cell(name), str(total), f"{100 * correct / total:.1f} %")
-    console.print(table)
+    """The rows of an evaluation, such as one per class, then a line of totals."""
+    if result.rows:
+        table = Table(*result.rows[0])
+        for column in table.columns[1:]:
+            column.justify = "right"
+        for row in result.rows:
+            table.add_row(*map(cell, row.values()))
+        console.print(table)
+    figures = [
+        f"{metric.label.removeprefix('val ')} {metric.format(result.metrics[metric.key])}"
+        for metric in metrics
+    ]
     unreadable = f", {result.unreadable} unreadable" if result.unreadable else ""
     console.print(
-        f"{plain(path)}: top-1 {result.top1:.2f} %  top-5 {result.top5:.2f} %  "
-        f"loss {result.loss:.4f}  ({sum(result.total)} images{unreadable})",
+        f"{plain(path)}: {'  '.join(figures)}  ({result.samples} images{unreadable})",
         highlight=False,
         markup=False,
         soft_wrap=True,

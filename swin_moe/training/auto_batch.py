@@ -17,14 +17,15 @@ from multiprocessing.connection import Connection
 
 import psutil
 import torch
+from torch import nn
 
 from .. import checkpoint, ops
 from ..common.host import MARGIN, free_memory, silenced
 from ..common.ranks import local_world_size
 from ..common.text import reason
-from ..config import Config, load_config
+from ..config import Config, load_config, micro_batch_sizes
 from ..distributed import Group, World, all_reduce_
-from ..models import SwinTransformer, build, split_output
+from ..tasks import Task, build_task
 from .engine import reserved_bytes
 from .precision import in_precision, resolve_precision
 from .run_directory import Run
@@ -33,8 +34,9 @@ from .run_directory import Run
 _OUT_OF_MEMORY = ("can't allocate memory", "Cannot allocate memory", "could not create a primitive")
 
 
-def resolve_micro_batch(run: Run, config: Config, fresh: bool) -> None:
+def resolve_micro_batch(run: Run, task: Task, fresh: bool) -> None:
     """Resolve ``gradient_accumulation_steps=auto``; a resume on as many processes keeps it."""
+    config = task.config
     if config.train.gradient_accumulation_steps != "auto":
         return
     for path in [] if fresh else checkpoint.list_checkpoints(run.checkpoints)[:1]:
@@ -47,14 +49,14 @@ def resolve_micro_batch(run: Run, config: Config, fresh: bool) -> None:
         if processes == run.world.size and micro * steps == config.data.batch_size:
             config.data.batch_size, config.train.gradient_accumulation_steps = micro, steps
             return
-    choose_micro_batch(config, run.world)
+    choose_micro_batch(task, run.world)
     run.say(
         f"micro-batches of {config.data.batch_size} images a process fit into memory: "
         f"{config.train.micro_steps} of them an update"
     )
 
 
-def choose_micro_batch(config: Config, world: World, available: int | None = None) -> None:
+def choose_micro_batch(task: Task, world: World, available: int | None = None) -> None:
     """Cut ``data.batch_size`` into the fewest micro-batches that fit; sets both config keys.
 
     Args:
@@ -64,12 +66,12 @@ def choose_micro_batch(config: Config, world: World, available: int | None = Non
     Raises:
         ValueError: not even the smallest fits.
     """
+    config = task.config
     whole = config.data.batch_size
-    mixes = config.augment.mixup > 0 or config.augment.cutmix > 0
-    sizes = [n for n in range(whole, 0, -1) if whole % n == 0 and not (mixes and n % 2)]
+    sizes = micro_batch_sizes(config, whole)
     if available is None:
         available = _available(world)
-    size = _largest(sizes, lambda n: _fits(config, world, n, available))
+    size = _largest(sizes, lambda n: _fits(task, world, n, available))
     size = int(all_reduce_(torch.tensor(float(size), device=world.device), "min"))
     if size == 0:
         raise ValueError(
@@ -96,14 +98,14 @@ def _largest(sizes: list[int], fits: Callable[[int], bool]) -> int:
     return sizes[small] if small < len(sizes) else 0
 
 
-def _fits(config: Config, world: World, size: int, available: int) -> bool:
+def _fits(task: Task, world: World, size: int, available: int) -> bool:
     if world.device.type == "cpu":
-        return _fits_in_a_child(config, world, size, available)
+        return _fits_in_a_child(task, world, size, available)
     total = torch.cuda.get_device_properties(world.device).total_memory
     torch.cuda.set_per_process_memory_fraction(min(available / total, 1.0), world.device)
     try:
         with torch.random.fork_rng([world.device]), silenced():
-            _try(config, world, size, available)
+            _try(task, world, size, available)
     except torch.cuda.OutOfMemoryError:
         return False
     finally:
@@ -113,7 +115,7 @@ def _fits(config: Config, world: World, size: int, available: int) -> bool:
     return True
 
 
-def _fits_in_a_child(config: Config, world: World, size: int, available: int) -> bool:
+def _fits_in_a_child(task: Task, world: World, size: int, available: int) -> bool:
     """On a CPU in a process of its own: libraries do not always survive a lack of memory."""
     theirs, ours = multiprocessing.Pipe(duplex=False)
     expert, replicas = (
@@ -123,7 +125,7 @@ def _fits_in_a_child(config: Config, world: World, size: int, available: int) ->
     # Its server imports once, and starts no threads that a fork would lose.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
-    child = context.Process(target=_child, args=(config, alone, size, available, ours))
+    child = context.Process(target=_child, args=(task.config, alone, size, available, ours))
     child.start()
     ours.close()
     try:
@@ -147,7 +149,7 @@ def _child(config: Config, world: World, size: int, available: int, answer: Conn
     resource.setrlimit(resource.RLIMIT_DATA, (used + available, hard))
     try:
         with silenced():
-            _try(config, world, size, available)
+            _try(build_task(config), world, size, available)
         answer.send("")
     except MemoryError:
         answer.send(None)
@@ -165,23 +167,23 @@ def _available(world: World) -> int:
     return free_memory() // local_world_size()
 
 
-def _try(config: Config, world: World, size: int, total: int) -> None:
+def _try(task: Task, world: World, size: int, total: int) -> None:
     """One forward and backward pass of ``size`` images; raises if memory runs out."""
-    model = _model_of_one(config, world)
+    config = task.config
+    model = _model_of_one(task, world)
     dtype = resolve_precision(config.precision, world.device)
     held = reserved_bytes(config.zero, config.optimizer, model, dtype, world)
     blocks = [torch.empty(held + int(MARGIN * total), dtype=torch.uint8, device=world.device)]
     forward = in_precision(model.train(), dtype, cast_weights=config.zero.stage > 0)
-    images = torch.randn(size, config.model.in_chans, *config.model.image_sides)
-    logits, routed = split_output(forward(images.to(world.device)))
-    loss = logits.float().square().mean()
-    (loss if routed is None else loss + routed.aux_loss).backward()
+    _, _, loss = task.step(forward, task.example_batch(size, world.device))
+    loss.backward()
     del blocks
 
 
-def _model_of_one(config: Config, world: World) -> SwinTransformer:
+def _model_of_one(task: Task, world: World) -> nn.Module:
     """A whole model with the experts of one process, each of which gets as many tokens."""
-    moe = config.moe
+    moe = task.config.moe
     experts = max(moe.num_experts // world.expert.size, moe.top_k, 1)
     moe = moe.model_copy(update={"num_experts": experts, "eval_top_k": 0})
-    return build(config.model, moe).to(world.device)
+    alone = task.config.model_copy(update={"moe": moe})
+    return build_task(alone).build_model().to(world.device)

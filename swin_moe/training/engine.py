@@ -18,9 +18,11 @@ from ..common.deferred import import_uncompiled
 from ..config import OptimizerConfig, ZeroConfig
 from ..distributed import World, all_reduce_, barrier
 from ..distributed.expert_placement import BUCKET, SUB_GROUP
-from ..models import MoEOutput, SwinTransformer, expert_parameter_names
+from ..models import Outputs, expert_parameter_names
+from ..moe import num_experts
 from .adamw import MOMENTS, PAIRS, PairedAdamW, moment_views, start_moments
 from .optim import build_optimizer, parameter_groups
+from .precision import cast_floating, predictions_in_fp32
 
 # isort: split
 # After `distributed`, which tells it the accelerator.
@@ -197,7 +199,7 @@ class Engine:
 
     def __init__(
         self,
-        model: SwinTransformer,
+        model: nn.Module,
         world: World,
         *,
         optimizer: OptimizerConfig,
@@ -278,22 +280,18 @@ class Engine:
                 group["name"] = name
         deepspeed_groups._EXPERT_PARALLEL_GROUP[name] = self.world.expert.handle
         deepspeed_groups._EXPERT_DATA_PARALLEL_GROUP[name] = self.world.expert_data.handle
-        self.model.add_module(
-            "expert_marker", _ExpertMarker(self.model.moe.num_experts, self.world)
-        )
+        self.model.add_module("expert_marker", _ExpertMarker(num_experts(self.model), self.world))
 
     # ----------------------------------------------------------------------------------------
     # One step
 
-    def forward(self, images: Tensor) -> Tensor | MoEOutput:
-        """Images [B, C, H, W] fp32 to the model's output; logits come back in fp32."""
+    def forward(self, inputs: dict[str, Tensor]) -> Outputs:
+        """Call the model with its arguments by name, in fp32; predictions come back in fp32."""
         if self._low_precision_weights:
-            images = images.to(self.dtype)
+            inputs = cast_floating(inputs, self.dtype)
         with self._autocast():
-            output = self._engine(images)
-        if isinstance(output, MoEOutput):
-            return output._replace(logits=output.logits.float())
-        return output.float()
+            outputs: Outputs = self._engine(**inputs)
+        return predictions_in_fp32(outputs)
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         if self.stage == 0 and self.dtype == torch.bfloat16:

@@ -10,6 +10,7 @@ from .. import checkpoint
 from ..common.writing import Appender
 from ..config import Config, load_config
 from ..data import Loader, loader_of
+from ..tasks import Task
 from ..weights.pretrained import Pretrained, adopt_pretrained_window, read_pretrained
 from .run_directory import Run
 from .trainer import TrainingPlan
@@ -20,22 +21,20 @@ class Inputs:
     """A run's inputs from the user's files.
 
     Attributes:
-        classes: names by label, where the data has any. loaders: training and held-out data.
+        loaders: training and held-out data.
         source: weights of ``model.pretrained``, None where a checkpoint of the run goes on instead.
     """
 
-    classes: list[str] | None
     loaders: list[Loader]
     plan: TrainingPlan
     source: Pretrained | None
 
 
-def open_inputs(run: Run, config: Config, fresh: bool) -> Inputs:
-    """Open data and weights, or raise ``ValueError`` with one line."""
-    classes, loaders = _open_data(run, config, fresh)
-    return Inputs(
-        classes, loaders, _plan(config, loaders[0]), _starting_weights(run, config, fresh)
-    )
+def open_inputs(run: Run, task: Task, fresh: bool) -> Inputs:
+    """Open data and weights, or raise ``ValueError`` with one line; sets ``task.class_names``."""
+    config = task.config
+    loaders = _open_data(run, task, fresh)
+    return Inputs(loaders, _plan(config, loaders[0]), _starting_weights(run, config, fresh))
 
 
 def list_bad_samples(run: Run, loaders: list[Loader]) -> None:
@@ -45,19 +44,21 @@ def list_bad_samples(run: Run, loaders: list[Loader]) -> None:
         loader.bad.file = Appender(run.log_file.with_name(name))
 
 
-def _open_data(run: Run, config: Config, fresh: bool) -> tuple[list[str] | None, list[Loader]]:
-    """Names of the model's classes, and the training and held-out data with labels to fit them.
+def _open_data(run: Run, task: Task, fresh: bool) -> list[Loader]:
+    """The training and held-out data, with labels that fit the model's classes.
 
-    The names are those of the checkpoint that the run will resume, else of the training data.
+    The names of the classes are those of the checkpoint that the run will resume, otherwise those
+    of the training data.
     """
-    ranks_of = run.world.rank, run.world.size
+    config, world = task.config, run.world
     known = None if fresh else checkpoint.known_classes(run.checkpoints)
-    train = loader_of(config, True, *ranks_of, known)
+    train = loader_of(config, True, world.rank, world.size, known, task.collate)
     known = known or train.class_names
-    loaders = [train, loader_of(config, False, *ranks_of, known)]
-    for loader in loaders:
+    val = loader_of(config, False, world.rank, world.size, known, task.collate)
+    for loader in (train, val):
         loader.check_room()
-    return known, loaders
+    task.class_names = known
+    return [train, val]
 
 
 def _starting_weights(run: Run, config: Config, fresh: bool) -> Pretrained | None:
@@ -104,6 +105,5 @@ def _plan(config: Config, loader: Loader) -> TrainingPlan:
         save_every_steps=config.checkpoint.every_steps,
         log_every_steps=config.log.every_steps,
         max_steps=config.train.max_steps,
-        num_classes=config.model.num_classes,
         max_bad_share=config.data.max_bad_share,
     )

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from timm.scheduler import CosineLRScheduler
 from torch import nn
 
-from ..config import OptimizerConfig, ScheduleConfig
-from ..models import SimMIM, SwinTransformer, expert_parameter_names
+from ..config import REFERENCE_BATCH, OptimizerConfig, ScheduleConfig
+from ..models import expert_parameter_names
+from ..models.build import layer_id
 from .adamw import PairedAdamW
 
 # Parts of names, under any prefix, that are never decayed; so are 1-D tensors and biases.
@@ -25,7 +24,6 @@ NO_DECAY = (
     "cosine_projector",
     "sim_matrix",
 )
-REFERENCE_BATCH = 512  # images per update for which base_lr, warmup_lr and min_lr are meant
 
 
 def decays(name: str, parameter: torch.Tensor) -> bool:
@@ -36,25 +34,8 @@ def decays(name: str, parameter: torch.Tensor) -> bool:
     return not any(part in name for part in NO_DECAY)
 
 
-def layer_id(name: str, depths: Sequence[int]) -> int:
-    """Layer of a parameter for layer decay, 0 to Σdepths + 1, also under ``encoder.``.
-
-    Patch embedding and mask token are 0, block i of the whole model is i + 1, a stage's patch
-    merging belongs to its last block, and the rest comes last, an absolute position embedding
-    included: the ids of the official fine-tuning of SimMIM.
-    """
-    name = name.removeprefix("encoder.")
-    if name.startswith(("patch_embed.", "mask_token")):
-        return 0
-    place = re.match(r"layers\.(\d+)\.(?:blocks\.(\d+)|downsample)\.", name)
-    if place is None:
-        return sum(depths) + 1
-    stage, block = int(place[1]), place[2]
-    return sum(depths[: stage + 1]) if block is None else sum(depths[:stage]) + int(block) + 1
-
-
 def parameter_groups(
-    model: SwinTransformer | SimMIM, weight_decay: float, layer_decay: float = 1.0
+    model: nn.Module, weight_decay: float, layer_decay: float = 1.0
 ) -> list[dict[str, Any]]:
     """Up to four groups, dense and expert parameters, decayed and not; with layer decay per layer.
 
@@ -63,7 +44,7 @@ def parameter_groups(
     parameters is the model's.
     """
     experts = expert_parameter_names(model)
-    depths = model.config.depths
+    depths: list[int] = model.config.depths  # type: ignore[assignment, union-attr]
     chosen: dict[tuple[bool, bool, int], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:

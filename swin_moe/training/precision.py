@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from ..config import PrecisionConfig
+from ..models import Outputs
+from ..tasks.base import Forward
 
 
 def cpu_computes_in_bf16() -> bool:
@@ -34,17 +34,27 @@ def resolve_precision(precision: PrecisionConfig, device: torch.device) -> torch
     return torch.bfloat16 if wanted else torch.float32
 
 
-def in_precision(model: nn.Module, dtype: torch.dtype, cast_weights: bool) -> Callable[..., Any]:
+def cast_floating(inputs: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Inputs with all floating-point tensors in ``dtype``; masks and indices stay."""
+    return {n: x.to(dtype) if x.is_floating_point() else x for n, x in inputs.items()}
+
+
+def predictions_in_fp32(outputs: Outputs) -> Outputs:
+    """Outputs whose predictions are fp32, for the loss."""
+    return outputs._replace(predictions=tree_map(Tensor.float, outputs.predictions))
+
+
+def in_precision(model: nn.Module, dtype: torch.dtype, cast_weights: bool) -> Forward:
     """Wrap a model so that it computes as under the engine: bf16 weights, or autocast."""
-    if dtype == torch.float32:
-        return model
-    if cast_weights:  # parameters only: buffers stay fp32, as under DeepSpeed
-        for parameter in model.parameters():
+    if cast_weights and dtype != torch.float32:
+        for parameter in model.parameters():  # buffers stay fp32, as under DeepSpeed
             parameter.data = parameter.data.to(dtype)
-        return lambda images: model(images.to(dtype))
 
-    def autocast(images: torch.Tensor) -> Any:
-        with torch.autocast(images.device.type, dtype=dtype):
-            return model(images)
+    def forward(inputs: dict[str, Tensor]) -> Outputs:
+        device = next(iter(inputs.values())).device
+        autocast = dtype != torch.float32 and not cast_weights
+        with torch.autocast(device.type, dtype=dtype, enabled=autocast):
+            outputs: Outputs = model(**(cast_floating(inputs, dtype) if cast_weights else inputs))
+        return predictions_in_fp32(outputs)
 
-    return autocast
+    return forward

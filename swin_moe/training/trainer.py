@@ -11,7 +11,6 @@ from datetime import timedelta
 from typing import Any
 
 import torch
-from timm.loss import SoftTargetCrossEntropy
 from timm.scheduler import CosineLRScheduler
 from torch import Tensor
 from torch.profiler import record_function
@@ -22,16 +21,17 @@ from ..common.signals import StopSignal
 from ..config import FaultsConfig
 from ..data import Batch, Loader
 from ..data.bad_samples import allowed_bad
-from ..data.mixing import Mixing
 from ..data.watch import LoaderWatch
 from ..distributed import World, all_reduce_
 from ..distributed.watchdog import Watchdog
-from ..models import split_output
-from ..moe import AssignmentCounter, RouterMeter, RouterWatch
+from ..models import Outputs
+from ..moe import RouterMonitor
 from ..reporting.metric_log import Meter, MetricLog, Record, progress_bar
 from ..reporting.profiler import Profile
+from ..reporting.tables import Result
+from ..tasks import Evaluation, Task
 from .engine import Engine
-from .evaluation import Evaluation, evaluate
+from .evaluation import evaluate
 from .guard import Guard, SpikeDetector
 
 logger = logging.getLogger("swin_moe")
@@ -52,7 +52,7 @@ class Position:
     step: int = 0
     epoch: int = 0
     update: int = 0  # updates done within the epoch
-    best_top1: float = -1.0
+    best: float | None = None  # of the task's metric
     best_step: int = -1
     unreadable: int = 0
     unreadable_before: int = 0  # of those, the ones of former epochs
@@ -60,6 +60,13 @@ class Position:
 
     def state(self) -> dict[str, Any]:
         return asdict(self)
+
+    @classmethod
+    def of(cls, state: dict[str, Any]) -> Position:
+        """A position from its :meth:`state`, also as earlier versions wrote it."""
+        state = dict(state)
+        top1 = state.pop("best_top1", -1.0)
+        return cls(**{"best": top1 if top1 >= 0 else None, **state})
 
 
 @dataclass
@@ -74,7 +81,6 @@ class TrainingPlan:
     save_every_steps: int
     log_every_steps: int
     max_steps: int
-    num_classes: int
     max_bad_share: float
 
     def is_done(self, position: Position) -> bool:
@@ -101,7 +107,7 @@ class Trainer:
     schedule: CosineLRScheduler
     train_loader: Loader
     eval_loader: Loader
-    mixing: Mixing
+    task: Task
     world: World
     log: MetricLog | None
     save: Callable[[Position], None]
@@ -117,15 +123,10 @@ class Trainer:
 
     def __post_init__(self) -> None:
         device = self.world.device
-        self.loss_function = SoftTargetCrossEntropy()
         self._loss, self._aux = Meter(device), Meter(device)
-        model = self.engine.model
-        self._layer_names = model.moe_layer_names()
-        self._routers = RouterMeter(len(self._layer_names), model.moe.num_experts, device)
-        self._watch = RouterWatch(self._layer_names, model.moe)
-        # Nobody else pays for the reduction of each update's counts.
-        self._choices = AssignmentCounter() if model.moe.expert_bias_update_rate > 0 else None
-        self._guard = Guard(self._layer_names, self.world, self.stop_signal)
+        self._scalars: dict[str, Meter] = {}
+        self._routers = RouterMonitor(self.engine.model, device)
+        self._guard = Guard(self._routers.names, self.world, self.stop_signal)
         self._spikes = SpikeDetector(self.faults.spike_sigmas)
         self._bad_in_a_row = 0
         self.updates_made = 0  # since this trainer began
@@ -158,6 +159,19 @@ class Trainer:
                 "the last checkpoint could not be written (the warning above says why); "
                 f"{self._mend()}"
             )
+
+    def result(self) -> Result:
+        """How the training ended."""
+        position = self.position
+        return Result(
+            metric=self.task.metric,
+            evaluation=self.last_evaluation,
+            best=position.best,
+            best_step=position.best_step,
+            unreadable=position.unreadable,
+            images_per_second=self.images_per_second,
+            limit=self.plan.limit(position),
+        )
 
     def _train_epoch(self) -> None:
         position, plan = self.position, self.plan
@@ -284,8 +298,7 @@ class Trainer:
         """After an update that was made."""
         self._bad_in_a_row = 0
         self.updates_made += 1
-        if self._choices is not None:
-            self.engine.model.update_expert_bias(self._choices.read())
+        self._routers.after_update(made=True)
         if usual := self._spikes.check(loss):
             self._log_samples(samples)
             self.say(
@@ -301,8 +314,7 @@ class Trainer:
         """
         self._bad_in_a_row += 1
         self.position.skipped += 1
-        if self._choices is not None:
-            self._choices.read()  # of tokens that taught nothing
+        self._routers.after_update(made=False)
         self._log_samples(samples)
         policy, limit = self.faults.nonfinite, self.faults.max_nonfinite
         if policy == "stop" or (policy == "skip" and self._bad_in_a_row >= limit):
@@ -322,20 +334,16 @@ class Trainer:
             logger.info("samples of step %d: %s", self.position.step, keys)
 
     def _forward(self, batch: Batch, micro_step: int) -> Tensor:
-        images, labels = self.train_loader.on_device(batch, self.world.device)
-        images, targets = self.mixing(images, labels, micro_step)
-        logits, routed = split_output(self.engine.forward(images))
-        cross_entropy = self.loss_function(logits, targets)
-        loss = cross_entropy
-        self._loss.update(cross_entropy)
-        if routed is not None:
-            loss = loss + routed.aux_loss
-            self._aux.update(routed.aux_loss)
-            self._routers.update(routed.stats)
-            if self._choices is not None:
-                self._choices.update(routed.stats)
-        self._guard.see(loss, None if routed is None else routed.stats.nonfinite)
-        self._images += images.shape[0] * self.world.size
+        prepared = self.task.prepare(batch.to(self.world.device), micro_step, training=True)
+        outputs, result, loss = self.task.step(self.engine.forward, prepared)
+        self._loss.update(result.loss)
+        for key, scalar in result.scalars.items():
+            self._scalars.setdefault(key, Meter(self.world.device)).update(scalar)
+        if outputs.routing is not None and outputs.aux_loss is not None:
+            self._aux.update(outputs.aux_loss)
+            self._routers.update(outputs.routing)
+        self._guard.see(loss, None if outputs.routing is None else outputs.routing.nonfinite)
+        self._images += len(prepared.indices) * self.world.size
         self._unreadable += len(batch.skipped)
         return loss
 
@@ -380,8 +388,10 @@ class Trainer:
         device, position = self.world.device, self.position
         waited = self._waited / max(time.monotonic() - self._clock, 1e-9)
         local = [self._loss.read(), self._aux.read(), float(self._unreadable), waited]
-        loss, aux, unreadable, waited = all_reduce_(torch.tensor(local, device=device)).tolist()
-        loss, aux, waited = (value / self.world.size for value in (loss, aux, waited))
+        local += [meter.read() for meter in self._scalars.values()]
+        sums = all_reduce_(torch.tensor(local, device=device)).tolist()
+        unreadable = sums[2]
+        loss, aux, _, waited, *scalars = (value / self.world.size for value in sums)
         position.unreadable += int(unreadable)
         self._unreadable = 0
         self._check_bad_samples()
@@ -404,13 +414,14 @@ class Trainer:
             record["train/skipped_updates"] = position.skipped
         if routers:
             record["train/aux_loss"] = aux
-        for name, totals in zip(self._layer_names, routers, strict=True):
-            record |= totals.record(name)
+        for key, value in zip(self._scalars, scalars, strict=True):
+            record[f"train/{key}"] = value
+        record |= self._routers.record(routers)
         if self.profile:
             record |= self.profile.take()
         if self.log:
             self.log.write(record)
-        for warning in self._watch.check(routers):
+        for warning in self._routers.warnings(routers):
             self.say(f"warning at step {position.step}: {warning}")
         if warning := self._loader_watch.check(waited, self.train_loader.workers):
             self.say(f"warning at step {position.step}: {warning}")
@@ -429,42 +440,41 @@ class Trainer:
         left = (plan.epochs - position.epoch) * plan.updates_per_epoch - position.update
         return min(left, plan.max_steps - position.step) if plan.max_steps else left
 
-    def _forward_watched(self, images: Tensor) -> Any:
+    def _forward_watched(self, inputs: dict[str, Tensor]) -> Outputs:
         self.watchdog.beat()
-        return self.engine.forward(images)
+        return self.engine.forward(inputs)
 
     def _evaluate(self) -> bool:
         """Evaluate, record and tell; returns whether it is the best so far."""
         position = self.position
         self.engine.train(False)
         with self.watchdog.phase("the held-out images were evaluated"):
-            result = evaluate(
-                self._forward_watched, self.eval_loader, self.plan.num_classes, self.world.device
-            )
+            result = evaluate(self.task, self._forward_watched, self.eval_loader, self.world.device)
         self.last_evaluation = result
-        if not math.isfinite(result.loss):
+        if not all(map(math.isfinite, result.metrics.values())):
             raise TrainingError(
                 f"non-finite loss on the held-out images after step {position.step}: the weights "
                 f"have blown up; they are not saved and {self._kept()}"
             )
-        best = result.top1 > position.best_top1
+        metric = self.task.metric
+        value = result.metrics[metric.key]
+        best = metric.is_better(value, position.best)
         if best:
-            position.best_top1, position.best_step = result.top1, position.step
+            position.best, position.best_step = value, position.step
         if self.log:
             self.log.write(
                 {
                     "step": position.step,
                     "epoch": self._epochs_done(),
-                    "val/loss": result.loss,
-                    "val/top1": result.top1,
-                    "val/top5": result.top5,
+                    **{f"val/{key}": value for key, value in result.metrics.items()},
                     "data/unreadable": result.unreadable + position.unreadable,
                 }
             )
+        figures = [f"{m.label} {m.format(result.metrics[m.key])}" for m in self.task.metrics]
         without = f"  ({result.unreadable} images unreadable)" if result.unreadable else ""
         self.say(
             f"epoch {self._epochs_done():.4g}/{self.plan.epochs}  step {position.step}  "
-            f"top-1 {result.top1:.2f} %  top-5 {result.top5:.2f} %  val loss {result.loss:.4f}  "
-            f"{self.images_per_second:.0f} img/s{without}" + ("  (best)" if best else "")
+            f"{'  '.join(figures)}  {self.images_per_second:.0f} img/s{without}"
+            + ("  (best)" if best else "")
         )
         return best

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..checkpoint import persistent_buffers
 from ..common.text import plain
@@ -318,7 +318,7 @@ def head_by_name(
     return without | head, f"of {len(theirs):,} classes, {len(ours):,} taken by name"
 
 
-def as_it_is(model: SwinTransformer) -> Callable[[str, str, int, int], Tensor]:
+def as_it_is(model: nn.Module) -> Callable[[str, str, int, int], Tensor]:
     """A reader of the model's weights as they are now, and of moments that are zero.
 
     ``Engine.load`` reads masters from it. DeepSpeed makes them from weights that it has rounded to

@@ -1,29 +1,28 @@
-"""Pictures of what a model is shown: augmented and mixed images with their labels."""
+"""A picture of what a model sees: images as the task prepares them, with captions."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
 from contextlib import suppress
 from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image, ImageDraw, ImageFont
 from rich.console import Console
-from torch import Tensor
 
-from ...common.drawing import check_picture, font_file, write_png
-from ...common.text import plain, shorten
-from ...config import Config
-from ..loader import Loader, loader_of
-from ..mixing import build_mixing
+from ..common.drawing import check_picture, font_file, write_png
+from ..common.text import plain
+from ..config import Config
+from ..data import Batch, Loader
+from ..data.loader import loader_of
+from ..tasks import Task, build_task
 
 LOOKED_AT = 1000  # held-out samples, for some of several classes
 COLUMNS, ROWS = 8, 4  # of training images; below them comes a row of held-out ones
 TILE, GAP, LABEL, TITLE = 142, 8, 40, 34  # pixels: of an image, between, of two lines, on top
-TOLD = 0.05  # share from which on a class of a mixed label is named
+
+Cell = tuple[np.ndarray, str]  # pixels [H, W, C] in 0..1, and the caption
 
 
 def show(config: Config, output: Path, console: Console) -> None:
@@ -33,42 +32,41 @@ def show(config: Config, output: Path, console: Console) -> None:
         ValueError: one line, for a config or data that cannot be used.
     """
     check_picture(output)
-    train = loader_of(config, True)
-    loaders = [train, loader_of(config, False, classes=train.class_names)]
+    task = build_task(config)
+    task.check()
+    train = loader_of(config, True, collate=task.collate)
+    task.class_names = train.class_names
+    loaders = [train, loader_of(config, False, classes=train.class_names, collate=task.collate)]
     for loader in loaders:
         console.print(plain(loader.description), highlight=False, markup=False, soft_wrap=True)
-    contact_sheet(config, loaders[0], loaders[1], output)
+    contact_sheet(task, loaders[0], loaders[1], output)
     for loader in loaders:
         loader.close()
     console.print(f"the picture is {plain(output)}", highlight=False, markup=False, soft_wrap=True)
 
 
-def contact_sheet(config: Config, train: Loader, val: Loader, path: Path) -> None:
+def contact_sheet(task: Task, train: Loader, val: Loader, path: Path) -> None:
     """A PNG of the batches that training begins with, and of the first held-out images.
 
     Both are read in this process alone, and nothing that training draws is changed by it.
     """
-    mixing = build_mixing(config.augment, config.model.num_classes, config.train.seed)
-    cells: list[tuple[np.ndarray, str]] = []
     wanted = COLUMNS * ROWS
-    for step, batch in enumerate(train.peek(-(-wanted // config.data.batch_size))):
-        images, labels = train.on_device(batch, torch.device("cpu"))
-        images, targets = mixing(images, labels, step)
-        pixels = _pixels(images, config.data.mean, config.data.std)
-        cells += [
-            (image, _told(target, train.class_names))
-            for image, target in zip(pixels, targets, strict=True)
-        ]
-    held_out: list[tuple[np.ndarray, str]] = []
-    batch = val.pick(_of_several_classes(val))
-    held_out += [
-        (image, _name(label, val.class_names))
-        for image, label in zip(
-            batch.images.permute(0, 2, 3, 1).numpy() / 255, batch.labels.tolist(), strict=True
-        )
-        if label >= 0
+    cells: list[Cell] = []
+    for step, batch in enumerate(train.peek(-(-wanted // task.config.data.batch_size))):
+        cells += _cells(task, batch, step, training=True)
+    held_out = _cells(task, val.pick(_of_several_classes(val)), 0, training=False)
+    draw_sheet(cells[:wanted], held_out[:COLUMNS], path)
+
+
+def _cells(task: Task, batch: Batch, step: int, training: bool) -> list[Cell]:
+    """The readable images of a batch, prepared for the model, with their captions."""
+    pixels, captions = task.preview(task.prepare(batch, step, training))
+    valid = batch.valid.tolist()
+    return [
+        (image.numpy(), caption)
+        for image, caption, good in zip(pixels, captions, valid, strict=True)
+        if good
     ]
-    _draw(cells[:wanted], held_out[:COLUMNS], path)
 
 
 def _of_several_classes(loader: Loader) -> list[int]:
@@ -87,28 +85,7 @@ def _of_several_classes(loader: Loader) -> list[int]:
     return [index for _, index in sorted(order)[:COLUMNS]]
 
 
-def _pixels(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
-    """Normalised [B, C, H, W] to [B, H, W, C] in 0..1; erased rectangles are noise beyond it."""
-    pixels = images.permute(0, 2, 3, 1) * torch.tensor(std) + torch.tensor(mean)
-    return pixels.clamp(0, 1).numpy()
-
-
-def _told(target: Tensor, names: Sequence[str] | None) -> str:
-    """The classes of a soft label, the strongest first."""
-    weights, classes = target.topk(min(2, len(target)))
-    first, *other = zip(weights.tolist(), classes.tolist(), strict=True)
-    if not other or other[0][0] < max(TOLD, 2 * float(target.min())):
-        return _name(first[1], names)
-    return "\n".join(f"{weight:.2f} {_name(label, names)}" for weight, label in (first, *other))
-
-
-def _name(label: int, names: Sequence[str] | None) -> str:
-    return shorten(names[label]) if names else str(label)
-
-
-def _draw(
-    training: list[tuple[np.ndarray, str]], held_out: list[tuple[np.ndarray, str]], path: Path
-) -> None:
+def draw_sheet(training: list[Cell], held_out: list[Cell], path: Path) -> None:
     """Tiles with their labels; pixels [H, W, C] are in 0..1."""
     rows = [training[i : i + COLUMNS] for i in range(0, len(training), COLUMNS)] + [held_out]
     step = TILE + GAP, TILE + LABEL

@@ -9,7 +9,7 @@ from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 
 from ..config import AugmentConfig
-from .rng import seeded
+from ..data.rng import seeded
 
 Mixing = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
 
