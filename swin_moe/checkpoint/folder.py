@@ -155,7 +155,7 @@ def find(path: Path) -> list[Path]:
     """Return the checkpoints of a run directory, newest first, or ``path`` if it is one.
 
     Raises:
-        CheckpointError: there is none.
+        CheckpointError: there are none.
     """
     if (path / "manifest.json").exists():
         return [path]

@@ -98,7 +98,7 @@ class Writer:
     Args:
         folder: of the checkpoints.
         world: of this rank.
-        tell: called on rank 0, by a method of this class, after each save, even a failed one.
+        report: called on rank 0, by a method of this class, after each save, even a failed one.
         writing: receives the file that is being written, for the watchdog.
     """
 
@@ -106,13 +106,15 @@ class Writer:
         self,
         folder: Path,
         world: World,
-        tell: Callable[[Saved], None],
+        report: Callable[[Saved], None],
         writing: Writing | None = None,
     ) -> None:
-        self.folder, self.world, self._tell = folder, world, tell
+        self.folder, self.world, self._report = folder, world, report
         self.writing = writing or Writing()
         self._of_a_run = folder.parent.is_dir()  # otherwise the first save makes it
-        self._life = broadcast_object(secrets.token_hex(4))  # tells this process's files apart
+        self._life = broadcast_object(
+            secrets.token_hex(4)
+        )  # distinguishes the files of this run's processes
         self._host: dict[str, Tensor] = {}
         self._job: _Save | None = None
         self._failed = False  # the last save; set on rank 0 only
@@ -186,7 +188,7 @@ class Writer:
         self._failed = bool(job.saved.error)
         if not self._failed:
             self.writing.good = str(job.saved.path)
-        self._tell(job.saved)
+        self._report(job.saved)
 
     def wait(self) -> bool:
         """Wait for the running save, if any, and report it; every rank must call this.

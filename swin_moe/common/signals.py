@@ -47,7 +47,7 @@ def install(handler: Callable[[int, Any], Any]) -> dict[int, Any]:
 
 def watch() -> None:
     """From now on, end the program with one line on a signal."""
-    if _Watch.process != os.getpid():  # not yet, or in another process than this forked one
+    if _Watch.process != os.getpid():  # or the parent of this forked process
         _Watch.process, _Watch.former = os.getpid(), {}
     _Watch.former = _Watch.former or install(_note)
 
@@ -63,7 +63,7 @@ def release() -> None:
 class _Watch:
     """The state of signals in this process."""
 
-    process = 0  # that installed the handlers; forked ones inherit them
+    process = 0  # the one that installed the handlers, which forked ones inherit
     former: ClassVar[dict[int, Any]] = {}
     training: ClassVar[StopSignal | None] = None  # remembers a signal
     interrupts = 0

@@ -15,7 +15,7 @@ WIDE = 400  # columns of a pipe or a file: wide enough that no line is folded
 
 
 class Terminal(Console):
-    """A rich console without markup and emoji codes; what cannot be printed is shown escaped."""
+    """A rich console without markup and emoji codes; unprintable characters are shown escaped."""
 
     def __init__(self, *, stderr: bool = False) -> None:
         super().__init__(stderr=stderr, markup=False, emoji=False)

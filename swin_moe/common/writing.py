@@ -172,7 +172,7 @@ def open_streams() -> None:
     """
     number = 0
     while number <= 2:
-        number = os.open(os.devnull, os.O_RDWR)  # the lowest one that is free
+        number = os.open(os.devnull, os.O_RDWR)  # the lowest free descriptor
         os.set_inheritable(number, number <= 2)
     os.close(number)
     sys.stdin = sys.stdin or os.fdopen(0)

@@ -92,7 +92,7 @@ def difference(source: Source, classes: list[str]) -> str:
     if not missing:
         return ""
     return (
-        f"no sample of {len(missing):,} of the {len(classes):,} classes that the model knows "
+        f"no sample of {len(missing):,} of the {len(classes):,} classes of the model "
         f"({quoted(missing)}); the others are matched by name"
     )
 
@@ -128,8 +128,8 @@ def _places(theirs: list[str], counts: np.ndarray, classes: list[str], split: st
     foreign = [theirs[label] for label in np.flatnonzero((place < 0) & (counts > 0))]
     if foreign:
         raise ValueError(
-            f"{split}: the model does not know {len(foreign)} of its classes: {quoted(foreign)}. "
-            f"It knows {len(classes)}: {quoted(classes)}. Rename or remove them, or set "
+            f"{split}: the model lacks {len(foreign)} of its classes: {quoted(foreign)}. "
+            f"It has {len(classes)}: {quoted(classes)}. Rename or remove them, or set "
             "data.match_classes=number if the numbers agree"
         )
     return place

@@ -75,7 +75,7 @@ def _attention(qkv: Tensor, bias: Tensor, scale: Tensor, windows: Windows, chunk
     seed = None
     if windows.dropout_p > 0:
         seed = draw_seed(qkv.device)
-    if not _fits_kernel(qkv, windows):
+    if not fits_kernel(qkv, windows):
         # Chunks save memory in training; they would fix a graph to their number.
         chunk = 0 if is_leaving() else chunk
         return attention_reference(qkv, bias, scale, seed, windows, chunk)
@@ -85,7 +85,7 @@ def _attention(qkv: Tensor, bias: Tensor, scale: Tensor, windows: Windows, chunk
     return out
 
 
-def _fits_kernel(qkv: Tensor, windows: Windows) -> bool:
+def fits_kernel(qkv: Tensor, windows: Windows) -> bool:
     """Return whether the op supports this call; otherwise the reference runs."""
     return (
         _library.has_kernel("window_attention", qkv)

@@ -192,7 +192,8 @@ def check_zip(path: Path) -> ZipFacts:
     small = [e for e in entries if not re.search(r"(^|/)data/\d+$", e.filename)]
     if (most := max(entry.file_size for entry in small)) > _SMALL:
         raise WeightsError(
-            f"{plain(path)}: holds {most:,} bytes beside its tensors; at most {_SMALL:,} are read"
+            f"{plain(path)}: holds {most:,} bytes in addition to its tensors; at most {_SMALL:,} "
+            "are read"
         )
     return ZipFacts({entry.file_size for entry in entries}, compressed)
 

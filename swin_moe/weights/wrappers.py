@@ -38,7 +38,7 @@ _HEAD = re.compile(r"(?:head|head\.fc|classifier|fc)\.(weight|bias)")
 # Prefixes of a second network: an average or a teacher of the one in training.
 _SECOND = re.compile(r"(?:\b|_)(?:ema|shadow|teacher|averaged?|swa|momentum|target|k|old)(?:\b|_)")
 # First parts of names that belong to no network: counters, losses, optimizers.
-_BESIDE = re.compile(
+_NO_NETWORK = re.compile(
     r"n_averaged|num_updates|num_batches\w*|updates|initted|decay|(?:global_)?step|epoch"
     r"|(?:lr_)?scheduler\w*|optim\w*|(?:\w+_)?ema(?:_\w+)?|shadow\w*|\w*teacher\w*|\w*scaler|amp"
     r"|\w*(?:loss|criterion|metric|accuracy|confusion|auroc)\w*|\w*queue\w*|callbacks|loops"
@@ -81,30 +81,30 @@ def take_network(state: State, path: Path, wanted: str = "") -> Taken:
     root = _choose(shown, path, wanted)
     before_it = _outer(next(full for name, full in names.items() if _is_first(name, root)))
     mine: dict[str, str] = {}  # the network's own name -> the file's
-    beside: list[str] = []
+    left_over: list[str] = []
     heads: dict[str, dict[str, str]] = {}  # by their prefix
     for name, full in names.items():
         short = name.removeprefix(root)
         first = short.partition(".")[0]
         if _of_another(name, root, shown):
             continue  # reported with its network
-        inside = _outer(full) == before_it and not _BESIDE.fullmatch(first)
+        inside = _outer(full) == before_it and not _NO_NETWORK.fullmatch(first)
         if name.startswith(root) and (inside or _OWN.fullmatch(first)):
             mine[short] = full
         elif found := _outer_head(name, root):
             before, head = found
             heads.setdefault(before, {})[head] = full
         else:
-            beside.append(full)
+            left_over.append(full)
     own_head = any(_HEAD.fullmatch(name) for name in mine)
     if own_head and not any(name.startswith("head.") for name in mine):
         mine = _renamed(mine, mine)
     for before in sorted(heads, key=len, reverse=True):  # the nearest one is the network's
         if own_head:
-            beside += heads[before].values()
+            left_over += heads[before].values()
         else:
             mine, own_head = mine | _renamed(heads[before], mine), True
-    notes = [*_other_networks(shown, root, path), *not_read(beside, path)]
+    notes = [*_other_networks(shown, root, path), *not_read(left_over, path)]
     return Taken({short: state[full] for short, full in mine.items()}, notes)
 
 
@@ -209,11 +209,11 @@ def _other_networks(shown: dict[str, str], root: str, path: Path) -> list[str]:
     ]
 
 
-def not_read(beside: list[str], path: Path) -> list[str]:
+def not_read(left_over: list[str], path: Path) -> list[str]:
     """Return one line on tensors that are not taken, by the first part of their names."""
-    if not beside:
+    if not left_over:
         return []
-    groups = Counter(_outer(full) + _inner(full).partition(".")[0] for full in beside)
+    groups = Counter(_outer(full) + _inner(full).partition(".")[0] for full in left_over)
     listed = [
         f"{plain(name)} ({count:,} tensors)" if count > 1 else plain(name)
         for name, count in groups.most_common(_LISTED)

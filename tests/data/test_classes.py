@@ -18,7 +18,7 @@ def test_a_held_out_set_that_lacks_a_class_keeps_the_labels_of_the_others(tmp_pa
     assert labels(loader) == [1, 1, 2, 2]
     assert loader.class_names == ["cat", "dog", "fox"]
     assert loader.missing_classes == ["cat"]
-    assert "no sample of 1 of the 3 classes that the model knows ('cat')" in caplog.text
+    assert "no sample of 1 of the 3 classes of the model ('cat')" in caplog.text
 
 
 def test_another_order_is_mapped(tmp_path):
@@ -31,8 +31,8 @@ def test_another_order_is_mapped(tmp_path):
 def test_unknown_classes_are_refused_by_name(tmp_path):
     make_folder(tmp_path / "val", ["[cat]", "dog"])
     message = (
-        r"data\.path=.*, data\.val=val: the model does not know 1 of its classes: '\[cat\]'\. "
-        r"It knows 2: 'cat', 'dog'\. Rename .* data\.match_classes=number"
+        r"data\.path=.*, data\.val=val: the model lacks 1 of its classes: '\[cat\]'\. "
+        r"It has 2: 'cat', 'dog'\. Rename .* data\.match_classes=number"
     )
     with pytest.raises(ValueError, match=message):
         open_loader(tmp_path, training=False, classes=["cat", "dog"])
@@ -63,7 +63,7 @@ def test_a_list_of_names_beside_numbers_may_rename_some(tmp_path, caplog):
     assert loader.class_names == ["[cat]", "dog", "fox"]
     assert "calls 1 of the 3 classes differently ('[cat]'); its labels are numbers" in caplog.text
     names.write_text("dog\ncow\nfox\n")  # a name of the model's at another place
-    with pytest.raises(ValueError, match="does not know 1 of its classes: 'cow'"):
+    with pytest.raises(ValueError, match="lacks 1 of its classes: 'cow'"):
         open_loader(tmp_path, training=False, classes=["[cat]", "dog", "fox"])
 
 

@@ -16,7 +16,7 @@ from swin_moe.data.source import open_path, open_splits
 from swin_moe.data.tools.bundle import write_shard
 
 from .helpers import encode, make_folder, open_loader, samples
-from .test_shards import _write_members
+from .test_shards import write_members
 
 FILES = [f"n0{i % 3}/n0{i % 3}_{i}.JPEG" for i in range(12)] + ["n01/Größe.png"]
 LABELS = [int(name[2]) for name in FILES]
@@ -355,7 +355,7 @@ def test_tars_of_one_class_each(tmp_path):
     for label, name in enumerate(("n01440764", "n01443537")):
         members = [(f"{name}_{i}.JPEG", encode(10 * label + i, extension="jpg")) for i in range(3)]
         (tmp_path / "train").mkdir(exist_ok=True)
-        _write_members(tmp_path / "train" / f"{name}.tar", members)
+        write_members(tmp_path / "train" / f"{name}.tar", members)
     source = open_splits(tmp_path)["train"]
     assert source.class_names == ["n01440764", "n01443537"]
     assert source.labels.tolist() == [0, 0, 0, 1, 1, 1]
@@ -367,31 +367,31 @@ def test_tars_of_one_class_each(tmp_path):
 def test_odd_members_do_not_hide_the_labels(tmp_path):
     (tmp_path / "train").mkdir()
     members = [("._a.jpg.txt", b"?"), ("README", b"?"), ("a.png", encode(0)), ("a.cls", b"7")]
-    _write_members(tmp_path / "train" / "000.tar", members)
+    write_members(tmp_path / "train" / "000.tar", members)
     assert open_splits(tmp_path)["train"].labels.tolist() == [7]
     plain = [("b.1.png", encode(1)), ("b.2.png", encode(2))]
-    _write_members(tmp_path / "train" / "001.tar", plain)
+    write_members(tmp_path / "train" / "001.tar", plain)
     _refused(r"001\.tar: 2 images, but none with a \.cls", open_splits, tmp_path)
 
 
 def test_what_a_tar_of_one_class_holds_besides_is_counted(tmp_path):
-    _write_members(tmp_path / "ant.tar", [("README", b"?"), ("a.heic", b"?"), ("b.png", encode(0))])
-    _write_members(tmp_path / "bee.tar", [("c.png", encode(1))])
+    write_members(tmp_path / "ant.tar", [("README", b"?"), ("a.heic", b"?"), ("b.png", encode(0))])
+    write_members(tmp_path / "bee.tar", [("c.png", encode(1))])
     source = open_path(tmp_path)
     assert source.passed_over == "2 files in the tars passed over: they are not named like images"
     assert source.labels.tolist() == [0, 1]
 
 
 def test_a_tar_that_is_called_like_a_split_is_no_class(tmp_path):
-    _write_members(tmp_path / "train.tar", [("cat/a.png", encode(0)), ("dog/b.png", encode(1))])
+    write_members(tmp_path / "train.tar", [("cat/a.png", encode(0)), ("dog/b.png", encode(1))])
     _refused(r"train\.tar has no labels .* unpack it", open_path, tmp_path)
 
 
 def test_tars_of_one_class_keep_every_name(tmp_path):
     names = ["x.1.jpg", "x.2.jpg", "x.2.png"]
-    _write_members(tmp_path / "ant.tar", [(n, encode(i)) for i, n in enumerate(names)])
+    write_members(tmp_path / "ant.tar", [(n, encode(i)) for i, n in enumerate(names)])
     assert len(open_path(tmp_path)) == 3
-    _write_members(tmp_path / "bee.tar", [("y.png", encode(1)), ("y.cls", b"1")])
+    write_members(tmp_path / "bee.tar", [("y.png", encode(1)), ("y.cls", b"1")])
     _refused(r"bee\.tar: it has labels", open_path, tmp_path)
 
 
@@ -400,7 +400,7 @@ def test_validation_tars_with_other_classes(tmp_path):
         (tmp_path / split / ".swin_moe_index").mkdir(parents=True)
         for name in classes:
             members = [(f"{i}.png", encode(i)) for i in range(4)]
-            _write_members(tmp_path / split / f"{name}.tar", members)
+            write_members(tmp_path / split / f"{name}.tar", members)
     message = r"differ in 2 class folders, first 'a'"
     _refused(message, lambda: open_loader(tmp_path, training=False, num_classes=3))
 

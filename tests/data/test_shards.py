@@ -11,7 +11,7 @@ from swin_moe.data.tools.bundle import write_shard
 from .helpers import encode, make_shards, samples
 
 
-def _write_members(path, members):
+def write_members(path, members):
     with tarfile.open(path, "w") as tar:
         for name, content in members:
             info = tarfile.TarInfo(name)
@@ -44,7 +44,7 @@ def test_compressed_equals_plain(tmp_path):
 
 
 def test_members_in_folders_other_extensions_and_cases(tmp_path):
-    path = _write_members(
+    path = write_members(
         tmp_path / "x.tar",
         [
             ("n01/a.JPEG", encode(0, extension="jpg")),
@@ -106,7 +106,7 @@ FAULTS = {
 
 @pytest.mark.parametrize("message", FAULTS)
 def test_faulty_samples_name_the_shard(tmp_path, message):
-    path = _write_members(tmp_path / "bad.tar", FAULTS[message])
+    path = write_members(tmp_path / "bad.tar", FAULTS[message])
     with pytest.raises(ValueError, match=rf"bad\.tar: .*{message}") as error:
         open_shards([path], None)
     assert "\n" not in str(error.value)

@@ -129,7 +129,9 @@ def test_shards_without_labels_are_not_a_tar_per_class(tmp_path):
         with tarfile.open(tmp_path / "train" / f"{shard:05d}.tar", "w") as tar:
             for end in ("jpg", "json", "txt"):
                 add_member(tar, f"000.{end}", encode(1))
-    with pytest.raises(ValueError, match=r"images have \.json and \.txt beside them, but no label"):
+    with pytest.raises(
+        ValueError, match=r"images have \.json and \.txt next to them, but no label"
+    ):
         open_path(tmp_path / "train")
 
 

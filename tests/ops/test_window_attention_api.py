@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from swin_moe import ops
 from swin_moe.ops import _library
-from swin_moe.ops.window_attention import _fits_kernel
+from swin_moe.ops.window_attention import fits_kernel
 from tests.ops.test_window_attention import DEVICES, DTYPES, Case, needs_library, run
 
 
@@ -176,17 +176,17 @@ def test_the_kernels_check_for_themselves():
 def test_what_has_no_kernel_uses_the_reference(dtype, head_dim):
     case = Case((4, 4), (2, 2), (10, 8), head_dim=head_dim, dropout=0.2)
     inputs = case.inputs(dtype)
-    assert not _fits_kernel(inputs[0], case.windows)
+    assert not fits_kernel(inputs[0], case.windows)
     ours, reference = run(case.fused, inputs), run(case.reference, inputs)
     assert all(torch.equal(a, b) for a, b in zip(ours, reference, strict=True))
 
 
 def test_windows_too_large_for_the_kernels_use_the_reference():
     qkv = torch.empty(1, 8, 8, 3, 1, 16)
-    assert _fits_kernel(qkv, Case((32, 32)).windows) == (
+    assert fits_kernel(qkv, Case((32, 32)).windows) == (
         _library.has_kernel("window_attention", qkv)
     )
-    assert not _fits_kernel(qkv, Case((32, 33)).windows)
+    assert not fits_kernel(qkv, Case((32, 33)).windows)
 
 
 def test_autocast():

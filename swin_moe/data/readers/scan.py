@@ -148,11 +148,11 @@ def has_labels(path: Path) -> bool | None:
     if not kinds & SUFFIXES:
         return None
     images = {name.rpartition(".")[0] for name in names if suffix(name) in SUFFIXES}
-    beside = {suffix(n) for n in names if n.rpartition(".")[0] in images} - SUFFIXES
-    if beside:
+    others = {suffix(n) for n in names if n.rpartition(".")[0] in images} - SUFFIXES
+    if others:
         raise ValueError(
-            f"{plain(path)}: its images have .{' and .'.join(sorted(beside))} beside them, but no "
-            f"label: put a class number from 0 on into a .cls beside each image{number}"
+            f"{plain(path)}: its images have .{' and .'.join(sorted(others))} next to them, but no "
+            f"label: put a class number from 0 on into a .cls for each image{number}"
         )
     return False
 
@@ -234,7 +234,7 @@ class _Scanner:
         if self.class_label is not None:  # plain files, whose names may have dots and repeat
             key, extension = member.name, suffix(member.name)
             if extension == "cls":
-                raise self._wrong("it has labels (.cls), but others beside it do not")
+                raise self._wrong("it has labels (.cls), but other tars of the set have none")
         if extension not in KNOWN:
             if self.class_label is not None:
                 self._check_alone(member)
@@ -267,7 +267,7 @@ class _Scanner:
             return
         if self.group.key.rpartition(".")[0] == member.name.rpartition(".")[0]:
             raise self._wrong(
-                f"'{plain(self.group.key)}' has '{plain(member.name)}' beside it and no label "
+                f"'{plain(self.group.key)}' has '{plain(member.name)}' next to it and no label "
                 f"(.cls){_number_in(self.tar, member)}"
             )
 
