@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -69,12 +70,17 @@ def serving(folder, *modules):
         stdin=subprocess.PIPE, env=environment(FIRST="1", SECOND="2"), cwd=ROOT, close_fds=False,
     )  # fmt: skip
     deadline = time.monotonic() + PATIENCE
-    while not (folder / "fork").exists():
+    while not listens(folder / "fork"):
         assert time.monotonic() < deadline
         time.sleep(0.01)
     yield process
     process.stdin.close()
     process.wait(PATIENCE)
+
+
+def listens(path):
+    with socket.socket(socket.AF_UNIX) as connection:
+        return connection.connect_ex(str(path)) == 0
 
 
 def run(folder, *arguments, **options):

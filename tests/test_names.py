@@ -1,6 +1,7 @@
 """Names of every kind in tables, pictures, logs and messages: unchanged or escaped."""
 
 import ast
+import errno
 import logging
 import os
 import subprocess
@@ -132,13 +133,17 @@ def test_a_font_of_the_system_helps_out(monkeypatch, caplog):
     assert caplog.text.count(f"no font of this machine has {only_there}: pictures show boxes") == 3
 
 
-def test_a_picture_is_written_whole_or_not_at_all(tmp_path):
+def test_a_picture_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    def full(_descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
     picture = tmp_path / "data.png"
     picture.write_bytes(b"old")
-    (tmp_path / ".data.png").mkdir()
-    with pytest.raises(ValueError, match=r"data\.png cannot be written: Is a directory$"):
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(ValueError, match=r"data\.png cannot be written: No space left on device$"):
         write_png(picture, lambda file: file.write(b"new"))
     assert picture.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [picture]
 
 
 @pytest.mark.parametrize(

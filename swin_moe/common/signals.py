@@ -47,7 +47,7 @@ def install(handler: Callable[[int, Any], Any]) -> dict[int, Any]:
 
 def watch() -> None:
     """From now on, end the program with one line on a signal."""
-    if _Watch.process != os.getpid():  # or the parent of this forked process
+    if _Watch.process != os.getpid():  # the first call in this process, which may be forked
         _Watch.process, _Watch.former = os.getpid(), {}
     _Watch.former = _Watch.former or install(_note)
 

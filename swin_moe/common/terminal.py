@@ -38,6 +38,11 @@ class Terminal(Console):
         )
 
 
+def print_line(console: Console, text: str) -> None:
+    """Print a line on any console of rich, without markup, colours and folding."""
+    console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
 def cell(name: str | os.PathLike[str]) -> Text:
     """Return a name as one line of a table, for any console of rich."""
     return Text(plain(name))

@@ -340,19 +340,22 @@ def build_loader(
         repeats=augment.repeats if training else 1,
     )
     dataset = ImageDataset(source, transform, (*image_sides, in_chans), seed)
-    names = source.class_names
-    count = len(names) if names else int((source.class_counts > 0).sum())
-    unnamed = " without names" * (not names)
-    content = f"{len(source):,} samples, {count:,} classes{unnamed}, {source.describe()}"
     workers = _workers(data.num_workers, len(sampler), training and rank == 0)
     return Loader(
         dataset,
         sampler,
         workers,
-        f"{split}: {content}",
+        f"{split}: {_content(source)}",
         allowed_bad(len(source), data.max_bad_share),
         collate,
     )
+
+
+def _content(source: Source) -> str:
+    names = source.class_names
+    count = len(names) if names else int((source.class_counts > 0).sum())
+    unnamed = " without names" * (not names)
+    return f"{len(source):,} samples, {count:,} classes{unnamed}, {source.describe()}"
 
 
 def _warn_of_classes(

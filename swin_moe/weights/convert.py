@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-from ..common.terminal import cell
+from ..common.terminal import cell, print_line
 from ..common.text import plain
 from ..config import Architecture, refuse_dense, validate_architecture
 from ..config.variants import default_moe_blocks
@@ -123,26 +123,21 @@ def convert(
         raise ValueError(f"{plain(found[0])} exists: choose another name, or add --overwrite")
     overrides = _checked(overrides or {})
     source = read_pretrained(source_path, source_dialect, network)
-    config = _target(source, model_name, overrides)
-    state = source.state
+    config, state = _target(source, model_name, overrides), source.state
     if upcycling:
-        config = _with_experts(config, upcycling, overrides.get("moe", {}))
-        random_gate = upcycling.gate == "random"
-        state = upcycle(
-            state, config.model, config.moe, noise=upcycling.noise, random_gate=random_gate
-        )
+        config, state = _upcycled(config, state, upcycling, overrides.get("moe", {}))
     refuse_dense(config, {**overrides, "model": {"name": model_name}}, {}, "convert")
     target = _shapes(config)
     result = _fitted(source, state, target, config, allow_missing)
     console.print(_table(source.translation, result, target))
-    complete = result.state | _fresh(config, result.missing)
+    complete = result.state | _initial(config, result.missing)
     stated = {"window_size", "img_size"} <= overrides.get("model", {}).keys()
     known = source.window_known or stated or bool(model_name)
     notes = [*source.notes, *filter(None, [not_finite(result.state)])]
     about = _about(source, config, result, dialect, notes)
     _write(output, complete, config, dialect, ranks, known, about, notes)
     for line in (*_closing(output, config, dialect, known), *notes):
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
+        print_line(console, line)
     return config
 
 
@@ -225,7 +220,9 @@ def _target(source: Pretrained, model_name: str, overrides: Overrides) -> Archit
     return config.model_copy(update={"model": adopt_pretrained_window(config.model, source)})
 
 
-def _with_experts(config: Architecture, upcycling: Upcycle, stated: dict[str, Any]) -> Architecture:
+def _upcycled(
+    config: Architecture, state: State, upcycling: Upcycle, stated: dict[str, Any]
+) -> tuple[Architecture, State]:
     moe = config.moe.model_dump() | {
         "blocks": config.moe.blocks or default_moe_blocks(config.model.depths),
         "num_experts": upcycling.experts,
@@ -238,7 +235,10 @@ def _with_experts(config: Architecture, upcycling: Upcycle, stated: dict[str, An
         "fc2_bias": config.model.mlp_fc2_bias,
     }
     model = config.model.model_dump()
-    return validate_architecture({"model": model, "moe": moe | stated}, source="--upcycle")
+    config = validate_architecture({"model": model, "moe": moe | stated}, source="--upcycle")
+    random_gate, noise = upcycling.gate == "random", upcycling.noise
+    state = upcycle(state, config.model, config.moe, noise=noise, random_gate=random_gate)
+    return config, state
 
 
 def _shapes(config: Architecture) -> State:
@@ -247,7 +247,7 @@ def _shapes(config: Architecture) -> State:
     return _state(built)
 
 
-def _fresh(config: Architecture, names: list[str]) -> State:
+def _initial(config: Architecture, names: list[str]) -> State:
     """Return initial values of tensors that the file lacks."""
     if not names:
         return {}

@@ -8,6 +8,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
+from ...common.terminal import print_line
 from ...common.text import plain
 from ..classes import match, quoted
 from ..decode import MAX_PIXELS
@@ -16,7 +17,6 @@ from ..names import finder, read_classes
 from ..readers.shards import ShardSource
 from ..source import open_splits
 from .prepare import Settings, finish, names_or_numbers, prepare
-from .progress import print_line
 from .verify import verify
 
 
@@ -50,20 +50,10 @@ def prepare_data(
     Raises:
         ValueError: wrong options or data; one line naming the option, the file or the folder.
     """
-    if not 0 <= val_share < 1:
-        raise ValueError(f"--val={val_share}: give a share in [0, 1)")
-    if shard_megabytes < 1:
-        raise ValueError(f"--shard-size={shard_megabytes}: give megabytes")
-    _check_max_pixels(max_pixels)
-    if resize < 0:
-        raise ValueError(f"--resize={resize}: give pixels")
+    _check_numbers(val_share, shard_megabytes, resize, max_pixels)
     if resize:
         from .. import transforms  # noqa: F401 - imports torch once for all forked processes
-    with console.status(Text(f"looking at {plain(path)}")):
-        sources = open_splits(path)
-    for source in sources.values():
-        source.max_pixels = max_pixels
-    _check_splits(path, sources, val_share)
+    sources = _open(path, console, val_share, max_pixels)
     kept = None if classes is None else _kept_classes(classes)
     _report_absent(kept or [], sources["train"], console)
     for split, source in sources.items():
@@ -75,25 +65,41 @@ def prepare_data(
             resize=resize,
             val_share=val_share if split == "train" else 0.0,
         )
+        workers = workers or len(os.sched_getaffinity(0))
         skipped = prepare(
-            source, output, settings, console, split=split, classes=kept,
-            workers=workers or len(os.sched_getaffinity(0)),
-        )  # fmt: skip
+            source, output, settings, console, split=split, classes=kept, workers=workers
+        )
         if skipped:
-            print_line(
-                console,
-                f"{len(skipped):,} samples could not be read and are left out: "
-                f"{plain(output / f'bad-samples-{split}.jsonl')}",
-            )
+            bad = plain(output / f"bad-samples-{split}.jsonl")
+            print_line(console, f"{len(skipped):,} samples cannot be read and are left out: {bad}")
     finish(output)
     for split, source in open_splits(output).items():
         _describe(split, source, console)
     print_line(console, f"train on it with data.path={plain(output)}")
 
 
+def _check_numbers(val_share: float, shard_megabytes: int, resize: int, max_pixels: int) -> None:
+    if not 0 <= val_share < 1:
+        raise ValueError(f"--val={val_share}: give a share in [0, 1)")
+    if shard_megabytes < 1:
+        raise ValueError(f"--shard-size={shard_megabytes}: give megabytes")
+    if resize < 0:
+        raise ValueError(f"--resize={resize}: give pixels")
+    _check_max_pixels(max_pixels)
+
+
 def _check_max_pixels(max_pixels: int) -> None:
     if max_pixels < 1:
         raise ValueError(f"--max-pixels={max_pixels}: give a number above 0")
+
+
+def _open(path: Path, console: Console, val_share: float, max_pixels: int) -> dict[str, Source]:
+    with console.status(Text(f"looking at {plain(path)}")):
+        sources = open_splits(path)
+    for source in sources.values():
+        source.max_pixels = max_pixels
+    _check_splits(path, sources, val_share)
+    return sources
 
 
 def _check_splits(path: Path, sources: dict[str, Source], val_share: float) -> None:

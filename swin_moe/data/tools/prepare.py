@@ -22,6 +22,7 @@ import simplejpeg
 from rich.console import Console
 from rich.filesize import decimal
 
+from ...common.terminal import print_line
 from ...common.text import plain
 from ...common.writing import replacing
 from ..bad_samples import Skipped
@@ -32,7 +33,7 @@ from ..readers.index import DatasetManifest, Shard, write_index
 from ..readers.scan import scan_shard
 from ..rng import permutation
 from .parallel import in_processes
-from .progress import print_line, sample_progress
+from .progress import sample_progress
 
 QUALITY = 95  # of a resized JPEG
 PROBED = 200  # images whose mean size decides how many fill a shard

@@ -1,4 +1,4 @@
-"""A progress bar over samples, and plain lines on the console."""
+"""A progress bar over samples."""
 
 from __future__ import annotations
 
@@ -16,11 +16,6 @@ from rich.progress import (
 )
 
 from ...common.text import plain
-
-
-def print_line(console: Console, text: str) -> None:
-    """Print a line without markup, colours and folding."""
-    console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 @contextmanager

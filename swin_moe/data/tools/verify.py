@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from rich.console import Console
 
+from ...common.terminal import print_line
 from ...common.text import plain
 from ..bad_samples import Skipped
 from ..decode import EncodedImage, UnreadableImage
@@ -17,7 +18,7 @@ from ..files import Source
 from ..readers.index import DatasetManifest, read_index
 from .parallel import in_processes
 from .prepare import sha256
-from .progress import print_line, sample_progress
+from .progress import sample_progress
 
 PART = 500  # samples that a process takes at once
 
