@@ -328,8 +328,8 @@ class Writer:
                 (job.partial / name).write_text(text, encoding="utf-8")
                 sync(job.partial / name)
                 files[name] = file_digest(job.partial / name)
-            mine = json.dumps({"files": files, "tensors": to_json(job.entries)})
-            _write_whole(job.partial / f"rank-{rank}.json", mine)
+            part = json.dumps({"files": files, "tensors": to_json(job.entries)})
+            _write_whole(job.partial / f"rank-{rank}.json", part)
         except Exception as error:
             text = _reason(error, self.writing.file)
             try:

@@ -106,7 +106,9 @@ def _lacking(text: str, font: str) -> set[str]:
     from matplotlib.ft2font import FT2Font
 
     known = FT2Font(font).get_charmap()
-    letters = {one for one in text if unicodedata.category(one) not in ("Zs", "Cc", "Cf", "Mn")}
+    letters = {
+        letter for letter in text if unicodedata.category(letter) not in ("Zs", "Cc", "Cf", "Mn")
+    }
     return {letter for letter in letters if ord(letter) not in known}
 
 

@@ -25,13 +25,13 @@ def plain_lines(text: str) -> str:
 def _printable(text: str, kept: str) -> str:
     if text.isprintable():
         return text
-    return "".join(one if one.isprintable() or one in kept else _escape(one) for one in text)
+    return "".join(c if c.isprintable() or c in kept else _escape(c) for c in text)
 
 
-def _escape(one: str) -> str:
-    if 0xDC80 <= ord(one) <= 0xDCFF:  # Python's stand-in for a byte that is not UTF-8
-        return f"\\x{ord(one) - 0xDC00:02x}"
-    return repr(one)[1:-1]
+def _escape(character: str) -> str:
+    if 0xDC80 <= ord(character) <= 0xDCFF:  # Python's stand-in for a byte that is not UTF-8
+        return f"\\x{ord(character) - 0xDC00:02x}"
+    return repr(character)[1:-1]
 
 
 def shorten(name: str) -> str:

@@ -130,7 +130,7 @@ class LogFile(logging.Handler):
     def current() -> Path | None:
         """Return the path that this process logs to, None without one."""
         handlers = logging.getLogger().handlers
-        return next((one.path for one in handlers if isinstance(one, LogFile)), None)
+        return next((h.path for h in handlers if isinstance(h, LogFile)), None)
 
     def emit(self, record: logging.LogRecord) -> None:
         try:

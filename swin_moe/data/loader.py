@@ -246,10 +246,10 @@ def check_shared_memory(workers: int, batch: int, split: str) -> None:
     free = _free_shared_memory()
     if free is None or needed <= free:
         return
-    mine = f"{workers} workers" + f" of each of {ranks} processes" * (ranks > 1)
+    users = f"{workers} workers" + f" of each of {ranks} processes" * (ranks > 1)
     raise ValueError(
         f"{split}: {_SHARED} has {free / 1e6:.1f} MB of shared memory free, but data.num_workers="
-        f"{workers} may take {needed / 1e6:.1f} MB ({mine}, {_READY} batches of {batch / 1e6:.1f} "
+        f"{workers} may take {needed / 1e6:.1f} MB ({users}, {_READY} batches of {batch / 1e6:.1f} "
         "MB each): start the container with a larger --shm-size, or lower data.num_workers (0 "
         "needs none) or the batch"
     )

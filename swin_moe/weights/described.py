@@ -122,7 +122,7 @@ def timm_model(stated: dict[str, Any]) -> dict[str, Any]:
     """Return window and image size of the model that timm's ``config.json`` names."""
     name = str(stated.get("architecture", "")).partition(".")[0]
     known = (f"{name}{suffix}" for suffix in ("", "_22k", "_22kto1k"))
-    variant = next((VARIANTS[one]["model"] for one in known if one in VARIANTS), {})
+    variant = next((VARIANTS[variant]["model"] for variant in known if variant in VARIANTS), {})
     keys = ("img_size", "window_size", "pretrained_window_sizes")
     model = {key: variant[key] for key in keys if key in variant}
     arguments = stated.get("model_args")

@@ -80,7 +80,7 @@ def take_network(state: State, path: Path, wanted: str = "") -> Taken:
         return Taken(state, [])  # no Swin model: the translation will report it
     root = _choose(shown, path, wanted)
     before_it = _outer(next(full for name, full in names.items() if _is_first(name, root)))
-    mine: dict[str, str] = {}  # the network's own name -> the file's
+    taken: dict[str, str] = {}  # the network's own name -> the file's
     left_over: list[str] = []
     heads: dict[str, dict[str, str]] = {}  # by their prefix
     for name, full in names.items():
@@ -90,22 +90,22 @@ def take_network(state: State, path: Path, wanted: str = "") -> Taken:
             continue  # reported with its network
         inside = _outer(full) == before_it and not _NO_NETWORK.fullmatch(first)
         if name.startswith(root) and (inside or _OWN.fullmatch(first)):
-            mine[short] = full
+            taken[short] = full
         elif found := _outer_head(name, root):
             before, head = found
             heads.setdefault(before, {})[head] = full
         else:
             left_over.append(full)
-    own_head = any(_HEAD.fullmatch(name) for name in mine)
-    if own_head and not any(name.startswith("head.") for name in mine):
-        mine = _renamed(mine, mine)
+    own_head = any(_HEAD.fullmatch(name) for name in taken)
+    if own_head and not any(name.startswith("head.") for name in taken):
+        taken = _renamed(taken, taken)
     for before in sorted(heads, key=len, reverse=True):  # the nearest one is the network's
         if own_head:
             left_over += heads[before].values()
         else:
-            mine, own_head = mine | _renamed(heads[before], mine), True
+            taken, own_head = taken | _renamed(heads[before], taken), True
     notes = [*_other_networks(shown, root, path), *not_read(left_over, path)]
-    return Taken({short: state[full] for short, full in mine.items()}, notes)
+    return Taken({short: state[full] for short, full in taken.items()}, notes)
 
 
 def _without_wrappers(state: State) -> dict[str, str]:

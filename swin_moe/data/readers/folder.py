@@ -82,14 +82,14 @@ def _image_files(root: str, inside: str, passed: PassedOver, above: list[str]) -
         above: the folders on the way; a link to one of them would never end.
     """
     folders = []
-    way = [*above, f"{root}/{inside}"]
-    for entry in _entries(way[-1]):
+    parents = [*above, f"{root}/{inside}"]
+    for entry in _entries(parents[-1]):
         if entry.is_dir():
             if is_companion(entry.name):
                 continue
             if entry.is_symlink():
                 target = os.path.realpath(entry.path)
-                if any(_is_above(target, os.path.realpath(folder)) for folder in way):
+                if any(_is_above(target, os.path.realpath(folder)) for folder in parents):
                     passed.kinds["links to a folder above"] += 1
                     continue
             folders.append(entry.name)
@@ -101,7 +101,7 @@ def _image_files(root: str, inside: str, passed: PassedOver, above: list[str]) -
             broken = entry.is_symlink() and not os.path.exists(entry.path)
             passed.kinds["links to nothing" if broken else "pipes or devices"] += 1
     for name in folders:
-        yield from _image_files(root, f"{inside}/{name}", passed, way)
+        yield from _image_files(root, f"{inside}/{name}", passed, parents)
 
 
 def _entries(folder: str) -> list[os.DirEntry[str]]:

@@ -167,13 +167,13 @@ def _split(labels: np.ndarray, settings: Settings, split: str) -> dict[str, np.n
     order = order[labels[order] >= 0]
     if not settings.val_share:
         return {split: order}
-    mine = labels[order]
-    by_class = np.argsort(mine, kind="stable")
-    counts = np.bincount(mine)
+    chosen = labels[order]
+    by_class = np.argsort(chosen, kind="stable")
+    counts = np.bincount(chosen)
     place = np.arange(len(order)) - np.repeat(np.cumsum(counts) - counts, counts)
     rank = np.empty(len(order), np.int64)
     rank[by_class] = place
-    held_out = rank < np.round(settings.val_share * counts)[mine]
+    held_out = rank < np.round(settings.val_share * counts)[chosen]
     if len(order) and (held_out.all() or not held_out.any()):
         what, how = ("all", "smaller") if held_out.all() else ("none", "larger")
         raise ValueError(
