@@ -97,7 +97,7 @@ def test_a_hugging_face_folder_opens_by_itself(timm_v1, tmp_path):
     run(path, tmp_path / "hf", dialect="huggingface")
     model = transformers.AutoModelForImageClassification.from_pretrained(tmp_path / "hf").eval()
     images = torch.randn(2, 3, 56, 56)
-    torch.testing.assert_close(model(images).predictions, theirs(images), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(model(images).logits, theirs(images), rtol=1e-4, atol=1e-4)
     assert read_pretrained(tmp_path / "hf").config.model.window_size == 7
 
 

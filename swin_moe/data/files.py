@@ -26,7 +26,7 @@ class Source(Protocol):
         class_counts: int64 [classes], samples of each.
         class_names: by label, None if the data has none.
         passed_over: one line on files that are no samples; empty without any.
-        max_pixels, numbered, renamed: see :class:`Bounded`.
+        max_pixels: see :class:`Bounded`, also for ``numbered`` and ``renamed``.
     """
 
     numbered: bool
