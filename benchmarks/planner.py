@@ -244,7 +244,7 @@ def predict(raw: dict[str, Any], processes: int) -> dict[str, float]:
     """The same kinds by the planner, for processes of this machine."""
     config = validate(raw)
     planner = Planner(config, Cluster("cpu", 1, processes), fused=True)
-    choice = planner.asked()
+    choice = planner.configured()
     sizes = spread(
         planner.groups(choice.expert_parallel_size), processes, choice.expert_parallel_size
     )

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import OutOfMemoryError
 
-from swin_moe.cli import main
+from swin_moe.cli import main, models
 from swin_moe.common import drawing
 from swin_moe.common.drawing import font_file, write_png
 from swin_moe.common.terminal import Terminal, cell
@@ -162,8 +162,8 @@ def test_an_error_is_one_line_that_is_never_empty(monkeypatch, capsys, error, to
     def fail(*_):
         raise error
 
-    monkeypatch.setattr(main, "_models", fail)
-    monkeypatch.setattr(main, "_quiet", lambda: None)
+    monkeypatch.setattr(models, "models_command", fail)
+    monkeypatch.setattr(main, "quiet_libraries", lambda: None)
     assert main.main(["models"]) in (1, 2)
     assert capsys.readouterr().err == f"swin-moe: error: {told}\n"
     main.main(["models", "--debug"])
@@ -172,11 +172,17 @@ def test_an_error_is_one_line_that_is_never_empty(monkeypatch, capsys, error, to
     assert "--debug" not in shown.splitlines()[-1]
 
 
-def test_a_run_s_log_is_named_instead_of_debug(monkeypatch, tmp_path):
-    monkeypatch.setattr(LogFile, "current", staticmethod(lambda: tmp_path / "rank-0.log"))
-    arguments = main.parse(["models"])
-    told = main._unexpected(RuntimeError("boom"), arguments)
-    assert told == f"RuntimeError: boom (the traceback is in {tmp_path / 'rank-0.log'})"
+def test_a_run_s_log_is_named_instead_of_debug(monkeypatch, capsys, tmp_path):
+    def fail(*_):
+        raise RuntimeError("boom")
+
+    log = tmp_path / "rank-0.log"
+    monkeypatch.setattr(LogFile, "current", staticmethod(lambda: log))
+    monkeypatch.setattr(models, "models_command", fail)
+    monkeypatch.setattr(main, "quiet_libraries", lambda: None)
+    assert main.main(["models"]) == 1
+    error = capsys.readouterr().err
+    assert error == f"swin-moe: error: RuntimeError: boom (the traceback is in {log})\n"
 
 
 def test_the_console_shows_warnings_as_lines_and_leaves_timm_to_the_logs(monkeypatch, capsys):
@@ -185,7 +191,7 @@ def test_the_console_shows_warnings_as_lines_and_leaves_timm_to_the_logs(monkeyp
     monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
     logging.captureWarnings(False)  # a command that ran in this process has left it on
     try:
-        main._quiet()
+        main.quiet_libraries()
         logging.getLogger("timm.scheduler").warning("a cosine of one update has no effect")
         logging.getLogger("swin_moe").warning("skipped caf\udce9")
         with warnings.catch_warnings():

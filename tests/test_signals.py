@@ -119,16 +119,16 @@ def test_a_launch_that_still_checks_asks_to_be_started_again():
 
 def test_one_interrupt_that_is_sent_again_to_new_processes_counts_once(monkeypatch):
     sent = []
-    monkeypatch.setattr(elastic, "_told", [])
+    monkeypatch.setattr(elastic, "_signals", [])
     monkeypatch.setattr(elastic._Process, "living", [SimpleNamespace(send_signal=sent.append)])
     monkeypatch.setattr(elastic, "_closing", lambda: Path("nowhere"))
     monkeypatch.setenv(elastic.FINAL, "nowhere/final")
     # It comes while the processes are started.
-    start = lambda *_: elastic._pass_on(signal.SIGINT, None)  # noqa: E731
+    start = lambda *_: elastic.pass_on(signal.SIGINT, None)  # noqa: E731
     monkeypatch.setattr(elastic.LocalElasticAgent, "_start_workers", start)
     elastic._Agent._start_workers(object.__new__(elastic._Agent), None)
     assert sent == [signal.SIGINT] * 2
-    assert not elastic._interrupted_twice()
+    assert not elastic.interrupted_twice()
 
 
 def test_handlers_are_what_they_were_after_a_training_within_another_program():

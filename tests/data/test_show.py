@@ -5,7 +5,6 @@ import pytest
 import torch
 from PIL import Image
 from rich.console import Console
-from swin_moe.data.tools.show import show
 
 from swin_moe.config import load_config
 from swin_moe.data.watch import IN_A_ROW, LoaderWatch
