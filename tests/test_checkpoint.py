@@ -139,7 +139,7 @@ def test_any_expert_group_reads_what_any_other_wrote(tmp_path, experts, size, re
                 assert torch.equal(some, -mine.flatten()[1:-1])
 
 
-def test_experts_that_are_not_there_are_told(tmp_path):
+def test_missing_experts_are_reported(tmp_path):
     reader = Reader(write(tmp_path))
     with pytest.raises(CheckpointError, match="has 4 experts, not 6"):
         reader.tensor(EXPERTS, share=share(2, 6))
@@ -238,7 +238,7 @@ def flip(path):
     path.write_bytes(data)
 
 
-def test_a_newer_format_says_so(tmp_path):
+def test_a_newer_format_is_named(tmp_path):
     path = write(tmp_path)
     swap(path / "manifest.json", '"format": 2', '"format": 3')
     with pytest.raises(CheckpointError, match=r"format 3, this version reads 2 \(a newer version"):
@@ -293,7 +293,7 @@ def begin(saver, step, values):
     saver.save(step, fragments, LAYOUT, state={}, config_text="", keep_last=9)
 
 
-def test_training_goes_on_and_what_it_changes_is_not_saved(tmp_path, slow):
+def test_training_goes_on_and_its_changes_are_not_saved(tmp_path, slow):
     saves = []
     saver = Writer(tmp_path, ALONE, saves.append)
     values = torch.ones(4)
@@ -325,7 +325,7 @@ def test_saves_do_not_overlap(tmp_path, slow):
     assert len(checkpoint.list_checkpoints(tmp_path)) == 2
 
 
-def test_a_write_shows_that_it_goes_on_and_what_it_writes(tmp_path, slow, monkeypatch):
+def test_a_write_shows_its_progress_and_its_file(tmp_path, slow, monkeypatch):
     monkeypatch.setattr(stream, "_PIECE", 8)
     monkeypatch.setattr(stream, "_FLUSH", 16)
     seen = []
@@ -356,7 +356,7 @@ def test_files_written_in_pieces_are_what_the_library_reads(tmp_path, monkeypatc
     assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
 
 
-def test_a_run_directory_that_is_gone_is_said_and_not_made_again(tmp_path):
+def test_a_removed_run_directory_is_reported_and_not_made_again(tmp_path):
     saves = []
     run = tmp_path / "run"
     run.mkdir()
@@ -393,7 +393,7 @@ def test_a_disk_that_cannot_be_read_is_damage(tmp_path, monkeypatch, caplog):
     assert "Input/output error" in caplog.text
 
 
-def test_a_failing_write_is_told_and_leaves_the_old_ones_alone(tmp_path, monkeypatch):
+def test_a_failing_write_is_reported_and_leaves_the_old_ones_alone(tmp_path, monkeypatch):
     first = write(tmp_path, 1)
     saves = []
     saver = Writer(tmp_path, ALONE, saves.append)

@@ -57,7 +57,7 @@ def test_a_reader_follows_a_run_that_prunes(tmp_path, monkeypatch):
     assert checkpoint.choose(tmp_path) == folder / "step-00000002"
 
 
-def test_what_lies_beside_checkpoints_is_no_obstacle(tmp_path, caplog):
+def test_other_files_next_to_checkpoints_are_no_obstacle(tmp_path, caplog):
     (tmp_path / "last").mkdir(parents=True)
     (tmp_path / "last" / "mine").touch()
     (tmp_path / ".best").mkdir()
@@ -95,7 +95,7 @@ def test_a_file_system_without_links_rights_and_flushed_folders_holds_checkpoint
     assert [caplog.text.count(text) for text in warnings] == [1, 1]
 
 
-def test_what_cannot_be_removed_makes_no_save_fail(tmp_path, monkeypatch, caplog):
+def test_failing_removals_make_no_save_fail(tmp_path, monkeypatch, caplog):
     first = write(tmp_path, 1)
     (tmp_path / "partial-x").mkdir()
     refuse(monkeypatch, folder_module, "remove", errno.EACCES, only="partial-")

@@ -101,7 +101,7 @@ def test_a_hugging_face_folder_opens_by_itself(timm_v1, tmp_path):
     assert read_pretrained(tmp_path / "hf").config.model.window_size == 7
 
 
-def test_a_file_of_a_model_that_computes_otherwise_at_its_size_says_so(timm_v1, tmp_path):
+def test_a_file_of_a_model_that_computes_differently_at_its_size_has_a_note(timm_v1, tmp_path):
     """If windows do not divide the map, the other program pads differently."""
     run(timm_v1[1], tmp_path / "hf", dialect="huggingface")
     assert read_pretrained(tmp_path / "hf").notes == []
@@ -132,7 +132,7 @@ def test_official_moe_files_round_trip(tmp_path, ranks):
              "swin_moe_official", "swin_moe_official_cosine"],
 )  # fmt: skip
 @torch.no_grad()
-def test_official_files_tell_their_model(tmp_path, name):
+def test_the_model_of_official_files_is_inferred(tmp_path, name):
     """Shapes, windows and pretrained windows follow from the tensors; the logits are right."""
     golden = Golden(name)
     write(tmp_path / "in.safetensors", golden.weights)
@@ -401,7 +401,7 @@ def test_rank_files_are_not_overwritten_either(tmp_path):
         (lambda s: s.update({"a[/b]c": torch.ones(4)}), "are not in the model"),
     ],
 )
-def test_odd_files_are_told_in_one_line(timm_v1, tmp_path, change, message):
+def test_odd_files_are_reported_in_one_line(timm_v1, tmp_path, change, message):
     theirs, _ = timm_v1
     state = dict(theirs.state_dict())
     change(state)
@@ -411,7 +411,7 @@ def test_odd_files_are_told_in_one_line(timm_v1, tmp_path, change, message):
     assert "\n" not in str(error.value)
 
 
-def test_nothing_is_overwritten_unasked(timm_v1, tmp_path):
+def test_nothing_is_overwritten_by_default(timm_v1, tmp_path):
     _, path = timm_v1
     run(path, tmp_path / "x.safetensors")
     with pytest.raises(ValueError, match="exists: choose another name, or add --overwrite"):

@@ -131,7 +131,7 @@ def test_transformers_opens_the_folder(run, model, tmp_path):
     )
 
 
-def test_what_cannot_be_taken_along_is_said(run, tmp_path):
+def test_names_that_cannot_be_kept_are_reported(run, tmp_path):
     text = converted(run, tmp_path / "x.bin", dialect="huggingface")
     assert "class names are not in" in text
     assert "an OUT without a suffix becomes a folder that huggingface opens" in text
@@ -199,7 +199,7 @@ def test_converted_files_keep_their_precision(model, tmp_path):
             assert {tensor.dtype for tensor in found.values()} == {dtype}
 
 
-def test_timm_says_its_window_by_its_architecture_or_the_variants_is_assumed(tmp_path, caplog):
+def test_timm_states_its_window_by_its_architecture_or_the_variants_is_assumed(tmp_path, caplog):
     torch.manual_seed(0)
     name = "swinv2_tiny_window8_256"
     path = tmp_path / "model.safetensors"
@@ -220,7 +220,7 @@ def test_timm_says_its_window_by_its_architecture_or_the_variants_is_assumed(tmp
     assert not caplog.text
 
 
-def test_what_does_not_fit_names_file_and_model(run):
+def test_misfits_name_file_and_model(run):
     source = read_pretrained(run)
     other = SwinTransformer(load_config(MICRO, [*SMALL, "model.embed_dim=32"]).model)
     with pytest.raises(WeightsError) as error:

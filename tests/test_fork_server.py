@@ -95,7 +95,7 @@ def run(folder, *arguments, **options):
     return child, output, errors
 
 
-def test_a_program_finds_what_was_asked_for(server, tmp_path):
+def test_a_program_gets_the_requested_surroundings(server, tmp_path):
     child, output, errors = run(tmp_path, "report", "a b", "--c")
     assert child.wait(PATIENCE) == 0
     facts = json.loads(output.read_text())
@@ -138,7 +138,7 @@ def wait_for(file, text):
         time.sleep(0.01)
 
 
-def test_a_killed_program_is_told_by_its_signal(server, tmp_path):
+def test_a_killed_program_returns_its_signal(server, tmp_path):
     child, output, _ = run(tmp_path, "wait")
     wait_for(output, "ready")
     assert child.poll() is None
@@ -157,7 +157,7 @@ def test_no_signal_is_lost_however_early(server, tmp_path):
         assert child.wait(PATIENCE) == -signal.SIGTERM
 
 
-def test_what_is_printed_arrives_at_once(server, tmp_path):
+def test_printed_text_arrives_at_once(server, tmp_path):
     """PYTHONUNBUFFERED is not needed, and the program goes on; its exit hooks run."""
     env = environment()
     env.pop("PYTHONUNBUFFERED", None)
@@ -169,7 +169,7 @@ def test_what_is_printed_arrives_at_once(server, tmp_path):
     assert output.read_text() == "now\nthread\nhook\n"
 
 
-def test_where_there_is_no_place_for_a_server_there_is_none(monkeypatch, tmp_path):
+def test_a_server_needs_a_short_path(monkeypatch, tmp_path):
     folder = tmp_path / ("é" * 60)
     folder.mkdir()
     with pytest.raises(OSError, match="too long"):
@@ -193,7 +193,7 @@ def test_folders_of_launchers_that_were_killed_are_removed_by_the_next(tmp_path,
     assert sorted(tmp_path.iterdir()) == [foreign]
 
 
-def test_what_cannot_be_imported_is_left_to_a_fresh_interpreter(tmp_path):
+def test_failing_imports_are_left_to_a_fresh_interpreter(tmp_path):
     serve = serving(tmp_path, "no_such_module_at_all")
     next(serve)
     child, output, errors = run(tmp_path, "report")

@@ -73,14 +73,14 @@ def test_only_one_process_of_a_node_speaks():
 
 
 @pytest.mark.parametrize(("what", "code"), [("start", 143), ("training", 0)])
-def test_where_the_launcher_ends_its_processes_nothing_is_said_or_saved(tmp_path, what, code):
+def test_when_the_launcher_ends_its_processes_nothing_is_printed_or_saved(tmp_path, what, code):
     (tmp_path / "closing").touch()
     done = run(what, signal.SIGTERM, SWIN_MOE_FINAL=str(tmp_path / "final"))
     assert (done.returncode, done.stderr) == (code, "")
     assert done.stdout in ("", " 0\n")
 
 
-def test_what_is_ignored_stays_ignored():
+def test_ignored_signals_stay_ignored():
     program = "import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN)\n" + PROGRAM
     done = run("start", signal.SIGHUP, program=program)  # as under nohup
     assert (done.returncode, done.stdout) == (0, " 0\n")
@@ -131,7 +131,7 @@ def test_one_interrupt_that_is_sent_again_to_new_processes_counts_once(monkeypat
     assert not elastic.interrupted_twice()
 
 
-def test_handlers_are_what_they_were_after_a_training_within_another_program():
+def test_handlers_are_restored_after_a_training_within_another_program():
     before = {number: signal.getsignal(number) for number in signals.STOPS}
     with StopSignal() as stop:
         stop.defer()

@@ -38,7 +38,7 @@ def disk(monkeypatch):
     return room
 
 
-def test_what_a_full_disk_does_not_take_is_written_later(tmp_path, disk, caplog):
+def test_data_that_a_full_disk_refuses_is_written_later(tmp_path, disk, caplog):
     file = Appender(tmp_path / "metrics.jsonl")
     disk[0] = 10
     for line in (b"first\n", b"second\n", b"third\n"):
@@ -57,7 +57,7 @@ def test_what_a_full_disk_does_not_take_is_written_later(tmp_path, disk, caplog)
     assert last == f"{file.path} is written again, and nothing of it is lost"
 
 
-def test_memory_has_a_bound_and_what_is_lost_is_told(tmp_path, disk, monkeypatch, caplog):
+def test_memory_has_a_bound_and_lost_bytes_are_reported(tmp_path, disk, monkeypatch, caplog):
     monkeypatch.setattr(writing, "KEPT", 12)
     file = Appender(tmp_path / "rank-0.log")
     for line in (b"first\n", b"second record\n", b"third\n"):

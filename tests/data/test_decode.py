@@ -137,7 +137,7 @@ def test_truncated_images_are_refused(extension, share):
     (b"", "not an image"), (b"<html>404</html>", "not an image"), (b"\xff\xd8\xff", "not an image"),
     (b"%!PS-Adobe-3.0 EPSF-3.0", "not an image"),
 ])  # fmt: skip
-def test_what_is_no_image(data, kind):
+def test_data_that_is_no_image(data, kind):
     with pytest.raises(UnreadableImage) as error:
         EncodedImage(data, "RGB").pixels()
     assert error.value.kind == kind

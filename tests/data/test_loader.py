@@ -304,7 +304,7 @@ def test_more_classes_than_the_model(tmp_path):
     _raises(r"train-0\.tar:key0003 is 3, not in \[0, 3\)", tmp_path / "tar", num_classes=3)
 
 
-def test_empty_classes_are_told(tmp_path, caplog):
+def test_empty_classes_are_reported(tmp_path, caplog):
     folder = make_folder(tmp_path / "train", ["a", "b", "c"], per_class=4)
     (folder / "yak").mkdir()
     open_loader(tmp_path, num_classes=4)

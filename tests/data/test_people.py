@@ -64,7 +64,7 @@ def test_a_class_is_named_like_its_tar():
     assert [class_of(Path(name)) for name in names] == ["v1.3", "b", "c"]
 
 
-def test_images_beside_the_class_folders_are_counted(tmp_path):
+def test_images_next_to_the_class_folders_are_counted(tmp_path):
     root = make_folder(tmp_path / "train", ["a", "b"])
     (root / "stray.png").write_bytes(encode(1))
     (root / "classes.csv").write_text("a")
@@ -191,7 +191,7 @@ def test_an_entry_that_claims_more_than_the_table_holds(tmp_path):
         source.read(0)
 
 
-def test_an_unreadable_image_is_told_once(caplog, tmp_path):
+def test_an_unreadable_image_is_logged_once(caplog, tmp_path):
     bad = BadSamples()
     for _ in range(3):
         bad.add([Skipped("x.png", "damaged", "why"), Skipped("x.png", "damaged", "why")])
@@ -239,7 +239,7 @@ def a_tar(path, *names):
     return path
 
 
-def test_what_follows_after_the_end_of_a_tar_is_not_lost(tmp_path):
+def test_data_after_the_end_of_a_tar_is_an_error(tmp_path):
     first, second = (a_tar(tmp_path / f"{n}.tar", f"{n}.png", f"{n}.cls") for n in "ab")
     second.write_bytes(first.read_bytes() + second.read_bytes())
     first.unlink()
@@ -258,7 +258,7 @@ def test_a_link_in_a_tar_per_class_is_not_lost(tmp_path, kind):
         open_path(tmp_path)
 
 
-def test_a_shard_beside_its_compressed_copy_does_not_count_twice(tmp_path):
+def test_a_shard_with_its_compressed_copy_does_not_count_twice(tmp_path):
     shard = a_tar(tmp_path / "train-0.tar", "a.png", "a.cls")
     (tmp_path / "train-0.tar.gz").write_bytes(gzip.compress(shard.read_bytes()))
     with pytest.raises(ValueError, match=r"train-0\.tar and train-0\.tar\.gz are one shard twice"):
@@ -322,7 +322,7 @@ def test_a_grey_image_of_16_bits_is_read_as_pnm_too():
     assert EncodedImage(data, "L").pixels().ravel().tolist() == [0, 128]
 
 
-def test_what_may_not_be_read_is_not_called_damaged(tmp_path, monkeypatch):
+def test_files_without_permission_are_not_called_damaged(tmp_path, monkeypatch):
     def refused(*_args, **_kwargs):
         raise PermissionError(13, "Permission denied", "x")
 

@@ -133,7 +133,7 @@ def test_larger_images_are_resized(tmp_path):
     np.testing.assert_allclose(np.asarray(image)[15, 10].astype(int), (200, 10, 60), atol=4)
 
 
-def test_what_cannot_be_read_is_left_out_and_listed(tmp_path):
+def test_unreadable_samples_are_left_out_and_listed(tmp_path):
     folder = make_folder(tmp_path / "train", ["ant", "bee"], per_class=4)
     (folder / "ant" / "2.png").write_bytes(b"<html>")
     (folder / "bee" / "3.png").write_bytes(encode(3, size=64)[:500])
@@ -195,7 +195,7 @@ def test_splits_are_no_classes_and_are_named_if_left_out(tmp_path, caplog):
     assert "train and val are read, but not valid: rename it to val" in caplog.text
 
 
-def test_a_file_that_a_list_names_and_that_is_not_there_is_left_out(tmp_path):
+def test_a_missing_file_of_a_list_is_left_out(tmp_path):
     make_folder(tmp_path, ["ant"])
     (tmp_path / "x_map.txt").write_text("ant/0.png\t0\nant/gone.png\t0\nant/1.png\t0\n")
     assert len(_prepare(tmp_path / "x_map.txt", tmp_path / "out")["train"]) == 2

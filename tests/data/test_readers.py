@@ -97,7 +97,7 @@ def test_folders_around_the_classes_of_a_zip(tmp_path):
     assert one.class_names == ["cat"]
 
 
-def test_the_folder_around_the_classes_of_a_zip_is_said(tmp_path):
+def test_the_folder_around_the_classes_of_a_zip_is_reported(tmp_path):
     with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
         for name in ("cat/a/1.jpg", "cat/b/2.jpg"):  # folders of one class, or a folder of classes?
             archive.writestr(name, encode(0))
@@ -374,7 +374,7 @@ def test_odd_members_do_not_hide_the_labels(tmp_path):
     _refused(r"001\.tar: 2 images, but none with a \.cls", open_splits, tmp_path)
 
 
-def test_what_a_tar_of_one_class_holds_besides_is_counted(tmp_path):
+def test_other_files_in_a_tar_of_one_class_are_counted(tmp_path):
     write_members(tmp_path / "ant.tar", [("README", b"?"), ("a.heic", b"?"), ("b.png", encode(0))])
     write_members(tmp_path / "bee.tar", [("c.png", encode(1))])
     source = open_path(tmp_path)

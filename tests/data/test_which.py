@@ -75,7 +75,7 @@ def test_folder_and_zip_have_the_same_samples_classes_and_rest(tmp_path):
         assert source.passed_over == "4 files passed over: 2 .txt, 1 .csv, 1 without a suffix"
 
 
-def test_what_is_passed_over_is_said_once_a_start(tmp_path, caplog):
+def test_files_passed_over_are_reported_once_a_start(tmp_path, caplog):
     untidy(tmp_path / "train")
     open_loader(tmp_path, num_classes=3)
     assert (
@@ -136,7 +136,7 @@ def test_shards_without_labels_are_not_a_tar_per_class(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["[v1] flowers", "x{old}", "what?", "a*b", "$HOME"])
-def test_a_path_that_is_there_is_no_pattern(tmp_path, name):
+def test_an_existing_path_is_no_pattern(tmp_path, name):
     root = make_shards(tmp_path / name, 6, shards=2)
     assert [path.name for path in find_shards(str(root / "train"))] == [
         "train-0.tar",

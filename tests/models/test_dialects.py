@@ -348,7 +348,7 @@ def test_names_of_openmmlab(known, dropped):
     assert len(translation.state) == len(known)
 
 
-def test_names_that_nobody_knows_are_told():
+def test_unknown_names_are_reported():
     state = from_swin_moe(ours("swin").state_dict(), "huggingface", config("swin"))
     del state["swin.encoder.layers.0.blocks.0.attention.self.key.weight"]
     state["swin.encoder.layers.0.blocks.0.adapter.weight"] = torch.zeros(1)
@@ -374,7 +374,7 @@ def test_wrong_dialect(actual, named):
         to_swin_moe(state, named)
 
 
-def test_experts_tell_official_files_from_ours():
+def test_experts_distinguish_official_files_from_ours():
     model = ours("swin_moe", {"blocks": [[1]], "num_experts": 2})
     state = model.state_dict()
     with pytest.raises(DialectError, match="look like swin_moe names"):
@@ -411,7 +411,7 @@ def test_no_dialect(state):
         ("huggingface", "swinv2", {"img_size": 62}, "multiple of patch_size=4"),
     ],
 )
-def test_what_a_target_does_not_have(dialect, family, changes, message):
+def test_options_that_a_target_lacks(dialect, family, changes, message):
     with torch.device("meta"):
         model = SwinTransformer(config(family, **changes))
     with pytest.raises(DialectError, match=message):
@@ -429,7 +429,7 @@ def test_experts_only_where_there_are_experts(dialect, family):
         from_swin_moe(model.state_dict(), dialect, model.config)
 
 
-def test_what_cannot_be_written_or_read():
+def test_states_that_cannot_be_written_or_read():
     state = {**ours("swin").state_dict(), "layers.0.blocks.0.adapter.weight": torch.zeros(1)}
     with pytest.raises(DialectError, match=r"adapter.weight' \(1 such names\) has no counterpart"):
         from_swin_moe(state, "timm", config("swin"))

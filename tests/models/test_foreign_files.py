@@ -126,7 +126,7 @@ FILES = {
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_one_line_says_what_a_file_is(tmp_path, name):
+def test_one_line_names_the_format_of_a_file(tmp_path, name):
     content, message = FILES[name]
     path = tmp_path / name
     path.write_bytes(content)
@@ -149,7 +149,7 @@ def test_tensors_that_were_expanded_are_read(tmp_path):
     )
 
 
-def test_weights_that_are_not_finite_are_told(tmp_path):
+def test_weights_that_are_not_finite_are_reported(tmp_path):
     model = SwinTransformer(config("swin"))
     name, state = "layers.0.blocks.0.norm1.bias", model.state_dict()
     for number in (0.0, float("nan"), float("-inf")):

@@ -19,7 +19,7 @@ def test_rows_follow_the_names():
     assert note == "of 3 classes, 2 taken by name"
 
 
-def test_the_same_or_unknown_names_leave_the_head_as_it_is():
+def test_the_same_or_unknown_names_leave_the_head_unchanged():
     for theirs, ours in [(NAMES, NAMES), (None, NAMES), (NAMES, None)]:
         state, note = head_by_name(STATE, theirs, ours)
         assert state is STATE
@@ -62,7 +62,7 @@ def test_a_head_that_lacks_a_class_is_not_taken():
     assert "the file names two alike" in note
 
 
-def test_a_head_that_is_absent_or_another_one_is_said(tmp_path):
+def test_a_head_that_is_absent_or_another_one_is_reported(tmp_path):
     model = SwinTransformer(config("swinv2", depths=[1, 1], num_heads=[2, 4]))
     weights = model.state_dict()
     body = {name: tensor for name, tensor in weights.items() if not name.startswith("head.")}

@@ -134,7 +134,7 @@ def test_code_in_a_pickle_never_runs(tmp_path):
     assert not mark.exists()
 
 
-def test_objects_of_other_programs_beside_the_weights_are_left_out(tmp_path):
+def test_objects_of_other_programs_are_left_out(tmp_path):
     """Lightning stores any hyper-parameters; their code is not called."""
     mark = tmp_path / "it-ran"
     parameters = {

@@ -67,7 +67,7 @@ def test_of_two_networks_the_one_in_training_is_taken():
         take_network(named("model.") | named("model_ema."), PATH, "ema")
 
 
-def test_what_is_beside_is_named():
+def test_other_tensors_are_named():
     average = torch.optim.swa_utils.AveragedModel(MODEL).state_dict()
     check(average, "not read from x.pth: n_averaged")
     check(named("ema_model.") | {"initted": ONE, "step": ONE}, "not read from x.pth: initted, step")
@@ -85,13 +85,13 @@ def save_and_load(tmp_path, content):
     return load_pretrained(MODEL, read_pretrained(tmp_path / "x.pth"))
 
 
-def test_what_may_matter_is_refused(tmp_path):
+def test_tensors_that_may_matter_are_refused(tmp_path):
     for name in ("adapter.weight", "layers.0.blocks.0.lora.weight"):
         with pytest.raises(WeightsError, match=rf"x.pth does not fit swinv2: .*{name}"):
             save_and_load(tmp_path, STATE | {name: ONE})
 
 
-def test_a_training_says_what_it_has_not_read(tmp_path):
+def test_a_training_reports_tensors_that_it_has_not_read(tmp_path):
     odd = torch.eye(2).to_sparse()  # not the network's
     content = {"model": STATE, "optimizer": [{"exp_avg": ONE}], "extra": odd, "epoch": 3}
     content["itself"] = content

@@ -147,7 +147,7 @@ def test_strided_and_expanded_tensors(device):
     torch.testing.assert_close(y.grad, rows[:, None].expand(24, 32).bfloat16())
 
 
-def test_what_is_nowhere_never_shows():
+def test_unused_values_never_show():
     """Values that no slot or token refers to must not appear, not even as NaN."""
     x, y, gate, source, destination = make_inputs((16, 2, 40, 24))
     y[source < 0] = float("nan")
@@ -183,7 +183,7 @@ def test_dtypes_without_a_kernel_use_the_reference():
         assert all(torch.equal(a, b) for a, b in zip(ours, reference, strict=True))
 
 
-def test_wrong_arguments_name_what_is_wrong():
+def test_errors_name_the_wrong_argument():
     x, y, gate, source, destination = make_inputs((8, 2, 12, 4))
     for call, message in [
         (lambda: ops.moe_dispatch(x, source.long(), destination), "int32"),
@@ -316,7 +316,7 @@ def test_a_broken_library_is_announced(tmp_path, caplog):
     assert "pip install" in caplog.text
 
 
-def test_without_the_library_the_reference_runs_and_says_so(tmp_path):
+def test_without_the_library_the_reference_runs_with_a_warning(tmp_path):
     """A process of its own imports a copy of the package that was never built."""
     package = tmp_path / "swin_moe"
     shutil.copytree(

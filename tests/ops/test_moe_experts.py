@@ -278,7 +278,7 @@ def test_a_row_that_is_not_finite_spoils_no_other(dtype, method):
 @needs_library
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
-def test_what_lies_between_the_products_does_not_depend_on_threads(dropout, dtype):
+def test_steps_between_the_products_do_not_depend_on_threads(dropout, dtype):
     """The widths are such that torch's products do not depend on threads either."""
     case = Case(used=(700, 3, 0, 290), width=32, hidden=128, dropout=dropout, dtype=dtype)
     inputs = make_inputs(case)
@@ -334,7 +334,7 @@ def test_keeps_rows_and_hidden_rows_only(dtype):
         assert torch.equal(ops.moe_experts(used=inputs.used, **weights), out)
 
 
-def test_wrong_arguments_name_what_is_wrong():
+def test_errors_name_the_wrong_argument():
     case = Case(used=(3, 5))
     good = {k: v for k, v in vars(make_inputs(case)).items() if k != "grad"}
     for change, message in [

@@ -226,7 +226,7 @@ def test_gate_of_one_choice_learns_as_its_logarithm() -> None:
 
 
 @pytest.mark.parametrize("missing", [("gate",), ("sums",), ("scalars",), ("gate", "sums")])
-def test_gradients_that_nobody_wants(missing: tuple[str, ...]) -> None:
+def test_gradients_that_are_not_needed(missing: tuple[str, ...]) -> None:
     options = RouteOptions(2, sigmoid=True, normalize=True, load_sigma=0.3)
     results = []
     for function, dtype in ((moe_route, torch.float32), (moe_route_reference, torch.float64)):
@@ -239,7 +239,7 @@ def test_gradients_that_nobody_wants(missing: tuple[str, ...]) -> None:
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
 
 
-def test_what_has_no_gradient() -> None:
+def test_results_without_a_gradient() -> None:
     logits = torch.randn(8, 4, requires_grad=True)
     route = moe_route(logits, None, None, RouteOptions(2))
     assert all(getattr(route, name).requires_grad for name in FLOATS)
@@ -313,12 +313,12 @@ def test_other_dtypes_use_the_reference(dtype: torch.dtype) -> None:
         ({"padded": True}, "padded rows need a capacity"),
     ],
 )
-def test_wrong_options_name_what_is_wrong(change: dict, message: str) -> None:
+def test_errors_name_the_wrong_option(change: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         moe_route(torch.zeros(8, 4), None, None, RouteOptions()._replace(**change))
 
 
-def test_wrong_tensors_name_what_is_wrong() -> None:
+def test_errors_name_the_wrong_tensor() -> None:
     logits = torch.zeros(8, 4)
     for inputs, message in [
         (Inputs(logits[0]), "logits must be"),

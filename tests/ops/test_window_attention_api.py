@@ -74,7 +74,7 @@ def test_strided_and_expanded_gradients(dtype, device):
         assert all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
 
 
-def test_only_the_gradients_that_are_asked_for():
+def test_only_the_required_gradients():
     case = Case((4, 4), (2, 2))
     inputs = case.inputs()
     expected = run(case.fused, inputs)
@@ -128,7 +128,7 @@ BAD = [
 
 @pytest.mark.parametrize("head_dim", [16, 20], ids=["kernel", "reference"])
 @pytest.mark.parametrize(("spoil", "options", "message"), BAD)
-def test_wrong_arguments_name_what_is_wrong(spoil, options, message, head_dim):
+def test_errors_name_the_wrong_argument(spoil, options, message, head_dim):
     inputs = Case(head_dim=head_dim).inputs()
     with pytest.raises(ValueError, match=message):
         ops.window_attention(*spoil(*inputs), **{"window_size": 4} | options)
@@ -173,7 +173,7 @@ def test_the_kernels_check_for_themselves():
     [(torch.float64, 32), (torch.float16, 32), (torch.float32, 20), (torch.bfloat16, 128)],
     ids=str,
 )
-def test_what_has_no_kernel_uses_the_reference(dtype, head_dim):
+def test_calls_without_a_kernel_use_the_reference(dtype, head_dim):
     case = Case((4, 4), (2, 2), (10, 8), head_dim=head_dim, dropout=0.2)
     inputs = case.inputs(dtype)
     assert not fits_kernel(inputs[0], case.windows)
