@@ -333,6 +333,7 @@ class Writer:
         except Exception as error:
             text = _reason(error, self.writing.file)
             try:
+                (job.partial / rank_file(rank)).unlink(missing_ok=True)  # room for the reason
                 _write_whole(job.partial / f"rank-{rank}.failed", text)
             except OSError:
                 log.debug("not even the reason could be written")
