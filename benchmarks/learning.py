@@ -1,13 +1,12 @@
-"""Mixture of experts against dense on the embedded Fashion-MNIST, at equal activated FLOPs.
+"""Mixture of experts compared with dense on the bundled Fashion-MNIST, at equal activated FLOPs.
 
-Runs named settings, each a list of overrides of the micro config, for several seeds, as processes
-of the command line side by side. A setting's figures are those of the final epoch, never of the
-best one, which would be a selection on the held-out images. Seeds pair the runs: the same seed
-means the same order of images and the same augmentation. A run that is complete is not run again,
-so that a benchmark that was interrupted goes on when started anew.
+Trains named settings, each a list of overrides of the micro config, with several seeds. The figures
+are of the final epoch: the best epoch would be a selection on the held-out images. Runs with the
+same seed are paired: they have the same order of images and the same augmentation. Complete runs
+are not repeated, so an interrupted benchmark resumes.
 
     python -m benchmarks.learning [--group main search routers] [--json PATH] [--plot PATH]
-        [--folder DIR] [--jobs N] [--seeds N] [--epochs N] [--report] [--quick]
+        [--folder DIR] [--jobs N] [--quick]
 """
 
 from __future__ import annotations
@@ -152,13 +151,11 @@ def _trained(config: Config) -> dict[str, Any]:
 
 
 def runs_of(name: str, options: argparse.Namespace) -> list[Run]:
-    """Seed by seed, so that an interrupted group has all settings of the first seeds."""
+    """Return the runs seed by seed: an interrupted group has all settings of the first seeds."""
     group = GROUPS[name]
-    epochs = options.epochs or group.epochs
-    settings = list(group.settings.items())
+    settings, epochs, seeds = list(group.settings.items()), group.epochs, group.seeds
     if options.quick:
-        settings, epochs = settings[:2], options.epochs or 1
-    seeds = options.seeds or (1 if options.quick else group.seeds)
+        settings, epochs, seeds = settings[:2], 1, 1
     return [
         Run(
             name,
@@ -246,19 +243,22 @@ def figures(runs: Sequence[Run]) -> dict[str, Any]:
     """The final figures of one setting, one of each kind per seed, and what the model costs."""
     config = load_config(MICRO, runs[0].arguments())
     cost = count(config.model, config.moe)
-    return {
-        "group": runs[0].group,
-        "name": runs[0].setting,
-        "overrides": list(runs[0].overrides),
-        "epochs": runs[0].epochs,
-        "seeds": [run.seed for run in runs],
-        "parameters": cost.parameters,
-        "activated": cost.activated,
-        "macs": cost.macs,
-        "top1": [curve(run, "val/top1")[-1] for run in runs],
-        "loss": [round(curve(run, "val/loss")[-1], 4) for run in runs],
-        "training_loss": [round(training_loss(run), 4) for run in runs],
-    }
+    top1 = [curve(run, "val/top1")[-1] for run in runs]
+    return harness.figure(
+        runs[0].setting,
+        "% top-1",
+        round(statistics.fmean(top1), 2),
+        mode=runs[0].group,
+        overrides=list(runs[0].overrides),
+        epochs=runs[0].epochs,
+        seeds=[run.seed for run in runs],
+        parameters=cost.parameters,
+        activated=cost.activated,
+        macs=cost.macs,
+        top1=top1,
+        loss=[round(curve(run, "val/loss")[-1], 4) for run in runs],
+        training_loss=[round(training_loss(run), 4) for run in runs],
+    )
 
 
 def paired(values: dict[int, float], base: dict[int, float]) -> tuple[float, float]:
@@ -337,24 +337,19 @@ def main() -> None:
     parser.add_argument("--group", nargs="+", choices=list(GROUPS), default=["main"])
     parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "learning")
     parser.add_argument("--jobs", type=int, default=max(1, (os.cpu_count() or 1)))
-    parser.add_argument("--seeds", type=int, default=0, help="instead of the group's own number")
-    parser.add_argument("--epochs", type=int, default=0, help="instead of the group's own number")
-    parser.add_argument("--report", action="store_true", help="train nothing, tell what is there")
     parser.add_argument("--plot", type=Path, help="draw the curves of the first group here")
     options = parser.parse_args()
     groups = {name: runs_of(name, options) for name in options.group}
     try:
-        if not options.report:
-            train_all([run for runs in groups.values() for run in runs], options.jobs)
+        train_all([run for runs in groups.values() for run in runs], options.jobs)
     except RuntimeError as error:
         Console(stderr=True).print(str(error), markup=False)
         raise SystemExit(1) from None
     cells: list[dict[str, Any]] = []
-    for name, planned in groups.items():
-        groups[name] = runs = [run for run in planned if run.complete()]
+    for name, runs in groups.items():
         settings = dict.fromkeys(run.setting for run in runs)
         found = [figures([run for run in runs if run.setting == setting]) for setting in settings]
-        title = f"{name}, {planned[0].epochs} epochs; differences to {GROUPS[name].against}"
+        title = f"{name}, {runs[0].epochs} epochs; differences to {GROUPS[name].against}"
         harness.report(title, COLUMNS, rows(found, GROUPS[name].against))
         cells += found
     if options.plot:

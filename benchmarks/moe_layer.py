@@ -1,15 +1,13 @@
-"""The Mixture-of-Experts layer against a dense one of equal activated FLOPs and against others.
+"""The Mixture-of-Experts layer compared with a dense one of equal activated FLOPs, and with others.
 
-Forward and backward, gradients of tokens and weights. ``dense`` is Linear, GELU, Linear, of width
-4·D for top-1 and 8·D for top-2: the limit, and no peer. All others hold the same weights, capacity
-factor 1.25 (sort + loop and grouped_mm drop nothing, FairScale has 2). On one process, and on two
-with half of the tokens and half of the experts each, where a time is the slower rank's. Contenders
-run in turn under one allocator, with denormals flushed; figures are medians. A peer slower than
-dense by 1.4x or 3x takes each second or fourth turn; one slower by 10x in its first call is left
-out. Without --full, most of the cells that take long and have no bar are not measured.
+Times forward and backward, with gradients of tokens and weights. ``dense`` is Linear, GELU, Linear,
+of width 4·D for top-1 and 8·D for top-2: a limit, not a peer. All peers have the same weights and
+capacity factor 1.25 (sort + loop and grouped_mm drop nothing, FairScale has 2). They run on one
+process, and on two with half of the tokens and experts each, where a time is the slower rank's. A
+peer slower than dense by 1.4x or 3x runs in each second or fourth round; one slower by 10x in its
+first call is left out. Without --full, most of the long cells without a bar are left out.
 
     python -m benchmarks.moe_layer [--json PATH] [--quick] [--full] [--processes 1,2] [--rounds N]
-        [--only "T=18432 D=512"]
 """
 
 from __future__ import annotations
@@ -104,11 +102,7 @@ def grid(options: argparse.Namespace, processes: int) -> list[Spec]:
         return [Spec(*SMALL, 8, 1, torch.bfloat16), Spec(*SMALL, 8, 2, torch.float32)]
     cells = product(SHAPES, (1, 2), (8, 32), DTYPES)
     specs = [Spec(*shape, experts, top_k, dtype) for shape, top_k, experts, dtype in cells]
-    return [
-        spec
-        for spec in specs
-        if (options.full or in_short(spec, processes)) and options.only in name_of(spec)
-    ]
+    return [spec for spec in specs if options.full or in_short(spec, processes)]
 
 
 def bar_of(spec: Spec, world: World) -> float | None:
@@ -340,7 +334,6 @@ def main() -> None:
     parser = harness.arguments(__doc__ or "")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--full", action="store_true", help="every cell")
-    parser.add_argument("--only", default="", help="only cells whose name has this")
     parser.add_argument("--processes", type=partial(str.split, sep=","), default=["1", "2"])
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()

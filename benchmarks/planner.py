@@ -269,27 +269,20 @@ def predict(raw: dict[str, Any], processes: int) -> dict[str, float]:
 
 
 def compare(names: list[str]) -> list[dict[str, Any]]:
-    """Each cell's kinds, measured and predicted, and the greatest deviation."""
+    """Return the cells: bytes by kind, measured and predicted, and the relative errors."""
     cells = []
     for name in names:
         raw, processes = CELLS[name]
         measured = measure(raw, processes)
         predicted = _forked(lambda rank, folder: predict(*CELLS[name]))  # noqa: B023
         off = {kind: predicted[kind] / measured[kind] - 1 for kind in measured}
-        cells.append(
-            {
-                "name": name,
-                "unit": "bytes",
-                "measured": measured,
-                "predicted": predicted,
-                "off": off,
-            }
-        )
-        told = ", ".join(
+        cell = harness.figure(name, "bytes", predicted["peak"], mode="peak", off=off)
+        cells.append({**cell, "measured": measured, "predicted": predicted})
+        line = ", ".join(
             f"{k} {measured[k] / 2**20:.1f} / {predicted[k] / 2**20:.1f} ({100 * off[k]:+.1f} %)"
             for k in measured
         )
-        print(f"{name}: {told}", flush=True)
+        print(f"{name}: {line}", flush=True)
     return cells
 
 
