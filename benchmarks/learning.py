@@ -47,7 +47,7 @@ Settings = dict[str, list[str]]
 
 @dataclass(frozen=True)
 class Group:
-    """Settings under one budget; ``against`` names the one that the others are compared with."""
+    """Settings under one budget; ``against`` is the one with which the others are compared."""
 
     settings: Settings
     seeds: int
@@ -108,7 +108,7 @@ GROUPS: dict[str, Group] = {
 
 @dataclass(frozen=True)
 class Run:
-    """One training: a setting of a group with a seed."""
+    """One training of a setting of a group, with a seed."""
 
     group: str
     setting: str
@@ -118,7 +118,7 @@ class Run:
     folder: Path
 
     def arguments(self) -> list[str]:
-        """The overrides of the micro config that this run is."""
+        """Return the overrides of the micro config."""
         own = [f"schedule.epochs={self.epochs}", f"train.seed={self.seed}"]
         return [*ALIKE, *own, f"train.output={self.folder}", *self.overrides]
 
@@ -127,7 +127,7 @@ class Run:
         return int(max(evaluated, default=0))
 
     def same_config(self) -> bool:
-        """Whether what lies in the folder was trained by what the run now asks for."""
+        """Return whether the folder's run was trained with the same settings."""
         try:
             found = load_config(self.folder / "config.yaml")
         except ConfigError:  # none there, or one of another version
@@ -139,12 +139,12 @@ class Run:
 
 
 def slug(setting: str) -> str:
-    """A folder's name."""
+    """Return a setting's name as the name of a folder."""
     return re.sub(r"[^a-z0-9.]+", "-", setting.lower()).strip("-")
 
 
 def _trained(config: Config) -> dict[str, Any]:
-    """What decides over a run's figures."""
+    """Return the settings that decide a run's figures."""
     names = ("model", "data", "augment", "optimizer", "schedule", "zero", "precision")
     moe = config.moe if config.moe.enabled else None  # of no effect on a dense model
     return {**{n: getattr(config, n) for n in names}, "moe": moe, "seed": config.train.seed}
@@ -171,10 +171,10 @@ def runs_of(name: str, options: argparse.Namespace) -> list[Run]:
 
 
 def train(run: Run, threads: int) -> None:
-    """Train to the end in a process of its own, from the last checkpoint if there is one.
+    """Train to the end in another process, from the last checkpoint if there is one.
 
     Raises:
-        RuntimeError: the process failed; the message is the end of what it said.
+        RuntimeError: the process failed; the message is the end of its output.
     """
     fresh = run.folder.exists() and not run.same_config()
     command = [sys.executable, "-m", "swin_moe", "train", str(MICRO), *run.arguments()]
@@ -194,7 +194,7 @@ def train(run: Run, threads: int) -> None:
 
 
 def train_all(runs: Sequence[Run], jobs: int) -> None:
-    """Train what is not yet complete, ``jobs`` runs at a time, with a bar of epochs."""
+    """Train the incomplete runs, ``jobs`` at a time, with a bar of epochs."""
     waiting = [run for run in runs if not run.complete()]
     if not waiting:
         return
@@ -226,12 +226,12 @@ def raise_first(futures: Sequence[Future[None]]) -> None:
 
 
 def curve(run: Run, key: str) -> list[float]:
-    """A held-out figure after each epoch."""
+    """Return a held-out figure after each epoch."""
     return [record[key] for record in read_metrics(run.folder) if key in record]
 
 
 def training_loss(run: Run) -> float:
-    """Mean of the last epoch as trained: augmented, smoothed, and without the balance loss."""
+    """Return the mean training loss of the last epoch, without the balance loss."""
     last = [
         r for r in read_metrics(run.folder) if "train/loss" in r and r["epoch"] > run.epochs - 1
     ]
@@ -240,7 +240,7 @@ def training_loss(run: Run) -> float:
 
 
 def figures(runs: Sequence[Run]) -> dict[str, Any]:
-    """The final figures of one setting, one of each kind per seed, and what the model costs."""
+    """Return the cell of a setting: the final figures by seed, and the model's cost."""
     config = load_config(MICRO, runs[0].arguments())
     cost = count(config.model, config.moe)
     top1 = [curve(run, "val/top1")[-1] for run in runs]
@@ -262,7 +262,7 @@ def figures(runs: Sequence[Run]) -> dict[str, Any]:
 
 
 def paired(values: dict[int, float], base: dict[int, float]) -> tuple[float, float]:
-    """Mean difference over the seeds that both have, and half the width of its 95 % interval."""
+    """Return the mean difference over common seeds, and half the width of its 95 % interval."""
     differences = [values[seed] - base[seed] for seed in values if seed in base]
     mean = statistics.fmean(differences) if differences else float("nan")
     if len(differences) < 2:
@@ -290,7 +290,7 @@ COLUMNS = ["setting", "seeds", "top-1 (%)", "Δ top-1", "held-out loss", "Δ los
 
 
 def rows(cells: Sequence[dict[str, Any]], against: str) -> list[list[str]]:
-    """The table of a group: means ± standard deviations, paired differences ± 95 % intervals."""
+    """Return a group's table: means ± standard deviations, paired differences ± 95 % intervals."""
     base: dict[str, Any] = next((cell for cell in cells if cell["name"] == against), {"seeds": []})
     return [
         [
@@ -309,7 +309,7 @@ def rows(cells: Sequence[dict[str, Any]], against: str) -> list[list[str]]:
 
 
 def draw(path: Path, runs: Sequence[Run]) -> None:
-    """Held-out accuracy and loss of each setting of one group: mean and standard deviation."""
+    """Draw held-out accuracy and loss of each setting of a group: mean and standard deviation."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,4 +1,4 @@
-"""The planner's memory against the allocator's own account of real training steps.
+"""The planner's memory compared with the allocator's statistics of real training steps.
 
 Each cell is a config that trains a few steps under DeepSpeed on one or two processes of its own
 (ZeRO-3 changes torch for good). The profiler's memory events give every allocation and release from
@@ -92,7 +92,7 @@ QUICK = ["V2, ZeRO 1, bf16", "V1, ZeRO 0, recomputed, 16 images", "MoE, ZeRO 2, 
 
 
 def measure(raw: dict[str, Any], processes: int) -> dict[str, float]:
-    """Bytes by kind of rank 0, in processes of their own.
+    """Return the bytes by kind of rank 0, measured in other processes.
 
     Of several processes the least of three trainings: gloo's threads let go of tensors where the
     profiler does not look, which can only add to the account.
@@ -105,7 +105,7 @@ def measure(raw: dict[str, Any], processes: int) -> dict[str, float]:
 
 
 def _forked(work: Callable[[int, str], Any], processes: int = 1) -> Any:
-    """What ``work(rank, folder)`` returns in rank 0 of as many forked processes.
+    """Return the result of ``work(rank, folder)`` in rank 0 of several forked processes.
 
     What takes seconds to import is there already; and autograd's threads, which no fork survives,
     are never made here.
@@ -123,7 +123,7 @@ def _fork(work: Callable[[int, str], Any], rank: int, folder: str) -> int:
     if child:
         return child
     code = 1
-    torch.set_num_threads(1)  # before autograd's threads, which would race for torch's pool
+    torch.set_num_threads(1)  # before autograd's threads start, which would race for torch's pool
     try:
         result = work(rank, folder)
         (Path(folder) / f"result-{rank}.json").write_text(json.dumps(result))
@@ -186,7 +186,7 @@ def _mark(name: str) -> None:
 
 
 def _wait_for_releases() -> None:
-    """Gloo's threads hold tensors a little longer, and the profiler does not see them let go."""
+    """Wait after each collective: gloo holds tensors, and the profiler misses their release."""
 
     def patient(collective: Any) -> Any:
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -204,7 +204,7 @@ def _wait_for_releases() -> None:
 
 
 def _account(profiler: Any) -> dict[str, tuple[int, int]]:
-    """Bytes at each mark, and the most until the next one."""
+    """Return the bytes at each mark, and the peak until the next one."""
     events: list[tuple[int, int, Any]] = []
     for event in profiler.profiler.kineto_results.events():
         if event.name() == "[memory]":
@@ -241,7 +241,7 @@ def _by_kind(account: dict[str, tuple[int, int]], steps: int) -> dict[str, float
 
 
 def predict(raw: dict[str, Any], processes: int) -> dict[str, float]:
-    """The same kinds by the planner, for processes of this machine."""
+    """Return the planner's bytes of the same kinds, for processes of this machine."""
     config = validate(raw)
     planner = Planner(config, Cluster("cpu", 1, processes), fused=True)
     choice = planner.configured()

@@ -1,4 +1,4 @@
-"""What ``benchmarks/gpu_first_contact.sh`` runs, one process a step.
+"""The steps of ``benchmarks/gpu_first_contact.sh``, each a process.
 
 ``record`` keeps the one JSON and needs nothing installed; ``facts``, ``library``, ``verify``,
 ``engine`` and ``sanitizer`` are steps; ``calls`` and ``large`` call the ops for them. Steps that

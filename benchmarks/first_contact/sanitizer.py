@@ -1,4 +1,4 @@
-"""Memcheck and racecheck of all ops by compute-sanitizer, where the machine lets it work.
+"""Runs memcheck and racecheck of compute-sanitizer over all ops, if the machine allows it.
 
 A planted error is looked for first, with the same filter of kernels: where that is not found, the
 tool is refused here or broken, and the step is not run.
@@ -40,7 +40,7 @@ int main() {
 
 
 def find_sanitizer() -> Path | None:
-    """The tool, on the PATH or in a toolkit."""
+    """Return the tool, on the PATH or in a toolkit."""
     homes = [Path(home) for home in (os.environ.get("CUDA_HOME"),) if home]
     homes += sorted(Path("/usr/local").glob("cuda*"), reverse=True)
     places = [home / "bin" / "compute-sanitizer" for home in homes]
@@ -71,7 +71,7 @@ def build_probe(folder: Path) -> Path:
 def run(
     sanitizer: Path, tool: str, kernels: list[str], program: list[str], timeout: float = 60
 ) -> tuple[int, str]:
-    """Exit code and output of a program under a tool."""
+    """Return exit code and output of a program under a tool."""
     command = [str(sanitizer), "--tool", tool, *kernels, "--error-exitcode", str(FOUND)]
     command += ["--print-limit", "20", *program]
     env = common.environment() | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # true ends of tensors
@@ -86,7 +86,7 @@ def run(
 
 
 def working_filter(sanitizer: Path, program: Path) -> tuple[list[str] | None, str]:
-    """The first filter with which the planted error is found; without any, what the tool says."""
+    """Return the first filter that finds the planted error, or the tool's output if none does."""
     said = ""
     for kernels in FILTERS:
         code, output = run(sanitizer, "memcheck", kernels, [str(program)], timeout=40)
