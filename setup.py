@@ -1,4 +1,6 @@
-"""Builds the compiled ops, ``swin_moe/_C.so``; everything else is in ``pyproject.toml``.
+"""Builds the compiled ops, ``swin_moe/_C.so``, and copies ``configs/`` and ``launch/`` into wheels.
+
+Everything else is in ``pyproject.toml``.
 
 The library holds the CPU kernels always, and the CUDA kernels iff torch was built for CUDA and a
 CUDA toolkit is found. A GPU is never asked for, so a login node or a container build will do.
@@ -14,6 +16,7 @@ import subprocess
 from pathlib import Path
 
 from setuptools import setup
+from setuptools.command.build_py import build_py
 
 
 def find_toolkit() -> str | None:
@@ -97,9 +100,34 @@ class BuildOps(cpp_extension.BuildExtension):
         print(f"swin_moe: compiled ops built for {kinds}")
 
 
+class BuildPackage(build_py):
+    """Takes the recipes and the launch scripts along, see ``swin_moe/common/shipped.py``."""
+
+    def _plain_files(self) -> list[tuple[str, str, str, list[str]]]:
+        """Return package, source folder, target folder and names of the files of each folder."""
+        targets = {Path("launch"): "swin_moe/launch"}
+        for folder in {path.parent for path in Path("configs").rglob("*.yaml")}:
+            targets[folder] = str("swin_moe/recipes" / folder.relative_to("configs"))
+        return [
+            (
+                "swin_moe",
+                str(folder),
+                os.path.join(self.build_lib, target),
+                sorted(path.name for path in folder.iterdir() if path.is_file()),
+            )
+            for folder, target in sorted(targets.items())
+        ]
+
+    def _get_data_files(self) -> list[tuple[str, str, str, list[str]]]:
+        return [*super()._get_data_files(), *self._plain_files()]
+
+    def get_data_files_without_manifest(self) -> list[tuple[str, str, str, list[str]]]:
+        return [*super().get_data_files_without_manifest(), *self._plain_files()]
+
+
 setup(
     ext_modules=[extension()],
-    cmdclass={"build_ext": BuildOps},
+    cmdclass={"build_ext": BuildOps, "build_py": BuildPackage},
     # An editable install by a line in a .pth file: setuptools' own finder comes after Python's,
     # which takes a clone named swin_moe in the current folder for a package without an __init__.
     options={"editable_wheel": {"mode": "compat"}},

@@ -64,8 +64,8 @@ class Bench:
         self.labels = torch.randint(0, 100, (BATCH,))
 
     def train_step(self) -> None:
-        output = self.engine.forward(self.images)
-        self.engine.backward(F.cross_entropy(output.logits, self.labels) + output.aux_loss)
+        output = self.engine.forward({"images": self.images})
+        self.engine.backward(F.cross_entropy(output.predictions, self.labels) + output.aux_loss)
         self.engine.step()
         float(self.engine.grad_norm())
 

@@ -29,6 +29,7 @@ from benchmarks import harness
 from benchmarks.photos import jpeg
 from swin_moe.config import AugmentConfig, DataConfig
 from swin_moe.data import build_loader
+from swin_moe.data.normalise import Normalise
 from swin_moe.data.rng import seeded
 from swin_moe.data.sampler import ResumableSampler
 from swin_moe.data.tools.bundle import write_shard
@@ -68,11 +69,13 @@ def ours(root: Path, split: str, policy: str) -> Contender:
         rank=0, world_size=1, seed=0,
     )  # fmt: skip
 
+    normalise = Normalise(data.mean, data.std)
+
     def batches() -> Iterator[torch.Tensor]:
         epoch = 0
         while True:
             for batch in loader.epoch(epoch):
-                yield loader.on_device(batch, torch.device("cpu"))[0]
+                yield normalise(batch.inputs["images"])
             epoch += 1
 
     stream = batches()

@@ -24,6 +24,7 @@ import swin_moe
 from benchmarks import harness, kernels
 from benchmarks.kernels import Job
 from swin_moe import ops
+from swin_moe.models import Outputs
 
 BATCH, SIDE, CLASSES = 8, 256, 1000
 SIZES = {  # width, depths, heads
@@ -93,6 +94,8 @@ PEERS: dict[str, Callable[[str, int], nn.Module]] = {
 
 def logits(model: Callable[[Tensor], object], images: Tensor) -> Tensor:
     out = model(images)
+    if isinstance(out, Outputs):
+        return out.predictions
     return out if isinstance(out, Tensor) else out.logits  # type: ignore[attr-defined]
 
 

@@ -26,7 +26,7 @@ from benchmarks import harness
 from swin_moe import distributed
 from swin_moe.common.hardware import Cluster
 from swin_moe.config import Config, validate
-from swin_moe.models import build, split_output
+from swin_moe.models import build
 from swin_moe.planner.choices import Planner
 from swin_moe.planner.memory import memory
 from swin_moe.planner.states import spread, states
@@ -169,11 +169,11 @@ def _train(config: Config) -> dict[str, float]:
         for step in range(STEPS):
             for micro in range(steps):
                 _mark(f"pass {step} {micro}")
-                logits, routed = split_output(trained.forward(images))
+                logits, aux_loss, _ = trained.forward({"images": images})
                 loss = loss_function(logits, targets)
-                loss = loss if routed is None else loss + routed.aux_loss
+                loss = loss if aux_loss is None else loss + aux_loss
                 trained.backward(loss)
-                del logits, routed, loss
+                del logits, aux_loss, loss
                 _mark(f"update {step} {micro}")
                 trained.step()
         _mark("end")

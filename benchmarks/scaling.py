@@ -55,7 +55,7 @@ def work(name: str, port: int, quick: bool) -> None:
     torch.set_flush_denormal(True)
     told = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=PATIENCE)
     distributed.init()
-    from swin_moe.models import build, split_output
+    from swin_moe.models import build
     from swin_moe.training.engine import (
         Engine,  # imports DeepSpeed, which looks at what init has set
     )
@@ -79,9 +79,9 @@ def work(name: str, port: int, quick: bool) -> None:
 
         def update(engine: Any = engine, images: Any = images, labels: Any = labels) -> None:
             with record_function("update"):
-                logits, routed = split_output(engine.forward(images))
+                logits, aux_loss, _ = engine.forward({"images": images})
                 loss = F.cross_entropy(logits, labels)
-                engine.backward(loss if routed is None else loss + routed.aux_loss)
+                engine.backward(loss if aux_loss is None else loss + aux_loss)
                 engine.step()
 
         for _ in range(WARM_UP):

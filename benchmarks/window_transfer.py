@@ -22,6 +22,7 @@ from benchmarks import harness
 from swin_moe import build_model
 from swin_moe.config import Architecture, AugmentConfig, DataConfig, ModelConfig, MoEConfig
 from swin_moe.data import Loader, build_loader
+from swin_moe.data.normalise import Normalise
 from swin_moe.models import SwinTransformer
 from swin_moe.training.optim import parameter_groups
 from swin_moe.weights.files import write
@@ -35,6 +36,9 @@ TARGETS = [(32, 4), (40, 5), (48, 6), (64, 8), (96, 12), (128, 16)]  # pixels, w
 # Crops of several scales, as in the ImageNet recipes: the model learns to accept larger images.
 CROPS = AugmentConfig(scale=[0.2, 1.0], ratio=[1.0, 1.0], color_jitter=0.0, auto_augment="",
                       random_erase=0.0, eval_crop=1.0)  # fmt: skip
+
+
+NORMALISE = Normalise([0.286], [0.353])
 
 
 def loader(pixels: int, training: bool) -> Loader:
@@ -57,8 +61,8 @@ def train(family: str, steps: int) -> SwinTransformer:
         if step % len(batches) == 0:
             epoch = batches.epoch(step // len(batches))
         batch = next(epoch)
-        images, labels = batches.on_device(batch, torch.device("cpu"))
-        loss = F.cross_entropy(model(images), labels)
+        images, labels = NORMALISE(batch.inputs["images"]), batch.targets
+        loss = F.cross_entropy(model(images).predictions, labels)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -72,8 +76,8 @@ def accuracy(model: SwinTransformer, images: int, pixels: int) -> float:
     right = seen = 0
     batches = loader(pixels, training=False)
     for batch in batches.epoch(0):
-        held_out, labels = batches.on_device(batch, torch.device("cpu"))
-        right += int((model.eval()(held_out).argmax(1) == labels).sum())
+        held_out, labels = NORMALISE(batch.inputs["images"]), batch.targets
+        right += int((model.eval()(held_out).predictions.argmax(1) == labels).sum())
         seen += len(labels)
         if seen >= images:
             break

@@ -11,10 +11,16 @@ trap 'stopped 130' INT
 
 root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
 
-if [[ -n ${PYTHON:-} ]]; then
+# In an installed package, $root is lib/python3.x/site-packages/swin_moe of its environment.
+environment=${root%/lib*/python3*/site-packages/swin_moe}
+if [[ -n ${SWIN_MOE_PYTHON:-} ]]; then
+  python=$SWIN_MOE_PYTHON # swin-moe launch runs under it
+elif [[ -n ${PYTHON:-} ]]; then
   python=$PYTHON
 elif [[ -x $root/.venv/bin/python ]]; then
   python=$root/.venv/bin/python
+elif [[ -x $environment/bin/python ]]; then
+  python=$environment/bin/python
 else
   python=python3
 fi
@@ -28,7 +34,8 @@ if [[ ${LD_PRELOAD:-} != *malloc* ]]; then
 fi
 # The launcher and the processes report a lost peer in one line; torch's sockets need not.
 export TORCH_CPP_LOG_LEVEL=${TORCH_CPP_LOG_LEVEL:-ERROR}
-export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
+# A clone need not be installed.
+[[ ! -d $root/swin_moe ]] || export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
 
 die() {
   printf '%s: error: %s\n' "${launcher:-$(basename -- "$0")}" "$1" >&2
@@ -60,7 +67,7 @@ options() {
       *) break ;;
     esac
   done
-  [[ $# -ge 1 ]] || die "no CONFIG given, such as configs/fashion_mnist/swin_moe_micro.yaml"
+  [[ $# -ge 1 ]] || die "no CONFIG given, such as fashion_mnist/swin_moe_micro"
   rest=("$@")
 }
 

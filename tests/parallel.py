@@ -135,20 +135,22 @@ def swin_moe(
     return start("swin_moe", *arguments, processes=processes, **options).finish(timeout)
 
 
-def training(folder: Path, *overrides: str, processes: int = 1) -> list[str]:
+def training(folder: Path, *overrides: str, processes: int = 1, config: Path = MICRO) -> list[str]:
     """The words that train the small model into ``folder``."""
     return [
-        "train", str(MICRO), *SMALL, f"train.output={folder}",
+        "train", str(config), *SMALL, f"train.output={folder}",
         f"parallel.expert_parallel_size={processes}", *overrides,
     ]  # fmt: skip
 
 
 def train(
-    folder: Path, *overrides: str, processes: int = 1, **options
+    folder: Path, *overrides: str, processes: int = 1, config: Path = MICRO, **options
 ) -> subprocess.CompletedProcess[str]:
     """Train the small model into ``folder``."""
     return swin_moe(
-        *training(folder, *overrides, processes=processes), processes=processes, **options
+        *training(folder, *overrides, processes=processes, config=config),
+        processes=processes,
+        **options,
     )
 
 

@@ -119,7 +119,7 @@ def test_more_ranks_than_experts_share_them(tmp_path):
 
 
 def test_missing_file():
-    assert "nowhere.yaml: cannot read" in error("nowhere.yaml")
+    assert "nowhere.yaml: no such config file or recipe" in error("nowhere.yaml")
 
 
 def test_yaml_cannot_run_code(tmp_path):

@@ -95,7 +95,7 @@ def test_timm_opens_the_folder(run, model, tmp_path):
     said(run, tmp_path / "folder", dialect="timm")
     theirs = timm.create_model(f"local-dir:{tmp_path / 'folder'}", pretrained=True).eval()
     images = torch.randn(2, 3, 64, 64)
-    torch.testing.assert_close(theirs(images), model(images), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(theirs(images), model(images).predictions, rtol=1e-4, atol=1e-5)
     assert theirs.pretrained_cfg["label_names"] == NAMES
     prepare = timm.data.create_transform(**timm.data.resolve_model_data_config(theirs))
     torch.testing.assert_close(prepare(photo()), prepared(), rtol=0, atol=1e-6)
@@ -126,7 +126,9 @@ def test_transformers_opens_the_folder(run, model, tmp_path):
     processor = transformers.AutoImageProcessor.from_pretrained(tmp_path / "folder")
     found = processor(photo(), return_tensors="pt")["pixel_values"]
     torch.testing.assert_close(found[0], prepared(), rtol=0, atol=0.02)  # two levels of pixels
-    torch.testing.assert_close(opened.eval()(found).logits, model(found), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        opened.eval()(found).logits, model(found).predictions, rtol=1e-4, atol=1e-4
+    )
 
 
 def test_what_cannot_be_taken_along_is_said(run, tmp_path):

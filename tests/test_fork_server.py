@@ -263,10 +263,10 @@ def test_a_pipe_in_place_of_a_lock_holds_up_no_start(tmp_path):
     folder.mkdir()
     os.mkfifo(folder / fork_server._OWNER)
     os.utime(folder, (0, 0))  # long abandoned
-    fork_server._remove_abandoned(tmp_path)  # opened to be read, the pipe would block
+    fork_server.remove_abandoned(tmp_path)  # opened to be read, the pipe would block
     assert not folder.exists()
     (folder).symlink_to(tmp_path / "elsewhere")
-    fork_server._remove_abandoned(tmp_path)
+    fork_server.remove_abandoned(tmp_path)
     assert folder.is_symlink()
 
 

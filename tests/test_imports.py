@@ -85,6 +85,38 @@ def test_imports_point_upwards(path):
         assert LEVEL[other] < LEVEL[mine], f"{path.name} ({mine}) must not import {other}"
 
 
+def module_name(path: Path) -> str:
+    return ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(
+        ".__init__"
+    )
+
+
+def imported_files(path: Path, modules: set[str]):
+    """Modules that a file imports when it runs, those inside functions included."""
+    own = path.relative_to(PACKAGE.parent).with_suffix("").parts
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            package = ".".join((*own[: len(own) - node.level], *filter(None, [node.module])))
+            for alias in node.names:
+                name = f"{package}.{alias.name}"
+                yield name if name in modules else package
+
+
+def test_no_file_imports_itself_through_others():
+    names = {module_name(path): path for path in FILES}
+    graph = {
+        name: set(imported_files(path, set(names))) & set(names) for name, path in names.items()
+    }
+    for name, found in graph.items():
+        found.discard(name)
+    while leaves := [name for name, found in graph.items() if not found]:
+        for leaf in leaves:
+            del graph[leaf]
+        for found in graph.values():
+            found.difference_update(leaves)
+    assert not graph, f"a circle among {sorted(graph)}"
+
+
 def names_used(path: Path) -> set[str]:
     used = set()
     for node in ast.walk(ast.parse(path.read_text())):

@@ -150,7 +150,7 @@ def front(engine, *overrides, config=RECIPE, **options):
 @pytest.mark.parametrize(
     ("request_", "message"),
     [
-        (front("local", config="nowhere.yaml"), "nowhere.yaml: cannot read"),
+        (front("local", config="nowhere.yaml"), "nowhere.yaml: no such config file or recipe"),
         (front("local", "zero.stag=1"), "did you mean 'zero.stage'"),
         (front("local", nodes="2"), "--nodes is not for --on local"),
         (front("mpi", hostfile="h", max_restarts=1), "--max-restarts is not for --on mpi"),
@@ -182,8 +182,8 @@ def test_the_front_refuses_before_anything_starts(request_, message):
 
 def test_processes_on_the_cpu_see_no_gpu():
     words = command.command(front("local", gpus_per_node=3, cpu=True), dry_run=True)
-    assert words[:2] == ["env", "CUDA_VISIBLE_DEVICES="]
-    assert words[3:-1] == ["--processes", "3", "--dry-run"]
+    assert words[:3] == ["env", f"SWIN_MOE_PYTHON={sys.executable}", "CUDA_VISIBLE_DEVICES="]
+    assert words[4:-1] == ["--processes", "3", "--dry-run"]
     command.check(front("local", "data.path=fashion_mnist", gpus_per_node=8, cpu=True))
 
 
@@ -200,7 +200,7 @@ def test_an_editable_install_is_found_in_the_folder_of_a_clone():
 def test_the_front_holds_the_hostfile_against_nodes_and_gpus(hostfile):
     good = front("mpi", hostfile=hostfile, nodes="2", gpus_per_node=8)
     command.check(good)
-    assert command.command(good)[1:3] == ["--hostfile", hostfile]
+    assert command.command(good)[3:5] == ["--hostfile", hostfile]
     with pytest.raises(ValueError, match="lists 2 hosts"):
         command.check(replace(good, nodes="3"))
     with pytest.raises(ValueError, match="gives 8 slots to node-0"):
@@ -372,4 +372,4 @@ def test_deepspeed_starts_our_program_with_our_arguments(tmp_path):
         capture_output=True, text=True, check=False, timeout=300, cwd=ROOT,
     )  # fmt: skip
     assert done.returncode == 2
-    assert "swin-moe: error: no such.yaml: cannot read the config file" in done.stderr
+    assert "swin-moe: error: no such.yaml: no such config file or recipe" in done.stderr

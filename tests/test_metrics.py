@@ -12,6 +12,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from swin_moe.reporting import metric_log
 from swin_moe.reporting.metric_log import CELL, Meter, MetricLog, heat_map, read_metrics
 from swin_moe.reporting.plots import draw_summary, show_picture
+from swin_moe.tasks.classification import Classification
+
+METRICS = Classification.metrics
 
 
 def test_meter_is_a_mean_since_the_last_read():
@@ -65,7 +68,7 @@ def test_what_is_not_finite_is_null_in_strict_json(tmp_path):
     assert [record["train/loss"] for record in strict] == [1.0, None, None]
     assert strict[1]["moe/layers.0.blocks.1/load"] == [None, 0.5]
     assert [math.isnan(record["train/loss"]) for record in read_metrics(tmp_path)] == [0, 1, 1]
-    assert draw_summary(tmp_path).exists()
+    assert draw_summary(tmp_path, METRICS).exists()
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert math.isnan(events.Scalars("train/loss")[1].value)
 
@@ -130,7 +133,7 @@ def test_heat_map_is_white_where_the_load_is_even():
 
 @pytest.mark.parametrize("layers", [0, 1, 2, 13])
 def test_summary_is_a_picture_with_panels_per_figure_and_a_heat_map_per_layer(tmp_path, layers):
-    assert draw_summary(tmp_path) is None
+    assert draw_summary(tmp_path, METRICS) is None
     log = MetricLog(tmp_path, tensorboard=False, resume_step=None)
     figures = {"load": [0.9, 0.1], "max_violation": 0.8, "drop_rate": 3.0, "dead_experts": 0}
     for step in (1, 2, 3):
@@ -139,7 +142,7 @@ def test_summary_is_a_picture_with_panels_per_figure_and_a_heat_map_per_layer(tm
         }
         log.write({"step": step, "epoch": step / 4, "train/loss": 1 / step, **routers})
     log.write({"step": 3, "epoch": 1, "val/loss": 1.0, "val/top1": 50.0, "val/top5": 90.0})
-    with Image.open(draw_summary(tmp_path)) as image:
+    with Image.open(draw_summary(tmp_path, METRICS)) as image:
         rows = -(-layers // 4)
         assert image.size == (1600, 340 + (310 if layers else 0) + 260 * rows)
         assert len(set(image.convert("L").getdata())) > 20

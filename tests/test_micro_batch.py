@@ -7,6 +7,7 @@ import torch
 
 from swin_moe.config import load_config
 from swin_moe.distributed import Group, World
+from swin_moe.tasks import build_task
 from swin_moe.training.auto_batch import _largest, choose_micro_batch
 from tests.parallel import MICRO, train
 
@@ -20,7 +21,7 @@ def chosen(available, *overrides):
         ["train.gradient_accumulation_steps=auto", "data.batch_size=2048", "zero.stage=0",
          "precision.dtype=fp32", *overrides],
     )  # fmt: skip
-    choose_micro_batch(config, WORLD, available)
+    choose_micro_batch(build_task(config), WORLD, available)
     return config.data.batch_size, config.train.micro_steps
 
 

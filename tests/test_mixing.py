@@ -2,8 +2,8 @@ import pytest
 import torch
 
 from swin_moe.config import AugmentConfig
-from swin_moe.data import build_mixing
 from swin_moe.data.rng import seeded
+from swin_moe.tasks.mixing import build_mixing
 
 IMAGES = torch.rand(6, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 LABELS = torch.tensor([0, 1, 2, 3, 4, 0])

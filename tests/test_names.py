@@ -7,6 +7,7 @@ import subprocess
 import warnings
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 from rich.console import Console
@@ -19,12 +20,12 @@ from swin_moe.common.drawing import font_file, write_png
 from swin_moe.common.terminal import Terminal, cell
 from swin_moe.common.writing import LogFile, PlainFormatter
 from swin_moe.config import load_config
-from swin_moe.data.tools import show
 from swin_moe.data.tools.progress import sample_progress
 from swin_moe.inspection.draw import draw_maps
-from swin_moe.reporting import tables
+from swin_moe.reporting import contact_sheet, tables
 from swin_moe.reporting.plots import draw_summary
-from swin_moe.training.evaluation import Evaluation
+from swin_moe.tasks import Evaluation
+from swin_moe.tasks.classification import Classification, class_name
 from tests.parallel import MICRO
 from tests.test_imports import FILES
 
@@ -47,8 +48,10 @@ NAMES = {
 @pytest.mark.parametrize("make", [Terminal, lambda: Console(width=200)])
 def test_the_table_of_classes_shows_names_as_they_are(make, capsys):
     count = len(NAMES)
-    result = Evaluation(0.5, 50.0, 90.0, [1] * count, [2] * count, 0)
-    tables.print_evaluation(make(), Path("runs/x [/y]\n"), result, list(NAMES))
+    metrics = {"loss": 0.5, "top1": 50.0, "top5": 90.0}
+    rows = [{"class": name, "images": "2", "top-1": "50.0 %"} for name in NAMES]
+    result = Evaluation(metrics, 2 * count, rows=rows)
+    tables.print_evaluation(make(), Path("runs/x [/y]\n"), result, Classification.metrics)
     printed = capsys.readouterr().out
     cells = [line.split("│")[1].strip() for line in printed.splitlines() if "│" in line]
     assert cells == list(NAMES.values())
@@ -95,16 +98,16 @@ def test_pictures_take_every_name_and_do_not_warn(tmp_path, name, recwarn):
     folder = tmp_path / name
     folder.mkdir()
     (folder / "metrics.jsonl").write_text('{"step": 1, "epoch": 1, "train/loss": 1.0}\n')
-    assert draw_summary(folder).stat().st_size > 1000
-    pixels = Image.new("RGB", (8, 8)), show.np.zeros((8, 8, 3))
-    show._draw([(pixels[1], show._name(0, [name]))], [], tmp_path / "data.png")
+    assert draw_summary(folder, Classification.metrics).stat().st_size > 1000
+    pixels = Image.new("RGB", (8, 8)), np.zeros((8, 8, 3))
+    contact_sheet.draw_sheet([(pixels[1], class_name(0, [name]))], [], tmp_path / "data.png")
     with drawing.drawing(name):
-        draw_maps(tmp_path / "maps.png", "$", {0: pixels[1]}, {0: show._name(0, [name])}, {})
+        draw_maps(tmp_path / "maps.png", "$", {0: pixels[1]}, {0: class_name(0, [name])}, {})
     assert not [warning for warning in recwarn if "lyph" in str(warning.message)]
 
 
 def test_a_font_of_the_system_helps_out(monkeypatch, caplog):
-    drawing._system_font.cache_clear()
+    drawing.system_font.cache_clear()
     own = font_file("plain")
     assert own.endswith("DejaVuSans.ttf")
     stix = Path(own).with_name("STIXGeneral.ttf")
@@ -122,10 +125,10 @@ def test_a_font_of_the_system_helps_out(monkeypatch, caplog):
 
         assert matplotlib.rcParams["font.family"] == ["DejaVu Sans", "STIXGeneral"]
     assert not caplog.text
-    drawing._system_font.cache_clear()
+    drawing.system_font.cache_clear()
     for found[0] in (own, "/dev/null", ""):  # one that lacks it too, and none at all
         assert font_file(only_there) == own
-        drawing._system_font.cache_clear()
+        drawing.system_font.cache_clear()
     assert caplog.text.count(f"no font of this machine has {only_there}: pictures show boxes") == 3
 
 

@@ -87,6 +87,13 @@ PLAIN = {  # of small grey images that are upright and fill the frame
     "augment.auto_augment": "", "augment.color_jitter": 0.0, "augment.random_erase": 0.0,
     "augment.mixup": 0.0, "augment.cutmix": 0.0, "augment.eval_crop": 1.0,
 }  # fmt: skip
+MASKED = {  # SimMIM: its masks, crops and optimizer; the rest as MICRO
+    "task.name": "simmim", "task.mask_ratio": 0.6, "task.mask_unit": 8,
+    "task.norm_target_size": 0, "model.num_classes": 0, "augment.scale": [0.67, 1.0],
+    "augment.hflip": 0.5, "augment.auto_augment": "", "augment.color_jitter": 0.0,
+    "augment.random_erase": 0.0, "augment.mixup": 0.0, "augment.cutmix": 0.0,
+    "moe.gate_after_norm": True, "optimizer.weight_decay": 0.05, "optimizer.clip_norm": 5.0,
+}  # fmt: skip
 LAPTOP = {  # so small and short that two CPU cores show it
     **DROPLESS, **PLAIN, "model.num_classes": 10, "model.img_size": 64, "model.window_size": 8,
     "model.drop_path_rate": 0.0, "schedule.epochs": 1, "schedule.warmup_epochs": 0.02,
@@ -115,6 +122,7 @@ def expected_of(path):
     every_second = [[], [], list(range(1, 42, 2)), [1, 3]]
     return {
         "swin_moe_micro": {**MIXTURE, **MICRO, "moe.num_experts": 8},
+        "simmim_micro": {**MASKED, "moe.num_experts": 8},
         "swin_moe_1b": {**MIXTURE, **DROPLESS, "moe.num_experts": 64},
         "swin_moe_1b_laptop": {**MIXTURE, **LAPTOP, "moe.num_experts": 64},
         # Smaller micro-batches, for memory; the batch is that of as many GPUs as there are.

@@ -38,9 +38,9 @@ def run(what, *numbers, program=PROGRAM, **env):
 @pytest.mark.parametrize("number", signals.STOPS)
 def test_before_the_first_update_the_end_comes_at_once(number, tmp_path):
     done = run("start", number, SWIN_MOE_FINAL=str(tmp_path / "final"))
-    told = "interrupted" if number == signal.SIGINT else f"told to stop by {number.name}"
+    cause = "interrupted" if number == signal.SIGINT else f"stopped by {number.name}"
     assert done.stderr == (
-        f"swin-moe: error: {told} before the first update: nothing is lost, the same command "
+        f"swin-moe: error: {cause} before the first update: nothing is lost, the same command "
         "starts again\n"
     )
     assert done.returncode == (130 if number == signal.SIGINT else 75)
@@ -114,7 +114,7 @@ def test_a_launch_that_still_checks_asks_to_be_started_again():
     )
     done = run("", program=program)
     assert done.returncode == 75
-    assert "told to stop by SIGTERM before the first update" in done.stderr
+    assert "stopped by SIGTERM before the first update" in done.stderr
 
 
 def test_one_interrupt_that_is_sent_again_to_new_processes_counts_once(monkeypatch):

@@ -43,6 +43,7 @@ def places(tmp_path_factory):
     [
         ("--help", "COMMAND"),
         ("models swin_moe_base*", "swin_moe_base_8expert_window12_192_22k"),
+        ("recipes", "fashion_mnist/swin_moe_micro"),
         ("checkpoint list {root}/run", "step-00000003"),
         ("checkpoint verify {root}/run", "whole"),
         ("data verify {root}/shards --output {root}/bad.jsonl", "4 samples"),

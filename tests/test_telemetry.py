@@ -33,7 +33,9 @@ def test_in_evaluation_a_spoilt_image_spoils_no_other(routing):
         images[2, 0, 5, 7] = torch.nan
         spoilt = model(images)
     others = [0, 1, 3]
-    torch.testing.assert_close(spoilt.logits[others], clean.logits[others], rtol=1e-5, atol=1e-6)
-    assert spoilt.logits[2].isnan().any()
-    assert spoilt.stats.nonfinite.sum() > 0
-    assert clean.stats.nonfinite.sum() == 0
+    torch.testing.assert_close(
+        spoilt.predictions[others], clean.predictions[others], rtol=1e-5, atol=1e-6
+    )
+    assert spoilt.predictions[2].isnan().any()
+    assert spoilt.routing.nonfinite.sum() > 0
+    assert clean.routing.nonfinite.sum() == 0

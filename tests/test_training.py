@@ -6,7 +6,6 @@ import re
 import shutil
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +13,8 @@ import torch
 from swin_moe.checkpoint import list_checkpoints
 from swin_moe.checkpoint.folder import read_manifest
 from swin_moe.reporting.metric_log import read_metrics
-from swin_moe.reporting.tables import closing
+from swin_moe.reporting.tables import Result, closing
+from swin_moe.tasks import Metric
 from swin_moe.training.trainer import Position, TrainingPlan
 from tests.parallel import PATIENCE, one_error, start, swin_moe, train, training
 
@@ -198,12 +198,11 @@ def test_another_model_does_not_resume(undisturbed):
 
 
 def test_a_run_that_is_done_names_the_key_that_ends_it():
-    plan = TrainingPlan(3, 10, 1, 1, 1, 0, 1, 25, 2, 0.0)
+    plan = TrainingPlan(3, 10, 1, 1, 1, 0, 1, 25, 0.0)
     assert plan.limit(Position(step=24, epoch=2, update=4)) == ""
     assert plan.limit(Position(step=25, epoch=2, update=5)) == "train.max_steps"
     assert plan.limit(Position(step=30, epoch=3)) == "schedule.epochs"
-    trainer = SimpleNamespace(
-        last_evaluation=None, plan=plan, position=Position(step=25, epoch=2, update=5)
-    )
-    (said,) = closing(Path("run"), trainer, 1.0).columns[1]._cells[:1]
+    limit = plan.limit(Position(step=25, epoch=2, update=5))
+    result = Result(Metric("top1", "top-1", "%"), None, None, -1, 0, 0.0, limit)
+    (said,) = closing(Path("run"), result, 1.0).columns[1]._cells[:1]
     assert said.startswith("nothing was left to do: raise train.max_steps to go on; --fresh")

@@ -57,11 +57,9 @@ class Training:
         self.losses: list[torch.Tensor] = []
 
     def update(self) -> None:
-        from swin_moe.models import split_output
-
-        logits, routed = split_output(self.engine.forward(self.images))
-        loss = F.cross_entropy(logits, self.labels)
-        self.engine.backward(loss if routed is None else loss + routed.aux_loss)
+        outputs = self.engine.forward({"images": self.images})
+        loss = F.cross_entropy(outputs.predictions, self.labels)
+        self.engine.backward(loss if outputs.aux_loss is None else loss + outputs.aux_loss)
         self.engine.step()
         self.losses.append(loss.detach())
 

@@ -27,7 +27,7 @@ def shortcoming(device: str) -> str:
     """Return why the library must be built here, or nothing."""
     if not ops.library_digest():
         return "no library was brought along"
-    missing = [op for op in ops.status() if not _library._compiled_for(op, device)]
+    missing = [op for op in ops.status() if not _library.compiled_for(op, device)]
     if missing:
         return f"the library does not load, or has no {device} kernels of {', '.join(missing)}"
     try:
@@ -49,7 +49,7 @@ def build() -> float:
     major, minor = torch.cuda.get_device_capability()
     env = common.environment() | {"TORCH_CUDA_ARCH_LIST": f"{major}.{minor}"}
     env.setdefault("MAX_JOBS", str(os.cpu_count() or 1))
-    for path in Path(_library._PACKAGE).glob("_C*.so"):
+    for path in Path(_library.PACKAGE).glob("_C*.so"):
         path.unlink()
     began = time.monotonic()
     command = [sys.executable, "setup.py", "build_ext", "--inplace"]

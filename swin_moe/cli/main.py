@@ -32,6 +32,7 @@ _MODULES = {
     "plan": "runs",
     "launch": "runs",
     "models": "models",
+    "recipes": "recipes",
     "convert": "models",
     "checkpoint": "checkpoints",
     "prepare-data": "data",

@@ -13,20 +13,24 @@ from ..common.text import plain
 
 _EPILOG = """\
 examples:
-  swin-moe train configs/fashion_mnist/swin_moe_micro.yaml
-  swin-moe train configs/fashion_mnist/swin_moe_micro.yaml schedule.epochs=2 zero.stage=1
+  swin-moe recipes
+  swin-moe train fashion_mnist/swin_moe_micro
+  swin-moe train my_config.yaml schedule.epochs=2 zero.stage=1
   torchrun --nproc-per-node 2 -m swin_moe train CONFIG parallel.expert_parallel_size=2
   swin-moe evaluate runs/swin_moe_micro
   swin-moe evaluate runs/swin_moe_micro/checkpoints/best
   swin-moe inspect runs/swin_moe_micro --images 6
   swin-moe checkpoint list runs/swin_moe_micro
   swin-moe prepare-data /data/fall11_whole /data/in22k --val 0.01
-  swin-moe data show configs/fashion_mnist/swin_moe_micro.yaml
-  swin-moe plan configs/scale/swin_moe_13b.yaml --nodes 4 --gpus-per-node 8 --gpu h100
+  swin-moe data show fashion_mnist/swin_moe_micro
+  swin-moe plan scale/swin_moe_13b --nodes 4 --gpus-per-node 8 --gpu h100
 
 exit codes: 0 done, 1 failed, 2 wrong use (a config, an argument or data that cannot be used),
 75 stopped by SIGTERM or SIGUSR1 with its checkpoint written: start again to go on
 """
+
+
+_CONFIG = "YAML file, or a recipe's name (`swin-moe recipes` lists them)"
 
 
 class _Parser(argparse.ArgumentParser):
@@ -52,7 +56,7 @@ def build_parser() -> argparse.ArgumentParser:
         "Slurm it uses every process. If the run directory (train.output) holds a checkpoint, "
         "training resumes from the last complete one.",
     )
-    train.add_argument("config", metavar="CONFIG", help="YAML file, e.g. from configs/")
+    train.add_argument("config", metavar="CONFIG", help=_CONFIG)
     train.add_argument(
         "overrides", nargs="*", default=[], metavar="key=value", help="e.g. zero.stage=2"
     )
@@ -80,12 +84,13 @@ def build_parser() -> argparse.ArgumentParser:
     inspect = _add_inspect(commands)
     models = commands.add_parser("models", help="list the models, their parameters and GMACs")
     models.add_argument("pattern", nargs="?", default="*", help="e.g. 'swinv2_base*'")
+    recipes = _add_recipes(commands)
     convert = _add_convert(commands)
     checkpoints = _add_checkpoint(commands)
     data = _add_data(commands)
     launch = _add_launch(commands)
     plan = _add_plan(commands)
-    alone = (train, doctor, evaluate, inspect, models, convert, launch, plan)
+    alone = (train, doctor, evaluate, inspect, models, recipes, convert, launch, plan)
     for command in (*alone, *checkpoints, *data):
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
@@ -100,7 +105,7 @@ def _add_doctor(commands: Any) -> argparse.ArgumentParser:
         "run directory. Exit code 0: a run may begin; 2: it would be refused. A training checks "
         "the same at each start.",
     )
-    doctor.add_argument("config", metavar="CONFIG", help="YAML file, e.g. from configs/")
+    doctor.add_argument("config", metavar="CONFIG", help=_CONFIG)
     doctor.add_argument(
         "overrides", nargs="*", default=[], metavar="key=value", help="e.g. zero.stage=2"
     )
@@ -152,7 +157,7 @@ def _add_plan(commands: Any) -> argparse.ArgumentParser:
         "config's global batch, and draw their memory. Exit code 2 if the config as it stands does "
         "not fit.",
     )
-    plan.add_argument("config", metavar="CONFIG", help="YAML file, e.g. from configs/")
+    plan.add_argument("config", metavar="CONFIG", help=_CONFIG)
     plan.add_argument(
         "overrides", nargs="*", default=[], metavar="key=value", help="e.g. zero.stage=2"
     )
@@ -173,6 +178,20 @@ def _add_plan(commands: Any) -> argparse.ArgumentParser:
     plan.add_argument("--output", type=Path, default=Path("plan.png"), metavar="FILE.png")
     plan.add_argument("--json", type=Path, metavar="FILE", help="write the figures here as well")
     return plan
+
+
+def _add_recipes(commands: Any) -> argparse.ArgumentParser:
+    recipes = commands.add_parser(
+        "recipes",
+        help="list the configs that come with the package, or copy them",
+        description="List the configs that come with the package. Every CONFIG of the other "
+        "commands may be one of their names. --copy copies them with their base files, to edit.",
+    )
+    recipes.add_argument("pattern", nargs="?", default="*", help="e.g. 'imagenet22k/swinv2_*'")
+    recipes.add_argument(
+        "--copy", type=Path, metavar="FOLDER", help="copy there; files there are never overwritten"
+    )
+    return recipes
 
 
 def _add_convert(commands: Any) -> argparse.ArgumentParser:
@@ -263,7 +282,7 @@ def _add_data(commands: Any) -> list[argparse.ArgumentParser]:
     data = commands.add_parser("data", help="show what a config trains on, verify a data set")
     actions = data.add_subparsers(dest="action", required=True, metavar="ACTION")
     show = actions.add_parser("show", help="draw augmented and mixed batches with their labels")
-    show.add_argument("config", metavar="CONFIG")
+    show.add_argument("config", metavar="CONFIG", help=_CONFIG)
     show.add_argument(
         "overrides", nargs="*", default=[], metavar="key=value", help="e.g. augment.mixup=0"
     )
@@ -291,7 +310,7 @@ def _add_launch(commands: Any) -> argparse.ArgumentParser:
         description="Check what can be checked before anything starts, then run the launcher of "
         "launch/ for the engine, or hand Kubernetes a manifest. See docs/launching.md.",
     )
-    launch.add_argument("config", metavar="CONFIG")
+    launch.add_argument("config", metavar="CONFIG", help=_CONFIG)
     launch.add_argument(
         "overrides", nargs="*", default=[], metavar="key=value", help="e.g. zero.stage=2"
     )

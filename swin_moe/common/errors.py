@@ -13,7 +13,7 @@ class Preempted(Exception):
     """A signal asked for an end, and the checkpoint is written.
 
     Attributes:
-        interrupted: by Ctrl-C, not by who would start again.
+        interrupted: by Ctrl-C; a scheduler or launcher would start the job again.
     """
 
     def __init__(self, message: str, interrupted: bool = False) -> None:

@@ -21,6 +21,7 @@ from ..common.text import plain
 from . import yaml_core
 from .kinds import check_path
 from .mixture import dense_by_mistake
+from .recipes import find_config
 from .renamed import present_name, rename
 from .sections import Architecture, Config
 from .tasks import TASKS
@@ -108,6 +109,8 @@ def _rename(raw: dict[str, Any], origins: Origins, quiet: bool = False) -> None:
     Args:
         quiet: a run wrote the file, nobody is to edit it.
     """
+    if not isinstance(raw, dict):
+        return
     try:
         for place, text in rename(raw, origins):
             if not quiet and ranks.environment_rank()[1] == 0:
@@ -309,13 +312,16 @@ def _hint(error: Any) -> str:
 
 
 def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
-    """Read a YAML file, apply ``section.key=value`` overrides and validate.
+    """Read a YAML file or a recipe, apply ``section.key=value`` overrides and validate.
+
+    Args:
+        path: a file, or the name of a recipe that comes with the package.
 
     Raises:
         ConfigError: one line naming the file and line (or the override), the key, its value,
             what was expected, and the nearest valid key.
     """
-    path = Path(path)
+    path = find_config(path)
     raw, origins = _read_with_bases(path)
     for override in overrides:
         _apply_override(raw, origins, override)

@@ -1,6 +1,6 @@
-"""``swin-moe launch``: checks what can be checked before anything starts, then runs ``launch/*``.
+"""``swin-moe launch``: checks what can be checked before anything starts, then runs a script.
 
-The scripts there are the launchers; this only finds mistakes early and fills in their options.
+The scripts of ``launch/`` are the launchers; this only finds mistakes early and fills in options.
 """
 
 from __future__ import annotations
@@ -19,13 +19,14 @@ from typing import Any
 from ..common.host import count_gpus
 from ..common.ranks import check_world
 from ..common.reading import read_text
+from ..common.shipped import launch_scripts
 from ..common.text import plain
 from ..config import Config, dump_plain, load_config, load_plain, micro_batches
 from ..data.readers.shards import has_wildcard
 from ..data.source import BUNDLED
 from .nodes import PORT, check_port
 
-FOLDER = Path(__file__).resolve().parent.parent / "launch"
+FOLDER = launch_scripts()
 RENDEZVOUS = "PET_RDZV_ID"  # torchrun's --rdzv-id
 ON_A_CPU = 2  # processes of launch/local.sh where there is no GPU
 _LARGEST = 1 << 20  # bytes of a file of hosts or experiments
@@ -141,12 +142,21 @@ def command(request: Request, dry_run: bool = False) -> list[str]:
         options += ["--processes", str(request.gpus_per_node)]
     if request.doctor:
         options.append("--doctor")
+    python = f"SWIN_MOE_PYTHON={sys.executable}"
     if request.engine != "slurm":
         if dry_run:
             options.append("--dry-run")
-        hidden = ["env", "CUDA_VISIBLE_DEVICES="] if request.cpu else []
-        return [*hidden, str(FOLDER / f"{request.engine}.sh"), *options, *request.words]
-    batch = ["env", f"SWIN_MOE_ROOT={FOLDER.parent}", "sbatch", "--nodes", request.nodes or "1"]
+        hidden = ["CUDA_VISIBLE_DEVICES="] if request.cpu else []
+        return [
+            "env",
+            python,
+            *hidden,
+            str(FOLDER / f"{request.engine}.sh"),
+            *options,
+            *request.words,
+        ]
+    root = f"SWIN_MOE_ROOT={FOLDER.parent}"
+    batch = ["env", python, root, "sbatch", "--nodes", request.nodes or "1"]
     if not request.cpu:
         batch += ["--gpus-per-node", str(request.gpus_per_node)]
     if request.experiments:
@@ -157,7 +167,7 @@ def command(request: Request, dry_run: bool = False) -> list[str]:
 def check(request: Request) -> Config:
     """Raise ``ValueError`` for what can be seen to be wrong from here; returns the config."""
     if not FOLDER.is_dir():
-        raise ValueError(f"{FOLDER}: no launchers there; install the project from its repository")
+        raise ValueError(f"{FOLDER}: the launch scripts are missing; install the package again")
     for name in request.given():
         if name not in ENGINES[request.engine]:
             engines = ", ".join(engine for engine, names in ENGINES.items() if name in names)

@@ -92,7 +92,7 @@ def draw_sheet(training: list[Cell], held_out: list[Cell], path: Path) -> None:
     sheet = Image.new("RGB", (COLUMNS * step[0] + GAP, len(rows) * step[1] + TITLE), "white")
     pen = ImageDraw.Draw(sheet)
     own, other = font_file(""), font_file("".join(label for row in rows for _, label in row))
-    title = "training, augmented and mixed; last row: held out"
+    title = "training, as the model sees it; last row: held out"
     pen.text((sheet.width / 2, TITLE / 2), title, "black", _font(18, own), anchor="mm")
     for row, cells in enumerate(rows):
         for column, (pixels, label) in enumerate(cells):

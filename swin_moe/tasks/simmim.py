@@ -45,8 +45,11 @@ class MaskedImageModelling(Task):
 
     def build_model(self, expert_group: Group | None = None, *, initialise: bool = True) -> SimMIM:
         config = self.config
-        encoder = SwinTransformer(config.model, config.moe, expert_group, initialise=initialise)
-        return SimMIM(encoder, initialise=initialise)
+        encoder = SwinTransformer(config.model, config.moe, expert_group, initialise=False)
+        model = SimMIM(encoder, initialise=False)
+        if initialise:  # in the order in which a model that is sharded at once is initialised
+            model.init_weights()
+        return model
 
     def backbone(self, model: nn.Module) -> SwinTransformer:
         assert isinstance(model, SimMIM)

@@ -329,7 +329,13 @@ def _last_config(run: Run) -> Config | None:
 
 
 def _check_same_model(reader: checkpoint.Reader, saved: Config, config: Config) -> None:
-    """The checkpoint's model must be the config's; everything else may change."""
+    """The checkpoint's task and model must be the config's; everything else may change."""
+    if saved.task.name != config.task.name:
+        raise ConfigError(
+            f"task.name={config.task.name}, but the checkpoint {reader.path} was trained with "
+            f"{saved.task.name}: set another train.output, and model.pretrained={reader.path} to "
+            "start from its weights"
+        )
     for section in ("model", "moe"):
         old, new = getattr(saved, section).model_dump(), getattr(config, section).model_dump()
         shape_keys = [key for key in new if old[key] != new[key] and key in _SHAPE_KEYS]

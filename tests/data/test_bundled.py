@@ -47,7 +47,7 @@ def test_opens_by_name():
     assert loader.class_names == list(bundle.CLASSES)
     assert "2,000 samples, 10 classes" in loader.description
     batch = next(loader.epoch(0))
-    assert batch.images.shape == (4, 3, 16, 16)
+    assert batch.inputs["images"].shape == (4, 3, 16, 16)
 
 
 def test_a_folder_of_that_name_wins(tmp_path, monkeypatch):

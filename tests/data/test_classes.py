@@ -9,7 +9,7 @@ from tests.data.helpers import NO_AUGMENT, make_folder, make_shards, open_loader
 
 
 def labels(loader):
-    return [label for batch in loader.epoch(0) for label in batch.labels.tolist() if label >= 0]
+    return [label for batch in loader.epoch(0) for label in batch.targets.tolist() if label >= 0]
 
 
 def test_a_held_out_set_that_lacks_a_class_keeps_the_labels_of_the_others(tmp_path, caplog):

@@ -1,3 +1,4 @@
+import multiprocessing
 import os
 import pickle
 import random
@@ -24,7 +25,7 @@ HEAVY = AugmentConfig(random_erase=0.5)
 
 def _labels(path, *, epoch=1, start=0, **options):
     loader = open_loader(path, **options)
-    return [batch.labels.tolist() for batch in loader.epoch(epoch, start)]
+    return [batch.targets.tolist() for batch in loader.epoch(epoch, start)]
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -57,17 +58,20 @@ def test_augmentation_is_the_same_for_any_workers_and_after_resume(tmp_path):
         batches = list(forked.epoch(3, start))
         assert len(batches) == len(plain) - start
         for batch, expected in zip(batches, plain[start:], strict=True):
-            assert torch.equal(batch.images, expected.images)
-            assert torch.equal(batch.labels, expected.labels)
+            assert torch.equal(batch.inputs["images"], expected.inputs["images"])
+            assert torch.equal(batch.targets, expected.targets)
     other = next(open_loader(tmp_path, HEAVY).epoch(4))
-    assert not torch.equal(other.images, plain[0].images)
+    assert not torch.equal(other.inputs["images"], plain[0].inputs["images"])
 
 
 def test_augmentation_differs_by_epoch(tmp_path):
     write_shard(tmp_path / "train-0.tar", samples(4))
     loader = open_loader(tmp_path, HEAVY)
     first, second = (next(loader.epoch(epoch)) for epoch in (0, 1))
-    a, b = first.images[first.labels.argsort()], second.images[second.labels.argsort()]
+    a, b = (
+        first.inputs["images"][first.targets.argsort()],
+        second.inputs["images"][second.targets.argsort()],
+    )
     assert not any(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
@@ -85,9 +89,11 @@ def test_datasets_survive_spawn(tmp_path):
     make_shards(tmp_path, 8)
     loader = open_loader(tmp_path, HEAVY)
     expected = next(loader.epoch(0))
-    copy = pickle.loads(pickle.dumps(loader._loader.dataset))
-    first = next(iter(loader._sampler))
-    assert torch.equal(collate([copy[p] for p in first]).images, expected.images)
+    copy = pickle.loads(pickle.dumps(loader.dataset))
+    first = next(iter(loader.sampler))
+    assert torch.equal(
+        collate([copy[p] for p in first]).inputs["images"], expected.inputs["images"]
+    )
 
 
 def test_evaluation_covers_all_once_with_padding(tmp_path):
@@ -99,9 +105,9 @@ def test_evaluation_covers_all_once_with_padding(tmp_path):
         for r in range(2)
     ]
     assert [len(rank) for rank in ranks] == [2, 2]
-    labels = [label for rank in ranks for batch in rank for label in batch.labels.tolist()]
+    labels = [label for rank in ranks for batch in rank for label in batch.targets.tolist()]
     assert sorted(labels) == [-1, -1, *range(10)]
-    assert {batch.images.shape for rank in ranks for batch in rank} == {(3, 3, 16, 16)}
+    assert {batch.inputs["images"].shape for rank in ranks for batch in rank} == {(3, 3, 16, 16)}
     assert not any(batch.skipped for rank in ranks for batch in rank)
 
 
@@ -110,7 +116,7 @@ def test_workers_outlive_the_signals_of_a_preempted_job(tmp_path):
     loader = open_loader(tmp_path, num_workers=1)
     batches = loader.epoch(0)
     next(batches)
-    (worker,) = loader._loader._iterator._workers
+    (worker,) = multiprocessing.active_children()
     for name in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         os.kill(worker.pid, name)
     assert len(list(batches)) == 9
@@ -161,16 +167,16 @@ def test_training_replaces_unreadable_images(tmp_path, workers, caplog):
     loader = open_loader(tmp_path, num_workers=workers)
     whole = list(loader.epoch(0))
     assert loader.bad.total == len(bad)
-    order = [index for batch in loader._sampler for _, index, _ in batch]
+    order = [index for batch in loader.sampler for _, index, _ in batch]
     for number, batch in enumerate(whole):
         wanted = order[4 * number : 4 * number + 4]
         for place in range(4):
             stand_in = next(
                 wanted[(place + k) % 4] for k in range(4) if wanted[(place + k) % 4] not in bad
             )
-            assert batch.labels[place] == stand_in
-        assert batch.images.shape == (4, 3, 16, 16)
-        assert all(batch.images.flatten(1).float().std(1) > 0.1)
+            assert batch.targets[place] == stand_in
+        assert batch.inputs["images"].shape == (4, 3, 16, 16)
+        assert all(batch.inputs["images"].flatten(1).float().std(1) > 0.1)
     keys = sorted(s.key.split(":")[-1] for batch in whole for s in batch.skipped)
     assert keys == ["key0002", "key0005", "key0006"]
     assert all(key in caplog.text for key in keys)
@@ -180,7 +186,7 @@ def test_evaluation_marks_unreadable_images(tmp_path):
     _with_faults(tmp_path, {2, 5, 6}, "val")
     loader = open_loader(tmp_path, training=False)
     batches = list(loader.epoch(0))
-    assert torch.cat([b.labels for b in batches]).tolist() == [
+    assert torch.cat([b.targets for b in batches]).tolist() == [
         0,
         1,
         -1,
@@ -194,7 +200,7 @@ def test_evaluation_marks_unreadable_images(tmp_path):
         10,
         11,
     ]
-    assert not batches[0].images[2].any()
+    assert not batches[0].inputs["images"][2].any()
     assert loader.bad.total == 3
     reasons = [s.reason for batch in batches for s in batch.skipped]
     assert len(reasons) == 3
@@ -217,7 +223,7 @@ def test_a_wholly_unreadable_batch_counts_nowhere_in_evaluation(tmp_path):
     _with_faults(tmp_path, range(12), "val")
     batches = list(open_loader(tmp_path, training=False).epoch(0))
     assert sum(len(batch.skipped) for batch in batches) == 12
-    assert all((batch.labels == -1).all() for batch in batches)
+    assert all((batch.targets == -1).all() for batch in batches)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -229,9 +235,9 @@ def test_image_folder(tmp_path):
     make_folder(tmp_path / "val", ["cat", "dog"], per_class=3)
     loader = open_loader(tmp_path, NO_AUGMENT, num_classes=2)
     assert (loader.num_samples, len(loader), loader.class_names) == (12, 3, ["cat", "dog"])
-    assert sum(int(batch.labels.sum()) for batch in loader.epoch(0)) == 6
+    assert sum(int(batch.targets.sum()) for batch in loader.epoch(0)) == 6
     val = open_loader(tmp_path, training=False, num_classes=2)
-    assert [b.labels.tolist() for b in val.epoch(0)] == [[0, 0, 0, 1], [1, 1, -1, -1]]
+    assert [b.targets.tolist() for b in val.epoch(0)] == [[0, 0, 0, 1], [1, 1, -1, -1]]
     assert "6 samples, 2 classes, image folder" in val.description
 
 

@@ -183,10 +183,10 @@ def test_an_entry_that_claims_more_than_the_table_holds(tmp_path):
     with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
         archive.writestr("a/1.png", encode(1))
     source = ZipSource(tmp_path / "x.zip", None)
-    from swin_moe.data.readers.zipped import _table, array
+    from swin_moe.data.readers.zipped import array, pack_records
 
-    record = _table(array("Q", [0, 2**33 + 5, 2**33 + 5, 0, 0]))
-    source._table[0] = record[0]
+    record = pack_records(array("Q", [0, 2**33 + 5, 2**33 + 5, 0, 0]))
+    source.table[0] = record[0]
     with pytest.raises(UnreadableImage, match=r"data\.max_pixels"):
         source.read(0)
 
@@ -268,7 +268,7 @@ def test_a_shard_beside_its_compressed_copy_does_not_count_twice(tmp_path):
 def test_a_stray_tar_does_not_take_the_place_of_class_folders(tmp_path):
     make_folder(tmp_path, ["a", "b"])
     a_tar(tmp_path / "a.tar", "1.png")  # the class that was unpacked
-    with pytest.raises(ValueError, match=r"holds a\.tar beside the class folder 'b'"):
+    with pytest.raises(ValueError, match=r"holds a\.tar next to the class folder 'b'"):
         open_path(tmp_path)
     a_tar(tmp_path / "b.tar", "1.png")
     assert open_path(tmp_path).class_names == ["a", "b"]
@@ -313,7 +313,7 @@ def test_parquet_shards_must_agree_on_their_classes(tmp_path):
         told = {"info": {"features": {"label": {"names": names}}}}
         table = table.replace_schema_metadata({"huggingface": json.dumps(told)})
         pq.write_table(table, tmp_path / f"train-{number}.parquet")
-    with pytest.raises(ValueError, match=r"train-1\.parquet names its classes otherwise"):
+    with pytest.raises(ValueError, match=r"train-1\.parquet names its classes differently"):
         open_path(tmp_path / "train")
 
 

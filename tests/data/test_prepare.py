@@ -106,7 +106,7 @@ def test_classes_are_chosen_and_numbered_by_a_file(tmp_path):
     (tmp_path / "twice.txt").write_text("ant\nant\n")
     _refused("'ant' is listed twice", folder, tmp_path / "o", classes=tmp_path / "twice.txt")
     (tmp_path / "none.txt").write_text("yak\n")
-    _refused("none of the 1 listed classes is in the data, first listed 'yak', first there 'ant'",
+    _refused("none of the 1 listed classes is in the data, first listed 'yak', first in the data",
              folder, tmp_path / "o", classes=tmp_path / "none.txt")  # fmt: skip
 
 
@@ -148,19 +148,17 @@ def test_what_cannot_be_read_is_left_out_and_listed(tmp_path):
 def test_a_source_that_goes_away_ends_the_run(tmp_path, monkeypatch):
     folder = make_folder(tmp_path / "train", ["ant", "bee"], per_class=4)
     _small_shards(monkeypatch)
-    plan = prepare._plan
+    usage = prepare.shutil.disk_usage(tmp_path)
 
-    def unplugged(*arguments):
-        samples = plan(*arguments)
+    def unplugged(_path):  # called at the end of the plan
         folder.rename(tmp_path / "away")
-        return samples
+        return usage
 
-    monkeypatch.setattr(prepare, "_plan", unplugged)
+    monkeypatch.setattr(prepare.shutil, "disk_usage", unplugged)
     with pytest.raises(FileNotFoundError, match=r"\.png"):
         _prepare(folder, tmp_path / "out")
     assert not (tmp_path / "out" / "train.json").exists()
     (tmp_path / "away").rename(folder)
-    monkeypatch.setattr(prepare, "_plan", plan)
     assert len(_prepare(folder, tmp_path / "out")["train"]) == 8
     for path in folder.rglob("*.png"):
         path.write_bytes(b"<html>")
@@ -229,8 +227,8 @@ def test_wrong_use(tmp_path, monkeypatch):
 
 SLOW = """
 import sys, time
-from swin_moe import cli
-from swin_moe.data import commands, prepare
+from swin_moe.cli import main as cli
+from swin_moe.data.tools import commands, prepare
 write, settings = prepare._write_shard, prepare.Settings
 def slowly(shard):
     time.sleep(0.5)
@@ -320,7 +318,7 @@ def test_an_index_that_does_not_match_its_shards(prepared):
     table = prepared / "train.index.npy"
     kept = table.read_bytes()
     np.save(table, np.zeros(3, index.RECORD))
-    refused(r"train\.json: train\.index\.npy beside it is not its table: remove train\.json")
+    refused(r"train\.json: train\.index\.npy is not its table: remove train\.json")
     table.write_bytes(kept[:50])
     refused(r"train\.json: the index is damaged or incomplete")
     table.write_bytes(b"")
@@ -379,7 +377,7 @@ def test_the_index_of_anyones_shards_is_kept(tmp_path, monkeypatch, readonly):
     assert len(scans) == 2
     again = open_splits(tmp_path / "in")["train"]
     assert len(scans) == 2
-    assert isinstance(again._table, np.memmap)
+    assert isinstance(again.table, np.memmap)
     assert (tmp_path / "home").exists() == readonly
     assert _contents(again) == _contents(first) == {encode(i): i for i in range(8)}
     write_shard(tmp_path / "in" / "train-1.tar", samples(4, 20))

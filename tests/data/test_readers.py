@@ -150,7 +150,7 @@ def test_large_numbers_of_an_entry():
     extra = struct.pack("<2HI", 7, 4, 1) + struct.pack("<2H2Q", 1, 16, 5 << 32, 6 << 32)
     fields = (b"PK\x01\x02", 20, 20, 0, 0, 0, 0, 9, 0xFFFFFFFF, 7, 1, len(extra), 0, 0, 0, 0)
     entry = zipped.DIRECTORY.pack(*fields, 0xFFFFFFFF) + b"a" + extra
-    parsed, used = zipped._parse_entry(entry, 0, "x.zip")
+    parsed, used = zipped.parse_entry(entry, 0, "x.zip")
     assert parsed == ("a", 6 << 32, 5 << 32, 7, 9, 0)
     assert used == len(entry)
 
@@ -181,8 +181,8 @@ def test_a_damaged_entry_is_refused_when_it_is_read(tmp_path, compression):
     archive = _make_zip(tmp_path / "train.zip", compression)
     source = ZipSource(archive, None)
     content = bytearray(archive.read_bytes())
-    content[int(source._table["offset"][2]) + 30 + len(FILES[WALKED[2]]) + 2] ^= 255
-    content[int(source._table["offset"][4])] ^= 255
+    content[int(source.table["offset"][2]) + 30 + len(FILES[WALKED[2]]) + 2] ^= 255
+    content[int(source.table["offset"][4])] ^= 255
     archive.write_bytes(content)
     for index, reason in ((2, "damaged"), (4, "no entry of the archive begins")):
         with pytest.raises(ValueError, match=reason):
@@ -247,13 +247,13 @@ def test_faulty_lists(tmp_path, text, message):
 
 def test_a_list_far_from_its_files(tmp_path):
     _refused(
-        r"m\.txt: its first file, .*n00_0\.JPEG, is not there",
+        r"m\.txt: its first file, .*n00_0\.JPEG, is missing",
         open_list,
         _make_map(tmp_path / "m.txt"),
     )
     path = tmp_path / "latin.txt"
     path.write_bytes("Größe.jpg\t0\n".encode("latin-1"))
-    _refused(r"latin\.txt: its first file, .*Gr\\xf6\\xdfe\.jpg, is not there", open_list, path)
+    _refused(r"latin\.txt: its first file, .*Gr\\xf6\\xdfe\.jpg, is missing", open_list, path)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -293,7 +293,7 @@ def test_parquet(tmp_path):
     _check_in_processes(source, [encode(i) for i in range(15)])
     loader = open_loader(tmp_path, num_classes=2, num_workers=2)
     assert sorted(i for b in loader.epoch(0) for i in b.indices.tolist()) == sorted(
-        i for batch in loader._sampler for _, i, _ in batch
+        i for batch in loader.sampler for _, i, _ in batch
     )
 
 
@@ -305,7 +305,7 @@ def test_parquet_keeps_few_files_open(tmp_path, monkeypatch):
     source = open_splits(tmp_path)["train"]
     for index in (*range(12), 0, 5):
         assert source.read(index) == encode(index)
-    assert len(source._files) == 2
+    assert len(source.open_files) == 2
 
 
 def test_parquet_keeps_few_row_row_groups(tmp_path, monkeypatch):
@@ -313,7 +313,7 @@ def test_parquet_keeps_few_row_row_groups(tmp_path, monkeypatch):
     monkeypatch.setattr("swin_moe.data.readers.parquet.KEPT_BYTES", 9 * len(encode(0)))
     for index in (0, 4, 8, 0, 9, 5):
         assert source.read(index) == encode(index)
-    assert len(source._kept) == 2
+    assert len(source.row_groups) == 2
 
 
 def test_parquet_of_repeated_values(tmp_path):

@@ -82,7 +82,7 @@ def test_more_shards_than_open_files(tmp_path):
     source = open_shards(find_shards(str(tmp_path / "t")), None)
     for index in (*range(count), 0, 1):
         assert source.read(index) == bytes([index % 256])
-    assert len(source._files) == MAX_OPEN
+    assert len(source.open_files) == MAX_OPEN
 
 
 PNG = encode(0)

@@ -7,8 +7,9 @@ from PIL import Image
 from rich.console import Console
 
 from swin_moe.config import load_config
-from swin_moe.data.tools.show import _told, show
 from swin_moe.data.watch import IN_A_ROW, LoaderWatch
+from swin_moe.reporting.contact_sheet import show
+from swin_moe.tasks.classification import soft_label
 
 from .helpers import encode, make_folder
 
@@ -46,11 +47,11 @@ def test_a_picture_takes_no_other_files_place(tmp_path):
 
 def test_labels_of_mixed_images():
     names = ["ant", "bee", "a name that is much too long"]
-    assert _told(torch.tensor([0.02, 0.96, 0.02]), names) == "bee"
-    assert _told(torch.tensor([0.30, 0.68, 0.02]), names) == "0.68 bee\n0.30 ant"
-    assert _told(torch.tensor([0.1, 0.1, 0.8]), names) == "a name that is mu…"
-    assert _told(torch.tensor([0.0, 1.0, 0.0]), None) == "1"
-    assert _told(torch.tensor([1.0]), ["only"]) == "only"
+    assert soft_label(torch.tensor([0.02, 0.96, 0.02]), names) == "bee"
+    assert soft_label(torch.tensor([0.30, 0.68, 0.02]), names) == "0.68 bee\n0.30 ant"
+    assert soft_label(torch.tensor([0.1, 0.1, 0.8]), names) == "a name that is mu…"
+    assert soft_label(torch.tensor([0.0, 1.0, 0.0]), None) == "1"
+    assert soft_label(torch.tensor([1.0]), ["only"]) == "only"
 
 
 def test_a_slow_loader_is_named_once(monkeypatch):

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint, noop_context_fn
 
 from swin_moe.config import ModelConfig, MoEConfig
-from swin_moe.models import SwinTransformer, split_output
+from swin_moe.models import SwinTransformer
 from swin_moe.models import activation_checkpoint as recompute_module
 from swin_moe.models import swin as swin_module
 from swin_moe.moe import MoELayer
@@ -52,13 +52,13 @@ def step(model):
     """One forward and backward; the output's tensors and all gradients, by name."""
     torch.manual_seed(1)
     images, labels = torch.randn(4, 3, 32, 32, requires_grad=True), torch.tensor([0, 1, 2, 3])
-    logits, routed = split_output(model(images))
+    logits, aux_loss, routing = model(images)
     seen = {"logits": logits}
     loss = F.cross_entropy(logits, labels)
-    if routed is not None:
-        loss = loss + routed.aux_loss
-        seen |= {"aux_loss": routed.aux_loss, "dropped": routed.stats.dropped}
-        seen |= routed.stats._asdict()
+    if routing is not None:
+        loss = loss + aux_loss
+        seen |= {"aux_loss": aux_loss, "dropped": routing.dropped}
+        seen |= routing._asdict()
     loss.backward()
     seen["after"] = torch.rand(3)  # the generator stands where it would have stood
     seen |= {f"{name}.grad": parameter.grad for name, parameter in model.named_parameters()}
@@ -156,7 +156,7 @@ def test_autocast_of_the_forward_pass_is_that_of_the_recompute():
         with torch.autocast("cpu", dtype=torch.bfloat16):
             model = build("swinv2 moe", how)
             output = model(torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0)))
-        (output.logits.float().square().sum() + output.aux_loss).backward()
+        (output.predictions.float().square().sum() + output.aux_loss).backward()
         grads.append({name: p.grad for name, p in model.named_parameters()})
     assert not differences(*grads)
 
@@ -164,7 +164,7 @@ def test_autocast_of_the_forward_pass_is_that_of_the_recompute():
 def test_statistics_do_not_keep_the_graph():
     output = build("swinv2 moe", "offload")(torch.randn(4, 3, 32, 32))
     assert output.aux_loss.requires_grad
-    assert not any(tensor.requires_grad for tensor in output.stats)
+    assert not any(tensor.requires_grad for tensor in output.routing)
 
 
 def redrawing(monkeypatch, **options):

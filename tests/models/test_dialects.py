@@ -11,7 +11,7 @@ from torch import nn
 from torchvision.models import swin_transformer as torchvision_swin
 
 from swin_moe.config import ModelConfig, MoEConfig
-from swin_moe.models import SwinTransformer
+from swin_moe.models import Outputs, SwinTransformer
 from swin_moe.models.layers import PatchMerging
 from swin_moe.weights.adapters import (
     DIALECTS,
@@ -87,6 +87,8 @@ def import_transformers():
 def logits(model, images):
     with torch.no_grad():
         output = model(images)
+    if isinstance(output, Outputs):
+        return output.predictions
     return output if isinstance(output, torch.Tensor) else output.logits
 
 

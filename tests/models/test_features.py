@@ -20,8 +20,9 @@ FAMILIES = ["swin", "swinv2", "swin_mlp", "swin_moe_small_dense_window12_192_22k
 def step(features, images):
     """One optimizer step; the parameters that it changed."""
     before = {name: p.detach().clone() for name, p in features.named_parameters()}
-    maps, aux_loss = features.forward_with_loss(images)
-    loss = sum((x * torch.randn_like(x)).sum() for x in maps) + aux_loss
+    maps, aux_loss, _ = features(images)
+    loss = sum((x * torch.randn_like(x)).sum() for x in maps)
+    loss = loss if aux_loss is None else loss + aux_loss
     loss.backward()
     parameters = [p for p in features.parameters() if p.requires_grad]
     torch.optim.AdamW(parameters, lr=0.1, weight_decay=0.5).step()
@@ -43,7 +44,7 @@ def test_maps_of_any_image_size(family, size):
     features = build_features(family, **SMALL).eval()
     assert features.num_features == features.channels == [8, 16, 32, 64]
     assert features.strides == [4, 8, 16, 32]
-    maps = features(torch.randn(2, 3, *size))
+    maps = features(torch.randn(2, 3, *size)).predictions
     for x, channels, stride in zip(maps, features.channels, features.strides, strict=True):
         assert x.shape == (2, channels, -(-size[0] // stride), -(-size[1] // stride))
         assert x.is_contiguous()
@@ -57,7 +58,7 @@ def test_maps_are_taken_before_patch_merging():
     features = build_features("swin", out_indices=(1, 3), output_format="NHWC", **SMALL).eval()
     features.backbone.load_state_dict(model.state_dict(), strict=False)
     images = torch.randn(1, 3, 64, 64)
-    second, last = features(images)
+    second, last = features(images).predictions
     x = model.layers[1].forward_blocks(model.layers[0](model.embed(images))[0])[0]
     torch.testing.assert_close(second, torch.nn.functional.layer_norm(x, (16,)))
     torch.testing.assert_close(last, model.forward_features(images)[0])
@@ -70,10 +71,10 @@ def test_every_parameter_has_a_gradient(moe):
     """Also where stages are cut off: DDP waits for all of them."""
     features = build_features("swinv2", out_indices=(0, 2), moe=moe, **SMALL).train()
     assert len(features.backbone.layers) == 3
-    maps, aux_loss = features.forward_with_loss(torch.randn(2, 3, 64, 64))
-    assert aux_loss.shape == ()
-    assert (aux_loss > 0) == bool(moe)
-    (sum(x.sum() for x in maps) + aux_loss).backward()
+    maps, aux_loss, _ = features(torch.randn(2, 3, 64, 64))
+    assert (aux_loss is not None) == bool(moe)
+    loss = sum(x.sum() for x in maps)
+    (loss if aux_loss is None else loss + aux_loss).backward()
     assert [name for name, p in features.named_parameters() if p.grad is None] == []
 
 
@@ -99,7 +100,7 @@ def test_frozen_mixtures():
     for name, module in features.named_modules():
         assert module.training != name.startswith(frozen), name
     images = torch.randn(2, 3, 64, 64)
-    assert all(map(torch.equal, features(images), features(images)))  # no gate noise
+    assert all(map(torch.equal, features(images)[0], features(images)[0]))  # no gate noise
     changed = step(features, images)
     names = {name for name, _ in features.named_parameters()}
     assert changed == {name for name in names if not name.startswith(frozen)}

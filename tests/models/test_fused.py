@@ -61,7 +61,7 @@ def test_logits_and_gradients(family, size, calls, monkeypatch):
 
     def run():
         model.zero_grad()
-        logits = model(images)
+        logits = model(images).predictions
         logits.square().sum().backward()
         return logits, {name: p.grad for name, p in model.named_parameters()}
 
@@ -88,7 +88,7 @@ def test_the_training_curve_is_the_references(calls, monkeypatch):
         labels = torch.randint(10, (16,), generator=generator)
         found = []
         for _ in range(30):
-            loss = torch.nn.functional.cross_entropy(model(images), labels)
+            loss = torch.nn.functional.cross_entropy(model(images).predictions, labels)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -126,7 +126,7 @@ def test_one_graph_holds_the_op_of_every_block():
 
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, backend=backend)
-    torch.testing.assert_close(compiled(images), model(images))
+    torch.testing.assert_close(compiled(images)[0], model(images)[0])
     torch._dynamo.reset()
     (targets,) = graphs
     assert sum("window_attention" in target for target in targets) == 4
@@ -144,7 +144,7 @@ def test_checkpointing_recomputes_the_same(calls):
         )
         model.load_state_dict(small("swinv2").state_dict())
         torch.manual_seed(1)
-        model.train()(images).square().sum().backward()
+        model.train()(images).predictions.square().sum().backward()
         gradients.append([parameter.grad for parameter in model.parameters()])
     assert len(calls) == 4 + 8  # forward, then forward and its recomputation
     assert all(torch.equal(plain, again) for plain, again in zip(*gradients, strict=True))
@@ -155,8 +155,8 @@ def test_a_mixture_computes_in_double():
     moe = {"blocks": [[1], [1]], "num_experts": 4, "gate_noise": 0.0, "balance": "gshard"}
     model, images = build_model("swinv2_moe", moe=moe, **SHAPE), torch.randn(2, 3, 64, 64)
     for train in (False, True):
-        expected = model.float().train(train)(images).logits
-        logits = model.double()(images.double()).logits
+        expected = model.float().train(train)(images).predictions
+        logits = model.double()(images.double()).predictions
         assert logits.dtype == torch.float64
         torch.testing.assert_close(logits.float(), expected)
     logits.sum().backward()

@@ -1,11 +1,14 @@
 """A model that is built module by module has the weights of one that is built at once."""
 
+from functools import partial
+
 import pytest
 import torch
 
-from swin_moe.config import ModelConfig, MoEConfig
-from swin_moe.models import build
+from swin_moe.config import Config, ModelConfig, MoEConfig, SimMIMConfig
+from swin_moe.models import SwinTransformer
 from swin_moe.models.sharded_init import build_in_parts
+from swin_moe.tasks import build_task
 from tests.parallel import run_worker
 
 MODEL = {"img_size": 32, "patch_size": 2, "num_classes": 5, "embed_dim": 16, "depths": [2, 3],
@@ -18,23 +21,34 @@ CASES = {
     "linear router": ("swinv2", {"num_shared_experts": 1}),
     "cosine router": ("swin_moe", {"router": "cosine"}),
     "soft": ("swinv2", {"routing": "soft"}),
+    "simmim": ("swinv2", {}),
 }
+
+
+def simmim(model, moe, *, initialise=True):
+    config = Config(model=model, moe=moe, task=SimMIMConfig())
+    return build_task(config).build_model(initialise=initialise)
+
+
+def making(case):
+    return simmim if case == "simmim" else SwinTransformer
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_the_same_weights_and_the_same_draws(case):
     family, moe = CASES[case]
-    model = ModelConfig(**MODEL, family=family)
+    classes = 0 if case == "simmim" else 5
+    model = ModelConfig(**{**MODEL, "num_classes": classes}, family=family)
     mixture = MoEConfig(**MOE, **moe) if moe is not None else MoEConfig()
     torch.manual_seed(0)
-    whole = build(model, mixture)
+    whole = making(case)(model, mixture)
     after = torch.rand(3)
     taken, alive = {}, []
 
     def fill(name, parameter):
         alive.append(parameter.numel())
         taken[name] = parameter.detach().clone()
-        if name == "norm.bias":
+        if name.endswith("layers.1.blocks.0.norm1.bias"):
             parameter.data.fill_(7)
 
     def take(parameters):
@@ -45,7 +59,7 @@ def test_the_same_weights_and_the_same_draws(case):
 
     kept: list[torch.Tensor] = []
     torch.manual_seed(0)
-    parts = build_in_parts(model, mixture, None, take, fill)
+    parts = build_in_parts(partial(making(case), model, mixture, initialise=False), take, fill)
     assert torch.rand(3).equal(after)
     expected = dict(whole.named_parameters())
     assert list(dict(parts.named_parameters())) == list(expected)

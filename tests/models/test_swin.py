@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from swin_moe.config import ModelConfig, MoEConfig
-from swin_moe.models import MoEOutput, SwinTransformer
+from swin_moe.models import Outputs, SwinTransformer
 from swin_moe.models.position import relative_coords, relative_index, spread_bias_table
+from swin_moe.moe import moe_layers
 from swin_moe.ops import window_attention
 
 TINY = {"img_size": 32, "patch_size": 2, "in_chans": 3, "num_classes": 5, "embed_dim": 8,
@@ -84,15 +85,15 @@ def test_the_bias_of_pairs_is_the_tables_by_offset(window):
 def test_moe_blocks_take_the_place_of_dense_ones():
     moe = MoEConfig(blocks=[[1], [0, 1]], num_experts=4)
     model = awake(SwinTransformer(ModelConfig(**TINY), moe))
-    assert model.moe_layer_names() == [
+    assert list(moe_layers(model)) == [
         "layers.0.blocks.1",
         "layers.1.blocks.0",
         "layers.1.blocks.1",
     ]
     output = model(torch.randn(2, 3, 32, 32))
-    assert isinstance(output, MoEOutput)
-    assert output.stats.counts.shape == (3, 4)
-    assert output.stats.counts.sum(1).tolist() == [2 * 256, 2 * 64, 2 * 64]
+    assert isinstance(output, Outputs)
+    assert output.routing.counts.shape == (3, 4)
+    assert output.routing.counts.sum(1).tolist() == [2 * 256, 2 * 64, 2 * 64]
     assert output.aux_loss.ndim == 0
     with pytest.raises(ValueError, match="names block 2"):
         SwinTransformer(ModelConfig(**TINY), MoEConfig(blocks=[[2]]))
@@ -111,7 +112,7 @@ def _router_gradient(**options):
     moe = MoEConfig(blocks=[[], [1]], num_experts=4, aux_loss_weight=0.0, gate_noise=0.0, **options)
     model = lively(moe=moe)
     torch.manual_seed(1)
-    model(torch.randn(2, 3, 32, 32)).logits.square().sum().backward()
+    model(torch.randn(2, 3, 32, 32)).predictions.square().sum().backward()
     mlp = model.layers[1].blocks[1].mlp
     return (mlp.router.weight.grad.norm() / mlp.experts.fc2.weight.grad.norm()).item()
 

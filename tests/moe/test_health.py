@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from swin_moe.config import MoEConfig
-from swin_moe.moe import AssignmentCounter, LayerTotals, RouterMeter, RouterWatch, RoutingStats
-from swin_moe.moe.health import REPEAT, STREAK, symptoms
+from swin_moe.moe import LayerTotals, RoutingStats
+from swin_moe.moe.health import REPEAT, STREAK, RouterWatch, symptoms
+from swin_moe.moe.meter import AssignmentCounter, RouterMeter
 
 NAMES = ["layers.1.blocks.1"]
 MOE = MoEConfig(blocks=[[], [1]], num_experts=8, balance="gshard", capacity_factor=1.25)
@@ -109,7 +110,7 @@ def test_experts_that_choose_may_leave_out_more_tokens():
 
 
 def test_a_warning_waits_for_a_streak_and_is_told_again_only_if_worse():
-    watch = RouterWatch(NAMES, MOE)
+    watch = RouterWatch(NAMES, [MOE])
     bad, good = [totals([700, 200, 100] + [0] * 5)], [totals(EVEN)]
     for interval in [bad, bad, good, *[bad] * (STREAK - 1)]:
         assert watch.check(interval) == []
@@ -126,7 +127,7 @@ def test_a_warning_waits_for_a_streak_and_is_told_again_only_if_worse():
 
 
 def test_small_intervals_are_joined_until_they_say_something():
-    watch = RouterWatch(NAMES, MOE)
+    watch = RouterWatch(NAMES, [MOE])
     told = [len(watch.check([totals([64] + [0] * 7)])) for _ in range(4 * STREAK)]
     assert told == [0] * (4 * STREAK - 1) + [1]  # 4 of them make 32 · 8 tokens
 
@@ -135,7 +136,7 @@ def test_advice_follows_the_configuration():
     collapsed = [totals([1000] + [0] * 7, least=-40.0, greatest=35.0)]
 
     def told(interval=collapsed, **changes):
-        watch = RouterWatch(NAMES, MOE.model_copy(update=changes))
+        watch = RouterWatch(NAMES, [MOE.model_copy(update=changes)])
         return next(line for _ in range(STREAK) for line in watch.check(interval))
 
     assert "add moe.z_loss_weight=0.001, as its logits span 75" in told()

@@ -290,7 +290,7 @@ def test_settings_that_do_not_fit_are_refused(settings, message):
 
 
 def test_a_layer_has_one_balance_weight():
-    moe = MoEConfig(num_experts=4, aux_loss_weight=[0.1, 0.2])
-    assert moe.of_layer(1).aux_loss_weight == 0.2
+    moe = MoEConfig(num_experts=4, blocks=[[1], [0]], aux_loss_weight=[0.1, 0.2])
+    assert moe.of_block(1, 0).aux_loss_weight == 0.2
     with pytest.raises(ValueError, match="one weight, not a list"):
         build_moe(8, 12, moe)(images())

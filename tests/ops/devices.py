@@ -22,7 +22,7 @@ def needs_library(op: str) -> pytest.MarkDecorator:
 def needs_cuda(op: str) -> pytest.MarkDecorator:
     """Skips where the op has no CUDA kernel, or nothing to run it on."""
     return pytest.mark.skipif(
-        not torch.cuda.is_available() or not _library._compiled_for(op, "cuda"),
+        not torch.cuda.is_available() or not _library.compiled_for(op, "cuda"),
         reason="no GPU, or the CUDA kernels are not built",
     )
 

@@ -285,7 +285,7 @@ def test_status_and_require_fused(monkeypatch):
     assert not any(name.endswith("_backward") for name in ops.status())
     with pytest.raises(ValueError, match="no kernels exist for device 'xpu'"):
         ops.require_fused("xpu")
-    monkeypatch.setattr(_library, "_compiled_for", lambda op, device: device == "cpu")
+    monkeypatch.setattr(_library, "compiled_for", lambda op, device: device == "cpu")
     assert set(ops.status().values()) == {"fused (cpu)"}
     ops.require_fused("cpu")
     with pytest.raises(ValueError, match=r"not compiled for cuda.*pip install"):
@@ -293,7 +293,7 @@ def test_status_and_require_fused(monkeypatch):
 
 
 def test_unverified_kernels_are_off_until_they_are_allowed(monkeypatch):
-    monkeypatch.setattr(_library, "_compiled_for", lambda op, device: True)
+    monkeypatch.setattr(_library, "compiled_for", lambda op, device: True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     monkeypatch.setattr(_library, "VERIFIED", {"moe_dispatch": {(9, 0)}})
@@ -323,7 +323,10 @@ def test_without_the_library_the_reference_runs_and_says_so(tmp_path):
         Path(ops.__file__).parent, package / "ops", ignore=shutil.ignore_patterns("__pycache__")
     )
     (package / "__init__.py").touch()
-    shutil.copy(Path(ops.__file__).parent.parent / "text.py", package)
+    shutil.copytree(
+        Path(ops.__file__).parents[1] / "common", package / "common",
+        ignore=shutil.ignore_patterns("__pycache__"),
+    )  # fmt: skip
     code = """
 import torch
 from swin_moe import ops

@@ -6,7 +6,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from swin_moe import ops
 from swin_moe.config import validate_architecture
-from swin_moe.models import build, split_output
+from swin_moe.models import build
 from swin_moe.planner.flops import flops
 
 SMALL = {"img_size": 32, "num_classes": 5, "embed_dim": 16, "depths": [2, 2], "num_heads": [1, 2],
@@ -40,13 +40,13 @@ def test_flops_equal_torch_s_count(name):
     built = build(config.model, config.moe).train()
     images = torch.randn(2, 3, *config.model.image_sides)
     with ops.assume_fused(False), FlopCounterMode(display=False) as forward:
-        logits, routed = split_output(built(images))
-    loss = logits.square().mean() + (0.0 if routed is None else routed.aux_loss)
+        logits, aux_loss, routing = built(images)
+    loss = logits.square().mean() + (0.0 if aux_loss is None else aux_loss)
     with FlopCounterMode(display=False) as backward:
         loss.backward()
     rows = None
-    if routed is not None and config.moe.routing == "token_choice":
-        offered, dropped = routed.stats.sums[:, 1], routed.stats.dropped
+    if routing is not None and config.moe.routing == "token_choice":
+        offered, dropped = routing.sums[:, 1], routing.dropped
         rows = [int(kept) for kept in offered - dropped]
     expected = flops(config.model, config.moe, 2, rows)
     assert forward.get_total_flops() == expected.forward

@@ -43,9 +43,9 @@ def work(folder: Path) -> None:
         engine.train()
         for micro in range(3):
             images, labels = batch(0, micro)
-            output = engine.forward(images)
+            output = engine.forward({"images": images})
             with Collectives() as seen:
-                engine.backward(F.cross_entropy(output.logits, labels) + output.aux_loss)
+                engine.backward(F.cross_entropy(output.predictions, labels) + output.aux_loss)
                 engine.step()
             reductions = sum(seen.calls[name] for name in REDUCTIONS)
             told = f"stage {stage}, micro-step {micro}: {dict(seen.calls)}"

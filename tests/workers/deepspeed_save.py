@@ -24,7 +24,7 @@ def save_dense(world, folder: Path, stage: int, dtype: torch.dtype) -> None:
     )  # fmt: skip
     engine.train()
     images, labels = batch(0, world.rank)
-    engine.backward(F.cross_entropy(engine.forward(images), labels))
+    engine.backward(F.cross_entropy(engine.forward({"images": images}).predictions, labels))
     engine.step()
     engine._engine.save_checkpoint(str(folder), client_state={"epoch": 3})
     write_checkpoint(folder.with_name(folder.name + "-ours"), engine, world)

@@ -196,19 +196,21 @@ def write_figures(folder: Path, figures: list[float]) -> None:
 
 def train_step(engine, world, cell: Cell, step: int) -> float:
     """One update; returns the mean loss of all micro-batches of all ranks."""
+    from swin_moe.moe import update_expert_bias
+
     model = engine.model
-    total, counts = torch.zeros(()), torch.zeros(1, model.moe.num_experts)
+    total, counts = torch.zeros(()), torch.zeros(1, MOE.num_experts)
     for micro in range(cell.accumulation):
         part = world.rank * cell.accumulation + micro
         images, labels = batch(step, part, cell.micro_batch)
-        output = engine.forward(images)
-        loss = F.cross_entropy(output.logits, labels) + output.aux_loss
-        assert output.stats.dropped.sum() > 0  # the capacity bites
+        output = engine.forward({"images": images})
+        loss = F.cross_entropy(output.predictions, labels) + output.aux_loss
+        assert output.routing.dropped.sum() > 0  # the capacity bites
         engine.backward(loss)
         engine.step()
         total += loss.detach()
-        counts += output.stats.counts
-    model.update_expert_bias(distributed.all_reduce_(counts))
+        counts += output.routing.counts
+    update_expert_bias(model, distributed.all_reduce_(counts))
     return float(distributed.all_reduce_(total)) / cell.parts
 
 

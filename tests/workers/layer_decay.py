@@ -27,7 +27,7 @@ def awake(model):
 
 
 def loss_of(output, labels):
-    return F.cross_entropy(output.logits, labels) + output.aux_loss
+    return F.cross_entropy(output.predictions, labels) + output.aux_loss
 
 
 def plain(parts: int, rates: list[float]) -> dict[str, torch.Tensor]:
@@ -79,7 +79,7 @@ def check(world: distributed.World, stage: int) -> None:
         schedule.step_update(step)
         assert abs(engine.lr - rate) < 1e-12  # what is logged
         images, labels = batch(step, world.rank)
-        engine.backward(loss_of(engine.forward(images), labels))
+        engine.backward(loss_of(engine.forward({"images": images}), labels))
         engine.step()
     expected = plain(world.size, rates)
     local = MOE.num_experts // world.expert.size

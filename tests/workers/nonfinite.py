@@ -36,10 +36,10 @@ def work(folder: Path) -> None:
             engine.train()
             before = state_of(engine)
             images, labels = batch(0, world.rank)
-            output = engine.forward(images)
-            loss = F.cross_entropy(output.logits, labels)
+            output = engine.forward({"images": images})
+            loss = F.cross_entropy(output.predictions, labels)
             if world.rank == 0:  # √0 is 0, and its derivative infinite
-                loss = loss + (output.logits.sum() * 0).sqrt()
+                loss = loss + (output.predictions.sum() * 0).sqrt()
             assert loss.isfinite()
             engine.backward(loss)
             try:
@@ -49,7 +49,7 @@ def work(folder: Path) -> None:
             for name, value in state_of(engine).items():
                 assert torch.equal(value, before[name]), f"{stage} {dtype} {name}"
             # The next update is as if the bad one had not been.
-            loss = F.cross_entropy(engine.forward(images).logits, labels)
+            loss = F.cross_entropy(engine.forward({"images": images}).predictions, labels)
             engine.backward(loss)
             engine.step()
             assert 0 < engine.grad_norm() < 1e3

@@ -1,5 +1,6 @@
 """ZeRO-3 of a model that was cut module by module trains what one does that was whole first."""
 
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -10,6 +11,7 @@ from tests.workers.equivalence import DTYPES, GENTLE, MODEL, MOE, Cell, make_eng
 
 
 def engine_in_parts(world, cell: Cell):
+    from swin_moe.models import SwinTransformer
     from swin_moe.models.sharded_init import build_in_parts
     from swin_moe.training.engine import Engine, cutter
 
@@ -22,7 +24,8 @@ def engine_in_parts(world, cell: Cell):
             torch.nn.init.ones_(parameter)
 
     cut = cutter(zero, world, dtype, largest=10_000)
-    model = build_in_parts(MODEL, MOE, world.expert, cut, wake)
+    whole = partial(SwinTransformer, MODEL, MOE, world.expert, initialise=False)
+    model = build_in_parts(whole, cut, wake)
     assert all(parameter.numel() <= 1 for parameter in model.parameters())
     return Engine(
         model, world, optimizer=GENTLE, zero=zero, dtype=dtype, micro_batch=cell.micro_batch,

@@ -12,6 +12,7 @@ import torch
 from swin_moe.cli import main
 from swin_moe.common import ranks
 from swin_moe.data import Loader
+from swin_moe.tasks.classification import Classification
 
 
 def sleeping(_images: torch.Tensor) -> None:
@@ -29,21 +30,21 @@ def work(folder: Path) -> None:
     spec = json.loads((folder / "poison.json").read_text())
     rank = ranks.environment_rank()[0]
     mine = {update for of, update in spec["poison"] if of == rank}
-    epoch_of, on_device_of = Loader.epoch, Loader.on_device
+    epoch_of, prepare_of = Loader.epoch, Classification.prepare
     update = 0
 
     def epoch(self, epoch, start_batch=0):
         nonlocal update
         first = epoch * len(self) + start_batch + 1
         for number, batch in enumerate(epoch_of(self, epoch, start_batch), first):
-            update = number if self._sampler.training else 0
+            update = number if self.sampler.training else 0
             yield batch
 
-    def on_device(self, batch, device):
-        images, labels = on_device_of(self, batch, device)
+    def prepare(self, batch, step, training):
+        prepared = prepare_of(self, batch, step, training)
         if update in mine:
-            HOW[spec["how"]](images)
-        return images, labels
+            HOW[spec["how"]](prepared.inputs["images"])
+        return prepared
 
-    Loader.epoch, Loader.on_device = epoch, on_device
+    Loader.epoch, Classification.prepare = epoch, prepare
     ranks.leave(main.main(spec["arguments"]))

@@ -11,11 +11,12 @@ import torch
 
 from swin_moe import distributed
 from swin_moe.common import ranks
-from swin_moe.config import FaultsConfig, OptimizerConfig, ZeroConfig
+from swin_moe.config import Config, DataConfig, FaultsConfig, OptimizerConfig, ZeroConfig
 from swin_moe.data import Batch
 from tests.workers.equivalence import MICRO_BATCH, MODEL, MOE, batch
 
 UPDATES, ACCUMULATION = 3, 2
+GREY = DataConfig(mean=[0.0], std=[1.0])
 NAME = "layers.1.blocks.1"
 
 
@@ -33,13 +34,22 @@ class Images:
             images, labels = batch(index, self.rank)
             if index == self.spoilt:
                 images[1] = torch.nan
-            yield Batch(images, labels, [], torch.arange(len(labels)))
-
-    def on_device(self, batch: Batch, device):
-        return batch.images.to(device), batch.labels.to(device)
+            valid = torch.ones(len(labels), dtype=torch.bool)
+            yield Batch({"images": images}, labels, valid, torch.arange(len(labels)), [])
 
     def keys(self, batch: Batch) -> list[str]:
         return [str(index) for index in batch.indices.tolist()]
+
+
+def plain_task(config):
+    """Classification of images that are normalised already."""
+    from swin_moe.tasks.classification import Classification
+
+    class Plain(Classification):
+        def prepare(self, batch, step, training):
+            return batch._replace(targets=torch.eye(5)[batch.targets])
+
+    return Plain(config)
 
 
 def make_trainer(world, spoilt: int = -1, **changes):
@@ -57,14 +67,13 @@ def make_trainer(world, spoilt: int = -1, **changes):
     plan = TrainingPlan(
         epochs=1, updates_per_epoch=UPDATES, gradient_accumulation_steps=ACCUMULATION,
         eval_every_epochs=1, save_every_epochs=1, save_every_steps=0, log_every_steps=1,
-        max_steps=0, num_classes=5,
-        max_bad_share=0.001,
+        max_steps=0, max_bad_share=0.001,
     )  # fmt: skip
     records: list[dict] = []
     trainer = Trainer(
         plan=plan, engine=engine, schedule=SimpleNamespace(step_update=lambda update: None),
         train_loader=Images(world.rank, spoilt), eval_loader=None,
-        mixing=lambda images, labels, step: (images, torch.eye(5)[labels]), world=world,
+        task=plain_task(Config(model=MODEL, moe=moe, data=GREY)), world=world,
         log=SimpleNamespace(write=records.append), save=None,
         saver=MagicMock(), faults=FaultsConfig(nonfinite="stop"), watchdog=MagicMock(),
         stop_signal=lambda: False, say=print,
@@ -78,8 +87,8 @@ def check_bias(world) -> None:
     model = trainer.engine.model
     outputs, forward = [], trainer.engine.forward
 
-    def kept(images):
-        outputs.append(forward(images))
+    def kept(inputs):
+        outputs.append(forward(inputs))
         return outputs[-1]
 
     trainer.engine.forward = kept
@@ -96,7 +105,7 @@ def check_bias(world) -> None:
     assert len(outputs) == UPDATES * ACCUMULATION
     for update in range(UPDATES):
         part = outputs[update * ACCUMULATION : (update + 1) * ACCUMULATION]
-        counts = distributed.all_reduce_(sum(output.stats.counts for output in part))[0]
+        counts = distributed.all_reduce_(sum(output.routing.counts for output in part))[0]
         assert counts.sum() == world.size * ACCUMULATION * MICRO_BATCH * 4 * 4 * MOE.top_k
         change = rises[update + 1] - rises[update]
         assert torch.equal(change, (counts.double().mean() - counts).sign().long())
@@ -121,8 +130,8 @@ def check_nan(world) -> None:
     )
     outputs, forward = [], trainer.engine.forward
 
-    def kept(images):
-        outputs.append(forward(images))
+    def kept(inputs):
+        outputs.append(forward(inputs))
         return outputs[-1]
 
     trainer.engine.forward = kept
@@ -136,10 +145,10 @@ def check_nan(world) -> None:
     assert len(records) == 1
     changed = [not torch.equal(before[n], p) for n, p in trainer.engine.model.named_parameters()]
     assert any(changed)  # by the first update
-    finite = outputs[-1].logits.isfinite().all(1).tolist()
+    finite = outputs[-1].predictions.isfinite().all(1).tolist()
     hit = world.rank == rank
     assert finite == [True, not hit, True, True]
-    assert int(outputs[-1].stats.nonfinite) == (4 * 4 if hit else 0)
+    assert int(outputs[-1].routing.nonfinite) == (4 * 4 if hit else 0)
     trainer.engine.close()
 
 

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 from swin_moe import distributed
 from swin_moe.common import ranks
 from swin_moe.config import Config, validate
-from swin_moe.models import build, split_output
+from swin_moe.models import build
 from swin_moe.training import engine as engine_module
 from swin_moe.training.engine import Engine
 
@@ -80,9 +80,9 @@ def count(config: Config) -> dict[str, int]:
     for _ in range(4):  # ZeRO-3 learns the order of the parameters in the first ones
         with Counter() as counter:
             for _ in range(steps):
-                logits, routed = split_output(engine.forward(images))
+                logits, aux_loss, _ = engine.forward({"images": images})
                 loss = SoftTargetCrossEntropy()(logits, targets)
-                engine.backward(loss if routed is None else loss + routed.aux_loss)
+                engine.backward(loss if aux_loss is None else loss + aux_loss)
                 engine.step()
     engine.close()
     # What a rank sends home is what it got: the mean over ranks is what even loads would be.

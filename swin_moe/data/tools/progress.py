@@ -1,4 +1,4 @@
-"""A progress bar over samples."""
+"""A progress bar over samples, and plain lines on the console."""
 
 from __future__ import annotations
 
@@ -18,11 +18,16 @@ from rich.progress import (
 from ...common.text import plain
 
 
+def print_line(console: Console, text: str) -> None:
+    """Print a line without markup, colours and folding."""
+    console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
 @contextmanager
 def sample_progress(
     console: Console, name: str, total: int
 ) -> Iterator[Callable[[int, int], None]]:
-    """Yields a function to call with samples done and bytes moved; silent if piped to a file."""
+    """Yield a function of samples done and bytes moved; draw nothing if piped to a file."""
     with Progress(
         TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=None),
