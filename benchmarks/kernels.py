@@ -120,7 +120,7 @@ def measured(jobs: Iterable[Job], options: argparse.Namespace, **facts: object) 
     """Yield each job's cell, and write the JSON after each, so that a kill leaves some.
 
     Args:
-        facts: go into the JSON beside the cells.
+        facts: go into the JSON, next to the cells.
     """
     cells: list[dict[str, object]] = []
     for job in jobs:

@@ -55,7 +55,7 @@ class Group:
     against: str = "dense"
 
 
-# What the search starts from, spelled out so that it stays put when the micro config moves on.
+# The start of the search, written out so that it does not change with the micro config.
 START = [
     "moe.blocks=[[],[0,1],[0,1]]", "moe.num_experts=8", "moe.top_k=1", "moe.capacity_factor=1.25",
     "moe.eval_capacity_factor=0", "moe.balance=gshard", "moe.aux_loss_weight=0.01",

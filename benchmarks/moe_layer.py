@@ -260,7 +260,7 @@ def traffic(processes: int) -> list[dict[str, object]]:
     """Count the bytes a token that dispatch and combine move in bf16, from the shapes.
 
     At least: encode reads a row and writes k, decode reads k and writes one, 8·D bytes for top-1,
-    forward and backward alike. Ours has k rows a token whatever the capacity, reads a token once
+    forward and backward alike. Ours has k rows a token for any capacity, reads a token once
     per choice; backward also reads the k expert outputs, for the gate's gradient. The all-to-all
     carries the kept rows four times (8·D·k·(W-1)/W), on a CPU no others.
     """

@@ -133,7 +133,7 @@ class SortLoop(nn.Module):
 
 
 class GroupedMM(SortLoop):
-    """The same around ``torch.nn.functional.grouped_mm``, which has no bias: it is added by row."""
+    """The same with ``torch.nn.functional.grouped_mm``, which has no bias: it is added by row."""
 
     def build_experts(self, weights: Weights) -> None:
         self.fc1, self.bias1, self.fc2, self.bias2 = (nn.Parameter(t.clone()) for t in weights[1:])
@@ -183,7 +183,7 @@ class DeepSpeed(nn.Module):
 class FairScale(nn.Module):
     """``fairscale.nn.moe.MOELayer``: GShard's one-hot products, top-2 only, capacity 2·T/E.
 
-    Its mask is fp32 whatever the tokens are, so that bf16 runs under autocast. The second expert is
+    Its mask is fp32 for tokens of any dtype, so bf16 runs under autocast. The second expert is
     drawn with noise, which cannot be turned off.
     """
 

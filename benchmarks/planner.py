@@ -83,7 +83,7 @@ CELLS = {
     "MoE, EP 2, ZeRO 2, bf16": _cell(2, "bf16", moe=_MOE, processes=2, expert_parallel_size=2),
     "V2, ZeRO 1, 2 × 4 images": _cell(1, images=4, steps=2),
 }
-# Of one process each: with more, gloo's threads let go of tensors when they get to it.
+# One process each: with more, gloo's threads release tensors at arbitrary times.
 QUICK = ["V2, ZeRO 1, bf16", "V1, ZeRO 0, recomputed, 16 images", "MoE, ZeRO 2, bf16, recomputed"]
 
 

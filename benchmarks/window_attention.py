@@ -110,7 +110,7 @@ def runs(
             result[name] = partial(forward, contender, inputs)
     wrong = [name for name, why in left_out.items() if why.startswith("differs")]
     if "ours" in wrong or (wrong and len(result) == 1):
-        raise RuntimeError(f"our output is not finite, or nobody else's: {left_out}")
+        raise RuntimeError(f"our output is not finite, or that of every peer: {left_out}")
     return result, left_out
 
 

@@ -2,5 +2,5 @@
 
 ``record`` keeps the one JSON and needs nothing installed; ``facts``, ``library``, ``verify``,
 ``engine`` and ``sanitizer`` are steps; ``calls`` and ``large`` call the ops for them. Steps that
-measure are the benchmarks beside this folder.
+measure are the benchmarks of the parent folder.
 """

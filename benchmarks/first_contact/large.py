@@ -152,7 +152,7 @@ def moe_experts(device: str, batch: int) -> Problems:
         hidden = 4 * width if device == "cuda" else width
         uneven = torch.rand(experts).pow(2)
         used = (uneven / uneven.sum() * rows).long()
-        used[1] = 0  # one that nobody chose
+        used[1] = 0  # an expert without tokens
         used[0] += rows - used.sum()
         shapes = [(rows, width), (experts, hidden, width), (experts, hidden),
                   (experts, width, hidden), (experts, width)]  # fmt: skip

@@ -1,6 +1,6 @@
 """The JSON of a first contact: passed steps, their results, and the verified ops.
 
-Written after each step, so that whatever ends the script leaves what there is, and read at the next
+Written after each step, so that an interrupted script leaves its results, and read at the next
 start, so that a step that passed is not run again. Needs nothing but Python.
 
     python -m benchmarks.first_contact.record passed|add|finish --out FILE ...
@@ -31,9 +31,9 @@ def read(path: Path) -> Content:
 
 def write(path: Path, content: Content) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(path.name + ".part")
-    beside.write_text(json.dumps(content, indent=1) + "\n")
-    beside.replace(path)
+    partial = path.with_name(path.name + ".part")
+    partial.write_text(json.dumps(content, indent=1) + "\n")
+    partial.replace(path)
 
 
 def outcome_of(code: int) -> str:

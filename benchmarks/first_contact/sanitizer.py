@@ -87,14 +87,14 @@ def run(
 
 def working_filter(sanitizer: Path, program: Path) -> tuple[list[str] | None, str]:
     """Return the first filter that finds the planted error, or the tool's output if none does."""
-    said = ""
+    output = ""
     for kernels in FILTERS:
         code, output = run(sanitizer, "memcheck", kernels, [str(program)], timeout=40)
         if code == FOUND and "planted" in output:
             return kernels, ""
         lines = [line for line in output.splitlines() if "error" in line.lower()] or [output]
-        said = lines[0].strip("= ")[:150]
-    return None, said
+        output = lines[0].strip("= ")[:150]
+    return None, output
 
 
 def main() -> None:
@@ -111,10 +111,10 @@ def main() -> None:
         if sanitizer is None:
             common.write(options, sanitizer="not installed")
             common.not_run("compute-sanitizer is not installed")
-        kernels, said = working_filter(sanitizer, program)
+        kernels, output = working_filter(sanitizer, program)
     if kernels is None:
-        common.write(options, sanitizer=f"refused: {said}")
-        common.not_run(f"compute-sanitizer does not work on this machine: {said}")
+        common.write(options, sanitizer=f"refused: {output}")
+        common.not_run(f"compute-sanitizer does not work on this machine: {output}")
     print(f"the planted error is found, with the filter {kernels}", flush=True)
     results = {}
     for tool in TOOLS:

@@ -62,7 +62,7 @@ def count(report: str, device: str) -> Count:
     passed = failed = skipped = no_gpu = 0
     for case in ET.fromstring(report).iter("testcase"):
         if case.find("failure") is not None or case.find("error") is not None:
-            failed += 1  # whatever it names: a file that does not import has no parameters
+            failed += 1  # under any name: a file that does not import has no parameters
         elif not re.search(rf"\b{device}\b", case.get("name", "")):
             continue
         elif (skip := case.find("skipped")) is not None:
