@@ -40,6 +40,7 @@ OUTSIDE = {
     "apt": "installs packages of the system",
     "pip": "installs packages",
     ".venv/bin/pip": "installs packages",
+    ".venv/bin/pre-commit": "writes to .git/hooks",
     "sbatch": "needs Slurm",
     "squeue": "needs Slurm",
     "mkdir": "of the shell",

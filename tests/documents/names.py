@@ -9,6 +9,8 @@ import inspect
 import re
 from functools import cache
 
+from swin_moe.tasks import Task
+
 from . import EXCEPTIONS, ROOT, Document
 from .commands import SECTIONS, options_of_commands, wrong_key
 
@@ -61,8 +63,13 @@ def wrong_names(document: Document) -> list[str]:
 
 def _wrong_name(code: str) -> list[str]:
     section = rf"({'|'.join(SECTIONS)})\."
-    if re.fullmatch(rf"{section}(\w+|\*)(: .*|=\S*)?", code):
+    if match := re.fullmatch(r"task\.(\w+)", code):
+        return [] if hasattr(Task, match[1]) else wrong_key(code)  # a method, or a key
+    if re.fullmatch(rf"{section}(\w+|\*)(: .*|=\S*)?", code) and not code.endswith(".py"):
         return wrong_key(code)
+    if match := re.fullmatch(r"(.*)\{([\w,]+)\}(.*)", code):
+        parts = [f"{match[1]}{part}{match[3]}" for part in match[2].split(",")]
+        return [problem for part in parts for problem in _wrong_file(part)]
     if match := re.match(r"swin_moe(\.\w+)+", code):
         return wrong_reference(match[0])
     if code.startswith("--"):
