@@ -3,7 +3,7 @@
 
 # The program replaces this shell. Until then, the shell answers signals as the program does.
 stopped() {
-  printf 'swin-moe: error: told to stop before anything was started\n' >&2
+  printf 'swin-moe: error: stopped by a signal before anything was started\n' >&2
   exit "$1"
 }
 trap 'stopped 75' TERM USR1 HUP

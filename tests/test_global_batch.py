@@ -55,7 +55,7 @@ def test_micro_batches_make_up_the_global_batch(total, processes, overrides, exp
         (36, 1, [*PAIRS, "data.batch_size=8"], "set data.batch_size=6 or 12"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_cut_is_one_line_with_what_would_fit(total, processes, overrides, said):
+def test_an_impossible_batch_is_refused_with_possible_ones(total, processes, overrides, said):
     with pytest.raises(ValueError, match=re.escape(said)) as error:
         share_global_batch(config(f"data.global_batch={total}", *overrides), processes)
     assert "\n" not in str(error.value)
@@ -74,12 +74,12 @@ def test_what_cannot_be_cut_is_one_line_with_what_would_fit(total, processes, ov
          "micro-batches of 200: 300 is more than the share of a process"),
     ],
 )  # fmt: skip
-def test_it_comes_before_the_keys_that_it_decides_and_says_so(overrides, said):
+def test_it_overrides_other_keys_and_reports_so(overrides, said):
     found = share_global_batch(config("data.global_batch=400", *overrides), 2)
     assert found == (f"data.global_batch=400 over 2 processes: {said}" if said else "")
 
 
-def test_without_it_the_batch_is_what_the_processes_make():
+def test_without_it_the_batch_follows_from_the_processes():
     found = config("train.gradient_accumulation_steps=3")
     assert share_global_batch(found, 7) == ""
     assert (found.data.batch_size, found.train.micro_steps) == (50, 3)

@@ -1,4 +1,4 @@
-"""The design, held by the code's own syntax tree: who imports whom, and what lives only where."""
+"""Holds the design by the syntax tree: the order of imports, and concerns of single files."""
 
 import ast
 from pathlib import Path

@@ -237,7 +237,7 @@ def test_a_signal_is_answered_while_a_save_stands_still(clock, watchdog, capsys)
         with pytest.raises(Ended, match="75"):
             later(clock, watchdog, 1.5)
     error = capsys.readouterr().err
-    assert "told to stop by SIGTERM, but nothing went on for 10 s while the save of step 7" in error
+    assert "stopped by SIGTERM, but nothing went on for 10 s while the save of step 7" in error
     assert error.endswith(
         "; the save of step 7 did not finish; the last good checkpoint is "
         "runs/x/checkpoints/step-00000003: start again to go on from it\n"

@@ -1,4 +1,4 @@
-"""Loads the library that was brought along, or builds it for this card; each op runs once.
+"""Loads the compiled library, or builds it for this card; each op runs once.
 
 A library is good if it loads, holds every op for the device, and runs. One that does not load, has
 no CUDA kernels or none for this card is built again with ``TORCH_CUDA_ARCH_LIST`` of the card.
@@ -24,7 +24,7 @@ NO_IMAGE = "no kernel image"  # what CUDA says of a card that the library was no
 
 
 def shortcoming(device: str) -> str:
-    """Why the library must be built here, or nothing."""
+    """Return why the library must be built here, or nothing."""
     if not ops.library_digest():
         return "no library was brought along"
     missing = [op for op in ops.status() if not _library.compiled_for(op, device)]
@@ -41,7 +41,7 @@ def shortcoming(device: str) -> str:
 
 
 def build() -> float:
-    """Compile the library into the package, for this card. Returns the seconds it took.
+    """Compile the library into the package, for this card; return the seconds.
 
     Raises:
         SystemExit: it does not compile.
@@ -59,7 +59,7 @@ def build() -> float:
 
 
 def try_setup() -> None:
-    """See that setup.py runs in this environment, as far as that goes without compiling.
+    """Check that setup.py runs in this environment, up to the compilation.
 
     Raises:
         SystemExit: it does not.

@@ -46,7 +46,7 @@ _LOST_PEER = ("closed by peer", "reset by peer", "remote process exited", "Broke
 def main(argv: list[str] | None = None) -> int:
     """Run the command of ``argv`` and return the exit code."""
     arguments = parse(argv)
-    if arguments.command not in ("train", "launch"):  # only these answer signals
+    if arguments.command not in ("train", "launch"):  # the others die by signals as usual
         signals.release()
     quiet_libraries()
     try:

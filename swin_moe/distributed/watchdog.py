@@ -367,7 +367,7 @@ class Watchdog:
             if writing.good:
                 good = f"the last good checkpoint is {writing.good}: start again to go on from it"
             self._print(
-                f"error: {who}: told to stop by {name}, but nothing went on for {silent:.0f} s "
+                f"error: {who}: stopped by {name}, but nothing went on for {silent:.0f} s "
                 f"while {what}{awaited}; {lost}; {good}"
             )
             os._exit(128 + signal.SIGINT if self.stop_signal == signal.SIGINT else code)

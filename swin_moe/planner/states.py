@@ -43,7 +43,7 @@ class ParameterGroup:
 
 
 def groups_of(model: nn.Module, decay: float, layer_decay: float) -> list[ParameterGroup]:
-    """The groups of a model (on the meta device), replicas left at one."""
+    """Return the groups of a model on the meta device, with one replica each."""
     return [
         ParameterGroup(tuple(p.numel() for p in group["params"]), group["moe"])
         for group in parameter_groups(model, decay, layer_decay)

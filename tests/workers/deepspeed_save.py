@@ -1,4 +1,4 @@
-"""Train a step and save it as DeepSpeed does by itself, and as we do."""
+"""Trains a step and saves it by DeepSpeed, and by our writer."""
 
 from pathlib import Path
 

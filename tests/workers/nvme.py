@@ -1,4 +1,4 @@
-"""Masters and moments in files: the same training, saved and resumed, as with all in memory."""
+"""Masters and moments in files: training, save and resume equal those in memory."""
 
 from pathlib import Path
 
@@ -20,7 +20,7 @@ FILES = ("nvme", "nvme")  # weights, too
 def train(
     world, cell: Cell, folder: Path, first: int, last: int, weights: str = "none", **options: str
 ) -> list[float]:
-    """Updates [first, last), from the checkpoint of ``first`` on if that is not the beginning."""
+    """Make updates [first, last), from the checkpoint of ``first`` if that is not 0."""
     options |= {"shape": WIDE, "nvme_path": str(folder.parent / "nvme"), "weights": weights}
     if first:
         engine = resume_engine(world, cell, folder / f"step-{first:08d}", first, **options)

@@ -1,4 +1,4 @@
-"""ZeRO-3 of a model that was cut module by module trains what one does that was whole first."""
+"""ZeRO-3 trains a model that was cut module by module as one that was built whole."""
 
 from functools import partial
 from pathlib import Path

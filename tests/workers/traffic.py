@@ -1,4 +1,4 @@
-"""Bytes that a rank hands to collectives in one update, counted as they pass the dispatcher."""
+"""Counts the bytes that a rank passes to collectives in an update, in torch's dispatcher."""
 
 import gc
 import json
@@ -16,7 +16,7 @@ from swin_moe.models import build
 from swin_moe.training import engine as engine_module
 from swin_moe.training.engine import Engine
 
-# Which argument has the bytes that count: the whole of what is gathered, or of what is sent.
+# The argument whose bytes count: the gathered whole, or the sent whole.
 KINDS = {
     "allreduce_": ("all_reduce", 0),
     "_allgather_base_": ("all_gather", 0),
@@ -40,7 +40,7 @@ class Counter(TorchDispatchMode):
         if namespace == "c10d" and name in KINDS:
             kind, place = KINDS[name]
             tensors = [t for t in tree_leaves(args[place]) if isinstance(t, torch.Tensor)]
-            # Flags, norms and lengths of queues are no data: whole numbers, or a single one.
+            # Flags, norms and lengths of queues do not count: integers, or a single number.
             data = [t for t in tensors if t.is_floating_point() and t.numel() > 1]
             size = sum(t.numel() * t.element_size() for t in data)
             if size:
@@ -51,7 +51,7 @@ class Counter(TorchDispatchMode):
 
 
 def work(folder: Path) -> None:
-    engine_module._bucket = lambda model: 10_000_000
+    engine_module.BUCKET = 10_000_000
     sent = []
     for raw in json.loads((folder / "configs.json").read_text()):
         sent.append(count(validate(raw)))
@@ -64,7 +64,7 @@ def work(folder: Path) -> None:
 
 
 def count(config: Config) -> dict[str, int]:
-    """By kind, of one update of a run that is under way: the mean over ranks."""
+    """Return the bytes by kind of an update after the first ones, as the mean over ranks."""
     world = distributed.init(config.parallel.expert_parallel_size)
     torch.manual_seed(world.rank)
     images = torch.randn(config.data.batch_size, 3, *config.model.image_sides)
@@ -77,7 +77,7 @@ def count(config: Config) -> dict[str, int]:
         gradient_accumulation_steps=steps,
     )  # fmt: skip
     engine.train()
-    for _ in range(4):  # ZeRO-3 learns the order of the parameters in the first ones
+    for _ in range(4):  # ZeRO-3 learns the order of the parameters in the first updates
         with Counter() as counter:
             for _ in range(steps):
                 logits, aux_loss, _ = engine.forward({"images": images})
@@ -85,6 +85,6 @@ def count(config: Config) -> dict[str, int]:
                 engine.backward(loss if aux_loss is None else loss + aux_loss)
                 engine.step()
     engine.close()
-    # What a rank sends home is what it got: the mean over ranks is what even loads would be.
+    # A rank sends back as many rows as it got, so the mean over ranks equals that of even loads.
     ranks = distributed.gather_objects(counter.sent)
     return {kind: sum(sent[kind] for sent in ranks) // len(ranks) for kind in ranks[0]}
