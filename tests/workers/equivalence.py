@@ -196,10 +196,10 @@ def write_figures(folder: Path, figures: list[float]) -> None:
 
 def train_step(engine, world, cell: Cell, step: int) -> float:
     """Make an update; return the mean loss of all micro-batches of all ranks."""
-    from swin_moe.moe import update_expert_bias
+    from swin_moe.moe import num_experts, update_expert_bias
 
     model = engine.model
-    total, counts = torch.zeros(()), torch.zeros(1, MOE.num_experts)
+    total, counts = torch.zeros(()), torch.zeros(1, num_experts(model))
     for micro in range(cell.accumulation):
         part = world.rank * cell.accumulation + micro
         images, labels = batch(step, part, cell.micro_batch)
