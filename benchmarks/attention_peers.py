@@ -1,4 +1,4 @@
-"""How others compute shifted-window attention, each from the same qkv map to the same output map.
+"""Peers that compute shifted-window attention, all from the same qkv map to the same output map.
 
 Every peer is written as its users would write it at best: roll and partition, then attention with
 the bias and the additive mask, then merging and rolling back.
@@ -19,7 +19,7 @@ COMPILED_FLEX = torch.compile(flex.flex_attention)
 
 
 class Inputs(NamedTuple):
-    """Of one call: qkv [B, H, W, 3, heads, d], bias [heads, N, N], scale [heads, 1, 1]."""
+    """Inputs of a call: qkv [B, H, W, 3, heads, d], bias [heads, N, N], scale [heads, 1, 1]."""
 
     qkv: Tensor
     bias: Tensor
@@ -30,7 +30,7 @@ class Inputs(NamedTuple):
 
 
 def windows(inputs: Inputs) -> Tensor:
-    """[3, B·nW, heads, N, d]: rolled and partitioned by timm's own function."""
+    """Return [3, B·nW, heads, N, d], rolled and partitioned by timm's function."""
     qkv, w, s = inputs.qkv, inputs.window_size, inputs.shift_size
     B, H, W, _, heads, d = qkv.shape
     if s:
@@ -40,7 +40,7 @@ def windows(inputs: Inputs) -> Tensor:
 
 
 def merged(inputs: Inputs, out: Tensor) -> Tensor:
-    """[B·nW, heads, N, d] back to the map [B, H, W, heads·d]."""
+    """Return [B·nW, heads, N, d] as a map [B, H, W, heads·d]."""
     w, s = inputs.window_size, inputs.shift_size
     out = out.transpose(1, 2).reshape(-1, w, w, out.shape[1] * out.shape[3])
     out = window_reverse(out, (w, w), (inputs.qkv.shape[1], inputs.qkv.shape[2]))
@@ -48,7 +48,7 @@ def merged(inputs: Inputs, out: Tensor) -> Tensor:
 
 
 def timm_attention(inputs: Inputs) -> Tensor:
-    """The operations of timm's ``WindowAttention``, between its qkv and its proj layer."""
+    """Compute as timm's ``WindowAttention`` between its qkv and its proj layer."""
     q, k, v = windows(inputs).unbind(0)
     attn = F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).transpose(-2, -1)
     factor = torch.clamp(inputs.scale, max=math.log(100.0)).exp().to(q.dtype)
@@ -67,7 +67,7 @@ def _unit(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def sdpa_attention(inputs: Inputs) -> Tensor:
-    """``scaled_dot_product_attention`` with bias and mask as one additive mask per window."""
+    """Call ``scaled_dot_product_attention`` with bias and mask as one additive mask per window."""
     q, k, v = _unit(inputs)
     heads, n, d = q.shape[1:]
     bias = inputs.bias.to(q.dtype)[None]
@@ -81,7 +81,7 @@ def sdpa_attention(inputs: Inputs) -> Tensor:
 
 
 def flex_attention(inputs: Inputs) -> Tensor:
-    """torch's ``flex_attention``, compiled, with bias and mask looked up by a score function.
+    """Call torch's compiled ``flex_attention``, with a score function for bias and mask.
 
     Compiled by itself: as one graph with what is around it, it gave wrong numbers on a CPU.
     """

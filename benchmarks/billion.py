@@ -1,11 +1,11 @@
 """A billion parameters on two CPU cores: peak memory, seconds per step and loss of a training.
 
 Trains configs/scale/swin_moe_1b_laptop.yaml by the command line in several ways, one after the
-other, and samples the memory of all processes of each: proportional set size, which counts what
-processes share once. A training is stopped if the host's free memory falls below 1 GB.
+other. It samples the proportional set size of all processes, which counts shared memory once. A
+training is stopped if the host's free memory falls below 1 GB.
 
     python -m benchmarks.billion [--ways fp32 bf16-moments nvme] [--steps 30] [--processes 1]
-        [--json PATH] [--quick] [--output FOLDER] [key=value ...]
+        [--json PATH] [--quick] [key=value ...]
 """
 
 from __future__ import annotations
@@ -22,8 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from rich.console import Console
-from rich.table import Table
 
 from benchmarks import harness
 from swin_moe.config import load_config
@@ -46,7 +44,7 @@ WAYS = {
 
 
 def shared_memory(root: psutil.Process) -> int:
-    """Bytes of a process and all that it has started, what they share counted once."""
+    """Return the bytes of a process and its descendants; shared ones count once."""
     total = 0
     for process in (root, *root.children(recursive=True)):
         try:
@@ -65,7 +63,7 @@ def end(root: psutil.Process) -> None:
 
 
 def watched(command: list[str], processes: int, log: Path) -> tuple[list[tuple[float, float]], str]:
-    """Run a command; (seconds, bytes) over its life, and why it failed."""
+    """Run a command; return (seconds, bytes) over its life, and why it failed."""
     threads = max((os.cpu_count() or 1) // processes, 1)
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     samples, problem, begun = [], "", time.monotonic()
@@ -73,7 +71,7 @@ def watched(command: list[str], processes: int, log: Path) -> tuple[list[tuple[f
         started = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=file, stderr=file)
         root = psutil.Process(started.pid)
         while started.poll() is None:
-            # The kernel walks all pages for that, while the program waits for new ones.
+            # The kernel walks all pages for a sample, and delays the program meanwhile.
             if not samples or time.monotonic() - begun > samples[-1][0] + 5:
                 samples.append((round(time.monotonic() - begun, 1), shared_memory(root)))
             if psutil.virtual_memory().available < FLOOR:
@@ -86,7 +84,7 @@ def watched(command: list[str], processes: int, log: Path) -> tuple[list[tuple[f
 
 
 def train(way: str, folder: Path, processes: int, overrides: list[str]) -> dict[str, Any]:
-    """One training; a row of the table."""
+    """Train in one way and return its cell."""
     output = folder / way
     keys = [key.format(folder=folder) for key in WAYS[way]]
     command = [sys.executable]
@@ -106,23 +104,25 @@ def train(way: str, folder: Path, processes: int, overrides: list[str]) -> dict[
         records = [json.loads(line) for line in lines]
     steps = [record for record in records if "train/loss" in record]
     shutil.rmtree(output / "checkpoints", ignore_errors=True)
-    return {
-        "way": way,
-        "overrides": [*WAYS[way], *overrides],
-        "processes": processes,
-        "peak_gb": round(max((size for _, size in samples), default=0) / GB, 2),
-        "seconds_per_step": seconds_per_step(output, steps, processes),
-        "minutes": round(samples[-1][0] / 60, 1) if samples else 0,
-        "loss": [round(record["train/loss"], 4) for record in steps],
-        "top1": next((r["val/top1"] for r in reversed(records) if "val/top1" in r), None),
-        "split": split(steps),
-        "memory": [[second, round(size / GB, 2)] for second, size in samples],
-        "problem": problem,
-    }
+    return harness.figure(
+        way,
+        "s",
+        seconds_per_step(output, steps, processes),
+        mode="update",
+        overrides=[*WAYS[way], *overrides],
+        processes=processes,
+        peak_gb=round(max((size for _, size in samples), default=0) / GB, 2),
+        minutes=round(samples[-1][0] / 60, 1) if samples else 0,
+        loss=[round(record["train/loss"], 4) for record in steps],
+        top1=next((r["val/top1"] for r in reversed(records) if "val/top1" in r), None),
+        split=split(steps),
+        memory=[[second, round(size / GB, 2)] for second, size in samples],
+        problem=problem,
+    )
 
 
 def seconds_per_step(output: Path, steps: list[dict[str, Any]], processes: int) -> float | None:
-    """Median of the steps after the first two."""
+    """Return the median of the steps after the first two."""
     if len(steps) < 4:
         return None
     config = load_config(output / "config.yaml")
@@ -131,22 +131,23 @@ def seconds_per_step(output: Path, steps: list[dict[str, Any]], processes: int) 
 
 
 def split(steps: list[dict[str, Any]]) -> dict[str, float]:
-    """Median milliseconds of each part of a step that was recorded."""
+    """Return the median milliseconds of each recorded part of a step."""
     last = steps[-1] if steps else {}
     names = [name for name in last if name.endswith("_ms") and "moe" not in name]
     return {n: round(statistics.median(s[n] for s in steps[2:] or steps), 1) for n in names}
 
 
-def print_rows(rows: list[dict[str, Any]]) -> None:
-    table = Table("way", "peak GB", "s/step", "loss of the first and last 3 steps", "minutes")
-    for row in rows:
-        loss = row["loss"]
+def print_cells(cells: list[dict[str, Any]]) -> None:
+    rows = []
+    for cell in cells:
+        loss = cell["loss"]
         curve = (
             f"{statistics.mean(loss[:3]):.3f} → {statistics.mean(loss[-3:]):.3f}" if loss else ""
         )
-        cells = [row["peak_gb"], row["seconds_per_step"], row["problem"] or curve, row["minutes"]]
-        table.add_row(row["way"], *map(str, cells))
-    Console().print(table)
+        words = [cell["peak_gb"], cell["ours"], cell["problem"] or curve, cell["minutes"]]
+        rows.append([cell["name"], *map(str, words)])
+    columns = ["way", "peak GB", "s/step", "loss of the first and last 3 steps", "minutes"]
+    harness.report("a billion parameters", columns, rows)
 
 
 def main() -> None:
@@ -154,19 +155,15 @@ def main() -> None:
     parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=list(WAYS))
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--processes", type=int, default=1)
-    parser.add_argument("--output", type=Path, help="keep the runs here")
     options, overrides = parser.parse_known_args()
     steps = 4 if options.quick else options.steps
-    rows = []
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = options.output or Path(temporary)
-        folder.mkdir(parents=True, exist_ok=True)
+    cells: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as folder:
         for way in options.ways:
-            rows.append(
-                train(way, folder, options.processes, [f"train.max_steps={steps}", *overrides])
-            )
-            print_rows(rows)
-    harness.write_json(options.json, rows, config=CONFIG.name)
+            keys = [f"train.max_steps={steps}", *overrides]
+            cells.append(train(way, Path(folder), options.processes, keys))
+            print_cells(cells)
+    harness.write_json(options.json, cells, config=CONFIG.name)
 
 
 if __name__ == "__main__":

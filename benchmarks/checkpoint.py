@@ -1,4 +1,4 @@
-"""What a checkpoint costs a training, against DeepSpeed's and PyTorch's own; and resharding one.
+"""The cost of a checkpoint to a training, compared with DeepSpeed's and PyTorch's; resharding.
 
 Two processes train a mixture of experts; contenders take turns at saving what the optimizer holds.
 The stall is how long the call keeps the training waiting; the delay is what a save costs in all:
@@ -40,7 +40,7 @@ MOE = MoEConfig(blocks=[[], [], [1], [1]], num_experts=8)
 
 
 class Bench:
-    """A training on this rank, and the contenders' ways to save it."""
+    """A training on this rank, and the contenders that save it."""
 
     def __init__(self, world: World, folder: Path) -> None:
         from swin_moe.models import build, expert_parameter_names
@@ -59,7 +59,7 @@ class Bench:
         self.saved: list[Saved] = []
         self.writer = Writer(folder / "ours", world, self.saved.append)
         self.pending: object = None
-        self.group = dist.new_group()  # its thread would else meet the training's collectives
+        self.group = dist.new_group()  # its thread must not meet the training's collectives
         self.images = torch.randn(BATCH, 3, 64, 64)
         self.labels = torch.randint(0, 100, (BATCH,))
 
@@ -70,7 +70,7 @@ class Bench:
         float(self.engine.grad_norm())
 
     def state(self) -> dict[str, torch.Tensor]:
-        """What this rank holds, under names that no other rank has."""
+        """Return this rank's tensors, under names that no other rank uses."""
         return {
             f"{self.world.rank}/{part.name}/{kind}": tensor
             for part in self.engine.fragments()
@@ -96,7 +96,7 @@ class Bench:
         self.engine.deepspeed.save_checkpoint(str(self.folder / f"deepspeed-{self.step}"))
 
     def settle(self) -> None:
-        """Wait until all is on disk."""
+        """Wait until everything is on disk."""
         self.writer.wait()
         if self.pending is not None:
             self.pending.result()  # type: ignore[attr-defined]
@@ -126,7 +126,7 @@ class Bench:
             "torch dcp, async": self.torch_dcp_async,
         }
         if self.world.expert.size > 1:
-            del contenders["deepspeed"]  # it does not know stacked experts
+            del contenders["deepspeed"]  # it does not support stacked experts
         stalls: dict[str, list[float]] = {name: [] for name in contenders}
         delays: dict[str, list[float]] = {name: [] for name in contenders}
         alone: list[float] = []
@@ -156,7 +156,7 @@ class Bench:
 
 
 def work(options: argparse.Namespace) -> NoReturn:
-    """One of the processes."""
+    """Measure on this rank, as one of the processes."""
     cells = []
     rounds, steps = (1, 3) if options.quick else (7, 6)
     for group in (1, PROCESSES):
@@ -168,7 +168,7 @@ def work(options: argparse.Namespace) -> NoReturn:
 
 
 def measure_reshard(source: Path, rounds: int) -> list[dict[str, object]]:
-    """Seconds and bytes of writing a checkpoint anew in one, two and four files."""
+    """Return seconds and bytes of resharding a checkpoint into one, two and four files."""
     size = sum(file.stat().st_size for file in source.iterdir())
     cells: list[dict[str, object]] = []
     for files in (1, 2, 4):

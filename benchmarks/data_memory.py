@@ -1,7 +1,7 @@
-"""Memory against the number of samples: ``prepare-data``, an open data set, and its workers.
+"""Memory by the number of samples: of ``prepare-data``, of an open data set, and of its workers.
 
 Writes tar shards of tiny images, prepares them, opens the result, and lets workers read all over
-it. Memory of a first process is what no file backs, of the others what they share with none.
+it. The memory of a main process excludes file mappings, that of a worker excludes shared memory.
 
     python -m benchmarks.data_memory [--json PATH] [--quick]
 """
@@ -28,7 +28,7 @@ from swin_moe.data import build_loader
 from swin_moe.data.tools.parallel import in_processes
 
 COUNTS = (10_000, 100_000, 1_000_000)
-SHARD = 10_000  # samples of a shard to begin with
+SHARD = 10_000  # samples of an input shard
 CLASSES = 1000
 
 
@@ -39,7 +39,7 @@ def tiny_image() -> bytes:
 
 
 def write_shard(job: tuple[Path, int]) -> None:
-    """A tar of tiny images, by blocks: tarfile would take minutes for a million."""
+    """Write a tar of tiny images in blocks; tarfile takes minutes for a million."""
     path, start = job
     image = tiny_image()
     padded = image + bytes(-len(image) % 512)
@@ -58,7 +58,7 @@ def write_shard(job: tuple[Path, int]) -> None:
 
 
 def own_memory(process: psutil.Process) -> int:
-    """Bytes that no file backs, those included that a forked worker shares still."""
+    """Return the bytes without file mappings, including those that a forked worker still shares."""
     try:
         return sum(region.anonymous for region in process.memory_maps())
     except (psutil.NoSuchProcess, psutil.AccessDenied):
@@ -66,7 +66,7 @@ def own_memory(process: psutil.Process) -> int:
 
 
 def unshared_memory(process: psutil.Process) -> int:
-    """Bytes that a process shares with no other."""
+    """Return the bytes that a process shares with no other."""
     try:
         return process.memory_full_info().uss
     except (psutil.NoSuchProcess, psutil.AccessDenied):
@@ -74,7 +74,7 @@ def unshared_memory(process: psutil.Process) -> int:
 
 
 def peak_of(command: list[str]) -> tuple[float, float, float]:
-    """Run a program: peaks in bytes of its own memory and of its children's, and seconds."""
+    """Run a program; return the peaks in bytes of its memory and its children's, and seconds."""
     begun = time.monotonic()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     peaks = [0, 0]
@@ -97,7 +97,7 @@ def peak_of(command: list[str]) -> tuple[float, float, float]:
 
 
 def open_and_read(folder: str) -> None:
-    """In a process of its own: open, start two workers, read everywhere; print bytes."""
+    """Open a data set, start two workers, read all over it, and print the bytes."""
     augment = AugmentConfig(auto_augment="", color_jitter=0, random_erase=0)
     data = DataConfig(path=folder, batch_size=500, num_workers=2)
     this = psutil.Process()
@@ -142,19 +142,20 @@ def main() -> None:
                 capture_output=True, text=True, check=True,
             )  # fmt: skip
             _, held, worker, grown, seconds = map(float, opened.stdout.split())
-        cell = {
-            "samples": count,
+        figures = {
             "prepare-data, main process, MB": round(main_peak / 1e6),
             "prepare-data, largest worker, MB": round(child_peak / 1e6),
             "prepare-data, s": round(taken, 1),
-            "open data set, MB more": round(held / 1e6, 1),
+            "open data set, additional MB": round(held / 1e6, 1),
             "loader's worker, MB": round(worker / 1e6, 1),
-            "after reading all over it, MB more": round(grown / 1e6, 1),
+            "after reading all over it, additional MB": round(grown / 1e6, 1),
             "to open it, s": round(seconds, 3),
         }
-        cells.append(cell)
-        rows.append([f"{value:,}" for value in cell.values()])
-        harness.report("own memory by number of samples", list(cell), rows)
+        for name, value in figures.items():
+            unit = name.rsplit(" ", 1)[1]
+            cells.append(harness.figure(name, unit, value, mode=f"{count} samples"))
+        rows.append([f"{value:,}" for value in (count, *figures.values())])
+        harness.report("own memory by number of samples", ["samples", *figures], rows)
     harness.write_json(options.json, cells)
 
 

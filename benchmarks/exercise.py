@@ -1,13 +1,12 @@
-"""From a folder of JPEGs to a trained model through three kills: nothing lost, nothing twice.
+"""From a folder of JPEGs to a trained model through kills: no sample is lost or read twice.
 
-Writes generated JPEGs of realistic size as class folders, prepares shards and is killed in the
-midst of it, prepares on, verifies every sample and digest, then trains an epoch that is killed at
-random moments and resumed. Beside it, an undisturbed training of the same shards: the losses that
-both log must be equal to the bit.
+Writes generated JPEGs of realistic size as class folders, prepares shards with a kill in between,
+and verifies every sample and digest. Then it trains an epoch with three kills at random moments,
+and the same epoch undisturbed. The logged losses of both must be equal to the bit.
 
-    python -m benchmarks.exercise [--images 100000] [--folder DIR] [--json PATH] [--quick]
+    python -m benchmarks.exercise [--folder DIR] [--json PATH] [--quick]
 
-100,000 images take 10 GB of disk and, on two cores, about an hour.
+The 100,000 images take 10 GB of disk and, on two cores, about an hour.
 """
 
 from __future__ import annotations
@@ -30,14 +29,14 @@ import numpy as np
 import psutil
 import simplejpeg
 from rich.console import Console
-from rich.table import Table
 
 from benchmarks import harness
 from benchmarks.photos import photo
 from swin_moe.data.source import open_splits
 from swin_moe.data.tools.parallel import in_processes
 
-CLASSES, BASES = 20, 60  # class folders; images that all others are cut from
+CLASSES, BASES = 20, 60  # class folders; images from which all others are cut
+IMAGES, QUICK = 100_000, 6_000
 CONFIG = """\
 model:
   name: swinv2_moe
@@ -70,7 +69,7 @@ log:
 
 
 def write_images(part: range) -> int:
-    """Some of the images: cuts of few large ones, tinted by class."""
+    """Write a part of the images: cuts of a few large ones, tinted by class."""
     folder, bases = _MADE
     for index in part:
         rng = np.random.default_rng(index)
@@ -88,7 +87,7 @@ def write_images(part: range) -> int:
     return len(part)
 
 
-_MADE: Any = None  # folder and bases, for the processes that are forked
+_MADE: Any = None  # folder and bases, for the forked processes
 
 
 def make_folder(folder: Path, images: int) -> None:
@@ -104,7 +103,7 @@ def make_folder(folder: Path, images: int) -> None:
 
 
 def run(*command: str, kill_when: Callable[[], bool] | None = None) -> tuple[int, float, int]:
-    """Run the program, maybe to a kill; returns exit code, seconds and the peak memory in bytes."""
+    """Run a program, perhaps to a kill; return exit code, seconds and peak memory in bytes."""
     begun = time.monotonic()
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=environment)
@@ -144,23 +143,24 @@ def steps(folder: Path) -> int:
 
 
 class Exercise:
-    """The steps in order, each a line of the table."""
+    """The steps of the exercise, each with a cell."""
 
     def __init__(self, folder: Path, images: int, seed: int) -> None:
         self.folder, self.images, self.draw = folder, images, random.Random(seed)
-        self.lines: list[dict[str, Any]] = []
+        self.cells: list[dict[str, Any]] = []
         self.console = Console(stderr=True)
 
-    def tell(self, what: str, seconds: float, result: str) -> None:
-        self.lines.append({"step": what, "seconds": round(seconds, 1), "result": result})
-        self.console.print(f"{what}: {result} ({seconds:.0f} s)", highlight=False)
+    def report(self, step: str, seconds: float, result: str) -> None:
+        cell = harness.figure(step, "s", round(seconds, 1), mode="exercise", result=result)
+        self.cells.append(cell)
+        self.console.print(f"{step}: {result} ({seconds:.0f} s)", highlight=False)
 
     def prepare(self) -> Path:
         begun = time.monotonic()
         source, shards = self.folder / "images", self.folder / "shards"
         make_folder(source, self.images)
         size = sum(path.stat().st_size for path in source.rglob("*.JPEG"))
-        self.tell(
+        self.report(
             "write JPEGs", time.monotonic() - begun, f"{self.images:,} files, {size / 1e9:.2f} GB"
         )
         command = swin_moe(
@@ -173,7 +173,7 @@ class Exercise:
         )
         assert code == -signal.SIGKILL, code
         there = len(list(shards.glob("train-*.tar")))
-        self.tell("prepare, killed", taken, f"{there} shards written")
+        self.report("prepare, killed", taken, f"{there} shards written")
         code, taken, peak = run(*command)
         assert code == 0, code
         splits = open_splits(shards)
@@ -186,10 +186,10 @@ class Exercise:
         }
         assert len(names) == sum(len(range(0, len(split), 97)) for split in splits.values())
         parts = ", ".join(f"{len(split):,} {name}" for name, split in splits.items())
-        self.tell("prepare, gone on", taken, f"{parts}; peak {peak / 1e6:.0f} MB a process")
+        self.report("prepare, gone on", taken, f"{parts}; peak {peak / 1e6:.0f} MB a process")
         code, taken, _ = run(*swin_moe("data", "verify", str(shards)))
         assert code == 0, code
-        self.tell("verify", taken, "every sample decoded, every digest right")
+        self.report("verify", taken, "every sample decoded, every digest right")
         return shards
 
     def train(self, shards: Path, kills: int) -> None:
@@ -199,14 +199,14 @@ class Exercise:
         code, taken, _ = run(*train(config, shards, whole))
         assert code == 0, code
         last = steps(whole)
-        self.tell("train, undisturbed", taken, f"{last} updates, {self._summary(whole)}")
+        self.report("train, undisturbed", taken, f"{last} updates, {self._summary(whole)}")
         at = sorted(self.draw.sample(range(last // 8, last - 10), kills))
         for step in at:
             code, taken, _ = run(
                 *train(config, shards, killed), kill_when=lambda at=step: steps(killed) >= at
             )
             assert code != 0, code
-            self.tell("train, killed", taken, f"after update {steps(killed)} was logged")
+            self.report("train, killed", taken, f"after update {steps(killed)} was logged")
         code, taken, _ = run(*train(config, shards, killed))
         assert code == 0, code
         pairs = [
@@ -214,7 +214,7 @@ class Exercise:
             for folder in (whole, killed)
         ]
         assert pairs[0] == pairs[1], "the losses differ"
-        self.tell(
+        self.report(
             "train, gone on",
             taken,
             f"{len(pairs[0])} logged losses equal to the bit; {self._summary(killed)}",
@@ -232,24 +232,19 @@ class Exercise:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = harness.arguments(__doc__ or "")
-    parser.add_argument("--images", type=int, default=100_000)
     parser.add_argument(
         "--folder", type=Path, help="keep everything here (default: a temporary one)"
     )
     options = parser.parse_args(argv)
-    images = 6_000 if options.quick else options.images
+    images = QUICK if options.quick else IMAGES
     folder = options.folder or Path(tempfile.mkdtemp(prefix="swin_moe_exercise_"))
     exercise = Exercise(folder, images, seed=0)
     try:
         exercise.train(exercise.prepare(), kills=3)
     finally:
-        table = Table("step", "seconds", "result")
-        for line in exercise.lines:
-            table.add_row(line["step"], str(line["seconds"]), line["result"])
-        Console(width=150).print(table)
-        if options.json:
-            content = {"machine": harness.machine(), "images": images, "steps": exercise.lines}
-            options.json.write_text(json.dumps(content, indent=1) + "\n")
+        rows = [[cell["name"], str(cell["ours"]), cell["result"]] for cell in exercise.cells]
+        harness.report("exercise", ["step", "seconds", "result"], rows)
+        harness.write_json(options.json, exercise.cells, images=images)
         if options.folder is None:
             shutil.rmtree(folder, ignore_errors=True)
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# First contact with a GPU: are the CUDA kernels right there, and how fast are they?
+# First contact with a GPU: checks the CUDA kernels there, and times them.
 #
-# Runs each step in a process of its own, because an illegal memory access spoils its process. A step
+# Runs each step in another process, because an illegal memory access breaks its process. A step
 # that fails is recorded, and the next one runs. See docs/gpu.md.
 set -euo pipefail
 cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
@@ -54,14 +54,14 @@ record() {
   "$python" -m benchmarks.first_contact.record "$what" --out "$json" ${rehearse:+--rehearsal} "$@"
 }
 
-# Card and library: what a result holds for.
+# Card and library, for which a result is valid.
 key() {
   local digest
   digest=$(cat swin_moe/_C*.so 2>/dev/null | sha256sum | cut -c 1-12)
   echo "$card $digest"
 }
 
-# step NAME SECONDS ARGUMENTS: run `python ARGUMENTS`, for at most so long.
+# step NAME SECONDS ARGUMENTS: runs `python ARGUMENTS` for at most SECONDS.
 step() {
   local name=$1 limit=$2 began offset code=0
   shift 2
@@ -112,7 +112,7 @@ steps() {
   done
   step engine 90 -m $first.engine --batch "$micro" --updates "$updates"
   step sanitizer 130 -m $first.sanitizer
-  # Each compilation takes long: one peer, where most of the blocks are.
+  # Each compilation takes long: one peer, in the stage with most of the blocks.
   step attention-compiled 120 -m benchmarks.window_attention --batch "$many" --rounds "$rounds" \
     --peers 'timm compiled' --dtypes bfloat16 --windows "$compiled_windows" --stages 3
 }
@@ -126,7 +126,7 @@ else
   device=cuda toy=() many=128 some=128 micro=64 updates=100 rounds=15 rounds_of_models=7
   size=base compiled_windows=16,8
 fi
-# A first pass that runs nothing: what steps there are.
+# The first pass runs nothing: it lists the steps.
 wanted=$list list=yes
 listing=$(steps)
 list=$wanted
@@ -138,7 +138,7 @@ if [[ -n $list ]]; then
   exit 0
 fi
 
-# Whatever ends this script ends the step and removes the temporary folder.
+# The end of this script ends the step and removes the temporary folder.
 # shellcheck disable=SC2329
 cleanup() {
   [[ -z $child ]] || kill "$child" 2>/dev/null || true
@@ -150,7 +150,7 @@ work=$(mktemp -d)
 mkdir -p -- "$out"
 touch -- "$log"
 export PYTHONUNBUFFERED=1 PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True
-# As harness.py sets them, who would otherwise start each benchmark a second time.
+# The settings of harness.py, which otherwise restarts each benchmark.
 export MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=16000000000 MALLOC_TOP_PAD_=67108864
 card=rehearsal
 if [[ -z $rehearse ]]; then

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes the folder of wheels to carry to a GPU machine that has no package index, see docs/gpu.md.
+# Makes the folder of wheels for a GPU machine that has no package index, see docs/gpu.md.
 set -euo pipefail
 cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
 
@@ -15,13 +15,13 @@ TEXT
 
 wrong() { echo "error: $1 (see --help)" >&2; exit 2; }
 
-# What swin_moe needs and a machine with torch may lack; each is a few MB at most.
+# Packages that swin_moe needs and a machine with torch may lack; each has a few MB at most.
 packages=(
   pydantic pydantic-core annotated-types typing-inspection typing-extensions
   deepspeed hjson msgpack ninja py-cpuinfo einops psutil packaging tqdm
   fairscale simplejpeg webdataset braceexpand
 )
-sources=(deepspeed fairscale) # published as sources alone: their wheels are built here
+sources=(deepspeed fairscale) # published only as sources: their wheels are built here
 
 version=3.12 folder=build/wheels
 while [[ $# -gt 0 ]]; do
@@ -37,7 +37,7 @@ done
 python=.venv/bin/python
 [[ -x $python ]] || wrong "no $python: run make setup first"
 
-# NAME==VERSION of the lock for a Python of this version, whatever else the line says.
+# The NAME==VERSION of a line of the lock, for a Python of this version.
 pinned() {
   "$python" - "$1" "$version" <<'PYTHON'
 import pathlib, sys

@@ -1,9 +1,9 @@
-"""What the benchmarks share: interleaved timing under equal conditions, floors, table and JSON.
+"""Shared code of the benchmarks: interleaved timing under equal conditions, tables and JSON.
 
-A shared machine is noisy, so contenders run in turn within one process and a figure is a median.
-Fresh memory and denormals cost CPU programs more than most kernels do; every contender gets the
-tuned allocator of the launchers and flushed denormals alike (`tuned_process`). On a GPU a figure is
-the time between two CUDA events.
+A shared machine is noisy, so contenders run in turn within one process, and a figure is a median.
+New memory pages and denormals cost CPU programs more than most kernels do: every contender gets the
+launchers' tuned allocator and flushed denormals (`tuned_process`). On a GPU a figure is the time
+between two CUDA events.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ ALLOCATOR = {
 }
 # Cycles that the GPU waits, about 5 ms, while the launches of a call queue up.
 QUEUE_CYCLES = 10_000_000
-_chosen_device = ""  # empty: a GPU where there is one
+_chosen_device = ""  # empty: a GPU if there is one
 
 
 def tuned_process() -> None:
-    """Start this program anew with the tuned allocator, unless it has it; flush denormals."""
+    """Flush denormals; restart this program with the tuned allocator if it has another."""
     torch.set_flush_denormal(True)
     if "malloc" not in os.environ.get("LD_PRELOAD", "") and any(
         os.environ.get(key) != value for key, value in ALLOCATOR.items()
@@ -55,36 +55,37 @@ def tuned_process() -> None:
 
 
 def arguments(description: str) -> argparse.ArgumentParser:
-    """The options that every benchmark takes: ``--json`` and ``--quick``."""
+    """Return a parser with the options of every benchmark, ``--json`` and ``--quick``."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--json", type=Path, help="write the table here as well")
+    parser.add_argument("--json", type=Path, metavar="PATH", help="write the figures here")
     parser.add_argument("--quick", action="store_true", help="few cells and few rounds")
     return parser
 
 
 def choose_device(name: str) -> None:
-    """Measure on ``cpu`` or ``cuda`` from now on; empty = on a GPU where there is one."""
+    """Measure on ``cpu`` or ``cuda`` from now on; empty = on a GPU if there is one."""
     global _chosen_device
     _chosen_device = name
 
 
 def device() -> str:
+    """Return the device of the measurements, ``cpu`` or ``cuda``."""
     return _chosen_device or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def synchronize() -> None:
-    """Wait for the GPU, if that is what is measured."""
+    """Wait for the GPU, if it is measured."""
     if device() == "cuda":
         torch.cuda.synchronize()
 
 
 def seconds(run: Callable[[], object]) -> float:
-    """Time of one call: on a CPU the wall time, on a GPU the time between two events.
+    """Return the time of a call: on a CPU the wall time, on a GPU the time between two events.
 
-    The GPU first waits, so that short kernels do not wait for their launches. A call that reads
-    from the GPU pays for it.
+    The GPU first waits, so that short kernels do not wait for their launches. The time of a call
+    that reads from the GPU includes that wait.
     """
     if device() == "cuda":
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -108,10 +109,14 @@ def interleaved(
     timer: Callable[[Callable[[], object]], float] = seconds,
     every: dict[str, int] | None = None,
 ) -> dict[str, float]:
-    """Median milliseconds of each contender over rounds in which all of them take a turn.
+    """Return the median milliseconds of each contender, which all run once a round.
 
     Args:
-        timer: gives the seconds of one call. every: contenders that only take each n-th turn.
+        contenders: by name.
+        rounds: that are timed.
+        warmup: rounds before them.
+        timer: returns the seconds of a call.
+        every: contenders that run only in each n-th round, with n.
     """
     times: dict[str, list[float]] = {name: [] for name in contenders}
     for turn in range(-warmup, rounds):
@@ -127,7 +132,7 @@ def interleaved(
 def cell(
     name: str, dtype: torch.dtype, mode: str, times: dict[str, float], **more: object
 ) -> dict[str, object]:
-    """One row of a table of milliseconds; ``speedup`` is the best peer's time over ours."""
+    """Return the cell of a time in milliseconds; ``speedup`` is the best peer's time over ours."""
     digits = 3 if times["ours"] >= 1 else 5
     peers = {peer: round(taken, digits) for peer, taken in times.items() if peer != "ours"}
     return {
@@ -142,13 +147,21 @@ def cell(
     }
 
 
+def figure(
+    name: str, unit: str, ours: float | None, *, mode: str = "", dtype: str = "", **more: object
+) -> dict[str, object]:
+    """Return the cell of a figure without peers, such as bytes or percent."""
+    cell = {"name": name, "dtype": dtype, "mode": mode, "unit": unit, "ours": ours}
+    return {**cell, "peers": {}, "speedup": None, **more}
+
+
 def columns(*more: str) -> list[str]:
-    """Headings of the rows that :func:`row` makes."""
+    """Return the headings of the rows that :func:`row` makes."""
     return ["cell", "dtype", "mode", "ours", "best peer", "which", "speedup", *more]
 
 
 def row(cell: dict[str, object], *more: str) -> list[str]:
-    """A cell as strings: our figure, the best peer's, the speedup, and further keys."""
+    """Return a cell as strings: our figure, the best peer's, the speedup, and further keys."""
     peers, ours = cell["peers"], cell["ours"]
     assert isinstance(peers, dict)
     named = [str(cell[key]) for key in ("name", "dtype", "mode")]
@@ -180,7 +193,7 @@ def summary(cells: list[dict[str, object]]) -> None:
 
 @functools.cache
 def driver() -> str:
-    """The version of the GPU's driver; empty where nobody tells it."""
+    """Return the version of the GPU's driver; empty if it is unknown."""
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=20)
@@ -190,7 +203,7 @@ def driver() -> str:
 
 
 def machine() -> dict[str, object]:
-    """What the figures were measured on."""
+    """Return the device of the measurements with its properties."""
     if device() == "cuda":
         found = torch.cuda.get_device_properties()
         return {
@@ -223,17 +236,20 @@ def report(title: str, columns: list[str], rows: list[list[str]]) -> None:
 
 
 def release_memory() -> None:
-    """Give what was freed back to the system, which :data:`ALLOCATOR` holds on to."""
+    """Return freed memory to the system; with :data:`ALLOCATOR` glibc keeps it otherwise."""
     gc.collect()
     if sys.platform == "linux":
         ctypes.CDLL(None).malloc_trim(0)
 
 
 def on_processes(module: str, count: int, *more: str) -> list[dict[str, object]]:
-    """What several processes of one thread each measure: the program ``module`` under torchrun.
+    """Run the program ``module`` under torchrun, with one thread a process; return its cells.
 
-    It gets this program's arguments, ``more`` and ``--worker PATH``, to which :func:`hand_over`
-    writes its cells.
+    Args:
+        module: gets this program's arguments, ``more`` and ``--worker PATH``; :func:`hand_over`
+            writes its cells to PATH.
+        count: processes.
+        more: arguments.
 
     Raises:
         SystemExit: a process failed.
@@ -257,7 +273,7 @@ def on_processes(module: str, count: int, *more: str) -> list[dict[str, object]]
 
 
 def hand_over(path: Path, cells: list[dict[str, object]], world: World) -> NoReturn:
-    """End one of several processes; rank 0 hands its cells to who started them."""
+    """End one of several processes; rank 0 writes its cells for :func:`on_processes`."""
     if world.is_main:
         path.write_text(json.dumps(cells))
     distributed.barrier()
@@ -275,6 +291,6 @@ def write_json(path: Path | None, cells: list[dict[str, object]], **more: object
         **more,
         "cells": cells,
     }
-    beside = path.with_name(path.name + ".part")
-    beside.write_text(json.dumps(content, indent=1) + "\n")
-    beside.replace(path)  # who is killed meanwhile leaves the older file
+    partial = path.with_name(path.name + ".part")
+    partial.write_text(json.dumps(content, indent=1) + "\n")
+    partial.replace(path)  # a kill leaves the older file

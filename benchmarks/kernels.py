@@ -1,4 +1,4 @@
-"""What the benchmarks of the compiled ops share: options, contests, and cells that may fail.
+"""Shared code of the compiled ops' benchmarks: options, contests, and cells that may fail.
 
 A peer that does not run is left out and named. A cell in which our op does not run is a failed
 cell: the others are still measured, and the program ends with exit code 1.
@@ -26,7 +26,7 @@ TOKENS_OF_AN_IMAGE = 256  # in stage 3 of a model for 256 pixels, where most of 
 
 
 class Job(NamedTuple):
-    """One cell to be measured: what it is called, and the function that makes it."""
+    """A cell to measure: its name, and the function that measures it."""
 
     name: str
     dtype: torch.dtype
@@ -36,7 +36,7 @@ class Job(NamedTuple):
 
 
 class Times(NamedTuple):
-    """Median milliseconds of those that ran, and why others did not."""
+    """Median milliseconds of the contenders that ran, and why others did not."""
 
     of: dict[str, float]
     left_out: dict[str, str]
@@ -45,7 +45,7 @@ class Times(NamedTuple):
 def arguments(
     description: str, peers: Sequence[str], rounds: int, dtypes: Sequence[str] = ()
 ) -> argparse.ArgumentParser:
-    """The options of an op's benchmark: device, batch, peers, rounds, and dtypes if it has some."""
+    """Return a parser with an op's options: device, batch, peers, rounds, and perhaps dtypes."""
     split = partial(str.split, sep=",")
     parser = harness.arguments(description)
     parser.add_argument("--device", default="", choices=["", "cpu", "cuda"], help="default: a GPU")
@@ -58,7 +58,7 @@ def arguments(
 
 
 def start(options: argparse.Namespace, tuned: bool = True) -> None:
-    """Choose the device, allow its kernels and tune the process, as the options say."""
+    """Choose the device, allow its kernels and tune the process."""
     harness.choose_device(options.device)
     if tuned:
         harness.tuned_process()
@@ -67,7 +67,7 @@ def start(options: argparse.Namespace, tuned: bool = True) -> None:
 
 
 def need(*packages: str) -> None:
-    """End the program as one that cannot run here, if one of the packages is not installed."""
+    """End the program with ``NOT_RUN`` if one of the packages is not installed."""
     missing = [name for name in packages if importlib.util.find_spec(name) is None]
     if missing:
         print(f"not installed: {', '.join(missing)}; carry the wheels (gpu_wheels.sh)", flush=True)
@@ -75,19 +75,19 @@ def need(*packages: str) -> None:
 
 
 def chosen(peers: Runs, wanted: Sequence[str], ours: Callable[[], object]) -> Runs:
-    """Those of the peers that are wanted, then ours."""
+    """Return the wanted peers, then ours."""
     found = {name: run for name, run in peers.items() if name in wanted}
     return {**found, "ours": ours}
 
 
 def contest(runs: Runs, rounds: int, warmup: int = 2) -> Times:
-    """Time those that run; the others are left out.
+    """Time the contenders that run; the others are left out.
 
     Raises:
         Exception: ours does not run.
     """
     left_out = {}
-    # Ours first: what a peer does to the GPU must not look like our fault.
+    # Ours runs first, because a peer may break the GPU's context.
     for name, run in sorted(runs.items(), key=lambda item: item[0] != "ours"):
         try:
             run()
@@ -103,13 +103,13 @@ def contest(runs: Runs, rounds: int, warmup: int = 2) -> Times:
 
 
 def first_line(problem: Exception) -> str:
-    """What went wrong, short enough for a table."""
+    """Return an error in one short line, for a table."""
     lines = str(problem).strip().splitlines()
     return f"{type(problem).__name__}: {lines[0][:150]}" if lines else type(problem).__name__
 
 
 def release() -> None:
-    """Give back the memory of a contender that failed."""
+    """Release the memory of a contender that failed."""
     gc.collect()
     if harness.device() == "cuda":
         with contextlib.suppress(RuntimeError):  # after an illegal access nothing works any more
@@ -117,10 +117,10 @@ def release() -> None:
 
 
 def measured(jobs: Iterable[Job], options: argparse.Namespace, **facts: object) -> Iterator[dict]:
-    """Each job's cell; the JSON is written after each, so that a program that is killed left some.
+    """Yield each job's cell, and write the JSON after each, so that a kill leaves some.
 
     Args:
-        facts: go into the JSON beside the cells.
+        facts: go into the JSON, next to the cells.
     """
     cells: list[dict[str, object]] = []
     for job in jobs:
@@ -165,7 +165,7 @@ def run(
 
 
 class Ceilings(NamedTuple):
-    """What the device reaches at best, measured with torch."""
+    """The highest rates of the device, measured with torch."""
 
     flops: float  # FLOP/s of a product of square matrices
     bytes: float  # bytes/s of a copy, read and written
@@ -178,7 +178,7 @@ class Ceilings(NamedTuple):
 
 
 def ceilings(dtype: torch.dtype, quick: bool = False) -> Ceilings:
-    """The rates of a large matrix product into a kept buffer and of a large copy."""
+    """Measure the rates of a large matrix product into a kept buffer and of a large copy."""
     device = harness.device()
     side, floats = (8192, 256 << 20) if device == "cuda" else (2048, 64 << 20)
     if quick and device == "cpu":

@@ -1,13 +1,12 @@
-"""Mixture of experts against dense on the embedded Fashion-MNIST, at equal activated FLOPs.
+"""Mixture of experts compared with dense on the bundled Fashion-MNIST, at equal activated FLOPs.
 
-Runs named settings, each a list of overrides of the micro config, for several seeds, as processes
-of the command line side by side. A setting's figures are those of the final epoch, never of the
-best one, which would be a selection on the held-out images. Seeds pair the runs: the same seed
-means the same order of images and the same augmentation. A run that is complete is not run again,
-so that a benchmark that was interrupted goes on when started anew.
+Trains named settings, each a list of overrides of the micro config, with several seeds. The figures
+are of the final epoch: the best epoch would be a selection on the held-out images. Runs with the
+same seed are paired: they have the same order of images and the same augmentation. Complete runs
+are not repeated, so an interrupted benchmark resumes.
 
     python -m benchmarks.learning [--group main search routers] [--json PATH] [--plot PATH]
-        [--folder DIR] [--jobs N] [--seeds N] [--epochs N] [--report] [--quick]
+        [--folder DIR] [--jobs N] [--quick]
 """
 
 from __future__ import annotations
@@ -48,7 +47,7 @@ Settings = dict[str, list[str]]
 
 @dataclass(frozen=True)
 class Group:
-    """Settings under one budget; ``against`` names the one that the others are compared with."""
+    """Settings under one budget; ``against`` is the one with which the others are compared."""
 
     settings: Settings
     seeds: int
@@ -56,7 +55,7 @@ class Group:
     against: str = "dense"
 
 
-# What the search starts from, spelled out so that it stays put when the micro config moves on.
+# The start of the search, written out so that it does not change with the micro config.
 START = [
     "moe.blocks=[[],[0,1],[0,1]]", "moe.num_experts=8", "moe.top_k=1", "moe.capacity_factor=1.25",
     "moe.eval_capacity_factor=0", "moe.balance=gshard", "moe.aux_loss_weight=0.01",
@@ -109,7 +108,7 @@ GROUPS: dict[str, Group] = {
 
 @dataclass(frozen=True)
 class Run:
-    """One training: a setting of a group with a seed."""
+    """One training of a setting of a group, with a seed."""
 
     group: str
     setting: str
@@ -119,7 +118,7 @@ class Run:
     folder: Path
 
     def arguments(self) -> list[str]:
-        """The overrides of the micro config that this run is."""
+        """Return the overrides of the micro config."""
         own = [f"schedule.epochs={self.epochs}", f"train.seed={self.seed}"]
         return [*ALIKE, *own, f"train.output={self.folder}", *self.overrides]
 
@@ -128,7 +127,7 @@ class Run:
         return int(max(evaluated, default=0))
 
     def same_config(self) -> bool:
-        """Whether what lies in the folder was trained by what the run now asks for."""
+        """Return whether the folder's run was trained with the same settings."""
         try:
             found = load_config(self.folder / "config.yaml")
         except ConfigError:  # none there, or one of another version
@@ -140,25 +139,23 @@ class Run:
 
 
 def slug(setting: str) -> str:
-    """A folder's name."""
+    """Return a setting's name as the name of a folder."""
     return re.sub(r"[^a-z0-9.]+", "-", setting.lower()).strip("-")
 
 
 def _trained(config: Config) -> dict[str, Any]:
-    """What decides over a run's figures."""
+    """Return the settings that decide a run's figures."""
     names = ("model", "data", "augment", "optimizer", "schedule", "zero", "precision")
     moe = config.moe if config.moe.enabled else None  # of no effect on a dense model
     return {**{n: getattr(config, n) for n in names}, "moe": moe, "seed": config.train.seed}
 
 
 def runs_of(name: str, options: argparse.Namespace) -> list[Run]:
-    """Seed by seed, so that an interrupted group has all settings of the first seeds."""
+    """Return the runs seed by seed: an interrupted group has all settings of the first seeds."""
     group = GROUPS[name]
-    epochs = options.epochs or group.epochs
-    settings = list(group.settings.items())
+    settings, epochs, seeds = list(group.settings.items()), group.epochs, group.seeds
     if options.quick:
-        settings, epochs = settings[:2], options.epochs or 1
-    seeds = options.seeds or (1 if options.quick else group.seeds)
+        settings, epochs, seeds = settings[:2], 1, 1
     return [
         Run(
             name,
@@ -174,10 +171,10 @@ def runs_of(name: str, options: argparse.Namespace) -> list[Run]:
 
 
 def train(run: Run, threads: int) -> None:
-    """Train to the end in a process of its own, from the last checkpoint if there is one.
+    """Train to the end in another process, from the last checkpoint if there is one.
 
     Raises:
-        RuntimeError: the process failed; the message is the end of what it said.
+        RuntimeError: the process failed; the message is the end of its output.
     """
     fresh = run.folder.exists() and not run.same_config()
     command = [sys.executable, "-m", "swin_moe", "train", str(MICRO), *run.arguments()]
@@ -197,7 +194,7 @@ def train(run: Run, threads: int) -> None:
 
 
 def train_all(runs: Sequence[Run], jobs: int) -> None:
-    """Train what is not yet complete, ``jobs`` runs at a time, with a bar of epochs."""
+    """Train the incomplete runs, ``jobs`` at a time, with a bar of epochs."""
     waiting = [run for run in runs if not run.complete()]
     if not waiting:
         return
@@ -229,12 +226,12 @@ def raise_first(futures: Sequence[Future[None]]) -> None:
 
 
 def curve(run: Run, key: str) -> list[float]:
-    """A held-out figure after each epoch."""
+    """Return a held-out figure after each epoch."""
     return [record[key] for record in read_metrics(run.folder) if key in record]
 
 
 def training_loss(run: Run) -> float:
-    """Mean of the last epoch as trained: augmented, smoothed, and without the balance loss."""
+    """Return the mean training loss of the last epoch, without the balance loss."""
     last = [
         r for r in read_metrics(run.folder) if "train/loss" in r and r["epoch"] > run.epochs - 1
     ]
@@ -243,26 +240,29 @@ def training_loss(run: Run) -> float:
 
 
 def figures(runs: Sequence[Run]) -> dict[str, Any]:
-    """The final figures of one setting, one of each kind per seed, and what the model costs."""
+    """Return the cell of a setting: the final figures by seed, and the model's cost."""
     config = load_config(MICRO, runs[0].arguments())
     cost = count(config.model, config.moe)
-    return {
-        "group": runs[0].group,
-        "name": runs[0].setting,
-        "overrides": list(runs[0].overrides),
-        "epochs": runs[0].epochs,
-        "seeds": [run.seed for run in runs],
-        "parameters": cost.parameters,
-        "activated": cost.activated,
-        "macs": cost.macs,
-        "top1": [curve(run, "val/top1")[-1] for run in runs],
-        "loss": [round(curve(run, "val/loss")[-1], 4) for run in runs],
-        "training_loss": [round(training_loss(run), 4) for run in runs],
-    }
+    top1 = [curve(run, "val/top1")[-1] for run in runs]
+    return harness.figure(
+        runs[0].setting,
+        "% top-1",
+        round(statistics.fmean(top1), 2),
+        mode=runs[0].group,
+        overrides=list(runs[0].overrides),
+        epochs=runs[0].epochs,
+        seeds=[run.seed for run in runs],
+        parameters=cost.parameters,
+        activated=cost.activated,
+        macs=cost.macs,
+        top1=top1,
+        loss=[round(curve(run, "val/loss")[-1], 4) for run in runs],
+        training_loss=[round(training_loss(run), 4) for run in runs],
+    )
 
 
 def paired(values: dict[int, float], base: dict[int, float]) -> tuple[float, float]:
-    """Mean difference over the seeds that both have, and half the width of its 95 % interval."""
+    """Return the mean difference over common seeds, and half the width of its 95 % interval."""
     differences = [values[seed] - base[seed] for seed in values if seed in base]
     mean = statistics.fmean(differences) if differences else float("nan")
     if len(differences) < 2:
@@ -290,7 +290,7 @@ COLUMNS = ["setting", "seeds", "top-1 (%)", "Δ top-1", "held-out loss", "Δ los
 
 
 def rows(cells: Sequence[dict[str, Any]], against: str) -> list[list[str]]:
-    """The table of a group: means ± standard deviations, paired differences ± 95 % intervals."""
+    """Return a group's table: means ± standard deviations, paired differences ± 95 % intervals."""
     base: dict[str, Any] = next((cell for cell in cells if cell["name"] == against), {"seeds": []})
     return [
         [
@@ -309,7 +309,7 @@ def rows(cells: Sequence[dict[str, Any]], against: str) -> list[list[str]]:
 
 
 def draw(path: Path, runs: Sequence[Run]) -> None:
-    """Held-out accuracy and loss of each setting of one group: mean and standard deviation."""
+    """Draw held-out accuracy and loss of each setting of a group: mean and standard deviation."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -337,24 +337,19 @@ def main() -> None:
     parser.add_argument("--group", nargs="+", choices=list(GROUPS), default=["main"])
     parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "learning")
     parser.add_argument("--jobs", type=int, default=max(1, (os.cpu_count() or 1)))
-    parser.add_argument("--seeds", type=int, default=0, help="instead of the group's own number")
-    parser.add_argument("--epochs", type=int, default=0, help="instead of the group's own number")
-    parser.add_argument("--report", action="store_true", help="train nothing, tell what is there")
     parser.add_argument("--plot", type=Path, help="draw the curves of the first group here")
     options = parser.parse_args()
     groups = {name: runs_of(name, options) for name in options.group}
     try:
-        if not options.report:
-            train_all([run for runs in groups.values() for run in runs], options.jobs)
+        train_all([run for runs in groups.values() for run in runs], options.jobs)
     except RuntimeError as error:
         Console(stderr=True).print(str(error), markup=False)
         raise SystemExit(1) from None
     cells: list[dict[str, Any]] = []
-    for name, planned in groups.items():
-        groups[name] = runs = [run for run in planned if run.complete()]
+    for name, runs in groups.items():
         settings = dict.fromkeys(run.setting for run in runs)
         found = [figures([run for run in runs if run.setting == setting]) for setting in settings]
-        title = f"{name}, {planned[0].epochs} epochs; differences to {GROUPS[name].against}"
+        title = f"{name}, {runs[0].epochs} epochs; differences to {GROUPS[name].against}"
         harness.report(title, COLUMNS, rows(found, GROUPS[name].against))
         cells += found
     if options.plot:

@@ -1,4 +1,4 @@
-"""Images a second and core: our data path against PIL + timm from a folder, and webdataset.
+"""Images a second and core: our data path compared with PIL + timm from a folder, and webdataset.
 
 All do the same to the same JPEGs on one core: decode, RandomResizedCrop(192), flip, RandAugment as
 the Swin recipes have it (or none), normalise, batch. Ours ends on the device, where training
@@ -43,7 +43,7 @@ Contender = Callable[[], torch.Tensor]
 
 
 def write_data(root: Path, size: tuple[int, int]) -> None:
-    """The same images as a folder and as a shard."""
+    """Write the same images as a folder and as a shard."""
     images = [jpeg(seed, *size) for seed in range(2 * BATCH)]
     for index, data in enumerate(images):
         folder = root / "folder" / f"n{index % CLASSES:02d}"
@@ -54,7 +54,7 @@ def write_data(root: Path, size: tuple[int, int]) -> None:
 
 
 def transform(policy: str) -> Callable[[Image.Image], torch.Tensor]:
-    """timm's, with the settings of the Swin recipes."""
+    """Return timm's transform with the settings of the Swin recipes."""
     return create_transform(
         SIDE, is_training=True, auto_augment=policy or None, color_jitter=0.0,
         interpolation="bicubic",
@@ -128,7 +128,7 @@ def throughput(quick: bool) -> list[dict[str, object]]:
 
 
 def differences(quick: bool) -> dict[str, dict[str, float]]:
-    """How the pixels of the same draws differ, in levels of 255, and the statistics of both."""
+    """Compare the pixels of the same draws: differences in levels of 255, and both statistics."""
     found = {}
     for name, size in SIZES.items():
         mine = TrainTransform(
@@ -166,7 +166,7 @@ def _seeded(seed: int, run: Callable, image: object) -> np.ndarray:
 
 
 def start_of_an_epoch(quick: bool) -> dict[str, float]:
-    """Seconds until the first batch's indices are known, at 14.2 million samples."""
+    """Return the seconds until the first batch's indices are known, at 14.2 million samples."""
     size = IMAGENET_22K // (50 if quick else 1)
     runs = np.full(size // 10_000, 10_000)
     runs[-1] += size - runs.sum()

@@ -1,4 +1,4 @@
-"""Whole models: images a second in training and inference against timm, transformers, torchvision.
+"""Images a second of whole models, compared with timm, transformers and torchvision.
 
 Swin V2 Tiny at 256 px, windows 8 and 16, batch 8, random weights, eager and compiled, in one
 process under one allocator with denormals flushed (neither with --as-shipped). A training step is
@@ -35,7 +35,7 @@ SIZES = {  # width, depths, heads
 
 
 def name_of(size: str, window: int) -> str:
-    """In timm and here alike."""
+    """Return the name of a model, the same in timm and here."""
     return f"swinv2_{size}_window{window}_256"
 
 
@@ -122,7 +122,7 @@ def training(model: nn.Module, images: Tensor, labels: Tensor) -> Callable[[], o
 
 
 def with_references(run: Callable[[], object]) -> Callable[[], object]:
-    """The same call without kernels."""
+    """Return the same call without kernels."""
 
     def referring() -> object:
         with ops.assume_fused(False):
@@ -134,7 +134,7 @@ def with_references(run: Callable[[], object]) -> Callable[[], object]:
 def contenders(
     window: int, dtype: torch.dtype, mode: str, options: argparse.Namespace
 ) -> dict[str, Callable[[], object]]:
-    """Every model, eager and (if asked for) compiled, ready to be called."""
+    """Return every model, eager and perhaps compiled, ready to be called."""
     if not options.eager:
         torch._dynamo.reset()
     torch.manual_seed(0)
@@ -158,7 +158,7 @@ def contenders(
 def measure(
     window: int, dtype: torch.dtype, mode: str, options: argparse.Namespace
 ) -> dict[str, object]:
-    """Images a second of everyone, and our best against the best peer, eager and overall."""
+    """Measure images a second, and compare our best with the best peer, eager and overall."""
     runs = contenders(window, dtype, mode, options)
     runs["ours"] = runs.pop("ours eager")
     times, left_out = kernels.contest(runs, options.rounds, warmup=1 if options.quick else 2)

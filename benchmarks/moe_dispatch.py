@@ -1,6 +1,6 @@
-"""Expert dispatch and combine: the compiled ops against the PyTorch reference and Tutel.
+"""Expert dispatch and combine: the compiled ops compared with the PyTorch reference and Tutel.
 
-Each row times forward and backward of dispatch followed by combine, with identity experts, so that
+A cell times forward and backward of dispatch followed by combine, with identity experts, so that
 only the movement of rows counts. The contenders run in turn in one process; figures are medians.
 
     python -m benchmarks.moe_dispatch [--json PATH] [--quick]
@@ -35,7 +35,7 @@ MODE = "forward+backward"
 
 
 class Plan(NamedTuple):
-    """Where the tokens go, and the capacity of an expert."""
+    """The routes of the tokens, and the capacity of an expert."""
 
     route: Route
     gate: Tensor
@@ -56,7 +56,7 @@ def reference(x: Tensor, plan: Plan) -> Tensor:
 
 
 def tutel() -> Contender | None:
-    """Tutel's encode and decode of the same plan, where Tutel is installed."""
+    """Return Tutel's encode and decode of the same plan, if Tutel is installed."""
     try:
         from tutel import moe
     except ImportError:
@@ -71,7 +71,7 @@ def tutel() -> Contender | None:
         indices, slots = (columns(t.to(torch.int32)) for t in (route.expert, route.slot))
         experts = route.counts.numel()
         critical = (experts, indices, slots, columns(plan.gate), plan.capacity, route.counts)
-        # As its layer does: rows travel in the dtype of the fp32 gate.
+        # As in its layer, rows have the dtype of the fp32 gate.
         rows = moe.fast_encode(x.float(), critical).to(x.dtype)
         return moe.fast_decode(rows.float(), critical).to(x.dtype)
 
@@ -85,7 +85,7 @@ def forward_backward(contender: Contender, x: Tensor, plan: Plan) -> None:
 
 
 def make_plan(tokens: int, experts: int, top_k: int) -> Plan:
-    """A routing of random tokens, with the rows of each expert padded to its capacity."""
+    """Route random tokens, with the rows of each expert padded to its capacity."""
     torch.manual_seed(0)
     logits = torch.randn(tokens, experts, device=harness.device())
     capacity = math.ceil(CAPACITY_FACTOR * top_k * tokens / experts)
@@ -102,7 +102,7 @@ def name_of(shape: tuple[int, int, int], top_k: int) -> str:
 def measure(
     shape: tuple[int, int, int], top_k: int, dtype: torch.dtype, options: argparse.Namespace
 ) -> dict[str, object]:
-    """The cell of one shape and dtype."""
+    """Measure the cell of a shape and dtype."""
     tokens, width, experts = shape
     plan = make_plan(tokens, experts, top_k)
     x = torch.randn(tokens, width, device=harness.device(), dtype=dtype)

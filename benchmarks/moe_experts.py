@@ -1,4 +1,4 @@
-"""The experts' feed-forward, forward and backward: the op against other ways to multiply.
+"""The experts' feed-forward, forward and backward: the op compared with other products.
 
 Peers, all on the same packed rows: ``loop``, F.linear and F.gelu expert by expert; ``grouped``,
 with torch's grouped_mm; ``bmm``, on rows padded to those of the largest expert. ``limit`` is the
@@ -120,7 +120,7 @@ def name_of(mean: int, width: int, experts: int) -> str:
 def measure(
     shape: tuple[int, int, int], dtype: torch.dtype, options: argparse.Namespace
 ) -> dict[str, object]:
-    """The cell of one shape and dtype."""
+    """Measure the cell of a shape and dtype."""
     inputs = make_inputs(*shape, dtype, even=options.methods)
     peers: dict[str, Contender] = {"loop": loop, "grouped": grouped, "bmm": bmm}
     if options.methods:

@@ -1,15 +1,13 @@
-"""The Mixture-of-Experts layer against a dense one of equal activated FLOPs and against others.
+"""The Mixture-of-Experts layer compared with a dense one of equal activated FLOPs, and with others.
 
-Forward and backward, gradients of tokens and weights. ``dense`` is Linear, GELU, Linear, of width
-4·D for top-1 and 8·D for top-2: the limit, and no peer. All others hold the same weights, capacity
-factor 1.25 (sort + loop and grouped_mm drop nothing, FairScale has 2). On one process, and on two
-with half of the tokens and half of the experts each, where a time is the slower rank's. Contenders
-run in turn under one allocator, with denormals flushed; figures are medians. A peer slower than
-dense by 1.4x or 3x takes each second or fourth turn; one slower by 10x in its first call is left
-out. Without --full, most of the cells that take long and have no bar are not measured.
+Times forward and backward, with gradients of tokens and weights. ``dense`` is Linear, GELU, Linear,
+of width 4·D for top-1 and 8·D for top-2: a limit, not a peer. All peers have the same weights and
+capacity factor 1.25 (sort + loop and grouped_mm drop nothing, FairScale has 2). They run on one
+process, and on two with half of the tokens and experts each, where a time is the slower rank's. A
+peer slower than dense by 1.4x or 3x runs in each second or fourth round; one slower by 10x in its
+first call is left out. Without --full, most of the long cells without a bar are left out.
 
     python -m benchmarks.moe_layer [--json PATH] [--quick] [--full] [--processes 1,2] [--rounds N]
-        [--only "T=18432 D=512"]
 """
 
 from __future__ import annotations
@@ -50,7 +48,7 @@ HOPELESS = 10.0  # over dense
 
 
 class Ours(nn.Module):
-    """Our layer, with gates normalised for top-2, as all others do."""
+    """Our layer; its gates are normalised for top-2, as those of all peers."""
 
     def __init__(self, spec: Spec, weights: Weights, world: World) -> None:
         super().__init__()
@@ -74,7 +72,7 @@ class Ours(nn.Module):
 
 
 class Dense(nn.Module):
-    """The limit: no routing, as many FLOPs per token."""
+    """The limit: a layer without routing, with as many FLOPs per token."""
 
     def __init__(self, spec: Spec, weights: Weights, world: World) -> None:
         super().__init__()
@@ -89,7 +87,7 @@ def name_of(spec: Spec) -> str:
 
 
 def in_short(spec: Spec, processes: int) -> bool:
-    """Whether a cell is measured without --full: those with a bar, the cheap, samples of others."""
+    """Return whether a cell runs without --full: it has a bar, is cheap, or is a sample."""
     shape = (spec.tokens, spec.dim)
     if shape == SMALL or (shape == LARGE and spec.top_k == 1):
         return True
@@ -99,16 +97,12 @@ def in_short(spec: Spec, processes: int) -> bool:
 
 
 def grid(options: argparse.Namespace, processes: int) -> list[Spec]:
-    """The cells asked for."""
+    """Return the cells to measure."""
     if options.quick:
         return [Spec(*SMALL, 8, 1, torch.bfloat16), Spec(*SMALL, 8, 2, torch.float32)]
     cells = product(SHAPES, (1, 2), (8, 32), DTYPES)
     specs = [Spec(*shape, experts, top_k, dtype) for shape, top_k, experts, dtype in cells]
-    return [
-        spec
-        for spec in specs
-        if (options.full or in_short(spec, processes)) and options.only in name_of(spec)
-    ]
+    return [spec for spec in specs if options.full or in_short(spec, processes)]
 
 
 def bar_of(spec: Spec, world: World) -> float | None:
@@ -126,14 +120,14 @@ def forward_backward(layer: nn.Module, x: Tensor, grad: Tensor) -> tuple[Tensor,
 
 
 def timed(run: Callable[[], object]) -> float:
-    """Seconds of the slowest rank, from a common start."""
+    """Return the seconds of the slowest rank, from a common start."""
     distributed.barrier()
     taken = torch.tensor(harness.seconds(run), dtype=torch.float64)
     return distributed.all_reduce_(taken, "max").item()
 
 
 def agreed(problem: str, world: World) -> str:
-    """The first problem of any rank, so that all ranks leave out the same contenders."""
+    """Return the first problem of any rank, so that all ranks leave out the same contenders."""
     if world.size == 1:
         return problem
     problems: list[str] = [""] * world.size
@@ -142,7 +136,7 @@ def agreed(problem: str, world: World) -> str:
 
 
 def wrong(name: str, build: moe_peers.Builder, spec: Spec, world: World) -> str:
-    """What keeps a contender from the reference's output and token gradient on a small layer."""
+    """Return why a contender's output or token gradient is wrong on a small layer; or nothing."""
     # FairScale draws the second expert at random: of two experts it is always the other.
     experts = 2 if name == "fairscale" else 4
     small = Spec(128 * world.size, 64, experts, spec.top_k, spec.dtype, experts)
@@ -169,7 +163,7 @@ def wrong(name: str, build: moe_peers.Builder, spec: Spec, world: World) -> str:
 
 
 class Cell:
-    """The contenders of one cell, built, checked and called once."""
+    """The contenders of a cell, built, checked and called once."""
 
     def __init__(self, spec: Spec, world: World) -> None:
         self.spec, self.world = spec, world
@@ -195,7 +189,7 @@ class Cell:
         self.add("ours", Ours)
 
     def reason(self, name: str, build: moe_peers.Builder) -> str:
-        """Why a peer is left out before it is called, if it is."""
+        """Return why a peer is left out before its first call; or nothing."""
         if name == "fairscale":
             need = moe_peers.FairScale.memory(self.spec, self.world.size)
             if need > memory() / 2:
@@ -203,7 +197,7 @@ class Cell:
         return wrong(name, build, self.spec, self.world)
 
     def add(self, name: str, build: moe_peers.Builder) -> None:
-        """Build a contender and call it for the first time; leave it out if that takes too long."""
+        """Build a contender and call it once; leave it out if that takes too long."""
         layer = build(self.spec, self.weights, self.world)
         run = partial(forward_backward, layer, self.x, self.grad)
         taken = min(timed(run) for _ in range(3 if torch.cuda.is_available() else 1))
@@ -242,14 +236,14 @@ class Cell:
 
 
 def memory() -> int:
-    """Bytes that this machine or GPU has."""
+    """Return the bytes of memory of this machine or GPU."""
     if torch.cuda.is_available():
         return int(torch.cuda.mem_get_info()[1])
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def verdict(cell: dict[str, object]) -> str:
-    """Whether the bar is met and every peer is slower; the shortfalls in capitals."""
+    """Return whether the bar is met and every peer is slower, with shortfalls in capitals."""
     peers, bar, ratio = cell["peers"], cell["bar"], cell["ratio_to_dense"]
     assert isinstance(peers, dict)
     assert isinstance(ratio, float)
@@ -263,10 +257,10 @@ def verdict(cell: dict[str, object]) -> str:
 
 
 def traffic(processes: int) -> list[dict[str, object]]:
-    """Bytes a token that dispatch and combine move in bf16, counted from the shapes.
+    """Count the bytes a token that dispatch and combine move in bf16, from the shapes.
 
     At least: encode reads a row and writes k, decode reads k and writes one, 8·D bytes for top-1,
-    forward and backward alike. Ours has k rows a token whatever the capacity, reads a token once
+    forward and backward alike. Ours has k rows a token for any capacity, reads a token once
     per choice; backward also reads the k expert outputs, for the gate's gradient. The all-to-all
     carries the kept rows four times (8·D·k·(W-1)/W), on a CPU no others.
     """
@@ -292,10 +286,10 @@ def traffic(processes: int) -> list[dict[str, object]]:
 
 
 def measure_all(options: argparse.Namespace, world: World) -> list[dict[str, object]]:
-    """Every cell of this number of processes; rank 0 prints as it goes."""
+    """Measure every cell of this number of processes; rank 0 prints each."""
     cells = []
     for spec in grid(options, world.size):
-        # Two rounds fewer where no bar is at stake.
+        # Two rounds fewer without a bar.
         rounds = options.rounds if bar_of(spec, world) else max(2, options.rounds - 2)
         harness.release_memory()
         cell = Cell(spec, world).measure(rounds)
@@ -310,7 +304,7 @@ def columns(cell: dict[str, object]) -> list[str]:
 
 
 def work(options: argparse.Namespace) -> NoReturn:
-    """One of several processes."""
+    """Measure as one of several processes."""
     world = distributed.init(expert_parallel_size=ranks.environment_rank()[2])
     harness.hand_over(options.worker, measure_all(options, world), world)
 
@@ -340,7 +334,6 @@ def main() -> None:
     parser = harness.arguments(__doc__ or "")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--full", action="store_true", help="every cell")
-    parser.add_argument("--only", default="", help="only cells whose name has this")
     parser.add_argument("--processes", type=partial(str.split, sep=","), default=["1", "2"])
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()

@@ -1,4 +1,4 @@
-"""How others compute a Mixture-of-Experts feed-forward layer, each with the same weights.
+"""Peers that compute a Mixture-of-Experts feed-forward layer, all with the same weights.
 
 Every peer is called as its users would at best, without noise and without random dropping where it
 can be had. A peer maps tokens [T, D] to the output [T, D] and the balance loss.
@@ -37,7 +37,7 @@ class Spec(NamedTuple):
 
 
 class Weights(NamedTuple):
-    """router [E, D], fc1 [E, H, D], bias1 [E, H], fc2 [E, D, H], bias2 [E, D]."""
+    """The weights: router [E, D], fc1 [E, H, D], bias1 [E, H], fc2 [E, D, H], bias2 [E, D]."""
 
     router: Tensor
     fc1: Tensor
@@ -46,7 +46,7 @@ class Weights(NamedTuple):
     bias2: Tensor
 
     def local(self, world: World) -> Weights:
-        """The experts of this rank; the router is everybody's."""
+        """Return the weights of this rank: its experts, and the router."""
         rank, size = world.expert.rank, world.expert.size
         return Weights(self.router, *(t.chunk(size)[rank] for t in self[1:]))
 
@@ -55,7 +55,7 @@ Builder = Callable[[Spec, Weights, World], nn.Module]
 
 
 def random_weights(spec: Spec, device: torch.device, std: float = 0.02) -> Weights:
-    """Normal weights and biases in the dtype of the cell, the same on every rank."""
+    """Return normal weights and biases in the cell's dtype, the same on every rank."""
     E, D, H = spec.experts, spec.dim, spec.hidden
     generator = torch.Generator(device).manual_seed(0)
     shapes = ((E, D), (E, H, D), (E, H), (E, D, H), (E, D))
@@ -84,7 +84,7 @@ def _copy(parameters: tuple[Tensor, ...], values: tuple[Tensor, ...]) -> None:
 
 
 def choose(x: Tensor, router: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Softmax gate in fp32: expert [T, k], gate [T, k] (for k > 1 of sum 1), GShard's loss."""
+    """Return expert [T, k], softmax gate [T, k] in fp32 (sum 1 if k > 1), and GShard's loss."""
     scores = F.linear(x.float(), router.float()).softmax(1)
     gate, expert = scores.topk(top_k, dim=1)
     if top_k > 1:
@@ -94,7 +94,7 @@ def choose(x: Tensor, router: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tenso
 
 
 def reference(x: Tensor, weights: Weights, top_k: int) -> Tensor:
-    """Every expert for every token, in fp32, weighted by the gate; nothing is dropped."""
+    """Compute every expert for every token in fp32, weighted by the gate; nothing is dropped."""
     expert, gate, _ = choose(x, weights.router, top_k)
     x = x.float()
     output = torch.zeros_like(x)
@@ -106,7 +106,7 @@ def reference(x: Tensor, weights: Weights, top_k: int) -> Tensor:
 
 
 class SortLoop(nn.Module):
-    """Tokens sorted by expert, one feed-forward after the other, rows added back; dropless."""
+    """A loop over experts with the tokens sorted by expert; nothing is dropped."""
 
     def __init__(self, spec: Spec, weights: Weights) -> None:
         super().__init__()
@@ -118,7 +118,7 @@ class SortLoop(nn.Module):
         self.experts = expert_modules(weights)
 
     def apply_experts(self, rows: Tensor, expert: Tensor, counts: Tensor) -> Tensor:
-        """Rows [T·k, D], sorted by their expert [T·k], to the same."""
+        """Compute rows [T·k, D], which are sorted by their expert [T·k]."""
         parts = rows.split(counts.tolist())
         return torch.cat([run(part) for run, part in zip(self.experts, parts, strict=True)])
 
@@ -133,7 +133,7 @@ class SortLoop(nn.Module):
 
 
 class GroupedMM(SortLoop):
-    """The same around ``torch.nn.functional.grouped_mm``, which has no bias: it is added by row."""
+    """The same with ``torch.nn.functional.grouped_mm``, which has no bias: it is added by row."""
 
     def build_experts(self, weights: Weights) -> None:
         self.fc1, self.bias1, self.fc2, self.bias2 = (nn.Parameter(t.clone()) for t in weights[1:])
@@ -155,7 +155,7 @@ class DeepSpeed(nn.Module):
 
         super().__init__()
         logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-        # Building its own ops takes a compiler and seconds, and the layer uses none.
+        # Its own ops take a compiler and seconds to build, and the layer uses none.
         deepspeed.ops.__compatible_ops__ = {}
         deepspeed.init_distributed(dist_init_required=False, verbose=False)
         self.layer = MoE(
@@ -183,7 +183,7 @@ class DeepSpeed(nn.Module):
 class FairScale(nn.Module):
     """``fairscale.nn.moe.MOELayer``: GShard's one-hot products, top-2 only, capacity 2·T/E.
 
-    Its mask is fp32 whatever the tokens are, so that bf16 runs under autocast. The second expert is
+    Its mask is fp32 for tokens of any dtype, so bf16 runs under autocast. The second expert is
     drawn with noise, which cannot be turned off.
     """
 
@@ -203,7 +203,7 @@ class FairScale(nn.Module):
 
     @staticmethod
     def memory(spec: Spec, processes: int) -> int:
-        """Bytes of the fp32 [T, E, C] tensors, about five, that live at once in all processes."""
+        """Return the bytes of about five fp32 [T, E, C] tensors at once, over all processes."""
         tokens = spec.tokens // processes
         return processes * 5 * 4 * tokens * 2 * tokens
 
@@ -249,7 +249,7 @@ class Tutel(nn.Module):
 
 
 def peers(spec: Spec, processes: int) -> dict[str, Builder]:
-    """Those that have this cell: the loops know no other process, FairScale only top-2."""
+    """Return the peers of a cell: the loops run on one process, FairScale only with top-2."""
     found: dict[str, Builder] = {"tutel": Tutel, "deepspeed": DeepSpeed}
     if processes == 1:
         found["sort + loop"] = lambda spec, weights, _: SortLoop(spec, weights)

@@ -1,4 +1,4 @@
-"""Routing: the compiled op against the PyTorch reference and Tutel.
+"""Routing: the compiled op compared with the PyTorch reference and Tutel.
 
 Each row times forward and backward, from logits to row maps and back to the gradient of the
 logits, with noise, batch-prioritised queues, the load estimate, and normalised gates for k = 2.
@@ -30,7 +30,7 @@ Contender = Callable[[Tensor, Tensor, RouteOptions], Tensor]
 
 
 def total(route: Route) -> Tensor:
-    """A scalar that every gradient flows from."""
+    """Return a scalar from which every gradient flows."""
     return route.gate.sum() + route.sums.square().sum() + route.scalars[0]
 
 
@@ -43,7 +43,7 @@ def reference(logits: Tensor, noise: Tensor, options: RouteOptions) -> Tensor:
 
 
 def tutel() -> Contender | None:
-    """Tutel's routing, where Tutel is installed."""
+    """Return Tutel's routing, if Tutel is installed."""
     try:
         from tutel.impls.fast_dispatch import extract_critical
         from tutel.impls.losses import gshard_loss
@@ -77,7 +77,7 @@ def name_of(tokens: int, experts: int, top_k: int) -> str:
 def measure(
     tokens: int, experts: int, top_k: int, options: argparse.Namespace
 ) -> dict[str, object]:
-    """The cell of one shape."""
+    """Measure the cell of a shape."""
     device = harness.device()
     torch.manual_seed(0)
     logits = torch.randn(tokens, experts, device=device)

@@ -1,4 +1,4 @@
-"""JPEGs that cost what photographs cost: generated, since none can be bundled."""
+"""Generates JPEGs that are as costly to decode as photographs; none can be bundled."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from PIL import Image
 
 
 def photo(seed: int, width: int = 500, height: int = 375) -> Image.Image:
-    """Colours with the spectrum of a photograph: noise of each scale, less of the finer ones."""
+    """Return colours with a photograph's spectrum: noise of each scale, less of finer ones."""
     rng = np.random.default_rng(seed)
     pixels = np.zeros((height, width, 3), np.float32)
     for octave in range(2, 9):
@@ -23,7 +23,7 @@ def photo(seed: int, width: int = 500, height: int = 375) -> Image.Image:
 
 
 def jpeg(seed: int, width: int = 500, height: int = 375, quality: int = 94) -> bytes:
-    """Such an image as a JPEG with chroma at half resolution; ~50 kB at the default size."""
+    """Return a :func:`photo` as a JPEG with half the chroma resolution; ~50 kB by default."""
     buffer = io.BytesIO()
     photo(seed, width, height).save(buffer, "JPEG", quality=quality)
     return buffer.getvalue()

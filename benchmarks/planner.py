@@ -1,4 +1,4 @@
-"""The planner's memory against the allocator's own account of real training steps.
+"""The planner's memory compared with the allocator's statistics of real training steps.
 
 Each cell is a config that trains a few steps under DeepSpeed on one or two processes of its own
 (ZeRO-3 changes torch for good). The profiler's memory events give every allocation and release from
@@ -83,7 +83,7 @@ CELLS = {
     "MoE, EP 2, ZeRO 2, bf16": _cell(2, "bf16", moe=_MOE, processes=2, expert_parallel_size=2),
     "V2, ZeRO 1, 2 × 4 images": _cell(1, images=4, steps=2),
 }
-# Of one process each: with more, gloo's threads let go of tensors when they get to it.
+# One process each: with more, gloo's threads release tensors at arbitrary times.
 QUICK = ["V2, ZeRO 1, bf16", "V1, ZeRO 0, recomputed, 16 images", "MoE, ZeRO 2, bf16, recomputed"]
 
 
@@ -92,7 +92,7 @@ QUICK = ["V2, ZeRO 1, bf16", "V1, ZeRO 0, recomputed, 16 images", "MoE, ZeRO 2, 
 
 
 def measure(raw: dict[str, Any], processes: int) -> dict[str, float]:
-    """Bytes by kind of rank 0, in processes of their own.
+    """Return the bytes by kind of rank 0, measured in other processes.
 
     Of several processes the least of three trainings: gloo's threads let go of tensors where the
     profiler does not look, which can only add to the account.
@@ -105,7 +105,7 @@ def measure(raw: dict[str, Any], processes: int) -> dict[str, float]:
 
 
 def _forked(work: Callable[[int, str], Any], processes: int = 1) -> Any:
-    """What ``work(rank, folder)`` returns in rank 0 of as many forked processes.
+    """Return the result of ``work(rank, folder)`` in rank 0 of several forked processes.
 
     What takes seconds to import is there already; and autograd's threads, which no fork survives,
     are never made here.
@@ -123,7 +123,7 @@ def _fork(work: Callable[[int, str], Any], rank: int, folder: str) -> int:
     if child:
         return child
     code = 1
-    torch.set_num_threads(1)  # before autograd's threads, which would race for torch's pool
+    torch.set_num_threads(1)  # before autograd's threads start, which would race for torch's pool
     try:
         result = work(rank, folder)
         (Path(folder) / f"result-{rank}.json").write_text(json.dumps(result))
@@ -186,7 +186,7 @@ def _mark(name: str) -> None:
 
 
 def _wait_for_releases() -> None:
-    """Gloo's threads hold tensors a little longer, and the profiler does not see them let go."""
+    """Wait after each collective: gloo holds tensors, and the profiler misses their release."""
 
     def patient(collective: Any) -> Any:
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -204,7 +204,7 @@ def _wait_for_releases() -> None:
 
 
 def _account(profiler: Any) -> dict[str, tuple[int, int]]:
-    """Bytes at each mark, and the most until the next one."""
+    """Return the bytes at each mark, and the peak until the next one."""
     events: list[tuple[int, int, Any]] = []
     for event in profiler.profiler.kineto_results.events():
         if event.name() == "[memory]":
@@ -241,10 +241,10 @@ def _by_kind(account: dict[str, tuple[int, int]], steps: int) -> dict[str, float
 
 
 def predict(raw: dict[str, Any], processes: int) -> dict[str, float]:
-    """The same kinds by the planner, for processes of this machine."""
+    """Return the planner's bytes of the same kinds, for processes of this machine."""
     config = validate(raw)
     planner = Planner(config, Cluster("cpu", 1, processes), fused=True)
-    choice = planner.asked()
+    choice = planner.configured()
     sizes = spread(
         planner.groups(choice.expert_parallel_size), processes, choice.expert_parallel_size
     )
@@ -269,27 +269,20 @@ def predict(raw: dict[str, Any], processes: int) -> dict[str, float]:
 
 
 def compare(names: list[str]) -> list[dict[str, Any]]:
-    """Each cell's kinds, measured and predicted, and the greatest deviation."""
+    """Return the cells: bytes by kind, measured and predicted, and the relative errors."""
     cells = []
     for name in names:
         raw, processes = CELLS[name]
         measured = measure(raw, processes)
         predicted = _forked(lambda rank, folder: predict(*CELLS[name]))  # noqa: B023
         off = {kind: predicted[kind] / measured[kind] - 1 for kind in measured}
-        cells.append(
-            {
-                "name": name,
-                "unit": "bytes",
-                "measured": measured,
-                "predicted": predicted,
-                "off": off,
-            }
-        )
-        told = ", ".join(
+        cell = harness.figure(name, "bytes", predicted["peak"], mode="peak", off=off)
+        cells.append({**cell, "measured": measured, "predicted": predicted})
+        line = ", ".join(
             f"{k} {measured[k] / 2**20:.1f} / {predicted[k] / 2**20:.1f} ({100 * off[k]:+.1f} %)"
             for k in measured
         )
-        print(f"{name}: {told}", flush=True)
+        print(f"{name}: {line}", flush=True)
     return cells
 
 

@@ -1,12 +1,12 @@
-"""Weak scaling from one process to two: the same work for each, and where an update's time goes.
+"""Weak scaling from one process to two: the same work for each, and the parts of an update's time.
 
     python -m benchmarks.scaling --json benchmarks/results/scaling.json
 
 Efficiency is the throughput of two processes over twice that of one, which is the ratio of their
-times. What two processes lose that know nothing of one another is the machine's (caches, memory,
-clocks): "apart" measures it, and efficiency over apart is what communication costs. Processes are
-started once, and take turns; those whose turn it is not sleep. Batches are made of random numbers
-beforehand: loading has a benchmark of its own.
+times. Two independent processes also slow one another down, by the machine (caches, memory,
+clocks): "apart" measures that, and efficiency over apart is the cost of communication. Processes
+start once and take turns; the others sleep meanwhile. Batches are random numbers, made
+beforehand: benchmarks.loader measures loading.
 """
 
 from __future__ import annotations
@@ -47,13 +47,13 @@ def cells(quick: bool) -> list[tuple[str, int]]:
 
 
 # ------------------------------------------------------------------------------------------------
-# One process
+# The measured processes
 
 
 def work(name: str, port: int, quick: bool) -> None:
-    """Build each cell and do what the one who takes the time says."""
+    """Build each cell, and run it when the measuring process asks."""
     torch.set_flush_denormal(True)
-    told = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=PATIENCE)
+    store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=PATIENCE)
     distributed.init()
     from swin_moe.models import build
     from swin_moe.training.engine import (
@@ -86,14 +86,14 @@ def work(name: str, port: int, quick: bool) -> None:
 
         for _ in range(WARM_UP):
             update()
-        told.set(f"ready/{name}/{kind}/{stage}/{world.rank}", "")
+        store.set(f"ready/{name}/{kind}/{stage}/{world.rank}", "")
         while True:
-            order = told.get(f"go/{name}/{turn}").decode()
+            order = store.get(f"go/{name}/{turn}").decode()
             if order == "next":
                 turn += 1
                 break
-            said = traced(update) if order == "trace" else timed(update, int(order))
-            told.set(f"done/{name}/{turn}/{world.rank}", json.dumps(said))
+            answer = traced(update) if order == "trace" else timed(update, int(order))
+            store.set(f"done/{name}/{turn}/{world.rank}", json.dumps(answer))
             turn += 1
         engine.close()
     distributed.shutdown()
@@ -101,7 +101,7 @@ def work(name: str, port: int, quick: bool) -> None:
 
 
 def timed(update: Any, count: int) -> float:
-    """Milliseconds of an update."""
+    """Return the milliseconds of an update."""
     began = time.perf_counter()
     for _ in range(count):
         update()
@@ -109,7 +109,7 @@ def timed(update: Any, count: int) -> float:
 
 
 def traced(update: Any) -> dict[str, float]:
-    """How an update's time splits, of five under the profiler."""
+    """Return the parts of an update's time, from five updates under the profiler."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "trace.json.gz"
         with silenced(), profile(activities=[ProfilerActivity.CPU]) as profiler:
@@ -120,11 +120,11 @@ def traced(update: Any) -> dict[str, float]:
 
 
 # ------------------------------------------------------------------------------------------------
-# The one who takes the time
+# The measuring process
 
 
 class Crew:
-    """The workers, and what they are told."""
+    """The workers, and the store by which they receive orders."""
 
     def __init__(self, quick: bool) -> None:
         self.store = dist.TCPStore("127.0.0.1", 0, is_master=True, timeout=PATIENCE,
@@ -153,16 +153,16 @@ class Crew:
                     raise SystemExit("a worker failed; its error is above")
                 time.sleep(0.1)
 
-    def tell(self, names: list[str], order: str) -> list[Any]:
-        """Let some workers do something at a time; what each of their processes says."""
+    def order(self, names: list[str], order: str) -> list[Any]:
+        """Let some workers run at the same time, and return the answers of their processes."""
         for name in names:
             self.store.set(f"go/{name}/{self.turns[name]}", order)
-        said = []
+        answers = []
         for name in names:
             for rank in range(WORKERS[name] if order != "next" else 0):
-                said.append(json.loads(self.store.get(f"done/{name}/{self.turns[name]}/{rank}")))
+                answers.append(json.loads(self.store.get(f"done/{name}/{self.turns[name]}/{rank}")))
             self.turns[name] += 1
-        return said
+        return answers
 
 
 def measure(crew: Crew, kind: str, stage: int, rounds: int, updates: int) -> dict[str, object]:
@@ -170,12 +170,12 @@ def measure(crew: Crew, kind: str, stage: int, rounds: int, updates: int) -> dic
     times: dict[str, list[float]] = {turn: [] for turn in TURNS}
     for _ in range(rounds):
         for turn, names in TURNS.items():
-            times[turn].append(statistics.fmean(crew.tell(names, str(updates))))
+            times[turn].append(statistics.fmean(crew.order(names, str(updates))))
     splits = {}
     for name in ("one", "two"):
-        said = crew.tell([name], "trace")
-        splits[name] = {k: round(statistics.fmean(one[k] for one in said), 2) for k in KINDS}
-    crew.tell(list(WORKERS), "next")
+        answers = crew.order([name], "trace")
+        splits[name] = {k: round(statistics.fmean(one[k] for one in answers), 2) for k in KINDS}
+    crew.order(list(WORKERS), "next")
     one, apart, two = (statistics.median(times[turn]) for turn in TURNS)
     return harness.cell(
         f"{kind}, ZeRO {stage}", torch.float32, "update",

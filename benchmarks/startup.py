@@ -1,8 +1,8 @@
-"""How long the program takes to start: wall and CPU seconds of each command.
+"""Wall and CPU seconds that each command takes to start.
 
 ``python -m benchmarks.startup [--quick] [--json PATH]``
 
-Every round runs all commands once, each as a fresh process; figures are medians, and ratios are to
+Every round runs all commands once, each as a new process; figures are medians, and ratios are to
 ``python -c "import torch"`` of the same rounds. ``train`` counts until its header is printed.
 """
 
@@ -32,12 +32,12 @@ Figure = tuple[float, float]  # wall and CPU seconds
 
 
 def environment() -> dict[str, str]:
-    """As a shell without a terminal has it."""
+    """Return the environment of a shell without a terminal."""
     return {**os.environ, "PYTHONPATH": str(ROOT), "TERM": "dumb"}
 
 
 def whole(command: list[str]) -> Figure:
-    """A command from its start to its end.
+    """Time a command from its start to its end.
 
     Raises:
         SystemExit: it failed.
@@ -54,7 +54,7 @@ def whole(command: list[str]) -> Figure:
 
 
 def to_header(command: list[str]) -> Figure:
-    """A training from its start to its header; then all of it is killed.
+    """Time a training from its start to its header, and kill it then.
 
     Raises:
         SystemExit: it ended before.
@@ -80,10 +80,10 @@ def to_header(command: list[str]) -> Figure:
 
 
 def contenders(folder: Path) -> dict[str, Callable[[], Figure]]:
-    """What is timed, by name.
+    """Return the commands to time, by name.
 
     Args:
-        folder: for what the commands write.
+        folder: for the files of the commands.
     """
     python = [sys.executable]
     program = [*python, "-m", "swin_moe"]

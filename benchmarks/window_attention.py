@@ -1,4 +1,4 @@
-"""Shifted-window attention: our op against how others compute it, from qkv map to output map.
+"""Shifted-window attention: our op compared with its peers, from qkv map to output map.
 
 Stages 1 to 4 of Swin V2 Tiny at 256 px, windows 8 and 16, batch 8, shifted where the window leaves
 room. Contenders run in turn in one process under one allocator, with denormals flushed; figures are
@@ -42,7 +42,7 @@ def ours(inputs: Inputs) -> Tensor:
 
 
 def make_inputs(stage: int, window: int, dtype: torch.dtype, batch: int) -> Inputs:
-    """Random tensors of a stage, the first of which is 0; logits as at the start of training."""
+    """Return random tensors of a stage (from 0); the logits are as at the start of training."""
     device = harness.device()
     side, heads = SIDE >> stage, 3 << stage
     window = min(window, side)
@@ -57,7 +57,7 @@ def make_inputs(stage: int, window: int, dtype: torch.dtype, batch: int) -> Inpu
 
 
 def contenders(backward: bool, wanted: list[str]) -> dict[str, Contender]:
-    """Compile the wanted peers again: otherwise dynamo would turn to dynamic shapes."""
+    """Compile the wanted peers again: otherwise dynamo switches to dynamic shapes."""
     found: dict[str, Contender] = {
         "timm": attention_peers.timm_attention,
         "sdpa": attention_peers.sdpa_attention,
@@ -83,7 +83,7 @@ def forward_backward(contender: Contender, inputs: Inputs, grad: Tensor) -> tupl
 def runs(
     inputs: Inputs, backward: bool, wanted: list[str]
 ) -> tuple[dict[str, Callable[[], object]], dict[str, str]]:
-    """The contenders that compute the right output, ready to be timed, and why others are not."""
+    """Return the contenders with the right output, and why others are left out."""
     expected = forward(ours, inputs).float()
     if backward:
         for leaf in (inputs.qkv, inputs.bias, inputs.scale):
@@ -110,12 +110,12 @@ def runs(
             result[name] = partial(forward, contender, inputs)
     wrong = [name for name, why in left_out.items() if why.startswith("differs")]
     if "ours" in wrong or (wrong and len(result) == 1):
-        raise RuntimeError(f"our output is not finite, or nobody else's: {left_out}")
+        raise RuntimeError(f"our output is not finite, or that of every peer: {left_out}")
     return result, left_out
 
 
 def floor(inputs: Inputs, backward: bool, flops_rate: float, bytes_rate: float) -> float:
-    """Milliseconds below which no implementation gets that recomputes the probabilities."""
+    """Return the least milliseconds of an implementation that recomputes the probabilities."""
     B, H, W, _, heads, d = inputs.qkv.shape
     tokens, N = B * H * W, inputs.window_size**2
     products = 7 if backward else 2
@@ -133,7 +133,7 @@ def measure(
     options: argparse.Namespace,
     best: Ceilings,
 ) -> dict[str, object]:
-    """The cell of one stage, window, dtype and direction."""
+    """Measure the cell of a stage, window, dtype and direction."""
     inputs = make_inputs(stage - 1, window, dtype, options.batch or BATCH)
     able, wrong = runs(inputs, backward, options.peers)
     times = kernels.contest(able, options.rounds)

@@ -1,18 +1,15 @@
-"""Accuracy of a model at windows larger than the one that it was trained with, without fine-tuning.
+"""Accuracy of a model at windows larger than that of its training, without fine-tuning.
 
 A small Swin V2 and a Swin V1 learn the bundled Fashion-MNIST at 32 pixels and window 4. Their
-weights then load at larger images and windows, as table 1 of https://arxiv.org/abs/2111.09883 does:
+weights then load at larger images and windows, as in table 1 of https://arxiv.org/abs/2111.09883:
 V2 by its log-spaced coordinates with the pretrained window (and, to compare, without it), V1 by
 bicubic bias tables.
 
-    python benchmarks/window_transfer.py [--json PATH] [--quick]
+    python -m benchmarks.window_transfer [--json PATH] [--quick]
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import platform
 import tempfile
 from pathlib import Path
 
@@ -20,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 
+from benchmarks import harness
 from swin_moe import build_model
 from swin_moe.config import Architecture, AugmentConfig, DataConfig, ModelConfig, MoEConfig
 from swin_moe.data import Loader, build_loader
@@ -32,9 +29,11 @@ from swin_moe.weights.files import write
 
 SHAPE = {"patch_size": 4, "in_chans": 1, "num_classes": 10, "embed_dim": 32, "depths": [2, 2],
          "num_heads": [2, 4], "mlp_ratio": 2.0, "drop_path_rate": 0.0}  # fmt: skip
+OWN = "swinv2, own coordinates"
+PEERS = (OWN, "swin")
 TRAINED = (32, 4)
 TARGETS = [(32, 4), (40, 5), (48, 6), (64, 8), (96, 12), (128, 16)]  # pixels, window
-# Crops of other scales, as in the ImageNet recipes: they teach a network to stand larger images.
+# Crops of several scales, as in the ImageNet recipes: the model learns to accept larger images.
 CROPS = AugmentConfig(scale=[0.2, 1.0], ratio=[1.0, 1.0], color_jitter=0.0, auto_augment="",
                       random_erase=0.0, eval_crop=1.0)  # fmt: skip
 
@@ -49,7 +48,7 @@ def loader(pixels: int, training: bool) -> Loader:
 
 
 def train(family: str, steps: int) -> SwinTransformer:
-    """A model trained with AdamW and a one-cycle schedule at the small window."""
+    """Train a model at the small window, with AdamW and a one-cycle schedule."""
     torch.manual_seed(0)
     torch.set_flush_denormal(True)
     pixels, window = TRAINED
@@ -73,7 +72,7 @@ def train(family: str, steps: int) -> SwinTransformer:
 
 @torch.no_grad()
 def accuracy(model: SwinTransformer, images: int, pixels: int) -> float:
-    """Top-1 in percent on the first ``images`` held-out ones."""
+    """Return the top-1 accuracy in percent on the first ``images`` held-out images."""
     right = seen = 0
     batches = loader(pixels, training=False)
     for batch in batches.epoch(0):
@@ -86,10 +85,10 @@ def accuracy(model: SwinTransformer, images: int, pixels: int) -> float:
 
 
 def transferred(weights: Path, family: str, pixels: int, window: int, own: bool) -> SwinTransformer:
-    """The trained weights in a model for other images and windows.
+    """Load the trained weights into a model for other images and windows.
 
     Args:
-        own: V2 only: scale the coordinates to the new window, as if it had been trained with it.
+        own: V2 only: scale the coordinates to the new window, as if it were that of the training.
     """
     sizes = {"pretrained_window_sizes": [0, 0]} if own else {}
     return build_model(
@@ -98,9 +97,10 @@ def transferred(weights: Path, family: str, pixels: int, window: int, own: bool)
 
 
 def measure(steps: int, images: int, targets: list[tuple[int, int]]) -> list[dict[str, object]]:
-    """One cell per target: accuracy of V2, of V2 without the pretrained window, of V1."""
-    cells: list[dict[str, object]] = [
-        {"name": f"{pixels} px, window {window}", "unit": "% top-1"} for pixels, window in targets
+    """Return a cell per target: V2, and as peers V2 without the pretrained window, and V1."""
+    cells = [
+        harness.figure(f"{pixels} px, window {window}", "% top-1", None, mode="evaluation")
+        for pixels, window in targets
     ]
     for family in ("swinv2", "swin"):
         model = train(family, steps)
@@ -109,31 +109,28 @@ def measure(steps: int, images: int, targets: list[tuple[int, int]]) -> list[dic
             config = Architecture(model=model.config)
             write(weights, dict(model.named_parameters()), config)
             for cell, (pixels, window) in zip(cells, targets, strict=True):
+                peers = cell["peers"]
+                assert isinstance(peers, dict)
                 moved = transferred(weights, family, pixels, window, own=False)
-                cell[family] = accuracy(moved, images, pixels)
                 if family == "swinv2":
+                    cell["ours"] = accuracy(moved, images, pixels)
                     moved = transferred(weights, family, pixels, window, own=True)
-                    cell["swinv2, own coordinates"] = accuracy(moved, images, pixels)
+                    peers[OWN] = accuracy(moved, images, pixels)
+                else:
+                    peers["swin"] = accuracy(moved, images, pixels)
     return cells
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--quick", action="store_true", help="a shorter training, fewer targets")
-    arguments = parser.parse_args()
-    cells = measure(200, 500, TARGETS[::3]) if arguments.quick else measure(3000, 2000, TARGETS)
-    kinds = ["swinv2", "swinv2, own coordinates", "swin"]
-    table = Table(title=f"trained at {TRAINED[0]} px, window {TRAINED[1]}; top-1 in %")
-    for column in ("evaluated at", *kinds):
-        table.add_column(column, justify="right")
-    for cell in cells:
-        table.add_row(str(cell["name"]), *(f"{cell[kind]:.1f}" for kind in kinds))
-    Console().print(table)
-    if arguments.json:
-        versions = {"torch": torch.__version__}
-        content = {"versions": versions, "machine": {"cpu": platform.machine()}, "cells": cells}
-        arguments.json.write_text(json.dumps(content, indent=1) + "\n")
+    options = harness.arguments(__doc__ or "").parse_args()
+    cells = measure(200, 500, TARGETS[::3]) if options.quick else measure(3000, 2000, TARGETS)
+    rows = [
+        [str(cell["name"]), f"{cell['ours']:.1f}", *(f"{cell['peers'][k]:.1f}" for k in PEERS)]  # type: ignore[index]
+        for cell in cells
+    ]
+    title = f"trained at {TRAINED[0]} px, window {TRAINED[1]}; top-1 in %"
+    harness.report(title, ["evaluated at", "swinv2", *PEERS], rows)
+    harness.write_json(options.json, cells)
 
 
 if __name__ == "__main__":

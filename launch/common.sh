@@ -1,10 +1,9 @@
-# Shared by the launchers: sourced, not run. Finds the interpreter, tunes the memory allocator and
-# reads the options.
-# shellcheck shell=bash disable=SC2034 # what is set here is used by the launchers
+# Sourced by the launchers. Finds the interpreter, tunes the memory allocator and reads the options.
+# shellcheck shell=bash disable=SC2034 # the launchers use the variables
 
-# This shell is replaced by the program. Until then it answers signals as the program does.
+# The program replaces this shell. Until then, the shell answers signals as the program does.
 stopped() {
-  printf 'swin-moe: error: told to stop before anything was started\n' >&2
+  printf 'swin-moe: error: stopped by a signal before anything was started\n' >&2
   exit "$1"
 }
 trap 'stopped 75' TERM USR1 HUP
@@ -26,14 +25,14 @@ else
   python=python3
 fi
 
-# On a CPU the first touch of fresh pages costs more than many ops: keep freed memory.
-# tcmalloc or jemalloc where LD_PRELOAD brings them already, else glibc told to hold on to it.
+# On a CPU the first touch of new pages costs more than many ops: let glibc keep freed memory, unless
+# LD_PRELOAD brings tcmalloc or jemalloc.
 if [[ ${LD_PRELOAD:-} != *malloc* ]]; then
   export MALLOC_MMAP_MAX_=${MALLOC_MMAP_MAX_:-0}
   export MALLOC_TRIM_THRESHOLD_=${MALLOC_TRIM_THRESHOLD_:-16000000000}
   export MALLOC_TOP_PAD_=${MALLOC_TOP_PAD_:-67108864}
 fi
-# What torch's sockets have to say about a lost peer, our launcher and processes tell in a line.
+# The launcher and the processes report a lost peer in one line; torch's sockets need not.
 export TORCH_CPP_LOG_LEVEL=${TORCH_CPP_LOG_LEVEL:-ERROR}
 # A clone need not be installed.
 [[ ! -d $root/swin_moe ]] || export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
@@ -43,8 +42,8 @@ die() {
   exit 2
 }
 
-# options "NAME ..." "$@": the options before CONFIG. --NAME VALUE sets $NAME (with _ for -), and
-# these everywhere: --dry-run, --doctor, --help. CONFIG and what follows it go to $rest.
+# options "NAME ..." "$@": reads the options before CONFIG. --NAME VALUE sets $NAME (with _ for -).
+# Every launcher has --dry-run, --doctor and --help. CONFIG and the words after it go to $rest.
 dry_run=0 action=train rest=()
 options() {
   local known=" $1 " name
@@ -52,7 +51,7 @@ options() {
   while [[ $# -gt 0 ]]; do
     case $1 in
       --dry-run) dry_run=1; shift ;;
-      --doctor) action=doctor; shift ;; # check the machines on the same road, instead of training
+      --doctor) action=doctor; shift ;; # check the machines instead of training
       -h | --help)
         sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"
         exit 0
@@ -72,20 +71,20 @@ options() {
   rest=("$@")
 }
 
-# whole_number --OPTION VALUE [LEAST]
+# whole_number --OPTION VALUE [LEAST]: dies unless VALUE is a whole number from LEAST (0) on.
 whole_number() {
   [[ $2 =~ ^[0-9]{1,6}$ && $2 -ge ${3:-0} ]] ||
     die "$1 '$2': expected a whole number from ${3:-0} on"
 }
 
-# GPUs of this machine, as the driver counts them, and at most those of CUDA_VISIBLE_DEVICES.
+# count_gpus: prints the number of this machine's GPUs, at most those of CUDA_VISIBLE_DEVICES.
 count_gpus() {
   local gpus visible=() valid=0 entry
   command -v nvidia-smi >/dev/null || { echo 0; return; }
   gpus=$(timeout 60 nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU' || true)
   if [[ -n ${CUDA_VISIBLE_DEVICES+set} ]]; then
     IFS=, read -r -a visible <<<"$CUDA_VISIBLE_DEVICES"
-    for entry in "${visible[@]}"; do # CUDA stops at the first that is none
+    for entry in "${visible[@]}"; do # CUDA stops at the first invalid entry
       [[ -n $entry && $entry != -1 && $entry != NoDevFiles ]] || break
       valid=$((valid + 1))
     done
@@ -94,15 +93,15 @@ count_gpus() {
   echo "$gpus"
 }
 
-# Cores for each of $1 processes of this machine, unless OMP_NUM_THREADS says how many.
+# share_cores N: sets OMP_NUM_THREADS, if unset, to the cores of each of N processes.
 share_cores() {
   local cores
   cores=$(nproc)
   export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores / $1 > 0 ? cores / $1 : 1))}
 }
 
-# read_hostfile FILE: its hosts go to $hosts and the sum of their slots to $slots. Names reach
-# shells on the other side: nothing but a plain line passes.
+# read_hostfile FILE: its hosts go to $hosts and the sum of their slots to $slots. Host names reach
+# remote shells, so only plain ones pass.
 hosts=() slots=0
 read_hostfile() {
   local line number=0
@@ -114,14 +113,14 @@ read_hostfile() {
     [[ $line =~ ^([A-Za-z0-9][A-Za-z0-9._-]*)[[:space:]]+slots=([1-9][0-9]{0,3})[[:space:]]*$ ]] ||
       die "$1:$number: expected 'HOST slots=GPUS', got '$line'"
     [[ " ${hosts[*]} " != *" ${BASH_REMATCH[1]} "* ]] ||
-      die "$1:$number: host ${BASH_REMATCH[1]} stands twice in this file"
+      die "$1:$number: host ${BASH_REMATCH[1]} is listed twice"
     hosts+=("${BASH_REMATCH[1]}")
     slots=$((slots + BASH_REMATCH[2]))
   done <"$1"
   [[ ${#hosts[@]} -gt 0 ]] || die "$1: no line 'HOST slots=GPUS' in this file"
 }
 
-# reach HOST ...: all of them let us in over ssh without a password, or an error names the others.
+# reach HOST ...: dies with the hosts that ssh cannot enter without a password.
 reach() {
   [[ $dry_run == 0 ]] || return 0
   local host index tries=() lost=()
@@ -145,7 +144,7 @@ split_master() {
     die "--master '$1': a port is from 1 to 65535"
 }
 
-# Replace this shell by the command, or print it, quoted, when --dry-run was given.
+# launch COMMAND ...: replaces this shell by the command, or prints it, quoted, with --dry-run.
 launch() {
   if [[ $dry_run == 1 ]]; then
     printf '%q ' "$@"

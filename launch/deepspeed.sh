@@ -5,7 +5,7 @@
 #                       CONFIG [key=value ...]
 #
 # Needs pdsh here, ssh without a password to every host, and this folder at the same path on all.
-# launch/deepspeed.env has the environment of the processes there.
+# launch/deepspeed.env has the environment of the remote processes.
 set -euo pipefail
 source "$(dirname -- "${BASH_SOURCE[0]}")/common.sh"
 
@@ -14,7 +14,7 @@ options "hostfile master" "$@"
 read_hostfile "$hostfile"
 split_master "${master:-${hosts[0]}}" 29500
 for argument in "${rest[@]}"; do
-  # DeepSpeed hands them to the remote shells unquoted.
+  # DeepSpeed hands the arguments to the remote shells unquoted.
   [[ $argument =~ ^[][A-Za-z0-9._/=,:@%+-]+$ ]] ||
     die "argument '$argument' would meet a shell on the other hosts: put it into the config file"
 done
@@ -22,7 +22,7 @@ done
 
 reach "${hosts[@]}"
 
-# What the processes on all hosts get, unless you have such a file of DeepSpeed's of your own.
+# The environment of the processes, unless the user has a .deepspeed_env.
 [[ -e .deepspeed_env || -e ~/.deepspeed_env ]] ||
   export DS_ENV_FILE=${DS_ENV_FILE:-$root/launch/deepspeed.env}
 launch "$python" -m deepspeed.launcher.runner --hostfile "$hostfile" \

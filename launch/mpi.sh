@@ -5,7 +5,7 @@
 #                 CONFIG [key=value ...]
 #
 # Needs mpirun and this folder at the same path on all hosts, and ssh without a password to them.
-# mpirun's own options come from its environment, such as OMPI_MCA_btl_tcp_if_include=eth0.
+# Set mpirun's own options by its environment, such as OMPI_MCA_btl_tcp_if_include=eth0.
 set -euo pipefail
 source "$(dirname -- "${BASH_SOURCE[0]}")/common.sh"
 
@@ -20,7 +20,7 @@ for host in "${hosts[@]}"; do
   [[ $host == localhost || $host == "$(hostname)" ]] || others+=("$host")
 done
 [[ ${#others[@]} == 0 ]] || reach "${others[@]}"
-[[ ${#others[@]} != 0 || -n $master ]] || master_host=127.0.0.1 # no other machine may reach it
+[[ ${#others[@]} != 0 || -n $master ]] || master_host=127.0.0.1 # closed to other machines
 
 export MASTER_ADDR=$master_host MASTER_PORT=$master_port OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 exports=()
@@ -28,8 +28,8 @@ for name in MASTER_ADDR MASTER_PORT OMP_NUM_THREADS PYTHONPATH \
   MALLOC_MMAP_MAX_ MALLOC_TRIM_THRESHOLD_ MALLOC_TOP_PAD_ CUDA_VISIBLE_DEVICES; do
   [[ -z ${!name+set} ]] || exports+=(-x "$name")
 done
-# mpirun gives rank 0 a terminal even where it has none itself, as in a log.
+# mpirun gives rank 0 a terminal even if mpirun's own output is a file.
 [[ -t 1 ]] || exports+=(-x TERM=dumb)
-# Without -q it would add a page of its own to what a process has told.
+# Without -q, mpirun adds a page to the error of a process.
 launch mpirun -q --hostfile "$hostfile" -n "$slots" --bind-to none "${exports[@]}" \
   "$python" -m swin_moe "$action" "${rest[@]}"

@@ -4,9 +4,9 @@
 #   launch/torchrun.sh --nodes N --master HOST[:PORT] [--processes GPUS] [--max-restarts N]
 #                      [--timeout SECONDS] [--doctor] [--dry-run] CONFIG [key=value ...]
 #
-# HOST is one of the nodes, by a name that all of them know; its launcher has to live on. With
-# --nodes MIN:MAX training begins with MIN nodes, takes in others up to MAX when they come, and
-# goes on without those that are lost.
+# HOST is one of the nodes, by a name that all of them resolve; its launcher must not end before the
+# others. With --nodes MIN:MAX training begins with MIN nodes, takes in others up to MAX when they
+# come, and goes on without those that are lost.
 set -euo pipefail
 source "$(dirname -- "${BASH_SOURCE[0]}")/common.sh"
 

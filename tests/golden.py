@@ -1,4 +1,4 @@
-"""Read the golden fixtures: inputs, weights and outputs of the official implementations."""
+"""Reads the golden fixtures: inputs, weights and outputs of the official implementations."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MEASURED: dict[str, list[tuple[str, float, float]]] = {}  # fixture -> (tensor, 
 
 
 class Golden:
-    """One fixture folder; ``check`` holds a tensor against the stored one within its atol."""
+    """A fixture folder; ``check`` compares a tensor with the stored one within its atol."""
 
     def __init__(self, name: str) -> None:
         self.config: dict[str, Any] = json.loads((ROOT / name / "config.json").read_text())

@@ -1,4 +1,4 @@
-"""Grids of cases: a few always, a sample that changes with the day, all of them in ``test-all``."""
+"""Grids of cases: a few always, a daily sample of the others, all of them in ``test-all``."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 
 LONG = pytest.mark.long
-DAY = "SWIN_MOE_TESTS_DAY"  # environment variable: the day whose sample is taken
+DAY = "SWIN_MOE_TESTS_DAY"  # environment variable: the day of the sample
 
 
 def choose_day() -> None:
-    """Settle the day for all processes of the session: midnight may come between them."""
+    """Set the day for all processes of the session: midnight may come between their starts."""
     os.environ.setdefault(DAY, datetime.datetime.now(datetime.timezone.utc).date().isoformat())
 
 
@@ -26,11 +26,11 @@ def day() -> str:
 
 
 def sampled(name: str, cases: Iterable[Any], count: int, always: Sequence[Any] = ()) -> list[Any]:
-    """Parameters for ``pytest.mark.parametrize``; those that are not taken today are ``long``.
+    """Return parameters for ``pytest.mark.parametrize``; those not in the sample are ``long``.
 
     Args:
-        name: of the grid, so that each has a sample of its own.
-        count: cases that are taken in addition to ``always``.
+        name: of the grid; each has its own sample.
+        count: cases of the sample, in addition to ``always``.
     """
     cases = list(cases)
     others = [case for case in cases if case not in always]

@@ -1,6 +1,6 @@
-"""Run the program and workers in processes of their own, as a launcher would.
+"""Runs the program and workers in other processes, as a launcher does.
 
-They are forked from a server that has imported everything, once a session (``tests/server.py``).
+They are forked from the session's server, which has imported everything (``tests/server.py``).
 ``fresh=True`` starts a real interpreter instead.
 """
 
@@ -21,7 +21,7 @@ from tests import server
 PATIENCE = 240.0  # seconds that a wait may take on a busy machine; a hang takes longer
 ROOT = Path(__file__).parent.parent
 MICRO = ROOT / "configs/fashion_mnist/swin_moe_micro.yaml"
-# A model and schedule small enough for a test; the data and the road are the real ones.
+# A model and a schedule small enough for a test.
 SMALL = [
     "model.embed_dim=16", "model.depths=[1, 2]", "model.num_heads=[1, 2]",
     "moe.blocks=[[], [1]]", "moe.num_experts=4", "data.num_workers=0", "data.batch_size=50",
@@ -42,11 +42,11 @@ def environment(**extra: str) -> dict[str, str]:
 
 
 class Running:
-    """A program that was started, and what it prints."""
+    """A running program and its output."""
 
     def __init__(self, words: list[str], env: dict[str, str], fresh: bool, folder: Path) -> None:
         self.words = words
-        # Files, for a pipe that nobody reads would stop the program.
+        # Files: a full pipe that nobody reads would stop the program.
         self.output, self.errors = (tempfile.TemporaryFile("w+") for _ in range(2))  # noqa: SIM115
         streams = {"stdin": subprocess.DEVNULL, "stdout": self.output, "stderr": self.errors}
         if fresh:
@@ -72,7 +72,7 @@ class Running:
         self.send_signal(signal.SIGTERM)
 
     def kill_all(self) -> None:
-        """SIGKILL to it and to all processes that it started, in whatever session."""
+        """Send SIGKILL to the program and its descendants in any session."""
         try:
             family = psutil.Process(self.pid).children(recursive=True)
         except psutil.NoSuchProcess:
@@ -82,7 +82,7 @@ class Running:
         self.process.wait(60)
 
     def wait(self, timeout: float = PATIENCE) -> int:
-        """Wait for the end; after ``timeout`` seconds kill all of it and raise."""
+        """Wait for the end; after ``timeout`` seconds kill the program and raise."""
         try:
             return self.process.wait(timeout)
         except subprocess.TimeoutExpired:
@@ -117,10 +117,10 @@ def start(
     folder: Path = ROOT,
     **extra: str,
 ) -> Running:
-    """Start ``python -m words``, on several processes by our torchrun.
+    """Start ``python -m words``, with several processes by our torchrun.
 
     Args:
-        options: torchrun's. extra: for the environment.
+        options: of torchrun.
     """
     if processes > 1 or options:
         torchrun = ["swin_moe.launch.torchrun", "--standalone", "--nproc-per-node", str(processes)]
@@ -131,12 +131,12 @@ def start(
 def swin_moe(
     *arguments: str, processes: int = 1, timeout: float = PATIENCE, **options
 ) -> subprocess.CompletedProcess[str]:
-    """Run the command line and return what it printed."""
+    """Run the command line and return its output."""
     return start("swin_moe", *arguments, processes=processes, **options).finish(timeout)
 
 
 def training(folder: Path, *overrides: str, processes: int = 1, config: Path = MICRO) -> list[str]:
-    """The words that train the small model into ``folder``."""
+    """Return the arguments that train the small model into ``folder``."""
     return [
         "train", str(config), *SMALL, f"train.output={folder}",
         f"parallel.expert_parallel_size={processes}", *overrides,
@@ -155,7 +155,7 @@ def train(
 
 
 def ranks(launcher: int) -> list[psutil.Process]:
-    """The processes that train under a launcher, by rank."""
+    """Return the processes that train under a launcher, by rank."""
     family = psutil.Process(launcher).children(recursive=True)
     named = {}
     for process in family:
@@ -173,7 +173,7 @@ def run_worker(script: str, folder: Path, processes: int, timeout: float = 300) 
 
 
 def one_error(done: subprocess.CompletedProcess[str]) -> str:
-    """The single error line; there is no traceback around it."""
+    """Return the only error line; check that there is no traceback."""
     assert "Traceback" not in done.stderr + done.stdout
     lines = [line for line in done.stderr.splitlines() if "error" in line.lower()]
     assert len(lines) == 1, done.stderr

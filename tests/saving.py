@@ -1,4 +1,4 @@
-"""Checkpoints without a training: one process writes whole tensors."""
+"""Writes checkpoints without a training, with whole tensors from one process."""
 
 from __future__ import annotations
 
@@ -27,22 +27,22 @@ def save(
     config_text: str = "",
     **options: int,
 ) -> Path:
-    """Write a checkpoint and wait for it; raises ``OSError`` with the reason if it fails."""
-    told: list[Saved] = []
-    writer = Writer(folder, ALONE, told.append)
+    """Write a checkpoint and wait for it; raise ``OSError`` with the reason if it fails."""
+    results: list[Saved] = []
+    writer = Writer(folder, ALONE, results.append)
     writer.save(
         step, whole_fragments(states), layout or whole_layout(set(), 1), state=state or {},
         config_text=config_text, keep_last=options.pop("keep_last", 100), **options,
     )  # fmt: skip
     complete = writer.wait()
-    assert complete == (not told[-1].error)
-    if told[-1].error:
-        raise OSError(told[-1].error)
-    return told[-1].path
+    assert complete == (not results[-1].error)
+    if results[-1].error:
+        raise OSError(results[-1].error)
+    return results[-1].path
 
 
 def states_of(model: torch.nn.Module) -> States:
-    """What a training of the model saves; its moments are its weights."""
+    """Yield the states that a training of the model saves; the moments are the weights."""
     for name, parameter in model.named_parameters():
         yield name, dict.fromkeys(("weight", "exp_avg", "exp_avg_sq"), parameter)
     for name, buffer in persistent_buffers(model).items():

@@ -13,7 +13,7 @@ from typing import IO
 
 from swin_moe.common import fork_server
 
-SOCKET = "SWIN_MOE_TESTS_FORK"  # environment variable: where the server listens
+SOCKET = "SWIN_MOE_TESTS_FORK"  # environment variable: the server's socket
 MODULES = (
     "swin_moe.launch.elastic", "swin_moe.train", "swin_moe.evaluate", "swin_moe.inspection",
     "swin_moe.reporting.contact_sheet", "sympy", "matplotlib.pyplot", "torch.utils.tensorboard",
@@ -35,7 +35,7 @@ def begin(env: dict[str, str]) -> subprocess.Popen:
 
 
 def end(server: subprocess.Popen) -> None:
-    """Kill the server and wait for it, so that ``time make test`` counts what it did."""
+    """Kill the server and wait for it, so that ``time make test`` counts its time."""
     server.kill()
     server.wait()
     shutil.rmtree(Path(os.environ[SOCKET]).parent, ignore_errors=True)

@@ -83,7 +83,7 @@ KINDS = {"weight": 1.0, "exp_avg": -1.0}
 
 
 def write_as_ranks(folder, whole, experts, size, replicas):
-    """What ``size`` × ``replicas`` ranks leave: each expert's tensors cut over its replicas."""
+    """Write as ``size`` × ``replicas`` ranks do, with experts' tensors cut over their replicas."""
     names = {name for name in whole if ".experts." in name}
     parts, files = [], {}
     for rank in range(size * replicas):
@@ -139,7 +139,7 @@ def test_any_expert_group_reads_what_any_other_wrote(tmp_path, experts, size, re
                 assert torch.equal(some, -mine.flatten()[1:-1])
 
 
-def test_experts_that_are_not_there_are_told(tmp_path):
+def test_missing_experts_are_reported(tmp_path):
     reader = Reader(write(tmp_path))
     with pytest.raises(CheckpointError, match="has 4 experts, not 6"):
         reader.tensor(EXPERTS, share=share(2, 6))
@@ -238,7 +238,7 @@ def flip(path):
     path.write_bytes(data)
 
 
-def test_a_newer_format_says_so(tmp_path):
+def test_a_newer_format_is_named(tmp_path):
     path = write(tmp_path)
     swap(path / "manifest.json", '"format": 2', '"format": 3')
     with pytest.raises(CheckpointError, match=r"format 3, this version reads 2 \(a newer version"):
@@ -271,12 +271,12 @@ def test_prune_keeps_the_last_and_the_best(tmp_path):
 
 
 # --------------------------------------------------------------------------------------------
-# Writing behind the training
+# Writing during the training
 
 
 @pytest.fixture
 def slow(monkeypatch):
-    """Writing waits until it is let go."""
+    """Make writing wait for the yielded event, at most 20 s."""
     go = threading.Event()
 
     def waiting(*args, **kwargs):
@@ -293,23 +293,23 @@ def begin(saver, step, values):
     saver.save(step, fragments, LAYOUT, state={}, config_text="", keep_last=9)
 
 
-def test_training_goes_on_and_what_it_changes_is_not_saved(tmp_path, slow):
-    told = []
-    saver = Writer(tmp_path, ALONE, told.append)
+def test_training_goes_on_and_its_changes_are_not_saved(tmp_path, slow):
+    saves = []
+    saver = Writer(tmp_path, ALONE, saves.append)
     values = torch.ones(4)
     begin(saver, 1, values)
     values.fill_(2.0)
     saver.poll()
-    assert not told
+    assert not saves
     assert checkpoint.list_checkpoints(tmp_path) == []
     slow.set()
     assert saver.wait()
-    assert [(saved.step, saved.error) for saved in told] == [(1, "")]
-    assert told[0].stall < told[0].seconds
-    assert told[0].bytes > 0
-    assert Reader(told[0].path).tensor("a").tolist() == [1.0] * 4
+    assert [(saved.step, saved.error) for saved in saves] == [(1, "")]
+    assert saves[0].stall < saves[0].seconds
+    assert saves[0].bytes > 0
+    assert Reader(saves[0].path).tensor("a").tolist() == [1.0] * 4
     assert saver.wait()
-    assert len(told) == 1  # once
+    assert len(saves) == 1  # once
 
 
 def test_saves_do_not_overlap(tmp_path, slow):
@@ -325,7 +325,7 @@ def test_saves_do_not_overlap(tmp_path, slow):
     assert len(checkpoint.list_checkpoints(tmp_path)) == 2
 
 
-def test_a_write_shows_that_it_goes_on_and_what_it_writes(tmp_path, slow, monkeypatch):
+def test_a_write_shows_its_progress_and_its_file(tmp_path, slow, monkeypatch):
     monkeypatch.setattr(stream, "_PIECE", 8)
     monkeypatch.setattr(stream, "_FLUSH", 16)
     seen = []
@@ -356,17 +356,17 @@ def test_files_written_in_pieces_are_what_the_library_reads(tmp_path, monkeypatc
     assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
 
 
-def test_a_run_directory_that_is_gone_is_said_and_not_made_again(tmp_path):
-    told = []
+def test_a_removed_run_directory_is_reported_and_not_made_again(tmp_path):
+    saves = []
     run = tmp_path / "run"
     run.mkdir()
-    saver = Writer(run / "checkpoints", ALONE, told.append)
+    saver = Writer(run / "checkpoints", ALONE, saves.append)
     begin(saver, 1, torch.ones(4))
     assert saver.wait()
     shutil.rmtree(run)
     begin(saver, 2, torch.ones(4))
     assert not saver.wait()
-    assert "was removed while the training ran" in told[-1].error
+    assert "was removed while the training ran" in saves[-1].error
     assert not run.exists()
     with pytest.raises(RunRemoved, match=f"the run directory {run} was removed"):
         saver.poll()
@@ -393,10 +393,10 @@ def test_a_disk_that_cannot_be_read_is_damage(tmp_path, monkeypatch, caplog):
     assert "Input/output error" in caplog.text
 
 
-def test_a_failing_write_is_told_and_leaves_the_old_ones_alone(tmp_path, monkeypatch):
+def test_a_failing_write_is_reported_and_leaves_the_old_ones_alone(tmp_path, monkeypatch):
     first = write(tmp_path, 1)
-    told = []
-    saver = Writer(tmp_path, ALONE, told.append)
+    saves = []
+    saver = Writer(tmp_path, ALONE, saves.append)
 
     def full(*_args, **_kwargs):
         raise OSError(28, "No space left on device", "rank-00000.safetensors")
@@ -405,7 +405,7 @@ def test_a_failing_write_is_told_and_leaves_the_old_ones_alone(tmp_path, monkeyp
         patched.setattr(writer, "write_file", full)
         begin(saver, 2, torch.ones(1))
         assert not saver.wait()
-    assert told[0].error == "No space left on device (rank-00000.safetensors)"
+    assert saves[0].error == "No space left on device (rank-00000.safetensors)"
     assert checkpoint.latest(tmp_path) == first
     assert not list(tmp_path.glob("partial-*"))
     for error in (MemoryError("no room"), RuntimeError("whatever it is")):
@@ -413,12 +413,12 @@ def test_a_failing_write_is_told_and_leaves_the_old_ones_alone(tmp_path, monkeyp
             patched.setattr(writer, "sync", raising(error))
             begin(saver, 2, torch.ones(1))
             assert not saver.wait()
-        assert told[-1].error == str(error)
-    with monkeypatch.context() as patched:  # such as on a disk that has no room for a folder
+        assert saves[-1].error == str(error)
+    with monkeypatch.context() as patched:  # for example on a disk without room for a folder
         patched.setattr(type(tmp_path), "mkdir", raising(OSError(28, "No space left on device")))
         begin(saver, 2, torch.ones(1))
         assert not saver.wait()
-        assert told[-1].error.startswith("No space left on device (")
+        assert saves[-1].error.startswith("No space left on device (")
     begin(saver, 3, torch.ones(1))  # there is room again
     assert saver.wait()
     assert checkpoint.latest(tmp_path).name == "step-00000003"
@@ -429,7 +429,7 @@ def test_a_failing_write_is_told_and_leaves_the_old_ones_alone(tmp_path, monkeyp
 
 
 def rewrite(path, change):
-    """A manifest that fits, but for what is changed in it."""
+    """Write a valid manifest with the given changes."""
     manifest = read_manifest(path)
     files = {n: {"bytes": b, "sha256": s} for n, (b, s) in manifest.files.items()}
     tensors = manifest.tensors
@@ -484,7 +484,7 @@ def test_another_model_does_not_load(tmp_path):
 
 
 def test_without_room_for_a_copy_the_file_is_written_at_once(tmp_path, monkeypatch):
-    """The same tensors, nothing kept in memory, and a full disk is told as ever."""
+    """Tensors are the same, nothing stays in memory, and a full disk is reported as usual."""
     staged, direct = write(tmp_path / "a"), write(tmp_path / "b", size=1 << 60)
     assert direct.joinpath("rank-00000.safetensors").stat().st_size > 1 << 20  # room for a header
     checkpoint.verify(direct)

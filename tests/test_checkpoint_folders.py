@@ -1,4 +1,4 @@
-"""Folders of checkpoints among what people and programs leave beside them."""
+"""Folders of checkpoints among files that people and programs leave there."""
 
 import errno
 import os
@@ -57,7 +57,7 @@ def test_a_reader_follows_a_run_that_prunes(tmp_path, monkeypatch):
     assert checkpoint.choose(tmp_path) == folder / "step-00000002"
 
 
-def test_what_lies_beside_checkpoints_is_no_obstacle(tmp_path, caplog):
+def test_other_files_next_to_checkpoints_are_no_obstacle(tmp_path, caplog):
     (tmp_path / "last").mkdir(parents=True)
     (tmp_path / "last" / "mine").touch()
     (tmp_path / ".best").mkdir()
@@ -71,7 +71,7 @@ def test_what_lies_beside_checkpoints_is_no_obstacle(tmp_path, caplog):
 
 
 def refuse(monkeypatch, owner, name, number, only=""):
-    """Let ``owner.name`` fail with an error of the system, of paths that contain ``only``."""
+    """Make ``owner.name`` raise a system error for paths that contain ``only``."""
     usual = getattr(owner, name)
 
     def refused(path, *others, **options):
@@ -91,11 +91,11 @@ def test_a_file_system_without_links_rights_and_flushed_folders_holds_checkpoint
     refuse(monkeypatch, os, "fsync", errno.EINVAL)
     for step in (1, 2):
         checkpoint.verify(write(tmp_path, step, best_step=1))
-    told = [f"{tmp_path / n} cannot be made a link to a checkpoint" for n in ("last", "best")]
-    assert [caplog.text.count(text) for text in told] == [1, 1]
+    warnings = [f"{tmp_path / n} cannot be made a link to a checkpoint" for n in ("last", "best")]
+    assert [caplog.text.count(text) for text in warnings] == [1, 1]
 
 
-def test_what_cannot_be_removed_makes_no_save_fail(tmp_path, monkeypatch, caplog):
+def test_failing_removals_make_no_save_fail(tmp_path, monkeypatch, caplog):
     first = write(tmp_path, 1)
     (tmp_path / "partial-x").mkdir()
     refuse(monkeypatch, folder_module, "remove", errno.EACCES, only="partial-")
@@ -115,7 +115,9 @@ def test_the_former_best_stays_where_the_best_could_not_be_written(tmp_path):
 
 def test_an_error_of_a_write_names_the_file(tmp_path, monkeypatch):
     def full(*_):
-        raise OSError(errno.ENOSPC, "No space left on device")  # as a write's, without a name
+        raise OSError(
+            errno.ENOSPC, "No space left on device"
+        )  # without a name, like that of a write
 
     monkeypatch.setattr(writer_module, "write_file", full)
     file = r"\S+partial-step-00000001-\S+/rank-00000.safetensors"

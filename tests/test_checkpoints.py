@@ -1,4 +1,4 @@
-"""``swin-moe checkpoint``: what there is, whether it is whole, other files, the weights alone."""
+"""``swin-moe checkpoint``: list, verify, reshard, and export the weights."""
 
 import shutil
 
@@ -25,7 +25,7 @@ def run(tmp_path_factory):
     return folder
 
 
-def test_list_says_what_there_is(run, capsys):
+def test_list_shows_all_checkpoints(run, capsys):
     assert main(["checkpoint", "list", str(run)]) == 0
     printed = capsys.readouterr().out
     assert printed.index("step-00000002") < printed.index("step-00000001")
@@ -58,7 +58,7 @@ def test_export_is_one_file_of_weights(run, tmp_path):
     assert main(["checkpoint", "export", str(run), str(tmp_path / "weights.pth")]) == 2
 
 
-def test_verify_finds_a_flipped_bit_and_says_so_by_its_code(run, tmp_path, capsys):
+def test_verify_finds_a_flipped_bit_and_returns_an_exit_code(run, tmp_path, capsys):
     assert main(["checkpoint", "reshard", str(run), str(tmp_path / "out")]) == 0
     file = tmp_path / "out/rank-00000.safetensors"
     data = bytearray(file.read_bytes())
@@ -69,7 +69,9 @@ def test_verify_finds_a_flipped_bit_and_says_so_by_its_code(run, tmp_path, capsy
     assert main(["checkpoint", "verify", str(tmp_path)]) == 2
 
 
-def test_what_a_running_training_removes_meanwhile_is_no_damage(run, tmp_path, capsys, monkeypatch):
+def test_a_checkpoint_that_a_running_training_removes_is_no_damage(
+    run, tmp_path, capsys, monkeypatch
+):
     live = tmp_path / "run"
     shutil.copytree(run, live, symlinks=True)
     removed = live / "checkpoints/step-00000002"

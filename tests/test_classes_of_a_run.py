@@ -46,7 +46,7 @@ def test_another_class_is_refused_and_a_missing_one_needs_a_word(trained, tmp_pa
     make_folder(tmp_path / "data/train", ["ant", "asp", "bee"], per_class=3)
     make_folder(tmp_path / "data/val", CLASSES)
     words = [*DATA, f"data.path={tmp_path / 'data'}"]
-    assert "does not know 1 of its classes: 'asp'" in one_error(train(tmp_path / "run", *words))
+    assert "lacks 1 of its classes: 'asp'" in one_error(train(tmp_path / "run", *words))
     shutil.rmtree(tmp_path / "data/train/asp")
     error = one_error(train(tmp_path / "run", *words))
     assert "of 2 classes (none of 'cow')" in error
@@ -61,7 +61,7 @@ def test_evaluate_matches_by_name(trained, tmp_path, capsys, caplog):
     table = capsys.readouterr().out
     assert "bee" in table
     assert "ant" not in table.replace(str(tmp_path), "")
-    assert "no sample of 1 of the 3 classes that the model knows ('ant')" in caplog.text
+    assert "no sample of 1 of the 3 classes of the model ('ant')" in caplog.text
     (tmp_path / "val" / "bee").rename(tmp_path / "val" / "bees")
     assert main(["evaluate", str(trained / "run"), f"data.path={tmp_path}"]) == 2
-    assert "does not know 1 of its classes: 'bees'" in capsys.readouterr().err
+    assert "lacks 1 of its classes: 'bees'" in capsys.readouterr().err

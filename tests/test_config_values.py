@@ -367,7 +367,7 @@ def test_wrong_use_is_one_line_and_is_never_started_again(
     tmp_path, monkeypatch, capsys, words, part
 ):
     monkeypatch.setenv("SWIN_MOE_FINAL", str(tmp_path / "final"))
-    monkeypatch.setattr("swin_moe.cli.main._quiet", lambda: None)
+    monkeypatch.setattr("swin_moe.cli.main.quiet_libraries", lambda: None)
     try:
         code = main(["launch", "--on", "local", "--dry-run", str(MICRO), *words])
     except SystemExit as end:

@@ -39,7 +39,7 @@ def random_timm(version: int, **changes):
 
 
 def run(source, output, **options):
-    """Convert quietly; returns what the table and the closing lines say."""
+    """Convert quietly; return the printed table and closing lines."""
     console = Console(width=160, record=True, quiet=False, file=open("/dev/null", "w"))  # noqa: SIM115
     convert(source, output, console, **options)
     return console.export_text()
@@ -60,15 +60,15 @@ def timm_v2(tmp_path):
 
 
 # --------------------------------------------------------------------------------------------
-# There and back
+# Round trips
 
 
 @torch.no_grad()
 def test_a_converted_file_knows_its_model(timm_v1, tmp_path):
     theirs, path = timm_v1
-    said = run(path, tmp_path / "ours.safetensors")
-    assert "renamed" in said
-    assert "layers.1.downsample.reduction.weight → layers.0.downsample.reduction.weight" in said
+    printed = run(path, tmp_path / "ours.safetensors")
+    assert "renamed" in printed
+    assert "layers.1.downsample.reduction.weight → layers.0.downsample.reduction.weight" in printed
     source = read_pretrained(tmp_path / "ours.safetensors")
     assert source.config.model.window_size == 7
     model = SwinTransformer(source.config.model).eval()
@@ -82,8 +82,8 @@ def test_a_converted_file_knows_its_model(timm_v1, tmp_path):
 @pytest.mark.parametrize("dialect", ["official", "timm", "huggingface", "torchvision", "mmseg"])
 def test_round_trip_through_every_dialect(timm_v1, tmp_path, dialect):
     theirs, path = timm_v1
-    run(path, tmp_path / "there.safetensors", dialect=dialect)
-    run(tmp_path / "there.safetensors", tmp_path / "back.pth", dialect="timm")
+    run(path, tmp_path / "theirs.safetensors", dialect=dialect)
+    run(tmp_path / "theirs.safetensors", tmp_path / "back.pth", dialect="timm")
     back = read(tmp_path / "back.pth").state
     parameters = dict(theirs.named_parameters())
     assert back.keys() == parameters.keys()
@@ -97,12 +97,12 @@ def test_a_hugging_face_folder_opens_by_itself(timm_v1, tmp_path):
     run(path, tmp_path / "hf", dialect="huggingface")
     model = transformers.AutoModelForImageClassification.from_pretrained(tmp_path / "hf").eval()
     images = torch.randn(2, 3, 56, 56)
-    torch.testing.assert_close(model(images).predictions, theirs(images), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(model(images).logits, theirs(images), rtol=1e-4, atol=1e-4)
     assert read_pretrained(tmp_path / "hf").config.model.window_size == 7
 
 
-def test_a_file_of_a_model_that_computes_otherwise_at_its_size_says_so(timm_v1, tmp_path):
-    """Where windows do not divide the map, the other program pads in another way."""
+def test_a_file_of_a_model_that_computes_differently_at_its_size_has_a_note(timm_v1, tmp_path):
+    """If windows do not divide the map, the other program pads differently."""
     run(timm_v1[1], tmp_path / "hf", dialect="huggingface")
     assert read_pretrained(tmp_path / "hf").notes == []
     path = tmp_path / "hf/config.json"
@@ -132,8 +132,8 @@ def test_official_moe_files_round_trip(tmp_path, ranks):
              "swin_moe_official", "swin_moe_official_cosine"],
 )  # fmt: skip
 @torch.no_grad()
-def test_official_files_tell_their_model(tmp_path, name):
-    """Shapes, windows and pretrained windows are read off the tensors; the logits are right."""
+def test_the_model_of_official_files_is_inferred(tmp_path, name):
+    """Shapes, windows and pretrained windows follow from the tensors; the logits are right."""
     golden = Golden(name)
     write(tmp_path / "in.safetensors", golden.weights)
     source = read_pretrained(tmp_path / "in.safetensors")
@@ -166,12 +166,12 @@ def test_the_head_map_is_the_official_one():
 
 def test_heads(timm_v2, tmp_path):
     theirs, path = timm_v2
-    said = run(path, tmp_path / "1k.safetensors", overrides={"model": {"num_classes": 1000}})
-    assert "21841 → 1000" in said
+    printed = run(path, tmp_path / "1k.safetensors", overrides={"model": {"num_classes": 1000}})
+    assert "21841 → 1000" in printed
     head = load_file(tmp_path / "1k.safetensors")["head.weight"]
     assert torch.equal(head, theirs.head.fc.weight[rows_22k_to_1k()])
-    said = run(path, tmp_path / "7.safetensors", overrides={"model": {"num_classes": 7}})
-    assert "re-initialised for 7 classes (the file's is for 21841 of width 32)" in said
+    printed = run(path, tmp_path / "7.safetensors", overrides={"model": {"num_classes": 7}})
+    assert "re-initialised for 7 classes (the file's is for 21841 of width 32)" in printed
     head = load_file(tmp_path / "7.safetensors")["head.weight"]
     assert head.shape == (7, 32)
     assert 0.01 < head.std() < 0.03
@@ -180,8 +180,8 @@ def test_heads(timm_v2, tmp_path):
 def test_v1_tables_are_resized_as_the_official_loader_does(timm_v1, tmp_path):
     theirs, path = timm_v1
     larger = {"model": {"img_size": 96, "window_size": 12}}
-    said = run(path, tmp_path / "w12.safetensors", overrides=larger)
-    assert "attn.relative_position_bias_table 169×2 → 529×2" in said
+    printed = run(path, tmp_path / "w12.safetensors", overrides=larger)
+    assert "attn.relative_position_bias_table 169×2 → 529×2" in printed
     name = "layers.0.blocks.1.attn.relative_position_bias_table"
     table = theirs.state_dict()[name]
     image = table.t().view(1, 2, 13, 13)
@@ -207,15 +207,15 @@ def test_v2_keeps_the_coordinates_of_the_pretrained_window(tmp_path):
     overrides = {"model": {"img_size": 64, "window_size": 8}}
     path = tmp_path / "w4.safetensors"
     write(path, small.state_dict(), read_config(small))
-    said = run(path, tmp_path / "w8.safetensors", overrides=overrides)
-    assert "position coordinates are computed for windows trained at [4, 4]" in said
+    printed = run(path, tmp_path / "w8.safetensors", overrides=overrides)
+    assert "position coordinates are computed for windows trained at [4, 4]" in printed
     source = read_pretrained(tmp_path / "w8.safetensors")
     assert source.config.model.pretrained_window_sizes == [4, 4]
     direct = build_model("swinv2", pretrained=str(path), num_classes=5, **OURS,
                          **overrides["model"])  # fmt: skip
     attention = direct.layers[0].blocks[0].attn
     assert (attention.window_size, attention.pretrained_window_size) == (8, 4)
-    # The offsets that the small window knew have the bias that it had.
+    # Offsets within the small window keep their bias.
     known = attention.cpb_mlp(attention.coords).view(15, 15, -1)[4:11, 4:11].flatten(0, 1)
     theirs = small.layers[0].blocks[0].attn
     torch.testing.assert_close(known, theirs.cpb_mlp(theirs.coords))
@@ -254,7 +254,7 @@ def test_other_channels(tmp_path, theirs, ours):
     run(path, tmp_path / "y.safetensors", overrides={"model": {"in_chans": ours}})
     weight = load_file(tmp_path / "y.safetensors")["patch_embed.proj.weight"]
     assert weight.shape[1] == ours
-    if 1 in (theirs, ours):  # a grey image in all channels gives what it gave
+    if 1 in (theirs, ours):  # a grey image in all channels gives the same
         torch.testing.assert_close(weight.sum(1), model.patch_embed.proj.weight.sum(1))
 
 
@@ -345,8 +345,8 @@ def test_left_over_and_missing_tensors(timm_v1, tmp_path):
     with pytest.raises(WeightsError, match=message):
         run(tmp_path / "odd.safetensors", tmp_path / "out.safetensors")
     assert not (tmp_path / "out.safetensors").exists()
-    said = run(tmp_path / "odd.safetensors", tmp_path / "out.safetensors", allow_missing=True)
-    assert "attn.extra.weight" in said
+    printed = run(tmp_path / "odd.safetensors", tmp_path / "out.safetensors", allow_missing=True)
+    assert "attn.extra.weight" in printed
     assert torch.equal(load_file(tmp_path / "out.safetensors")["norm.weight"], torch.ones(32))
 
 
@@ -394,14 +394,14 @@ def test_rank_files_are_not_overwritten_either(tmp_path):
         (lambda s: [s.pop(n) for n in list(s) if ".mlp." in n], "has a feed-forward"),
         (
             lambda s: s.update({"layers.0.blocks.0.mlp.fc1.weight": torch.tensor(1.0)}),
-            "shapes that",
+            "shapes are not",
         ),
-        (lambda s: s.update({"patch_embed.proj.weight": torch.ones(4)}), "shapes that"),
+        (lambda s: s.update({"patch_embed.proj.weight": torch.ones(4)}), "shapes are not"),
         (lambda s: s.update({"a\nb": torch.ones(4)}), "no name of a tensor"),
         (lambda s: s.update({"a[/b]c": torch.ones(4)}), "are not in the model"),
     ],
 )
-def test_odd_files_are_told_in_one_line(timm_v1, tmp_path, change, message):
+def test_odd_files_are_reported_in_one_line(timm_v1, tmp_path, change, message):
     theirs, _ = timm_v1
     state = dict(theirs.state_dict())
     change(state)
@@ -411,7 +411,7 @@ def test_odd_files_are_told_in_one_line(timm_v1, tmp_path, change, message):
     assert "\n" not in str(error.value)
 
 
-def test_nothing_is_overwritten_unasked(timm_v1, tmp_path):
+def test_nothing_is_overwritten_by_default(timm_v1, tmp_path):
     _, path = timm_v1
     run(path, tmp_path / "x.safetensors")
     with pytest.raises(ValueError, match="exists: choose another name, or add --overwrite"):
@@ -435,17 +435,17 @@ def test_experts_must_agree(tmp_path):
 
 
 # --------------------------------------------------------------------------------------------
-# The road: train dense, upcycle the run, train on as a mixture, resume
+# Train dense, upcycle the run, train on as a mixture, resume
 
 
 def test_a_dense_run_becomes_a_mixture(tmp_path):
     done = train(tmp_path / "dense", "moe.blocks=[]", "train.max_steps=2", "precision.dtype=fp32")
     assert done.returncode == 0, done.stderr
     output = tmp_path / "moe.safetensors"
-    said = run(tmp_path / "dense", output, overrides={"moe": {"blocks": [[], [1]]}},
+    printed = run(tmp_path / "dense", output, overrides={"moe": {"blocks": [[], [1]]}},
                upcycling=Upcycle(experts=4))  # fmt: skip
-    assert "moe.num_experts=4 moe.top_k=1 moe.normalize_gate=true" in said
-    assert "moe.gate_after_norm=true" in said
+    assert "moe.num_experts=4 moe.top_k=1 moe.normalize_gate=true" in printed
+    assert "moe.gate_after_norm=true" in printed
     start = [f"model.pretrained={output}", "moe.normalize_gate=true"]
     done = train(tmp_path / "moe", *start, "train.max_steps=2", processes=2)
     assert done.returncode == 0, done.stderr
@@ -461,10 +461,10 @@ def test_a_file_of_weights_is_no_run(timm_v1, tmp_path, capsys, command):
     (tmp_path / "config.json").write_text("{}")  # Hugging Face's folder
     for weights, what in ((path, "is a file"), (tmp_path, "is a folder of weights alone")):
         assert main([command, str(weights)]) == 2
-        said = capsys.readouterr().err
-        assert f"{weights} {what}" in said
-        assert f"`swin-moe train CONFIG model.pretrained={weights} train.output=FOLDER" in said
-        assert len(said.splitlines()) == 1
+        printed = capsys.readouterr().err
+        assert f"{weights} {what}" in printed
+        assert f"`swin-moe train CONFIG model.pretrained={weights} train.output=FOLDER" in printed
+        assert len(printed.splitlines()) == 1
 
 
 def test_one_of_two_networks_is_chosen_by_command(timm_v1, tmp_path, capsys):
@@ -473,8 +473,8 @@ def test_one_of_two_networks_is_chosen_by_command(timm_v1, tmp_path, capsys):
     torch.save({"state_dict": theirs.state_dict(), "state_dict_ema": average}, path)
     words = ["convert", str(path), str(tmp_path / "x.pth"), "--to=timm", "--overwrite"]
     assert main(words) == 0
-    said = capsys.readouterr().out
-    assert "'state_dict' is taken, not 'state_dict_ema.module'" in said
+    printed = capsys.readouterr().out
+    assert "'state_dict' is taken, not 'state_dict_ema.module'" in printed
     assert torch.equal(read(tmp_path / "x.pth").state["norm.bias"], theirs.norm.bias)
     assert main([*words, "--take", "state_dict_ema"]) == 0
     assert torch.equal(read(tmp_path / "x.pth").state["norm.bias"], theirs.norm.bias + 1)

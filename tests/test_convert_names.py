@@ -50,7 +50,7 @@ def run(model, tmp_path_factory):
     return folder
 
 
-def said(source, output, **options):
+def converted(source, output, **options):
     console = Console(width=500, record=True, file=io.StringIO())
     convert(source, output, console, **options)
     return console.export_text()
@@ -63,14 +63,14 @@ def said(source, output, **options):
      ("huggingface", "folder"), ("huggingface", "x.safetensors"), ("mmseg", "x.pth")],
 )  # fmt: skip
 def test_names_travel(run, model, tmp_path, dialect, name):
-    said(run, tmp_path / name, dialect=dialect)
+    converted(run, tmp_path / name, dialect=dialect)
     found = read_pretrained(tmp_path / name)
     back = "official" if found.window_known else "timm"
     assert (found.class_names, found.images) == (NAMES, IMAGES)
     assert found.notes == []
     for key, tensor in model.state_dict().items():
         assert torch.equal(found.state[key], tensor)
-    said(tmp_path / name, tmp_path / "back.safetensors", dialect=back)
+    converted(tmp_path / name, tmp_path / "back.safetensors", dialect=back)
     assert read_pretrained(tmp_path / "back.safetensors").class_names == NAMES
 
 
@@ -78,21 +78,21 @@ def test_names_travel_with_the_files_of_ranks(tmp_path):
     golden = Golden("swin_moe_official")
     names = [f"class {number}" for number in range(golden.config["arguments"]["num_classes"])]
     write(tmp_path / "in.safetensors", golden.weights, about=Described(classes=names))
-    said(tmp_path / "in.safetensors", tmp_path / "x.pth", dialect="official", ranks=2)
+    converted(tmp_path / "in.safetensors", tmp_path / "x.pth", dialect="official", ranks=2)
     assert read_pretrained(tmp_path / "x.pth").class_names == names
 
 
 def test_our_own_files_know_their_model(run, tmp_path):
-    said(run, tmp_path / "x.pth")
+    converted(run, tmp_path / "x.pth")
     assert read_pretrained(tmp_path / "x.pth").own
-    said(run, tmp_path / "x.safetensors")
+    converted(run, tmp_path / "x.safetensors")
     with safe_open(tmp_path / "x.safetensors", "pt") as handle:
         assert json.loads(handle.metadata()["classes"]) == NAMES
 
 
 @torch.no_grad()
 def test_timm_opens_the_folder(run, model, tmp_path):
-    said(run, tmp_path / "folder", dialect="timm")
+    converted(run, tmp_path / "folder", dialect="timm")
     theirs = timm.create_model(f"local-dir:{tmp_path / 'folder'}", pretrained=True).eval()
     images = torch.randn(2, 3, 64, 64)
     torch.testing.assert_close(theirs(images), model(images).predictions, rtol=1e-4, atol=1e-5)
@@ -107,7 +107,7 @@ def photo():
 
 
 def prepared():
-    """The photo as our evaluation gives it to the model."""
+    """Return the photo as our evaluation prepares it."""
     file = io.BytesIO()
     photo().save(file, "png")
     pixels = EvalTransform(IMAGES.crop, (64, 64), "RGB")(file.getvalue())
@@ -119,7 +119,7 @@ def prepared():
 @torch.no_grad()
 def test_transformers_opens_the_folder(run, model, tmp_path):
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
-    said(run, tmp_path / "folder", dialect="huggingface")
+    converted(run, tmp_path / "folder", dialect="huggingface")
     opened = transformers.AutoModelForImageClassification.from_pretrained(tmp_path / "folder")
     assert opened.config.id2label == dict(enumerate(NAMES))
     assert opened.config.label2id["鳥"] == 2
@@ -131,25 +131,27 @@ def test_transformers_opens_the_folder(run, model, tmp_path):
     )
 
 
-def test_what_cannot_be_taken_along_is_said(run, tmp_path):
-    text = said(run, tmp_path / "x.bin", dialect="huggingface")
+def test_names_that_cannot_be_kept_are_reported(run, tmp_path):
+    text = converted(run, tmp_path / "x.bin", dialect="huggingface")
     assert "class names are not in" in text
     assert "an OUT without a suffix becomes a folder that huggingface opens" in text
-    text = said(run, tmp_path / "5.safetensors", overrides={"model": {"num_classes": 5}})
+    text = converted(run, tmp_path / "5.safetensors", overrides={"model": {"num_classes": 5}})
     assert "the class names are not kept: the head is another one" in text
     assert read_pretrained(tmp_path / "5.safetensors").class_names is None
-    text = said(run, tmp_path / "r", dialect="huggingface",
+    text = converted(run, tmp_path / "r", dialect="huggingface",
                 overrides={"model": {"img_size": [64, 128]}})  # fmt: skip
     assert "no preprocessor_config.json" in text
     assert not (tmp_path / "r/preprocessor_config.json").exists()
     with pytest.raises(WeightsError, match=r"hf.onnx: the name must end in .*; \.onnx is not"):
-        said(run, tmp_path / "hf.onnx", dialect="huggingface")
+        converted(run, tmp_path / "hf.onnx", dialect="huggingface")
 
 
 def test_nothing_is_invented(model, tmp_path):
     torch.save(model.state_dict(), tmp_path / "bare.pth")
     stated = {"model": {"window_size": 8, "img_size": 64}}
-    text = said(tmp_path / "bare.pth", tmp_path / "hf", dialect="huggingface", overrides=stated)
+    text = converted(
+        tmp_path / "bare.pth", tmp_path / "hf", dialect="huggingface", overrides=stated
+    )
     assert "does not state how its images were prepared: ImageNet's mean and std" in text
     config = json.loads((tmp_path / "hf/config.json").read_text())
     assert "id2label" not in config
@@ -188,14 +190,16 @@ def test_converted_files_keep_their_precision(model, tmp_path):
         state = {name: tensor.to(dtype) for name, tensor in model.state_dict().items()}
         torch.save(state, tmp_path / "x.pth")
         for dialect in ("swin_moe", "timm", "huggingface"):
-            said(tmp_path / "x.pth", tmp_path / "y.safetensors", dialect=dialect, overwrite=True,
-                 overrides={"model": {"window_size": 8, "img_size": 64}})  # fmt: skip
+            converted(
+                tmp_path / "x.pth", tmp_path / "y.safetensors", dialect=dialect, overwrite=True,
+                overrides={"model": {"window_size": 8, "img_size": 64}},
+            )  # fmt: skip
             found = read_pretrained(tmp_path / "y.safetensors").state
             assert all(torch.equal(found[name], tensor) for name, tensor in state.items())
             assert {tensor.dtype for tensor in found.values()} == {dtype}
 
 
-def test_timm_says_its_window_by_its_architecture_or_the_variants_is_assumed(tmp_path, caplog):
+def test_timm_states_its_window_by_its_architecture_or_the_variants_is_assumed(tmp_path, caplog):
     torch.manual_seed(0)
     name = "swinv2_tiny_window8_256"
     path = tmp_path / "model.safetensors"
@@ -204,7 +208,7 @@ def test_timm_says_its_window_by_its_architecture_or_the_variants_is_assumed(tmp
     state = {key: torch.zeros(tensor.shape) for key, tensor in shapes.items()}
     save_file(state, path)
     wide = {"model": {"window_size": 16, "img_size": 512}}
-    said(path, tmp_path / "wide.safetensors", model_name=name, overrides=wide)
+    converted(path, tmp_path / "wide.safetensors", model_name=name, overrides=wide)
     assert f"{path} does not state its window: 8 is assumed, {name}'s" in caplog.text
     sizes = read_pretrained(tmp_path / "wide.safetensors").config.model.pretrained_window_sizes
     assert sizes == [8, 8, 8, 8]
@@ -216,7 +220,7 @@ def test_timm_says_its_window_by_its_architecture_or_the_variants_is_assumed(tmp
     assert not caplog.text
 
 
-def test_what_does_not_fit_names_file_and_model(run):
+def test_misfits_name_file_and_model(run):
     source = read_pretrained(run)
     other = SwinTransformer(load_config(MICRO, [*SMALL, "model.embed_dim=32"]).model)
     with pytest.raises(WeightsError) as error:

@@ -6,6 +6,7 @@ import pytest
 
 from swin_moe import distributed
 from swin_moe.common import ranks
+from swin_moe.distributed import world
 
 
 @pytest.fixture
@@ -13,7 +14,7 @@ def environment(monkeypatch):
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR",
              "SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS", "SLURM_NTASKS_PER_NODE",
              "SLURM_STEP_ID")  # fmt: skip
-    # What the code itself sets is undone, too.
+    # A copy, so that the variables that the code sets are undone, too.
     monkeypatch.setattr(os, "environ", os.environ.copy())
     for name in names:
         monkeypatch.delenv(name, raising=False)
@@ -56,7 +57,7 @@ def test_expert_group_must_divide_the_world():
         ranks.check_world(4, 3)
 
 
-def test_rows_travel_in_two_steps_where_a_group_is_of_several_nodes(environment):
+def test_rows_travel_in_two_steps_if_a_group_spans_nodes(environment):
     environment(RANK=9, LOCAL_RANK=1, WORLD_SIZE=16, LOCAL_WORLD_SIZE=8)
     assert ranks.node_share(8, "auto") == 0  # inside the node
     assert ranks.node_share(16, "auto") == ranks.node_share(16, True) == 8
@@ -64,7 +65,7 @@ def test_rows_travel_in_two_steps_where_a_group_is_of_several_nodes(environment)
     with pytest.raises(ValueError, match=r"hierarchical_all_to_all=true .*_size=8 and 8 processes"):
         ranks.node_share(8, True)
     environment(LOCAL_WORLD_SIZE=1)
-    assert ranks.node_share(16, "auto") == 0  # a node of one has nothing to bring together
+    assert ranks.node_share(16, "auto") == 0  # one process a node has nothing to gather
 
 
 @pytest.mark.parametrize(
@@ -84,7 +85,7 @@ def test_rows_travel_in_two_steps_where_a_group_is_of_several_nodes(environment)
         ({"SLURM_PROCID": "0", "SLURM_NTASKS": "?", "MASTER_ADDR": "a"}, r"SLURM_NTASKS=\? is"),
     ],
 )
-def test_variables_that_cannot_be_are_named(environment, variables, message):
+def test_impossible_variables_are_named(environment, variables, message):
     environment(**variables)
     with pytest.raises(ValueError, match=f"^{message}"):
         ranks.environment_rank()
@@ -99,8 +100,8 @@ def test_a_number_of_processes_without_a_rank_is_refused_before_any_wait(environ
 def test_one_process_in_a_batch_script_is_alone(environment):
     environment(SLURM_PROCID=0, SLURM_LOCALID=0, SLURM_NTASKS=4, MASTER_ADDR="a")
     assert ranks.without_srun()
-    told = ranks.check_alone("evaluate")
-    assert told == (
+    warning = ranks.check_alone("evaluate")
+    assert warning == (
         "evaluate runs as one process, although SLURM_NTASKS=4 and SLURM_PROCID=0: no srun "
         "started it"
     )
@@ -109,7 +110,7 @@ def test_one_process_in_a_batch_script_is_alone(environment):
 
 
 @pytest.mark.parametrize("step", ["0", "17"])
-def test_several_processes_of_srun_are_refused_where_one_is_meant(environment, step):
+def test_a_command_of_one_process_refuses_several_of_srun(environment, step):
     environment(SLURM_PROCID=0, SLURM_NTASKS=4, MASTER_ADDR="a", SLURM_STEP_ID=step)
     assert not ranks.without_srun()
     with pytest.raises(ValueError, match="one process, but SLURM_NTASKS=4 and SLURM_PROCID=0: "):
@@ -126,7 +127,7 @@ def test_the_shell_of_salloc_is_no_step_of_srun(environment):
 
 def test_processes_that_cannot_meet_do_not_train_alone(environment):
     environment(SLURM_PROCID=0, SLURM_NTASKS=4)
-    ranks.check_launcher()  # a batch script, where there is one process
+    ranks.check_launcher()  # a batch script is one process
     environment(SLURM_STEP_ID=0)
     with pytest.raises(ValueError, match="SLURM_NTASKS=4, but MASTER_ADDR is not set"):
         ranks.check_launcher()
@@ -139,6 +140,6 @@ def test_processes_that_cannot_meet_do_not_train_alone(environment):
 
 def test_empty_variables_count_as_not_set(environment, monkeypatch):
     environment(RANK="", WORLD_SIZE="")
-    monkeypatch.setattr(distributed.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(world.dist, "is_initialized", lambda: True)
     distributed.init()
     assert [os.environ[name] for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")] == ["0", "0", "1"]

@@ -1,9 +1,10 @@
-"""The server that ranks are forked from: a program there is what a fresh interpreter would run."""
+"""The server that forks the ranks: a forked program behaves as in a fresh interpreter."""
 
 import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -20,7 +21,7 @@ from tests.parallel import PATIENCE, ROOT, environment
 PROGRAM = """
 import json, os, random, signal, sys, time
 what, *rest = sys.argv[1:]
-if what == "tell":
+if what == "report":
     facts = {
         "arguments": rest, "folder": os.getcwd(), "FIRST": os.environ.get("FIRST"),
         "SECOND": os.environ.get("SECOND"), "name": __name__,
@@ -34,7 +35,7 @@ if what == "tell":
     print(json.dumps(facts))
     print("to stderr", file=sys.stderr)
 elif what == "raise":
-    raise KeyError("told")
+    raise KeyError("message")
 elif what == "exit":
     sys.exit(int(rest[0]) if rest[0].isdecimal() else rest[0])
 elif what == "print":
@@ -52,7 +53,7 @@ elif what == "wait":
 
 @pytest.fixture
 def server(tmp_path):
-    """One that has imported ``colorsys``; FIRST and SECOND are in its environment."""
+    """Start a server that has imported ``colorsys``; FIRST and SECOND are in its environment."""
     with open(os.devnull) as inherited:
         os.set_inheritable(inherited.fileno(), True)
         yield from serving(tmp_path, "colorsys")
@@ -69,7 +70,7 @@ def serving(folder, *modules):
         stdin=subprocess.PIPE, env=environment(FIRST="1", SECOND="2"), cwd=ROOT, close_fds=False,
     )  # fmt: skip
     deadline = time.monotonic() + PATIENCE
-    while not (folder / "fork").exists():
+    while not listens(folder / "fork"):
         assert time.monotonic() < deadline
         time.sleep(0.01)
     yield process
@@ -77,8 +78,13 @@ def serving(folder, *modules):
     process.wait(PATIENCE)
 
 
+def listens(path):
+    with socket.socket(socket.AF_UNIX) as connection:
+        return connection.connect_ex(str(path)) == 0
+
+
 def run(folder, *arguments, **options):
-    """Fork the program; returns it with the files of its output and errors."""
+    """Fork the program; return it with the files of its output and errors."""
     output, errors = (folder / name for name in ("output", "errors"))
     words = {"environment": environment(FIRST="one"), "folder": folder, "name": "swin-moe r1"}
     with output.open("w") as out, errors.open("w") as err, open(os.devnull) as nothing:
@@ -89,8 +95,8 @@ def run(folder, *arguments, **options):
     return child, output, errors
 
 
-def test_a_program_finds_what_was_asked_for(server, tmp_path):
-    child, output, errors = run(tmp_path, "tell", "a b", "--c")
+def test_a_program_gets_the_requested_surroundings(server, tmp_path):
+    child, output, errors = run(tmp_path, "report", "a b", "--c")
     assert child.wait(PATIENCE) == 0
     facts = json.loads(output.read_text())
     assert len(facts.pop("files")) == 1  # the folder that is being listed
@@ -104,7 +110,7 @@ def test_a_program_finds_what_was_asked_for(server, tmp_path):
 
 
 def again(folder):
-    child, output, _ = run(folder, "tell")
+    child, output, _ = run(folder, "report")
     assert child.wait(PATIENCE) == 0
     return output.read_text()
 
@@ -115,7 +121,7 @@ def again(folder):
         (("exit", "0"), 0, ""),
         (("exit", "75"), 75, ""),
         (("exit", "too bad"), 1, "too bad\n"),
-        (("raise",), 1, "KeyError: 'told'\n"),
+        (("raise",), 1, "KeyError: 'message'\n"),
     ],
 )
 def test_codes_and_tracebacks_are_those_of_an_interpreter(server, tmp_path, words, code, errors):
@@ -132,7 +138,7 @@ def wait_for(file, text):
         time.sleep(0.01)
 
 
-def test_a_killed_program_is_told_by_its_signal(server, tmp_path):
+def test_a_killed_program_returns_its_signal(server, tmp_path):
     child, output, _ = run(tmp_path, "wait")
     wait_for(output, "ready")
     assert child.poll() is None
@@ -140,7 +146,7 @@ def test_a_killed_program_is_told_by_its_signal(server, tmp_path):
         child.wait(0.01)
     child.send_signal(signal.SIGTERM)
     assert child.wait(PATIENCE) == -signal.SIGTERM
-    child.send_signal(signal.SIGKILL)  # to nobody
+    child.send_signal(signal.SIGKILL)  # without a receiver
     assert server.poll() is None
 
 
@@ -151,8 +157,8 @@ def test_no_signal_is_lost_however_early(server, tmp_path):
         assert child.wait(PATIENCE) == -signal.SIGTERM
 
 
-def test_what_is_printed_arrives_at_once(server, tmp_path):
-    """Also without PYTHONUNBUFFERED, and although the program goes on; its exit hooks run."""
+def test_printed_text_arrives_at_once(server, tmp_path):
+    """PYTHONUNBUFFERED is not needed, and the program goes on; its exit hooks run."""
     env = environment()
     env.pop("PYTHONUNBUFFERED", None)
     child, output, _ = run(tmp_path, "print", environment=env)
@@ -163,7 +169,7 @@ def test_what_is_printed_arrives_at_once(server, tmp_path):
     assert output.read_text() == "now\nthread\nhook\n"
 
 
-def test_where_there_is_no_place_for_a_server_there_is_none(monkeypatch, tmp_path):
+def test_a_server_needs_a_short_path(monkeypatch, tmp_path):
     folder = tmp_path / ("é" * 60)
     folder.mkdir()
     with pytest.raises(OSError, match="too long"):
@@ -187,10 +193,10 @@ def test_folders_of_launchers_that_were_killed_are_removed_by_the_next(tmp_path,
     assert sorted(tmp_path.iterdir()) == [foreign]
 
 
-def test_what_cannot_be_imported_is_left_to_a_fresh_interpreter(tmp_path):
+def test_failing_imports_are_left_to_a_fresh_interpreter(tmp_path):
     serve = serving(tmp_path, "no_such_module_at_all")
     next(serve)
-    child, output, errors = run(tmp_path, "tell")
+    child, output, errors = run(tmp_path, "report")
     assert child.wait(PATIENCE) == 0
     facts = json.loads(output.read_text())
     assert (facts["preloaded"], facts["FIRST"], facts["session"]) == (False, "one", True)
@@ -219,14 +225,14 @@ def test_without_its_server_a_program_counts_as_killed(server, tmp_path):
 
 
 def _children(process):
-    """All below a process; empty if it has ended meanwhile."""
+    """Return all descendants of a process; none if it has ended."""
     with contextlib.suppress(psutil.NoSuchProcess):
         return process.children(recursive=True)
     return []
 
 
 def _listening(process):
-    """Addresses at which a process listens; none if it has ended meanwhile."""
+    """Return the addresses at which a process listens; none if it has ended."""
     with contextlib.suppress(psutil.NoSuchProcess):
         found = process.net_connections("inet")
         return {one.laddr.ip for one in found if one.status == psutil.CONN_LISTEN}
@@ -263,10 +269,10 @@ def test_a_pipe_in_place_of_a_lock_holds_up_no_start(tmp_path):
     folder.mkdir()
     os.mkfifo(folder / fork_server._OWNER)
     os.utime(folder, (0, 0))  # long abandoned
-    fork_server._remove_abandoned(tmp_path)  # opened to be read, the pipe would block
+    fork_server.remove_abandoned(tmp_path)  # reading the pipe would block
     assert not folder.exists()
     (folder).symlink_to(tmp_path / "elsewhere")
-    fork_server._remove_abandoned(tmp_path)
+    fork_server.remove_abandoned(tmp_path)
     assert folder.is_symlink()
 
 
@@ -274,7 +280,7 @@ def test_a_pipe_in_place_of_a_lock_holds_up_no_start(tmp_path):
 def test_only_a_failure_takes_the_order_to_save_from_a_signal(
     tmp_path, monkeypatch, ended, closing
 ):
-    """Processes that end because a node joins must save; the others of a failed one cannot."""
+    """Processes that end because a node joins must save; those after a failure cannot."""
     monkeypatch.setenv(elastic.FINAL, str(tmp_path / "final"))
     group = [SimpleNamespace(poll=lambda code=code: code) for code in ended]
     monkeypatch.setattr(elastic._Process, "group", group)

@@ -23,8 +23,8 @@ def config(*overrides):
         (400, 1, [], (50, 8)),
         (400, 4, [], (50, 2)),
         (400, 8, [], (50, 1)),
-        (400, 16, [], (25, 1)),  # less than a micro-batch is left to each
-        (400, 2, ["train.gradient_accumulation_steps=auto"], (200, 1)),  # which is still to be cut
+        (400, 16, [], (25, 1)),  # a share is less than a micro-batch
+        (400, 2, ["train.gradient_accumulation_steps=auto"], (200, 1)),  # a start will split it
         (400, 2, PAIRS, (50, 4)),
         (10**6, 1, ["data.batch_size=1000"], (1000, 1000)),
     ],
@@ -32,12 +32,12 @@ def config(*overrides):
 def test_micro_batches_make_up_the_global_batch(total, processes, overrides, expected):
     found = config(f"data.global_batch={total}", *overrides)
     assert micro_batches(found, processes) == expected
-    said = share_global_batch(found, processes)
+    line = share_global_batch(found, processes)
     assert found.data.batch_size == expected[0]
     if "auto" not in str(overrides):
         assert found.train.micro_steps * found.data.batch_size * processes == total
-    assert share_global_batch(found, processes) == ""  # nothing is left to do
-    assert bool(said) == (expected[0] not in (50, 1000))
+    assert share_global_batch(found, processes) == ""  # it is done
+    assert bool(line) == (expected[0] not in (50, 1000))
 
 
 @pytest.mark.parametrize(
@@ -55,7 +55,7 @@ def test_micro_batches_make_up_the_global_batch(total, processes, overrides, exp
         (36, 1, [*PAIRS, "data.batch_size=8"], "set data.batch_size=6 or 12"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_cut_is_one_line_with_what_would_fit(total, processes, overrides, said):
+def test_an_impossible_batch_is_refused_with_possible_ones(total, processes, overrides, said):
     with pytest.raises(ValueError, match=re.escape(said)) as error:
         share_global_batch(config(f"data.global_batch={total}", *overrides), processes)
     assert "\n" not in str(error.value)
@@ -74,12 +74,12 @@ def test_what_cannot_be_cut_is_one_line_with_what_would_fit(total, processes, ov
          "micro-batches of 200: 300 is more than the share of a process"),
     ],
 )  # fmt: skip
-def test_it_comes_before_the_keys_that_it_decides_and_says_so(overrides, said):
+def test_it_overrides_other_keys_and_reports_so(overrides, said):
     found = share_global_batch(config("data.global_batch=400", *overrides), 2)
     assert found == (f"data.global_batch=400 over 2 processes: {said}" if said else "")
 
 
-def test_without_it_the_batch_is_what_the_processes_make():
+def test_without_it_the_batch_follows_from_the_processes():
     found = config("train.gradient_accumulation_steps=3")
     assert share_global_batch(found, 7) == ""
     assert (found.data.batch_size, found.train.micro_steps) == (50, 3)
@@ -87,10 +87,10 @@ def test_without_it_the_batch_is_what_the_processes_make():
 
 def test_plan_and_launch_know_it():
     found = config("data.global_batch=400", "moe.num_experts=4", "zero.stage=1")
-    choice = Planner(found, Cluster("h100", 1, 4), fused=True).asked()
+    choice = Planner(found, Cluster("h100", 1, 4), fused=True).configured()
     assert (choice.images, choice.accumulation) == (50, 2)
     with pytest.raises(ValueError, match="cannot be cut into 3 equal parts"):
-        Planner(found, Cluster("h100", 1, 3), fused=True).asked()
+        Planner(found, Cluster("h100", 1, 3), fused=True).configured()
     request = Request("torchrun", str(MICRO), ["data.global_batch=400"], nodes="3",
                       gpus_per_node=1, master="localhost:29777")  # fmt: skip
     with pytest.raises(ValueError, match="cannot be cut into 3 equal parts"):

@@ -1,4 +1,4 @@
-"""The design, held by the code's own syntax tree: who imports whom, and what lives only where."""
+"""Holds the design by the syntax tree: the order of imports, and concerns of single files."""
 
 import ast
 from pathlib import Path
@@ -41,7 +41,10 @@ ONLY_IN = {
         "launch/torchrun.py",
     },
     "getenv": set(),
-    "argparse": {"cli/main.py", "cli/parser.py", "cli/system_errors.py", "data/tools/bundle.py"},
+    "argparse": {
+        *(f"cli/{path.name}" for path in (PACKAGE / "cli").glob("*.py")),
+        "data/tools/bundle.py",
+    },
     "yaml": {"config/yaml_core.py"},
     "pickle": {"weights/safe_pickle.py", "launch/rendezvous.py"},
     "torch.load": {"weights/safe_pickle.py"},
@@ -80,6 +83,38 @@ def test_imports_point_upwards(path):
             continue
         assert other in LEVEL, f"{path.name}: {other} has no place in the order"
         assert LEVEL[other] < LEVEL[mine], f"{path.name} ({mine}) must not import {other}"
+
+
+def module_name(path: Path) -> str:
+    return ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(
+        ".__init__"
+    )
+
+
+def imported_files(path: Path, modules: set[str]):
+    """Modules that a file imports when it runs, those inside functions included."""
+    own = path.relative_to(PACKAGE.parent).with_suffix("").parts
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            package = ".".join((*own[: len(own) - node.level], *filter(None, [node.module])))
+            for alias in node.names:
+                name = f"{package}.{alias.name}"
+                yield name if name in modules else package
+
+
+def test_no_file_imports_itself_through_others():
+    names = {module_name(path): path for path in FILES}
+    graph = {
+        name: set(imported_files(path, set(names))) & set(names) for name, path in names.items()
+    }
+    for name, found in graph.items():
+        found.discard(name)
+    while leaves := [name for name, found in graph.items() if not found]:
+        for leaf in leaves:
+            del graph[leaf]
+        for found in graph.values():
+            found.difference_update(leaves)
+    assert not graph, f"a circle among {sorted(graph)}"
 
 
 def names_used(path: Path) -> set[str]:

@@ -1,4 +1,4 @@
-"""What ``swin-moe inspect`` sees and draws, with every routing; and its one-line refusals."""
+"""The records and pictures of ``swin-moe inspect`` with every routing, and its one-line errors."""
 
 import re
 
@@ -12,8 +12,9 @@ from swin_moe.cli.main import main
 from swin_moe.config import MoEConfig, dump_config, load_config
 from swin_moe.distributed import Group, World
 from swin_moe.inspection import inspect_checkpoint
+from swin_moe.inspection.command import choose_layers
 from swin_moe.inspection.draw import expert_colours, shade
-from swin_moe.inspection.routes import NOBODY, LayerFindings, Takings, crop, watched
+from swin_moe.inspection.routes import DROPPED, LayerFindings, TokenExperts, crop, watched
 from swin_moe.models import build
 from tests.parallel import MICRO, SMALL, one_error, swin_moe
 from tests.saving import save_model
@@ -27,7 +28,7 @@ def model_with(**moe):
     return build(MODEL, MoEConfig(blocks=[[], [0, 1]], num_experts=4, **moe)).eval()
 
 
-def test_token_choice_is_seen_as_the_layer_routed():
+def test_token_choice_is_recorded_as_the_layer_routed():
     model = model_with(top_k=2, eval_capacity_factor=0.5)
     layer = model.layers[1].blocks[1].mlp
     kept = []
@@ -45,9 +46,11 @@ def test_token_choice_is_seen_as_the_layer_routed():
     assert torch.equal(found.counts, output.routing.counts[1])
     first, second = plan.kept.unbind(1)
     assert (~first & second).any()  # the second choice takes over
-    taken_by = torch.where(first, plan.expert[:, 0], torch.where(second, plan.expert[:, 1], NOBODY))
+    taken_by = torch.where(
+        first, plan.expert[:, 0], torch.where(second, plan.expert[:, 1], DROPPED)
+    )
     assert torch.equal(found.expert.flatten(), taken_by)
-    assert (taken_by == NOBODY).any()
+    assert (taken_by == DROPPED).any()
     assert "route" not in vars(layer)
 
 
@@ -72,18 +75,18 @@ def test_other_routings_name_the_expert_that_weighs_most(routing):
         weight = plan.gate.masked_fill(plan.destination < 0, 0.0)
     best, expert = weight.max(1)
     assert torch.equal(found.weight.flatten(), best)
-    assert torch.equal(found.expert.flatten(), torch.where(best > 0, expert, NOBODY))
-    assert (found.expert == NOBODY).any() == (routing == "expert_choice")
+    assert torch.equal(found.expert.flatten(), torch.where(best > 0, expert, DROPPED))
+    assert (found.expert == DROPPED).any() == (routing == "expert_choice")
 
 
 def test_findings_add_up_and_keep_the_best_patch_of_each_image():
     images = torch.arange(2 * 64.0).view(2, 1, 8, 8)
-    expert = torch.tensor([[[0, 0], [1, NOBODY]], [[0, 1], [1, 1]]])
+    expert = torch.tensor([[[0, 0], [1, DROPPED]], [[0, 1], [1, 1]]])
     weight = torch.tensor([[[0.3, 0.9], [0.5, 0.0]], [[0.6, 0.2], [0.7, 0.1]]])
     layer = LayerFindings.empty(4, 3, 2)
     labels = torch.tensor([1, 0])
-    layer.add(images, labels, Takings(expert, weight, torch.tensor([3, 5, 0])), 1)
-    layer.add(images, labels, Takings(expert, weight / 2, torch.tensor([3, 5, 0])), 1)
+    layer.add(images, labels, TokenExperts(expert, weight, torch.tensor([3, 5, 0])), 1)
+    layer.add(images, labels, TokenExperts(expert, weight / 2, torch.tensor([3, 5, 0])), 1)
     assert layer.load == [0.375, 0.625, 0.0]
     assert layer.classes.tolist() == [[2, 4], [6, 2], [0, 0]]
     assert layer.dropped == 2
@@ -105,7 +108,7 @@ def test_shades_are_the_experts_and_grey_where_nobody_took_it():
     colours = expert_colours(64)
     assert len({tuple(colour) for colour in colours.round(3)}) == 64
     pixels = np.zeros((6, 8, 3))  # a side that the patches do not divide
-    shown = shade(pixels, np.array([[0, 5], [NOBODY, 1]]), 4, colours)
+    shown = shade(pixels, np.array([[0, 5], [DROPPED, 1]]), 4, colours)
     assert shown.shape == pixels.shape
     assert np.allclose(shown[:4, :4], colours[0] / 2)
     assert np.allclose(shown[:4, 4:], colours[5] / 2)
@@ -116,7 +119,7 @@ def test_shades_are_the_experts_and_grey_where_nobody_took_it():
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """A checkpoint of the small model, as a run would leave it."""
+    """A checkpoint of the small model in a run directory."""
     folder = tmp_path_factory.mktemp("inspected") / "run"
     config = load_config(MICRO, [*SMALL, "moe.eval_capacity_factor=0.75", "precision.dtype=fp32"])
     model = build(config.model, config.moe)
@@ -142,7 +145,7 @@ def test_pictures_and_tables(saved, capsys):
     assert drawn == (output, saved.parent / "other-experts.png")
 
 
-def test_what_cannot_be_inspected_is_told_in_one_line(saved, tmp_path):
+def test_refusals_are_one_line(saved, tmp_path):
     def refused(**options):
         overrides = options.pop("overrides", [])
         with pytest.raises(ValueError, match=r"^[^\n]+$") as error:
@@ -162,15 +165,13 @@ def test_what_cannot_be_inspected_is_told_in_one_line(saved, tmp_path):
 
 
 def test_a_model_without_moe_layers_has_nothing_to_inspect(tmp_path):
-    from swin_moe.inspection.command import _chosen
-
     dense = build(MODEL, MoEConfig())
     with pytest.raises(ValueError, match=r"the model has no MoE layers \(moe.blocks is empty\)"):
-        _chosen(dense, tmp_path, [])
+        choose_layers(dense, tmp_path, [])
 
 
 def test_from_the_command_line(saved, capsys):
-    """DATA may be left out before overrides, and mistakes end with exit code 2."""
+    """DATA may be omitted before overrides, and mistakes end with exit code 2."""
     done = swin_moe("inspect", str(saved), "data.path=nowhere", "--images", "2")
     assert done.returncode == 2
     assert one_error(done).startswith("data.path=nowhere: no such folder")

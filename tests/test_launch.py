@@ -1,4 +1,4 @@
-"""The launchers quote every argument, print what they would run, and refuse what makes no sense."""
+"""The launchers quote every argument, print their command, and refuse senseless requests."""
 
 import os
 import shlex
@@ -187,17 +187,17 @@ def test_processes_on_the_cpu_see_no_gpu():
     command.check(front("local", "data.path=fashion_mnist", gpus_per_node=8, cpu=True))
 
 
-def test_data_that_only_the_nodes_may_have_is_warned_about(capfd):
+def test_data_that_is_not_on_this_machine_is_a_warning(capfd):
     assert command.launch(front("slurm", "data.path=/no/where", gpus_per_node=8), dry_run=True) == 0
     assert "data.path=/no/where is not on this machine" in capfd.readouterr().err
 
 
 def test_an_editable_install_is_found_in_the_folder_of_a_clone():
-    """A line in a .pth file; setuptools' finder would lose against the folder of the clone."""
+    """By a line in a .pth file: setuptools' finder comes after the folder of the clone."""
     assert '"editable_wheel": {"mode": "compat"}' in (ROOT / "setup.py").read_text()
 
 
-def test_the_front_holds_the_hostfile_against_nodes_and_gpus(hostfile):
+def test_the_front_compares_the_hostfile_with_nodes_and_gpus(hostfile):
     good = front("mpi", hostfile=hostfile, nodes="2", gpus_per_node=8)
     command.check(good)
     assert command.command(good)[3:5] == ["--hostfile", hostfile]
@@ -259,7 +259,7 @@ def test_the_manifest_fits_the_schema_and_the_plain_file():
     plain = load_plain(ROOT / "launch/kubernetes.yaml")
     made = command.train_job(front("kubernetes", "x=$(id)", nodes="4", gpus_per_node=8))
     for job in (plain, made):
-        # What the schema does not know would not come back.
+        # Keys that the schema does not have would not come back.
         assert models.TrainerV1alpha1TrainJob.from_dict(job).to_dict() == job
     assert made["spec"]["trainer"]["command"] == plain["spec"]["trainer"]["command"]
     assert made["spec"]["trainer"]["args"] == [RECIPE, "x=$$(id)"]
@@ -284,7 +284,7 @@ def test_slurm_takes_the_first_host_and_a_port_of_the_job(tmp_path):
     command = shlex.split(done.stdout)
     assert command[command.index("--rdzv-endpoint") + 1] == "node-7:20003"
     assert command[command.index("--nnodes") + 1] == "2"
-    assert "--rdzv-id" not in command  # a list of processes would show it
+    assert "--rdzv-id" not in command  # other users could list it
 
 
 def test_a_dry_run_counts_no_gpus_where_there_are_none():
@@ -293,7 +293,7 @@ def test_a_dry_run_counts_no_gpus_where_there_are_none():
 
 
 def waiting(participants, spare, timeout=0.0, stop=False):
-    """What a node does that finds these at the master."""
+    """Let a node wait at a master that has these participants."""
     state = SimpleNamespace(
         participants=[SimpleNamespace(addr=name) for name in participants],
         redundancy_list=["me"] if spare else [], complete=spare,
@@ -312,7 +312,7 @@ def test_a_node_too_many_does_not_wait_for_ever():
     waiting(["b", "a"], spare=True, timeout=60.0)  # one of them may have been lost
 
 
-def test_a_wait_tells_who_came_and_ends_by_a_signal():
+def test_a_wait_names_the_nodes_that_came_and_ends_by_a_signal():
     here = waiting(["a"], spare=False)
     assert "1 of 2 nodes came to node-0:29500 within 0 s (a)" in str(here.timed_out())
     with pytest.raises(nodes.Stopped):
@@ -358,7 +358,7 @@ def test_torchrun_names_the_rank_that_was_killed(tmp_path):
 
 
 def test_deepspeed_starts_our_program_with_our_arguments(tmp_path):
-    """Its runner on this machine alone, which needs no ssh, with the options of deepspeed.sh."""
+    """Its runner on this machine needs no ssh; the options are those of deepspeed.sh."""
     command = [
         sys.executable,
         "-m",

@@ -1,6 +1,7 @@
-"""Names of every kind in tables, pictures, logs and messages: as they are, or escaped."""
+"""Names of every kind in tables, pictures, logs and messages: unchanged or escaped."""
 
 import ast
+import errno
 import logging
 import os
 import subprocess
@@ -14,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import OutOfMemoryError
 
-from swin_moe.cli import main
+from swin_moe.cli import main, models
 from swin_moe.common import drawing
 from swin_moe.common.drawing import font_file, write_png
 from swin_moe.common.terminal import Terminal, cell
@@ -29,7 +30,7 @@ from swin_moe.tasks.classification import Classification, class_name
 from tests.parallel import MICRO
 from tests.test_imports import FILES
 
-# Names, and how they are shown.
+# Name -> its printed form.
 NAMES = {
     "[/cat]": "[/cat]",
     "[red]": "[red]",
@@ -107,11 +108,11 @@ def test_pictures_take_every_name_and_do_not_warn(tmp_path, name, recwarn):
 
 
 def test_a_font_of_the_system_helps_out(monkeypatch, caplog):
-    drawing._system_font.cache_clear()
+    drawing.system_font.cache_clear()
     own = font_file("plain")
     assert own.endswith("DejaVuSans.ttf")
     stix = Path(own).with_name("STIXGeneral.ttf")
-    only_there = "\u2a59"  # a sign of mathematics
+    only_there = "\u2a59"  # a mathematical symbol
     found = [str(stix)]
 
     def match(command, **_):
@@ -125,24 +126,28 @@ def test_a_font_of_the_system_helps_out(monkeypatch, caplog):
 
         assert matplotlib.rcParams["font.family"] == ["DejaVu Sans", "STIXGeneral"]
     assert not caplog.text
-    drawing._system_font.cache_clear()
+    drawing.system_font.cache_clear()
     for found[0] in (own, "/dev/null", ""):  # one that lacks it too, and none at all
         assert font_file(only_there) == own
-        drawing._system_font.cache_clear()
+        drawing.system_font.cache_clear()
     assert caplog.text.count(f"no font of this machine has {only_there}: pictures show boxes") == 3
 
 
-def test_a_picture_is_written_whole_or_not_at_all(tmp_path):
+def test_a_picture_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    def full(_descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
     picture = tmp_path / "data.png"
     picture.write_bytes(b"old")
-    (tmp_path / ".data.png").mkdir()
-    with pytest.raises(ValueError, match=r"data\.png cannot be written: Is a directory$"):
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(ValueError, match=r"data\.png cannot be written: No space left on device$"):
         write_png(picture, lambda file: file.write(b"new"))
     assert picture.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [picture]
 
 
 @pytest.mark.parametrize(
-    ("error", "told"),
+    ("error", "line"),
     [
         (ValueError("\n  $5_\n  ^\nParseException"), r"$5_\n  ^\nParseException"),
         (ValueError(f"\n first \n{'x' * 200}"), "first"),
@@ -158,25 +163,31 @@ def test_a_picture_is_written_whole_or_not_at_all(tmp_path):
          "CUDA out of memory: lower data.batch_size, or see what fits by `swin-moe plan CONFIG`"),
     ],
 )  # fmt: skip
-def test_an_error_is_one_line_that_is_never_empty(monkeypatch, capsys, error, told):
+def test_an_error_is_one_line_that_is_never_empty(monkeypatch, capsys, error, line):
     def fail(*_):
         raise error
 
-    monkeypatch.setattr(main, "_models", fail)
-    monkeypatch.setattr(main, "_quiet", lambda: None)
+    monkeypatch.setattr(models, "models_command", fail)
+    monkeypatch.setattr(main, "quiet_libraries", lambda: None)
     assert main.main(["models"]) in (1, 2)
-    assert capsys.readouterr().err == f"swin-moe: error: {told}\n"
+    assert capsys.readouterr().err == f"swin-moe: error: {line}\n"
     main.main(["models", "--debug"])
     shown = capsys.readouterr().err
     assert "Traceback" in shown
     assert "--debug" not in shown.splitlines()[-1]
 
 
-def test_a_run_s_log_is_named_instead_of_debug(monkeypatch, tmp_path):
-    monkeypatch.setattr(LogFile, "current", staticmethod(lambda: tmp_path / "rank-0.log"))
-    arguments = main.parse(["models"])
-    told = main._unexpected(RuntimeError("boom"), arguments)
-    assert told == f"RuntimeError: boom (the traceback is in {tmp_path / 'rank-0.log'})"
+def test_a_run_s_log_is_named_instead_of_debug(monkeypatch, capsys, tmp_path):
+    def fail(*_):
+        raise RuntimeError("boom")
+
+    log = tmp_path / "rank-0.log"
+    monkeypatch.setattr(LogFile, "current", staticmethod(lambda: log))
+    monkeypatch.setattr(models, "models_command", fail)
+    monkeypatch.setattr(main, "quiet_libraries", lambda: None)
+    assert main.main(["models"]) == 1
+    error = capsys.readouterr().err
+    assert error == f"swin-moe: error: RuntimeError: boom (the traceback is in {log})\n"
 
 
 def test_the_console_shows_warnings_as_lines_and_leaves_timm_to_the_logs(monkeypatch, capsys):
@@ -185,7 +196,7 @@ def test_the_console_shows_warnings_as_lines_and_leaves_timm_to_the_logs(monkeyp
     monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
     logging.captureWarnings(False)  # a command that ran in this process has left it on
     try:
-        main._quiet()
+        main.quiet_libraries()
         logging.getLogger("timm.scheduler").warning("a cosine of one update has no effect")
         logging.getLogger("swin_moe").warning("skipped caf\udce9")
         with warnings.catch_warnings():
@@ -193,13 +204,13 @@ def test_the_console_shows_warnings_as_lines_and_leaves_timm_to_the_logs(monkeyp
             warnings.warn("odd", UserWarning, stacklevel=1)
     finally:
         logging.captureWarnings(False)
-    told = capsys.readouterr().err
-    assert told == "WARNING: skipped caf\\xe9\nWARNING: UserWarning: odd\n"
+    line = capsys.readouterr().err
+    assert line == "WARNING: skipped caf\\xe9\nWARNING: UserWarning: odd\n"
 
 
 def test_the_header_s_rate_is_as_people_write_it():
     config = load_config(MICRO, ["optimizer.base_lr=5e-4"])
     assert tables._rate(config, 32) == "5e-4 × 32/512 = 3.1e-5 at its peak"
     config.optimizer.base_lr, config.optimizer.layer_decay = 0.0125, 0.87
-    told = "0.0125 × 1024/512 = 0.025 at its peak, × 0.87 for each layer below the head"
-    assert tables._rate(config, 1024) == told
+    line = "0.0125 × 1024/512 = 0.025 at its peak, × 0.87 for each layer below the head"
+    assert tables._rate(config, 1024) == line

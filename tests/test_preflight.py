@@ -1,4 +1,4 @@
-"""Processes that are alike begin; those that are not are told in one line that names the host."""
+"""Processes that are alike begin; the others are refused in one line that names the host."""
 
 import json
 import shutil
@@ -12,34 +12,32 @@ import torch.distributed as dist
 from swin_moe import distributed, ops
 from swin_moe.config import load_config
 from swin_moe.distributed import meeting
-from swin_moe.preflight import links
+from swin_moe.preflight import Agreement, links
 from swin_moe.preflight.agreement import compare, named
 from swin_moe.preflight.facts import Facts, collect
 from swin_moe.preflight.shared import check_folder
-from swin_moe.preflight.start import _short_of_disk
+from swin_moe.preflight.start import check
 from tests.parallel import MICRO, one_error, run_worker, swin_moe
 from tests.saving import ALONE
 
 
 def found(tmp_path, case):
-    """What two processes found, which must be the same on both; and nothing is left behind."""
+    """Return the results of two processes, which must be the same, and leave nothing behind."""
     folder = tmp_path / case
     folder.mkdir()
     run_worker("preflight", folder, 2)
-    said = [json.loads((folder / f"found-{rank}.json").read_text()) for rank in (0, 1)]
-    assert said[0] == said[1]
+    first, second = (json.loads((folder / f"found-{rank}.json").read_text()) for rank in (0, 1))
+    assert first == second
     assert not (folder / "runs").exists()
-    return said[0]
+    return first
 
 
-def test_those_that_agree(tmp_path):
+def test_processes_that_agree(tmp_path):
     result = found(tmp_path, "alike")
     assert result["problems"] == []
     assert [timing["name"] for timing in result["links"]["timings"]] == ["all-reduce", "all-to-all"]
     assert all(timing["bandwidth"] > 0 for timing in result["links"]["timings"])
-    # 50 images of 4×4 tokens at the second stage, top-1, capacity 1.25, 32 channels of fp32.
-    config = load_config(MICRO)
-    assert links._dispatched(config) > 0
+    assert links.dispatched_elements(load_config(MICRO)) > 0
     assert abs(result["links"]["skew"][1]) < 0.5
     assert not [line for line in result["warnings"] if "clock" in line]
 
@@ -54,7 +52,7 @@ def test_those_that_agree(tmp_path):
         ("late", "1 of 2 processes have not come"),
     ],
 )  # fmt: skip
-def test_those_that_do_not(tmp_path, case, expected):
+def test_processes_that_differ(tmp_path, case, expected):
     folder = tmp_path / case
     folder.mkdir()
     run_worker("preflight", folder, 2)
@@ -66,7 +64,7 @@ def test_those_that_do_not(tmp_path, case, expected):
         assert json.loads((folder / "found-1.json").read_text())["error"] == error
 
 
-def test_clocks_and_drivers_are_only_told(tmp_path):
+def test_clocks_and_drivers_are_only_warnings(tmp_path):
     warnings = found(tmp_path, "clock")["warnings"]
     assert [line for line in warnings if line.startswith("node-1: its clock is 7.")]
     warnings = found(tmp_path, "driver")["warnings"]
@@ -163,12 +161,15 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
-def test_a_small_disk_is_told_in_numbers_that_are_not_0():
-    config, facts = load_config(MICRO), [SimpleNamespace(disk=2.5e6, host="a")]
-    (told,) = _short_of_disk(config, SimpleNamespace(parameters=10**6), facts)
-    assert told.startswith("a: 2.5 MB are free for train.output, but its ")
-    assert " MB (checkpoint.keep_last)" in told
-    assert _short_of_disk(config, SimpleNamespace(parameters=10), facts) == []
+def test_a_small_disk_is_reported_in_numbers_that_are_not_0():
+    def warnings(disk):
+        verdict = Agreement([SimpleNamespace(disk=disk, host="a")], [], [])
+        return check(load_config(MICRO), verdict, ALONE, torch.float32).warnings
+
+    (warning,) = warnings(2.5e6)
+    assert warning.startswith("a: 2.5 MB are free for train.output, but its ")
+    assert " MB (checkpoint.keep_last)" in warning
+    assert warnings(1e12) == []
 
 
 def test_spans():
@@ -193,14 +194,14 @@ def meeting_of(size, timeout=0.3):
 
 
 def test_a_wait_for_others_is_reported_with_the_variables(monkeypatch, capsys):
-    monkeypatch.setattr(meeting, "_SAID_AFTER", 0.0)
+    monkeypatch.setattr(meeting, "REPORT_AFTER", 0.0)
     monkeypatch.setattr(meeting.time, "sleep", lambda seconds: None)
     for name, value in {"SLURM_PROCID": "0", "SLURM_NTASKS": "3", "MASTER_ADDR": "a"}.items():
         monkeypatch.setenv(name, value)
     for name in ("RANK", "SLURM_STEP_ID"):
         monkeypatch.delenv(name, raising=False)
     with pytest.raises(TimeoutError) as error:
-        meeting_of(3).exchange("versions", "mine", lambda said: said[0])
+        meeting_of(3).exchange("versions", "mine", lambda texts: texts[0])
     waits = capsys.readouterr().err
     assert waits == (
         "swin-moe: rank 0 waits at node-0:29500 for 2 of 3 processes: never connected (ranks 1-2); "
@@ -220,8 +221,8 @@ def test_ranks_hear_of_one_another_while_they_run():
     assert meeting.Meeting(None, 0, 1, "", 1.0).pulses() is None
 
 
-def test_rank_0_says_that_its_own_name_is_unknown(monkeypatch, capsys):
-    monkeypatch.setattr(meeting, "_SAID_AFTER", 0.0)
+def test_rank_0_reports_that_its_own_name_is_unknown(monkeypatch, capsys):
+    monkeypatch.setattr(meeting, "REPORT_AFTER", 0.0)
     with pytest.raises(ConnectionError, match=r"after 0.1 s \(MASTER_ADDR=no name: .*: set MAS"):
         meeting.open_store("no name", 1, 0, 2, 0.1, serve=True)
     assert (

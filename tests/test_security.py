@@ -1,4 +1,4 @@
-"""Nothing that a stranger hands over is executed, and nothing is written outside the run directory.
+"""Nothing in foreign files is executed, and nothing is written outside the run directory.
 
 Checkpoints: ``test_checkpoint.py``; files of weights: ``models/test_weights.py`` and
 ``test_deepspeed_import.py``.
@@ -72,7 +72,7 @@ def add(archive, name, content=b"", **attributes):
 
 
 def write_shard(path, label, links):
-    """A hundred good samples, and the worst that an archive can hold."""
+    """Write a hundred good samples, and the worst content that an archive can have."""
     secret = path.parent.parent / "secret.png"
     secret.write_bytes(image(9))
     with tarfile.open(path, "w") as archive:

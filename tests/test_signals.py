@@ -1,4 +1,4 @@
-"""What a signal does to the program: at its start, in training, and a second time."""
+"""Signals at the start, in training, and a second time."""
 
 import signal
 import subprocess
@@ -38,9 +38,9 @@ def run(what, *numbers, program=PROGRAM, **env):
 @pytest.mark.parametrize("number", signals.STOPS)
 def test_before_the_first_update_the_end_comes_at_once(number, tmp_path):
     done = run("start", number, SWIN_MOE_FINAL=str(tmp_path / "final"))
-    told = "interrupted" if number == signal.SIGINT else f"told to stop by {number.name}"
+    cause = "interrupted" if number == signal.SIGINT else f"stopped by {number.name}"
     assert done.stderr == (
-        f"swin-moe: error: {told} before the first update: nothing is lost, the same command "
+        f"swin-moe: error: {cause} before the first update: nothing is lost, the same command "
         "starts again\n"
     )
     assert done.returncode == (130 if number == signal.SIGINT else 75)
@@ -73,14 +73,14 @@ def test_only_one_process_of_a_node_speaks():
 
 
 @pytest.mark.parametrize(("what", "code"), [("start", 143), ("training", 0)])
-def test_where_the_launcher_ends_its_processes_nothing_is_said_or_saved(tmp_path, what, code):
+def test_when_the_launcher_ends_its_processes_nothing_is_printed_or_saved(tmp_path, what, code):
     (tmp_path / "closing").touch()
     done = run(what, signal.SIGTERM, SWIN_MOE_FINAL=str(tmp_path / "final"))
     assert (done.returncode, done.stderr) == (code, "")
     assert done.stdout in ("", " 0\n")
 
 
-def test_what_is_ignored_stays_ignored():
+def test_ignored_signals_stay_ignored():
     program = "import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN)\n" + PROGRAM
     done = run("start", signal.SIGHUP, program=program)  # as under nohup
     assert (done.returncode, done.stdout) == (0, " 0\n")
@@ -114,24 +114,24 @@ def test_a_launch_that_still_checks_asks_to_be_started_again():
     )
     done = run("", program=program)
     assert done.returncode == 75
-    assert "told to stop by SIGTERM before the first update" in done.stderr
+    assert "stopped by SIGTERM before the first update" in done.stderr
 
 
 def test_one_interrupt_that_is_sent_again_to_new_processes_counts_once(monkeypatch):
     sent = []
-    monkeypatch.setattr(elastic, "_told", [])
+    monkeypatch.setattr(elastic, "_signals", [])
     monkeypatch.setattr(elastic._Process, "living", [SimpleNamespace(send_signal=sent.append)])
     monkeypatch.setattr(elastic, "_closing", lambda: Path("nowhere"))
     monkeypatch.setenv(elastic.FINAL, "nowhere/final")
     # It comes while the processes are started.
-    start = lambda *_: elastic._pass_on(signal.SIGINT, None)  # noqa: E731
+    start = lambda *_: elastic.pass_on(signal.SIGINT, None)  # noqa: E731
     monkeypatch.setattr(elastic.LocalElasticAgent, "_start_workers", start)
     elastic._Agent._start_workers(object.__new__(elastic._Agent), None)
     assert sent == [signal.SIGINT] * 2
-    assert not elastic._interrupted_twice()
+    assert not elastic.interrupted_twice()
 
 
-def test_handlers_are_what_they_were_after_a_training_within_another_program():
+def test_handlers_are_restored_after_a_training_within_another_program():
     before = {number: signal.getsignal(number) for number in signals.STOPS}
     with StopSignal() as stop:
         stop.defer()

@@ -1,4 +1,4 @@
-"""What a start does not wait for: torch where nothing needs it, the compiler, foreign models."""
+"""Starts import neither torch, if they do not need it, nor the compiler, nor foreign models."""
 
 import json
 import subprocess
@@ -14,7 +14,7 @@ from tests.saving import save
 
 WITHOUT_TORCH = """
 import sys
-sys.modules["torch"] = None  # whoever imports it fails
+sys.modules["torch"] = None  # an import of it fails
 from swin_moe.cli.main import entry
 entry()
 """
@@ -66,7 +66,7 @@ def test_training_imports_no_compiler_and_no_foreign_models(tmp_path):
     assert (tmp_path / "passed").exists()
 
 
-def test_the_table_of_models_is_what_the_models_are():
+def test_the_table_of_models_equals_a_new_count():
     assert json.loads(models.COUNTS.read_text()) == models.count_all(), (
         "python -m swin_moe.cli.models writes the table again"
     )
@@ -89,5 +89,5 @@ def test_gpus_are_counted_without_torch(tmp_path, monkeypatch, visible, count):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     assert host.count_gpus() == count
     script = f"source {ROOT}/launch/common.sh; count_gpus"
-    told = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True)
-    assert int(told.stdout) == count
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True)
+    assert int(done.stdout) == count

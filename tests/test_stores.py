@@ -1,4 +1,4 @@
-"""Who can reach the stores of a run, and what a stranger's bytes can do there."""
+"""The addresses of a run's stores, and the effect of foreign bytes sent to them."""
 
 import pickle
 import socket
@@ -19,7 +19,7 @@ def test_a_store_listens_at_one_address():
     other = dist.TCPStore("localhost", store.port, wait_for_workers=False)
     other.set("key", "value")
     assert store.get("key") == b"value"
-    # Whoever listens everywhere would have this address, too.
+    # A store that listens on all interfaces would have this address, too.
     with socket.create_server(("127.0.0.2", store.port)):
         pass
 
@@ -69,7 +69,7 @@ def test_processes_of_one_machine_meet_in_a_private_file(tmp_path, monkeypatch):
 
 
 class _Touch:
-    """As a pickle it makes a file when it is read."""
+    """An object whose pickle makes a file when it is read."""
 
     def __init__(self, path):
         self.path = path

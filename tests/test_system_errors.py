@@ -1,4 +1,4 @@
-"""What the system refuses is said with the file, the key and what helps."""
+"""Messages about errors of the system name the file, the key and the remedy."""
 
 import argparse
 import errno
@@ -48,7 +48,7 @@ def test_without_a_config_or_a_number_there_is_less_to_say():
     )
 
 
-def test_a_folder_that_was_removed_under_the_program_is_told(tmp_path, monkeypatch, capsys):
+def test_a_removed_working_folder_is_reported(tmp_path, monkeypatch, capsys):
     (tmp_path / "gone").mkdir()
     monkeypatch.chdir(tmp_path / "gone")
     (tmp_path / "gone").rmdir()

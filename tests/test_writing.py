@@ -1,4 +1,4 @@
-"""Logs, figures and prints that cannot be written: reported once, written later, and no end."""
+"""Logs, figures and prints that cannot be written: reported once and written later."""
 
 import errno
 import os
@@ -13,7 +13,7 @@ from swin_moe.common.writing import Appender, unbreakable_streams
 
 @pytest.fixture
 def disk(monkeypatch):
-    """A file system with room for so many bytes; [0] may be changed."""
+    """Limit the file system to a number of bytes, [0], which may be changed."""
     room = [0]
 
     class Full:
@@ -38,7 +38,7 @@ def disk(monkeypatch):
     return room
 
 
-def test_what_a_full_disk_does_not_take_is_written_later(tmp_path, disk, caplog):
+def test_data_that_a_full_disk_refuses_is_written_later(tmp_path, disk, caplog):
     file = Appender(tmp_path / "metrics.jsonl")
     disk[0] = 10
     for line in (b"first\n", b"second\n", b"third\n"):
@@ -57,7 +57,7 @@ def test_what_a_full_disk_does_not_take_is_written_later(tmp_path, disk, caplog)
     assert last == f"{file.path} is written again, and nothing of it is lost"
 
 
-def test_memory_has_a_bound_and_what_is_lost_is_told(tmp_path, disk, monkeypatch, caplog):
+def test_memory_has_a_bound_and_lost_bytes_are_reported(tmp_path, disk, monkeypatch, caplog):
     monkeypatch.setattr(writing, "KEPT", 12)
     file = Appender(tmp_path / "rank-0.log")
     for line in (b"first\n", b"second record\n", b"third\n"):
@@ -108,8 +108,8 @@ def test_printing_never_ends_a_training(fault, monkeypatch, caplog):
             for _ in range(3):
                 print("step 1", flush=True)
         assert sys.stdout is stream
-    (told,) = caplog.messages
-    assert told.startswith("the program's stdout cannot be written (")
+    (message,) = caplog.messages
+    assert message.startswith("the program's stdout cannot be written (")
 
 
 def test_printing_goes_through_where_all_is_well(monkeypatch):
@@ -118,12 +118,12 @@ def test_printing_goes_through_where_all_is_well(monkeypatch):
         monkeypatch.setattr(sys, "stdout", stream)
         with unbreakable_streams():
             print("caf\udce9")
-            assert os.read(reader, 100) == b"caf\\udce9\n"  # a line is there at once
+            assert os.read(reader, 100) == b"caf\\udce9\n"  # a line is written at once
     os.close(reader)
 
 
 def test_a_console_that_is_gone_does_not_end_a_training():
-    """A lost terminal takes both streams, and the console's log handler writes to one of them."""
+    """A lost terminal closes both streams, and the log handler writes to one of them."""
     reader, number = os.pipe()
     code = (
         "import logging, sys\n"
@@ -149,6 +149,6 @@ def test_closed_streams_lead_nowhere(tmp_path):
         "print('lost'); print('lost', file=sys.stderr)\n"
         "file = open(sys.argv[1], 'w'); file.write(f'{file.fileno() > 2} {sys.stdin.read()!r}')\n"
     )
-    command = [sys.executable, "-c", code, str(tmp_path / "told")]
+    command = [sys.executable, "-c", code, str(tmp_path / "result")]
     subprocess.run(["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", *command], check=True)
-    assert (tmp_path / "told").read_text() == "True ''"
+    assert (tmp_path / "result").read_text() == "True ''"

@@ -1,6 +1,6 @@
-"""What ``benchmarks/gpu_first_contact.sh`` runs, one process a step.
+"""The steps of ``benchmarks/gpu_first_contact.sh``, each a process.
 
 ``record`` keeps the one JSON and needs nothing installed; ``facts``, ``library``, ``verify``,
 ``engine`` and ``sanitizer`` are steps; ``calls`` and ``large`` call the ops for them. Steps that
-measure are the benchmarks beside this folder.
+measure are the benchmarks of the parent folder.
 """

@@ -22,7 +22,7 @@ Function = Callable[..., Tensor]
 
 
 def gradients(function: Function, tensors: list[Tensor]) -> list[Tensor]:
-    """The output and the gradients of all tensors, for a gradient that is the output itself."""
+    """Return the output and the gradients of all tensors; the output is also its gradient."""
     leaves = [tensor.detach().requires_grad_() for tensor in tensors]
     out = function(*leaves)
     return [out.detach(), *torch.autograd.grad(out, leaves, out.detach())]
@@ -34,14 +34,14 @@ def relative_error(actual: Tensor, exact: Tensor) -> float:
 
 
 def compare(function: Function, tensors: list[Tensor]) -> float:
-    """The worst relative error of a call against the same one in fp64, which has no kernels."""
+    """Return the worst relative error of a call compared with fp64, which has no kernels."""
     mine = gradients(function, tensors)
     exact = gradients(function, [tensor.double() for tensor in tensors])
     return max(relative_error(*pair) for pair in zip(mine, exact, strict=True))
 
 
 def attention(device: str) -> float:
-    """Windows of 8 and 16, shifted, on a map that they do not divide; every dtype of a kernel."""
+    """Call shifted windows of 8 and 16 on a map that they do not divide, in each kernel dtype."""
     worst = 0.0
     dtypes = [torch.float32, torch.bfloat16] + [torch.float16] * (device == "cuda")
     for dtype in dtypes:
@@ -59,7 +59,7 @@ def attention(device: str) -> float:
 
 
 def moe(device: str) -> float:
-    """The ops of one layer in a row: rows packed and padded, one choice and two."""
+    """Call the ops of a layer one after another: packed and padded rows, top-1 and top-2."""
     worst, tokens, width, experts = 0.0, 96, 32, 4
     for dtype in (torch.float32, torch.bfloat16):
         for top_k, padded in ((1, False), (2, True)):
@@ -94,7 +94,7 @@ def routing(logits: Tensor, how: RouteOptions) -> float:
 
 
 def check(device: str) -> dict[str, float]:
-    """The worst error of each kind of op.
+    """Return the worst error of each kind of op.
 
     Raises:
         RuntimeError: one is too large, or not a number.

@@ -29,7 +29,7 @@ RATE = 2e-4
 
 
 class Training:
-    """An engine, a batch of random images, and what its updates took."""
+    """An engine, a batch of random images, and the times of its updates."""
 
     def __init__(self, device: str, batch: int, toy: bool) -> None:
         from swin_moe import distributed
@@ -64,7 +64,7 @@ class Training:
         self.losses.append(loss.detach())
 
     def updates(self, count: int) -> float:
-        """Median milliseconds of an update."""
+        """Return the median milliseconds of an update."""
         times = [1e3 * harness.seconds(self.update) for _ in range(count)]
         return statistics.median(times)
 
@@ -76,7 +76,7 @@ class Training:
 
 
 def learnt(losses: list[float]) -> bool:
-    """Whether the loss is a number throughout, and lower in the last tenth than in the first."""
+    """Return whether the loss is always finite, and lower in the last tenth than in the first."""
     part = max(len(losses) // 10, 1)
     first, last = statistics.fmean(losses[:part]), statistics.fmean(losses[-part:])
     return all(map(math.isfinite, losses)) and last < first

@@ -1,4 +1,4 @@
-"""The machine as it is: card, driver, packages, tools, and the rates that it reaches.
+"""Collects facts of the machine: card, driver, packages, tools, and measured rates.
 
 Fails with one line that names what is missing: a GPU, torch 2.11 or later, pytest.
 """
@@ -26,7 +26,7 @@ WANTED = (
 
 
 def version(package: str) -> str:
-    """A package's version; empty if it is not installed."""
+    """Return a package's version; empty if it is not installed."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -42,7 +42,7 @@ def nvcc_version() -> str:
 
 
 def problem(device: str, versions: dict[str, str]) -> str:
-    """What keeps the other steps from running, or nothing."""
+    """Return why the other steps cannot run, or nothing."""
     missing = [name for name in NEEDED if not versions[name]]
     if missing:
         return f"not installed: {', '.join(missing)}; carry their wheels (gpu_wheels.sh)"

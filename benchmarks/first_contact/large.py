@@ -1,4 +1,4 @@
-"""Ops at the size of a training: right, the same each time, and the same for each image alone.
+"""Checks ops at the size of a training: right, repeatable, and the same for each image alone.
 
 The tests of the ops are small. A race, an index of 32 bits or a grid that is too large show at many
 images only. Each op runs three times, once beside a busy second stream, in memory full of NaN; the
@@ -27,13 +27,13 @@ Problems = list[str]
 
 
 def poison(device: str) -> None:
-    """Leave NaN in the memory that the next tensors are given."""
+    """Leave NaN in the memory of the next tensors."""
     for size in (1 << 28, 1 << 24, 1 << 20) if device == "cuda" else (1 << 20,):
         torch.full((size,), torch.nan, device=device)
 
 
 def busy(device: str) -> Callable[[], None]:
-    """Start work on a second stream. Returns what waits for its end."""
+    """Start work on a second stream; return a function that waits for its end."""
     if device != "cuda":
         return lambda: None
     stream = torch.cuda.Stream()
@@ -46,7 +46,7 @@ def busy(device: str) -> Callable[[], None]:
 
 
 def repeated(call: Callable[[], list[Tensor]], device: str) -> tuple[list[Tensor], bool]:
-    """The results of a call, and whether three calls agree to the bit."""
+    """Return the results of a call, and whether three calls agree to the bit."""
     poison(device)
     first = call()
     poison(device)
@@ -109,7 +109,7 @@ def moe_route(device: str, batch: int) -> Problems:
 
 
 def routed(device: str, batch: int, experts: int, top_k: int) -> ops.Route:
-    """A routing of random tokens; the rows of the experts are packed."""
+    """Route random tokens; the rows of the experts are packed."""
     logits = torch.randn(batch * TOKENS, experts, device=device)
     capacity = -(-len(logits) * top_k * 5 // (4 * experts))
     return ops.moe_route(logits, None, None, RouteOptions(top_k, capacity=capacity))
@@ -152,7 +152,7 @@ def moe_experts(device: str, batch: int) -> Problems:
         hidden = 4 * width if device == "cuda" else width
         uneven = torch.rand(experts).pow(2)
         used = (uneven / uneven.sum() * rows).long()
-        used[1] = 0  # one that nobody chose
+        used[1] = 0  # an expert without tokens
         used[0] += rows - used.sum()
         shapes = [(rows, width), (experts, hidden, width), (experts, hidden),
                   (experts, width, hidden), (experts, width)]  # fmt: skip

@@ -1,4 +1,4 @@
-"""Loads the library that was brought along, or builds it for this card; each op runs once.
+"""Loads the compiled library, or builds it for this card; each op runs once.
 
 A library is good if it loads, holds every op for the device, and runs. One that does not load, has
 no CUDA kernels or none for this card is built again with ``TORCH_CUDA_ARCH_LIST`` of the card.
@@ -24,10 +24,10 @@ NO_IMAGE = "no kernel image"  # what CUDA says of a card that the library was no
 
 
 def shortcoming(device: str) -> str:
-    """Why the library must be built here, or nothing."""
+    """Return why the library must be built here, or nothing."""
     if not ops.library_digest():
         return "no library was brought along"
-    missing = [op for op in ops.status() if not _library._compiled_for(op, device)]
+    missing = [op for op in ops.status() if not _library.compiled_for(op, device)]
     if missing:
         return f"the library does not load, or has no {device} kernels of {', '.join(missing)}"
     try:
@@ -41,7 +41,7 @@ def shortcoming(device: str) -> str:
 
 
 def build() -> float:
-    """Compile the library into the package, for this card. Returns the seconds it took.
+    """Compile the library into the package, for this card; return the seconds.
 
     Raises:
         SystemExit: it does not compile.
@@ -49,7 +49,7 @@ def build() -> float:
     major, minor = torch.cuda.get_device_capability()
     env = common.environment() | {"TORCH_CUDA_ARCH_LIST": f"{major}.{minor}"}
     env.setdefault("MAX_JOBS", str(os.cpu_count() or 1))
-    for path in Path(_library._PACKAGE).glob("_C*.so"):
+    for path in Path(_library.PACKAGE).glob("_C*.so"):
         path.unlink()
     began = time.monotonic()
     command = [sys.executable, "setup.py", "build_ext", "--inplace"]
@@ -59,7 +59,7 @@ def build() -> float:
 
 
 def try_setup() -> None:
-    """See that setup.py runs in this environment, as far as that goes without compiling.
+    """Check that setup.py runs in this environment, up to the compilation.
 
     Raises:
         SystemExit: it does not.

@@ -1,4 +1,4 @@
-"""The options that every step takes, and how it writes what it found."""
+"""The options of every step, and its output."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from benchmarks.first_contact import record
 
 
 def arguments(description: str | None) -> argparse.ArgumentParser:
-    """``--device``, ``--json``, ``--quick``."""
+    """Return a parser with ``--device``, ``--json`` and ``--quick``."""
     parser = argparse.ArgumentParser(description=(description or "").splitlines()[0])
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda")
     parser.add_argument("--json", type=Path, help="write what was found here")
@@ -20,18 +20,18 @@ def arguments(description: str | None) -> argparse.ArgumentParser:
 
 
 def write(options: argparse.Namespace, **found: object) -> None:
-    """Write what a step found, if a path was given."""
+    """Write the results of a step, if a path was given."""
     if options.json is not None:
         record.write(options.json, found)
 
 
 def not_run(why: str) -> NoReturn:
-    """End a step that lacks something here."""
+    """End a step that cannot run here."""
     print(why, flush=True)
     raise SystemExit(record.NOT_RUN)
 
 
 def environment() -> dict[str, str]:
-    """This process's environment, for one that it starts: no ranks, and Python says all at once."""
+    """Return an environment for a child process: without ranks, and with unbuffered output."""
     env = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
     return env | {"PYTHONUNBUFFERED": "1"}

@@ -1,6 +1,6 @@
-"""The one JSON of a first contact: which steps passed, what they found, what may be trusted.
+"""The JSON of a first contact: passed steps, their results, and the verified ops.
 
-Written after each step, so that whatever ends the script leaves what there is, and read at the next
+Written after each step, so that an interrupted script leaves its results, and read at the next
 start, so that a step that passed is not run again. Needs nothing but Python.
 
     python -m benchmarks.first_contact.record passed|add|finish --out FILE ...
@@ -22,7 +22,7 @@ Content = dict[str, Any]
 
 
 def read(path: Path) -> Content:
-    """The content of a file; an empty one where there is none."""
+    """Return the content of a file; empty if there is none."""
     if not path.is_file():
         return {"versions": {}, "machine": {}, "steps": {}, "cells": []}
     content: Content = json.loads(path.read_text())
@@ -31,20 +31,20 @@ def read(path: Path) -> Content:
 
 def write(path: Path, content: Content) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(path.name + ".part")
-    beside.write_text(json.dumps(content, indent=1) + "\n")
-    beside.replace(path)
+    partial = path.with_name(path.name + ".part")
+    partial.write_text(json.dumps(content, indent=1) + "\n")
+    partial.replace(path)
 
 
 def outcome_of(code: int) -> str:
-    """What a step's exit code means."""
+    """Return the outcome that an exit code means."""
     if code in TIMED_OUT:
         return "timed out"
     return {0: "passed", NOT_RUN: "not run"}.get(code, "failed")
 
 
 def passed(content: Content, step: str, key: str) -> bool:
-    """Whether a step passed before, with this card and this library."""
+    """Return whether a step passed before, with this card and this library."""
     known = content["steps"].get(step, {})
     return known.get("outcome") == "passed" and known.get("key") == key
 
@@ -58,7 +58,7 @@ def add(
     reason: str,
     found: Content,
 ) -> str:
-    """Record a step in place of its earlier record. Returns its outcome.
+    """Record a step in place of its earlier record, and return its outcome.
 
     Args:
         key: card and library. reason: why it did not pass. found: what the step wrote.
@@ -82,7 +82,7 @@ def add(
 
 
 def verified_before(source: str) -> dict[str, set[tuple[int, int]]]:
-    """``VERIFIED`` as the source of ``_library.py`` has it."""
+    """Return ``VERIFIED`` from the source of ``_library.py``."""
     for node in ast.parse(source).body:
         if isinstance(node, ast.AnnAssign) and getattr(node.target, "id", "") == "VERIFIED":
             assert node.value is not None
@@ -92,7 +92,7 @@ def verified_before(source: str) -> dict[str, set[tuple[int, int]]]:
 
 
 def verified_ops(content: Content) -> tuple[list[str], str]:
-    """Ops that all tests of them speak for, and why it is none, if it is none."""
+    """Return the ops whose tests all passed, and if there is none, why."""
     if content.get("rehearsal"):
         return [], "this was a rehearsal on a CPU"
     # A result of another card or library does not count.
@@ -111,7 +111,7 @@ def verified_ops(content: Content) -> tuple[list[str], str]:
 def verified_line(
     named: list[str], capability: str, before: dict[str, set[tuple[int, int]]]
 ) -> str:
-    """The statement for ``_library.py``, formatted as ruff does."""
+    """Return the statement for ``_library.py``, formatted as ruff does."""
     if not named:
         return ""
     major, minor = map(int, capability.split("."))
@@ -126,7 +126,7 @@ def verified_line(
 
 
 def judge(content: Content) -> None:
-    """Say in the content what may be trusted."""
+    """Add the verified ops to the content."""
     named, why = verified_ops(content)
     capability = content["machine"].get("capability", "")
     content["verified"] = named
@@ -138,7 +138,7 @@ def judge(content: Content) -> None:
 
 
 def summary(content: Content) -> str:
-    """The tables for people."""
+    """Return the tables as text."""
     lines = [f"{'step':<24} {'outcome':<10} {'seconds':>7}"]
     for step, record in content["steps"].items():
         line = f"{step:<24} {record['outcome']:<10} {record['seconds']:>7.0f}"
@@ -166,7 +166,7 @@ def _cell_line(cell: Content) -> str:
 
 
 def last_line(log: Path, offset: int) -> str:
-    """The last line of a log that says something, from a byte on."""
+    """Return the last line of a log that is not empty, from a byte on."""
     if not log.exists():
         return ""
     text = log.read_bytes()[offset:].decode(errors="replace")

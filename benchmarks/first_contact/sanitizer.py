@@ -1,4 +1,4 @@
-"""Memcheck and racecheck of all ops by compute-sanitizer, where the machine lets it work.
+"""Runs memcheck and racecheck of compute-sanitizer over all ops, if the machine allows it.
 
 A planted error is looked for first, with the same filter of kernels: where that is not found, the
 tool is refused here or broken, and the step is not run.
@@ -40,7 +40,7 @@ int main() {
 
 
 def find_sanitizer() -> Path | None:
-    """The tool, on the PATH or in a toolkit."""
+    """Return the tool, on the PATH or in a toolkit."""
     homes = [Path(home) for home in (os.environ.get("CUDA_HOME"),) if home]
     homes += sorted(Path("/usr/local").glob("cuda*"), reverse=True)
     places = [home / "bin" / "compute-sanitizer" for home in homes]
@@ -71,7 +71,7 @@ def build_probe(folder: Path) -> Path:
 def run(
     sanitizer: Path, tool: str, kernels: list[str], program: list[str], timeout: float = 60
 ) -> tuple[int, str]:
-    """Exit code and output of a program under a tool."""
+    """Return exit code and output of a program under a tool."""
     command = [str(sanitizer), "--tool", tool, *kernels, "--error-exitcode", str(FOUND)]
     command += ["--print-limit", "20", *program]
     env = common.environment() | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # true ends of tensors
@@ -86,15 +86,15 @@ def run(
 
 
 def working_filter(sanitizer: Path, program: Path) -> tuple[list[str] | None, str]:
-    """The first filter with which the planted error is found; without any, what the tool says."""
-    said = ""
+    """Return the first filter that finds the planted error, or the tool's output if none does."""
+    output = ""
     for kernels in FILTERS:
         code, output = run(sanitizer, "memcheck", kernels, [str(program)], timeout=40)
         if code == FOUND and "planted" in output:
             return kernels, ""
         lines = [line for line in output.splitlines() if "error" in line.lower()] or [output]
-        said = lines[0].strip("= ")[:150]
-    return None, said
+        output = lines[0].strip("= ")[:150]
+    return None, output
 
 
 def main() -> None:
@@ -111,10 +111,10 @@ def main() -> None:
         if sanitizer is None:
             common.write(options, sanitizer="not installed")
             common.not_run("compute-sanitizer is not installed")
-        kernels, said = working_filter(sanitizer, program)
+        kernels, output = working_filter(sanitizer, program)
     if kernels is None:
-        common.write(options, sanitizer=f"refused: {said}")
-        common.not_run(f"compute-sanitizer does not work on this machine: {said}")
+        common.write(options, sanitizer=f"refused: {output}")
+        common.not_run(f"compute-sanitizer does not work on this machine: {output}")
     print(f"the planted error is found, with the filter {kernels}", flush=True)
     results = {}
     for tool in TOOLS:

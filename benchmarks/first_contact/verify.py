@@ -1,4 +1,4 @@
-"""All that says that the kernels of an op are right on this card: its tests, then large batches.
+"""Verifies the kernels of an op on this card: by its tests, then with large batches.
 
     python -m benchmarks.first_contact.verify OP [--device cuda] [--batch N]
 
@@ -49,7 +49,7 @@ class Count(NamedTuple):
 
     @property
     def problem(self) -> str:
-        """Why these tests do not speak for an op, or nothing."""
+        """Return why these tests do not verify an op, or nothing."""
         if self.failed:
             return f"{self.failed} tests failed"
         if self.skipped_for_no_gpu:
@@ -58,11 +58,11 @@ class Count(NamedTuple):
 
 
 def count(report: str, device: str) -> Count:
-    """The tests of a device in a JUnit report: those whose parameters name it."""
+    """Return the tests in a JUnit report whose parameters name a device."""
     passed = failed = skipped = no_gpu = 0
     for case in ET.fromstring(report).iter("testcase"):
         if case.find("failure") is not None or case.find("error") is not None:
-            failed += 1  # whatever it names: a file that does not import has no parameters
+            failed += 1  # under any name: a file that does not import has no parameters
         elif not re.search(rf"\b{device}\b", case.get("name", "")):
             continue
         elif (skip := case.find("skipped")) is not None:
@@ -74,7 +74,7 @@ def count(report: str, device: str) -> Count:
 
 
 def run_tests(op: str, device: str, toy: bool) -> Count:
-    """Run the tests of an op on a device, in processes of their own."""
+    """Run the tests of an op on a device, in other processes."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--maxfail=30"]

@@ -2,18 +2,17 @@
 
 One folder per checkpoint, ``step-00000042``::
 
-    rank-00000.safetensors    what rank 0 held: spans of the flattened tensors (fp32 master weights,
-                              and their moments as <name>.exp_avg, <name>.exp_avg_sq), buffers as
-                              they are, and the states of its generators
+    rank-00000.safetensors    of rank 0: spans of the flattened tensors (fp32 master weights, and
+                              their moments as <name>.exp_avg, <name>.exp_avg_sq), buffers, and the
+                              states of its generators
     state.json, config.yaml   position, metrics; the resolved config
     classes.json              names of the classes by label, if the data has names
     manifest.json             size and SHA-256 of each file, and which file has which span
 
-Every element is written once, by the rank that updates it, so that nothing is gathered and the
-files together are as large as the tensors. The manifest speaks of whole tensors by global expert
-index, so that any number of processes, expert-parallel size and ZeRO stage reads what any other
-wrote. The folder is written beside under another name, the manifest last, and then renamed: a
-folder with the right name and a manifest that fits is complete.
+The rank that updates an element writes it: nothing is gathered, and no element is written twice.
+The manifest describes whole tensors by global expert index, so that any number of processes,
+expert-parallel size and ZeRO stage can read the checkpoint. The folder is written under another
+name, the manifest last, and then renamed: one with the right name and a valid manifest is complete.
 """
 
 from typing import TYPE_CHECKING
@@ -69,7 +68,7 @@ __all__ = [
     "whole_fragments",
 ]
 
-# What looks at folders alone must not wait for torch.
+# Commands that only list folders must not wait for torch.
 __getattr__ = exports(
     __name__,
     {

@@ -1,4 +1,4 @@
-"""What one checkpoint says of itself, without its tensors and without torch."""
+"""A checkpoint's description of its tensors and its state, read without torch."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Contents:
 
     Attributes:
         state: content of ``state.json``.
-        class_names: of the model, by label; None if the data did not say them.
+        class_names: of the model, by label; None if the data had none.
 
     Raises:
         CheckpointError: manifest or state cannot be read.
@@ -36,10 +36,10 @@ class Contents:
             raise CheckpointError(f"{path}: damaged ({error})") from None
 
     def names(self) -> list[str]:
-        """Names of the weights, those of persistent buffers included."""
+        """Return the names of the weights, including persistent buffers."""
         return sorted(self.entries)
 
     def check_complete(self) -> None:
-        """Raise :class:`CheckpointError` unless every element of every tensor has a place."""
+        """Raise :class:`CheckpointError` unless every element of every tensor is in a file."""
         for name, entry in self.entries.items():
             entry.check_complete(name)

@@ -1,4 +1,4 @@
-"""Folders of checkpoints: which there are, whether they are whole, which to keep."""
+"""Folders of checkpoints: list, verify, choose and prune them."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ log = logging.getLogger("swin_moe")
 T = TypeVar("T")
 
 FORMAT = 2
-CLASSES = "classes.json"  # a list of names by label; only where the data has names
+CLASSES = "classes.json"  # a list of names by label, if the data has names
 MANIFEST_LIMIT = 1 << 30  # bytes: it grows with tensors and processes
 REQUIRED = {"rank-00000.safetensors", "state.json", "config.yaml"}
-READS = 5  # tries to read a run whose training goes on
-_NO_SYNC = {errno.EINVAL, errno.EBADF, errno.ENOSYS, errno.ENOTSUP}  # what no disk fault gives
+READS = 5  # tries to read a run that still trains
+_NO_SYNC = {errno.EINVAL, errno.EBADF, errno.ENOSYS, errno.ENOTSUP}  # no faults of a disk
 _NAME = re.compile(r"^step-(\d{8,})$")
 
 
@@ -36,7 +36,7 @@ class CheckpointError(ValueError):
 
 
 class FormatError(CheckpointError):
-    """A checkpoint that another version of the program wrote: not damaged."""
+    """An undamaged checkpoint of another version of the program."""
 
 
 def rank_file(rank: int) -> str:
@@ -45,7 +45,7 @@ def rank_file(rank: int) -> str:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What ``manifest.json`` says: size and digest by file, and the tensors' spans as JSON."""
+    """Content of ``manifest.json``: size and digest by file, and the tensors' spans as JSON."""
 
     files: dict[str, tuple[int, str]]
     tensors: dict[str, Any]
@@ -61,7 +61,7 @@ def read_manifest(path: Path) -> Manifest:
     """Read ``path/manifest.json``.
 
     Raises:
-        CheckpointError: it is missing or damaged, or names what cannot be.
+        CheckpointError: it is missing or damaged, or lacks a required file.
         FormatError: another version wrote it.
     """
     try:
@@ -75,7 +75,7 @@ def read_manifest(path: Path) -> Manifest:
     except OSError as error:
         raise CheckpointError(f"{path}: manifest.json cannot be read ({error.strerror})") from None
     if version != FORMAT:
-        newer = "a newer version of swin-moe wrote it" if version > FORMAT else "write it anew"
+        newer = "a newer version of swin-moe wrote it" if version > FORMAT else "write it again"
         raise FormatError(
             f"{path}: written in format {version}, this version reads {FORMAT} ({newer})"
         )
@@ -87,10 +87,10 @@ def read_manifest(path: Path) -> Manifest:
 
 
 def class_names(path: Path) -> list[str] | None:
-    """Names of the classes that a checkpoint's model knows, by label; None if it has none.
+    """Return the class names of a checkpoint's model by label; None if it has none.
 
     Raises:
-        CheckpointError: ``classes.json`` is there and is not a list of names.
+        CheckpointError: ``classes.json`` is not a list of names.
     """
     try:
         names = read_json(path / CLASSES)
@@ -104,7 +104,7 @@ def class_names(path: Path) -> list[str] | None:
 
 
 def known_classes(folder: Path) -> list[str] | None:
-    """The names in a run's newest checkpoint that has any; damaged lists are passed over."""
+    """Return the names in a run's newest checkpoint that has any; skip damaged lists."""
     for path in list_checkpoints(folder):
         try:
             names = class_names(path)
@@ -120,7 +120,7 @@ def _own_digest(content: dict[str, Any]) -> str:
 
 
 def file_digest(file: Path) -> dict[str, Any]:
-    """Size and SHA-256 of a file."""
+    """Return the size and SHA-256 of a file."""
     sha = hashlib.sha256()
     with file.open("rb") as handle:
         while block := handle.read(1 << 22):
@@ -129,9 +129,9 @@ def file_digest(file: Path) -> dict[str, Any]:
 
 
 def sync(path: Path) -> None:
-    """Flush a file or folder to disk, so that the rename never points at lost data.
+    """Flush a file or folder to disk before a rename to it.
 
-    Some network file systems flush no folders; they need not.
+    Some network file systems cannot flush folders, and need not.
     """
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -144,7 +144,7 @@ def sync(path: Path) -> None:
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """The finished checkpoints, newest first; complete or not is for :func:`verify` to say."""
+    """Return the finished checkpoints, newest first, without verifying them."""
     if not folder.is_dir():
         return []
     found = [path for path in folder.iterdir() if _NAME.match(path.name) and path.is_dir()]
@@ -152,10 +152,10 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 
 def find(path: Path) -> list[Path]:
-    """The checkpoints of a run directory, newest first, or the one that the path is.
+    """Return the checkpoints of a run directory, newest first, or ``path`` if it is one.
 
     Raises:
-        CheckpointError: there is none.
+        CheckpointError: there are none.
     """
     if (path / "manifest.json").exists():
         return [path]
@@ -166,7 +166,7 @@ def find(path: Path) -> list[Path]:
 
 
 def choose(path: Path) -> Path:
-    """The checkpoint that the path is, or the newest whole one of a run directory.
+    """Return the newest whole checkpoint of a run directory, or ``path`` if it is one.
 
     Raises:
         CheckpointError: there is none, or all are damaged.
@@ -181,18 +181,18 @@ def choose(path: Path) -> Path:
             now = list_checkpoints(path / "checkpoints")
             if now == found:
                 raise
-            found = now  # a running training removed what was being read
+            found = now  # a running training removed one in the meantime
     raise CheckpointError(f"{path}: its checkpoints change while they are read: try again")
 
 
 def read_newest(path: Path, read: Callable[[Path], T]) -> T:
-    """What ``read`` makes of the checkpoint that :func:`choose` finds.
+    """Return the result of ``read`` for the checkpoint that :func:`choose` finds.
 
-    A link is followed first, for it may move. If a running training removes the checkpoint
-    meanwhile, a newer one takes its place.
+    Links are resolved first, since they may move. If a running training removes the checkpoint
+    meanwhile, a newer one is read.
 
     Raises:
-        CheckpointError: there is none, or it is gone.
+        CheckpointError: there is none, or it was removed.
     """
     for _ in range(READS):
         found = choose(path)
@@ -215,7 +215,7 @@ def verify(path: Path) -> None:
     """Check sizes and digests against the manifest.
 
     Raises:
-        CheckpointError: what is missing, cut off, changed or unreadable.
+        CheckpointError: a file is missing, truncated, changed or unreadable.
     """
     try:
         _verify(path)
@@ -246,20 +246,19 @@ def _check_step(path: Path) -> None:
     try:
         state = read_json(path / "state.json")
         position = state.get("position", state)
-        said = {int(state["step"]), int(position["step"])}
+        named = {int(state["step"]), int(position["step"])}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path}: state.json is damaged ({error})") from None
-    if said != {step_of(path)}:
-        steps = " and ".join(map(str, sorted(said)))
+    if named != {step_of(path)}:
+        steps = " and ".join(map(str, sorted(named)))
         raise CheckpointError(f"{path}: its state.json is of step {steps}, not the folder's")
 
 
 def latest(folder: Path) -> Path | None:
-    """The newest complete checkpoint, None if there is none at all; damaged ones are reported.
+    """Return the newest complete checkpoint, None if there is none; log damaged ones.
 
     Raises:
-        CheckpointError: there are checkpoints, but every one of them is damaged, or the newest
-            whole one is of another format.
+        CheckpointError: all checkpoints are damaged, or the newest whole one is of another format.
     """
     found = list_checkpoints(folder)
     for path in found:
@@ -268,7 +267,7 @@ def latest(folder: Path) -> Path | None:
         except FormatError:
             raise
         except CheckpointError as error:
-            if path.is_dir():  # else a running training has removed it
+            if path.is_dir():  # otherwise a running training has removed it
                 log.warning("damaged checkpoint passed over: %s", error)
             continue
         return path
@@ -281,7 +280,7 @@ def latest(folder: Path) -> Path | None:
 
 
 def set_aside_newer(folder: Path, chosen: Path) -> None:
-    """Rename the damaged checkpoints after ``chosen``, so that they count no longer."""
+    """Rename the damaged checkpoints newer than ``chosen``, so that they no longer count."""
     for path in list_checkpoints(folder):
         if path.name == chosen.name:
             return
@@ -289,7 +288,7 @@ def set_aside_newer(folder: Path, chosen: Path) -> None:
 
 
 def set_aside(path: Path) -> None:
-    """Rename a checkpoint to damaged-…, so that it counts no longer."""
+    """Rename a checkpoint to damaged-…, so that it no longer counts."""
     aside = path.with_name(f"damaged-{path.name}")
     remove(aside)
     path.rename(aside)
@@ -298,8 +297,8 @@ def set_aside(path: Path) -> None:
 def prune(folder: Path, keep_last: int, best: Path | None) -> None:
     """Remove all but the newest ``keep_last`` and the best; point ``last`` and ``best`` at them.
 
-    Where the best could not be written, the former best stays. What the file system refuses is a
-    warning: the checkpoints are there without it.
+    If the best could not be written, the former best stays. Errors of the file system are only
+    logged: the checkpoints do not depend on removals and links.
     """
     found = list_checkpoints(folder)
     if best is not None and not best.exists():
@@ -315,7 +314,7 @@ def prune(folder: Path, keep_last: int, best: Path | None) -> None:
             _point(folder / name, target.name)
 
 
-@functools.cache  # each save would say it again
+@functools.cache  # otherwise logged at each save
 def _warn_once(text: str) -> None:
     log.warning("%s", text)
 
@@ -330,12 +329,12 @@ def _point(link: Path, target: str) -> None:
         remove(temporary)
         temporary.symlink_to(target)
         temporary.replace(link)
-    except OSError as error:  # as where there are no links
+    except OSError as error:  # for example a file system without links
         _warn_once(f"{plain(link)} cannot be made a link to a checkpoint ({error.strerror})")
 
 
 def remove(path: Path) -> None:
-    """Remove a file, a link or a folder with all that it holds; it need not be there."""
+    """Remove a file, a link or a folder with its content; it need not exist."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -343,7 +342,7 @@ def remove(path: Path) -> None:
 
 
 def discard(path: Path) -> None:
-    """Remove a checkpoint: its name first, so that a kill meanwhile leaves no half of one."""
+    """Rename a checkpoint and then remove it, so that a kill leaves no half of one."""
     gone = path.with_name(f"partial-{path.name}")
     remove(gone)
     path.rename(gone)
@@ -351,7 +350,7 @@ def discard(path: Path) -> None:
 
 
 def clear_partial(folder: Path) -> None:
-    """Remove what writes and removals that did not finish have left; none may be under way."""
+    """Remove the rest of unfinished writes and removals; none may be in progress."""
     for path in folder.glob("partial-*") if folder.is_dir() else []:
         try:
             remove(path)

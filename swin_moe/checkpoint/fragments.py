@@ -1,4 +1,4 @@
-"""Runs of tensors: what one rank holds of each, and where they lie in the whole."""
+"""Spans of tensors: those that one rank holds, and their places in the whole tensors."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ KINDS = ("weight", "exp_avg", "exp_avg_sq")
 
 @dataclass(frozen=True)
 class Fragment:
-    """Consecutive elements of one tensor that this rank holds, in its row-major order.
+    """Consecutive elements of one tensor that this rank holds, in row-major order.
 
     Attributes:
-        shape: of the tensor on this rank, which for experts is its share's.
+        shape: of the tensor on this rank; for experts, of its share.
         start: of the span in that tensor.
-        values: by kind, equally long, 1-D; no span may be held by two ranks.
+        values: by kind, equally long, 1-D; no two ranks may hold the same span.
     """
 
     name: str
@@ -37,14 +37,14 @@ class Fragment:
 
 
 def whole_fragments(states: Iterable[tuple[str, dict[str, Tensor]]]) -> Iterator[Fragment]:
-    """Whole tensors by name and kind, each as one span."""
+    """Yield whole tensors by name and kind, each as one span."""
     for name, kinds in states:
         shape = tuple(next(iter(kinds.values())).shape)
         yield Fragment(name, shape, 0, {k: t.detach().reshape(-1) for k, t in kinds.items()})
 
 
 def key(name: str, kind: str) -> str:
-    """A tensor's name within a file."""
+    """Return a tensor's name in a file."""
     return name if kind == "weight" else f"{name}.{kind}"
 
 
@@ -53,8 +53,10 @@ class Span:
     """A span of one tensor in one rank's file.
 
     Attributes:
-        rank: whose file. shard: the part of the experts' width that the span is of, 0 if whole.
-        start, stop: elements of that part of the tensor of all experts.
+        rank: of the file.
+        shard: part of the experts' width, 0 if it is whole.
+        start: first element in that part of the tensor of all experts.
+        stop: one after the last element.
     """
 
     rank: int
@@ -65,11 +67,13 @@ class Span:
 
 @dataclass
 class Entry:
-    """A whole tensor and the spans that make it up.
+    """A whole tensor and its spans.
 
     Attributes:
-        shape: of all experts. shards: parts that the experts' width is cut into.
-        kinds: weight, and of what is learnt its moments.
+        shape: of all experts.
+        shards: number of parts of the experts' width.
+        kinds: ``weight``, and the moments if it is learnt.
+        spans: in any order.
     """
 
     shape: list[int]
@@ -78,7 +82,7 @@ class Entry:
     spans: list[Span] = field(default_factory=list)
 
     def check_complete(self, name: str) -> None:
-        """Raise :class:`CheckpointError` unless the spans are every element once."""
+        """Raise :class:`CheckpointError` unless the spans cover every element once."""
         part = math.prod(self.shape) // self.shards
         for shard in range(self.shards):
             position = 0
@@ -91,7 +95,7 @@ class Entry:
 
 
 def describe(fragment: Fragment, rank: int, layout: ExpertLayout) -> Entry:
-    """The fragment in terms of the whole tensor."""
+    """Return the fragment as a span of the whole tensor."""
     whole = layout.whole_shape(fragment.name, fragment.shape)
     share = layout.share_of(fragment.name)
     offset, shard, shards = 0, 0, 1
@@ -103,10 +107,10 @@ def describe(fragment: Fragment, rank: int, layout: ExpertLayout) -> Entry:
 
 
 def merge(parts: Iterable[dict[str, Entry]]) -> dict[str, Entry]:
-    """Entries of several ranks together.
+    """Join the entries of several ranks.
 
     Raises:
-        CheckpointError: they are of different tensors, leave something out or have it twice.
+        CheckpointError: shapes differ, or elements are missing or there twice.
     """
     merged: dict[str, Entry] = {}
     for part in parts:
@@ -133,7 +137,7 @@ def to_json(entries: dict[str, Entry]) -> dict[str, Any]:
 
 
 def from_json(content: dict[str, Any]) -> dict[str, Entry]:
-    """The inverse of :func:`to_json`; ``ValueError`` or the like on anything else."""
+    """Invert :func:`to_json`; raise ``ValueError`` or the like for other content."""
     return {
         str(name): Entry(
             [int(size) for size in entry["shape"]],

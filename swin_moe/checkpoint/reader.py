@@ -1,4 +1,4 @@
-"""Reading: any span of any tensor, from whichever ranks' files hold it."""
+"""Reading any span of any tensor from the files of all ranks."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Reader(Contents):
         self._handles: dict[int, Any] = {}
 
     def tensor(self, name: str, kind: str = "weight", share: ExpertShare | None = None) -> Tensor:
-        """One tensor: a share of stacked experts, or all of it.
+        """Read one tensor: a share of stacked experts, or all of it.
 
         Raises:
             CheckpointError: the checkpoint has no such tensor, or not all of the share.
@@ -41,7 +41,7 @@ class Reader(Contents):
     def values(
         self, name: str, kind: str, share: ExpertShare | None, start: int, stop: int
     ) -> Tensor:
-        """Elements [start, stop) of the share (None: of the whole), in row-major order, 1-D.
+        """Read elements [start, stop) of the share (None: of the whole), row-major, 1-D.
 
         Raises:
             CheckpointError: see :meth:`tensor`.
@@ -56,7 +56,7 @@ class Reader(Contents):
                 f"{self.path}: '{name}' has {entry.shape[0]} experts, not {experts.stop}"
             )
         if share.shards != entry.shards:
-            return self._cut_anew(name, kind, entry, share).flatten()[start:stop]
+            return self._recut(name, kind, entry, share).flatten()[start:stop]
         each = math.prod(entry.shape[1:]) // entry.shards
         first = experts.start * each
         return self._elements(name, kind, entry, share.shard, first + start, first + stop)
@@ -69,8 +69,8 @@ class Reader(Contents):
             )
         return entry
 
-    def _cut_anew(self, name: str, kind: str, entry: Entry, share: ExpertShare) -> Tensor:
-        """The share where the file's experts are cut into another number of parts."""
+    def _recut(self, name: str, kind: str, entry: Entry, share: ExpertShare) -> Tensor:
+        """Read a share if the checkpoint cuts the experts into another number of parts."""
         axis, experts = shard_axis(name), share.experts
         shape = [len(experts), *entry.shape[1:]]
         shape[axis] //= entry.shards
@@ -86,7 +86,7 @@ class Reader(Contents):
     def _elements(
         self, name: str, kind: str, entry: Entry, shard: int, start: int, stop: int
     ) -> Tensor:
-        """Elements [start, stop) of one part of the tensor of all experts."""
+        """Read elements [start, stop) of one part of the tensor of all experts."""
         pieces, position = [], start
         for span in sorted(entry.spans, key=lambda span: span.start):
             low, high = max(span.start, start), min(span.stop, stop)
@@ -102,7 +102,7 @@ class Reader(Contents):
         return torch.cat(pieces) if pieces else torch.empty(0)
 
     def _file(self, rank: int) -> Any:
-        """The opened file of a rank."""
+        """Open a rank's file, once."""
         if rank not in self._handles:
             name = rank_file(rank)
             if name not in self.files:
@@ -122,14 +122,14 @@ class Reader(Contents):
         return self._handles[rank]
 
     def restore_rng(self, rank: int) -> bool:
-        """Set this rank's generators; False if the checkpoint is of fewer ranks."""
+        """Set this rank's generators; return False if the checkpoint is of fewer ranks."""
         states = self.rng_states(rank)
         if states:
             set_rng_state({k.removeprefix(RNG): state for k, state in states.items()})
         return bool(states)
 
     def rng_states(self, rank: int) -> dict[str, Tensor]:
-        """A rank's generator states by the names that they have in its file."""
+        """Return a rank's generator states by their names in its file."""
         if rank_file(rank) not in self.files:
             return {}
         file = self._file(rank)
@@ -137,7 +137,7 @@ class Reader(Contents):
 
 
 def persistent_buffers(model: torch.nn.Module) -> dict[str, Tensor]:
-    """What is not learnt by gradients but belongs to the model's state."""
+    """Return the persistent buffers by name."""
     parameters = dict(model.named_parameters())
     return {
         name: t for name, t in model.state_dict(keep_vars=True).items() if name not in parameters
@@ -148,7 +148,7 @@ def persistent_buffers(model: torch.nn.Module) -> dict[str, Tensor]:
 def load_weights(model: torch.nn.Module, reader: Reader, layout: ExpertLayout) -> None:
     """Copy master weights into a model that DeepSpeed has not wrapped yet.
 
-    Persistent buffers too; those that the checkpoint lacks stay as they are.
+    Copy persistent buffers too; those that the checkpoint lacks stay unchanged.
 
     Raises:
         CheckpointError: a tensor is missing or has another shape.
@@ -160,7 +160,7 @@ def load_weights(model: torch.nn.Module, reader: Reader, layout: ExpertLayout) -
 
 @torch.no_grad()
 def load_buffers(model: torch.nn.Module, reader: Reader, layout: ExpertLayout) -> None:
-    """The persistent buffers alone, see :func:`load_weights`."""
+    """Copy only the persistent buffers, see :func:`load_weights`."""
     known = set(reader.names())
     for name, buffer in persistent_buffers(model).items():
         if name in known:
@@ -169,7 +169,7 @@ def load_buffers(model: torch.nn.Module, reader: Reader, layout: ExpertLayout) -
 
 @torch.no_grad()
 def load_weight(name: str, target: Tensor, reader: Reader, layout: ExpertLayout) -> None:
-    """Copy one tensor of a checkpoint; raises like :func:`load_weights`."""
+    """Copy one tensor of a checkpoint; raise like :func:`load_weights`."""
     value = reader.tensor(name, share=layout.share_of(name))
     if value.shape != target.shape:
         raise CheckpointError(

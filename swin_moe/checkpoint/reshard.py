@@ -1,4 +1,4 @@
-"""The same checkpoint in another number of files."""
+"""Writing a checkpoint again with another number of files."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ from .reader import Reader
 
 
 def reshard(source: Path, target: Path, files: int) -> None:
-    """Write a checkpoint anew in so many files of about equal size; memory holds one at a time.
+    """Write a checkpoint again as ``files`` files of about equal size; memory holds one at a time.
 
-    Every tensor is cut into as many spans; the generators of ranks beyond the files are left out.
+    Every tensor is cut into ``files`` spans. The generators of further ranks are left out.
 
     Raises:
         CheckpointError: ``source`` is damaged, or ``target`` exists.
     """
     if target.exists():
         raise CheckpointError(f"{target} exists: choose another name")
-    verify(source)  # or damage would get a digest of its own
+    verify(source)  # otherwise damage would get a valid digest
     reader, manifest = Reader(source), read_manifest(source)
     entries = {n: Entry(e.shape, 1, e.kinds) for n, e in reader.entries.items()}
     partial = target.with_name(f"partial-{target.name}")
@@ -61,7 +61,7 @@ def reshard(source: Path, target: Path, files: int) -> None:
 def _part(
     reader: Reader, entries: dict[str, Entry], index: int, files: int
 ) -> dict[str, torch.Tensor]:
-    """What goes into one file; its spans are noted in the entries."""
+    """Return the tensors of one file, and add their spans to the entries."""
     tensors = reader.rng_states(index)
     for name, entry in entries.items():
         total = math.prod(entry.shape)

@@ -1,7 +1,6 @@
-"""A safetensors file of tensors that are there only one after the other.
+"""Writing a safetensors file tensor by tensor.
 
-The library's writer wants all of them at once, which where they are read from files, or where
-memory is short, is the very thing that cannot be.
+The library's own writer needs all tensors in memory at once.
 """
 
 from __future__ import annotations
@@ -15,8 +14,8 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-_PIECE, _FLUSH = 1 << 24, 1 << 28  # bytes that are written, and flushed to disk, at a time
-_HEADER = 1 << 22  # bytes kept free for the header, which comes first and is known last
+_PIECE, _FLUSH = 1 << 24, 1 << 28  # bytes that are written, and flushed to disk, at once
+_HEADER = 1 << 22  # bytes reserved for the header, which comes first and is written last
 _DTYPES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -33,7 +32,7 @@ def write_file(tensors: Mapping[str, Tensor], path: Path, wrote: Callable[[], No
     """Write tensors that are all in memory.
 
     Args:
-        wrote: called after each piece that was written.
+        wrote: called after each written piece.
 
     Raises:
         OSError: the first error of the file system.
@@ -56,12 +55,12 @@ def write_file(tensors: Mapping[str, Tensor], path: Path, wrote: Callable[[], No
 def stream_file(
     tensors: Iterable[tuple[str, Tensor]], path: Path, wrote: Callable[[], None] = lambda: None
 ) -> None:
-    """Write tensors by name; each may be gone when the next one comes.
+    """Write tensors by name, of which only one need be in memory at a time.
 
-    All of them are taken, even after an error: what makes them may hold what it gives back then.
+    After an error, the rest is still consumed: the generator may have resources to give back.
 
     Args:
-        wrote: called after each piece that was written.
+        wrote: called after each written piece.
 
     Raises:
         OSError: the first error of the file system.
@@ -89,14 +88,14 @@ def stream_file(
 
 
 def _entry(tensor: Tensor, position: int) -> tuple[dict[str, Any], int]:
-    """A tensor's header entry, for bytes that begin at ``position``, and where they end."""
+    """Return a tensor's header entry for bytes from ``position`` on, and their end."""
     end = position + tensor.numel() * tensor.element_size()
     shape = list(tensor.shape)
     return {"dtype": _DTYPES[tensor.dtype], "shape": shape, "data_offsets": [position, end]}, end
 
 
 class _Pieces:
-    """Writes in pieces and flushes regularly, so that a write shows its progress."""
+    """A file that is written in pieces and flushed regularly, so that progress is visible."""
 
     def __init__(self, file: IO[bytes], wrote: Callable[[], None]) -> None:
         self._file, self._wrote, self._unflushed = file, wrote, 0

@@ -1,11 +1,11 @@
-"""Writing behind the training's back: copy to host memory, then a thread does the rest.
+"""Writing during the training: a copy to host memory, which a thread writes to disk.
 
-Where the host has no room for the copy, this rank's file is written at once, and training waits.
+If the host has no room for the copy, this rank's file is written at once, and the training waits.
 
 No rank waits for another. Each writes its own file and then ``rank-<n>.json``, or
-``rank-<n>.failed`` with the reason; rank 0's thread waits for all of them, writes the manifest and
-renames the folder. That needs a file system that all ranks share, as loading does, and no
-communication beside the training's.
+``rank-<n>.failed`` with the reason. Rank 0's thread waits for all of them, writes the manifest and
+renames the folder. That needs a file system that all ranks share, as loading does, and no further
+communication.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from ..common.errors import RunRemoved
 from ..common.host import free_memory
 from ..common.ranks import local_world_size
 from ..common.text import plain, reason
+from ..common.writing import replacing
 from ..distributed import World, all_reduce_, broadcast_object, rng_state
 from ..distributed.expert_placement import ExpertLayout
 from ..distributed.watchdog import Writing
@@ -50,16 +51,20 @@ from .stream import stream_file, write_file
 log = logging.getLogger("swin_moe")
 
 _POLL = 0.05  # seconds between looks for the other ranks' files
-_ROOM = 0.5  # of the free memory: the copy is kept, and training needs some
+_ROOM = 0.5  # of the free memory; the copy stays allocated, and the training needs some
 
 
 @dataclass
 class Saved:
-    """What became of a save, once it is known.
+    """The result of a save.
 
     Attributes:
-        stall: seconds that the training waited. seconds: from the begin to the end of the write.
-        bytes: of all files. error: one line, empty if the checkpoint is complete.
+        step: of the training.
+        path: of the checkpoint.
+        stall: seconds that the training waited.
+        seconds: from the beginning to the end of the write.
+        bytes: of all files.
+        error: one line, empty if the checkpoint is complete.
     """
 
     step: int
@@ -72,7 +77,7 @@ class Saved:
 
 @dataclass
 class _Save:
-    """One save of this rank: what is to be written, and what is told to the thread."""
+    """One save of this rank, as it is passed to the thread."""
 
     saved: Saved
     partial: Path
@@ -88,28 +93,31 @@ class _Save:
 
 
 class Writer:
-    """Writes the checkpoints of a run, one at a time; every rank makes one and calls it alike.
+    """A writer of a run's checkpoints, one at a time; every rank makes the same calls.
 
     Args:
-        folder: where the checkpoints are.
-        tell: called on rank 0 by a method of this class as soon as a save has ended, well or not.
-        writing: gets what is being written, for the watchdog.
+        folder: of the checkpoints.
+        world: of this rank.
+        report: called on rank 0, by a method of this class, after each save, even a failed one.
+        writing: receives the file that is being written, for the watchdog.
     """
 
     def __init__(
         self,
         folder: Path,
         world: World,
-        tell: Callable[[Saved], None],
+        report: Callable[[Saved], None],
         writing: Writing | None = None,
     ) -> None:
-        self.folder, self.world, self._tell = folder, world, tell
+        self.folder, self.world, self._report = folder, world, report
         self.writing = writing or Writing()
-        self._of_a_run = folder.parent.is_dir()  # else the first save makes it
-        self._life = broadcast_object(secrets.token_hex(4))  # no other life's files are taken
+        self._of_a_run = folder.parent.is_dir()  # otherwise the first save makes it
+        self._life = broadcast_object(
+            secrets.token_hex(4)
+        )  # distinguishes the files of this run's processes
         self._host: dict[str, Tensor] = {}
         self._job: _Save | None = None
-        self._failed = False  # the last save that ended, as rank 0 knows
+        self._failed = False  # the last save; set on rank 0 only
 
     def save(
         self,
@@ -124,11 +132,18 @@ class Writer:
         best_step: int | None = None,
         size: int = 0,
     ) -> None:
-        """Begin to write ``step-<step>``; a former save is waited for.
+        """Begin to write ``step-<step>``, after the former save has ended.
 
         Args:
-            size: bytes of the fragments: whether there is room for a copy.
-            keep_last, best_step: see :func:`~swin_moe.checkpoint.prune`, which follows the write.
+            step: of the training.
+            fragments: of this rank.
+            layout: of the experts.
+            state: position and metrics, for ``state.json``.
+            config_text: for ``config.yaml``.
+            class_names: for ``classes.json``, by label.
+            keep_last: see :func:`~swin_moe.checkpoint.prune`, which follows the write.
+            best_step: of the best checkpoint, which is kept.
+            size: bytes of the fragments, which decide whether there is room for a copy.
         """
         started = time.monotonic()
         self.wait()
@@ -151,7 +166,7 @@ class Writer:
                 texts[CLASSES] = json.dumps(class_names)
         best = None if best_step is None else self.folder / f"step-{best_step:08d}"
         job = _Save(saved, partial, tensors, entries, texts, keep_last, best, problem, started)
-        # Not a daemon: a program that ends lets it finish.
+        # Not a daemon: the program waits for it at the end.
         job.thread = threading.Thread(target=self._write, args=(job,), name=f"save-{step}")
         self._job = job
         job.thread.start()
@@ -161,7 +176,7 @@ class Writer:
         """Report the running save if it has ended by now.
 
         Raises:
-            RunRemoved: there is no run directory any more.
+            RunRemoved: the run directory is gone.
         """
         self.check_folder()
         job = self._job
@@ -173,23 +188,23 @@ class Writer:
         self._failed = bool(job.saved.error)
         if not self._failed:
             self.writing.good = str(job.saved.path)
-        self._tell(job.saved)
+        self._report(job.saved)
 
     def wait(self) -> bool:
-        """Wait for the running save, if any, and tell of it; to be called by every rank.
+        """Wait for the running save, if any, and report it; every rank must call this.
 
         Returns:
-            whether the last save that was begun is complete, the same on every rank.
+            whether the last save is complete, the same on every rank.
         """
         job, error = self._job, ""
         if not self.world.is_main:
             error = self._join()
-        # Rank 0 looks for the others' files: it must hear of one that never comes.
+        # Rank 0 waits for the others' files and must learn of a rank that writes none.
         failed = torch.tensor([float(bool(error)) * (self.world.rank + 1)])
         culprit = int(all_reduce_(failed.to(self.world.device), "max").item()) - 1
         if self.world.is_main and job is not None:
             if culprit > 0:
-                time.sleep(2 * _POLL)  # its own words may be there
+                time.sleep(2 * _POLL)  # for its `.failed` file with the reason
                 job.abandoned.set()
             self._join()
             self._end(job)
@@ -201,7 +216,7 @@ class Writer:
         return complete
 
     def close(self, patience: float = 10.0) -> None:
-        """For a rank that fails alone: finish its part, if the others still finish theirs."""
+        """Finish this rank's part, on a rank that fails alone, for ranks that finish theirs."""
         if self._job is not None:
             self._job.thread.join(patience)
             self._job.abandoned.set()
@@ -216,7 +231,7 @@ class Writer:
     def _stage(
         self, fragments: Iterable[Fragment], layout: ExpertLayout
     ) -> tuple[dict[str, Tensor], dict[str, Entry]]:
-        """Copy this rank's part to host memory, which is kept from save to save."""
+        """Copy this rank's part to host memory, which stays allocated between saves."""
         entries: dict[str, Entry] = {}
         staged: dict[str, Tensor] = {}
         for fragment in fragments:
@@ -231,7 +246,7 @@ class Writer:
     def _write_at_once(
         self, partial: Path, fragments: Iterable[Fragment], layout: ExpertLayout
     ) -> tuple[dict[str, Entry], Exception | None]:
-        """Write this rank's file without a copy of it; what fails is for the thread to tell."""
+        """Write this rank's file without a copy; return an error for the thread to report."""
         entries: dict[str, Entry] = {}
 
         def tensors() -> Iterator[tuple[str, Tensor]]:
@@ -251,10 +266,10 @@ class Writer:
         return entries, None
 
     def check_folder(self) -> None:
-        """Raise ``RunRemoved`` if somebody has removed or moved the run directory."""
+        """Raise ``RunRemoved`` if the run directory was removed or moved."""
         try:
             gone = self._of_a_run and not self.folder.parent.is_dir()
-        except OSError:  # a file server that stumbles is no removal
+        except OSError:  # a failing file server is no removal
             gone = False
         if gone:
             raise RunRemoved(
@@ -283,7 +298,7 @@ class Writer:
             self._write_part(job)
             if self.world.is_main:
                 self._commit(job)
-        except Exception as error:  # whatever it is, this checkpoint is not there
+        except Exception as error:
             job.saved.error = _reason(error, self.writing.file)
             log.debug("save of %s failed", job.saved.path, exc_info=True)
             if self.world.is_main:
@@ -292,7 +307,7 @@ class Writer:
         self.writing.what = ""
 
     def _write_part(self, job: _Save) -> None:
-        """This rank's file and its description; where that fails, the reason."""
+        """Write this rank's file and its description, or the reason for a failure."""
         rank = self.world.rank
         try:
             self._make(job.partial)
@@ -303,8 +318,8 @@ class Writer:
             on(file)
             if job.tensors:
                 write_file(job.tensors, file, lambda: on(file))
-            with contextlib.suppress(PermissionError):  # a file system without rights
-                file.chmod(job.partial.stat().st_mode & 0o666)  # not for its writer alone
+            with contextlib.suppress(PermissionError):  # a file system without modes
+                file.chmod(job.partial.stat().st_mode & 0o666)  # readable by others than its owner
             sync(file)
             on(file)
             files = {file.name: file_digest(file)}
@@ -313,18 +328,19 @@ class Writer:
                 (job.partial / name).write_text(text, encoding="utf-8")
                 sync(job.partial / name)
                 files[name] = file_digest(job.partial / name)
-            mine = json.dumps({"files": files, "tensors": to_json(job.entries)})
-            _appear(job.partial / f"rank-{rank}.json", mine)
+            part = json.dumps({"files": files, "tensors": to_json(job.entries)})
+            _write_whole(job.partial / f"rank-{rank}.json", part)
         except Exception as error:
             text = _reason(error, self.writing.file)
             try:
-                _appear(job.partial / f"rank-{rank}.failed", text)
+                (job.partial / rank_file(rank)).unlink(missing_ok=True)  # room for the reason
+                _write_whole(job.partial / f"rank-{rank}.failed", text)
             except OSError:
                 log.debug("not even the reason could be written")
             raise
 
     def _commit(self, job: _Save) -> None:
-        """Wait for every rank's part, check that they are the whole, and give it its name."""
+        """Wait for every rank's part, check that they are complete, and rename the folder."""
         parts = [self._await_part(job, rank) for rank in range(self.world.size)]
         files = {name: entry for part in parts for name, entry in part["files"].items()}
         entries = merge(from_json(part["tensors"]) for part in parts)
@@ -335,7 +351,7 @@ class Writer:
         for path in (job.partial / "manifest.json", job.partial):
             sync(path)
         self.writing.on(job.saved.path)
-        if job.saved.path.exists():  # a damaged one that the resume passed over
+        if job.saved.path.exists():  # a damaged one that the resume ignored
             discard(job.saved.path)
         job.partial.rename(job.saved.path)
         sync(self.folder)
@@ -354,22 +370,20 @@ class Writer:
         return part
 
 
-def _appear(path: Path, text: str) -> None:
-    """Write a file that is there with all its content or not at all."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    sync(temporary)
-    temporary.rename(path)
+def _write_whole(path: Path, text: str) -> None:
+    """Write a file that appears with all its content or not at all."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def _reason(error: Exception, file: str) -> str:
-    """One line: for an error of the system its own words, which name the cause, and the file.
+    """Return an error in one line: for the system's errors, the cause and the file.
 
     Args:
-        file: being written; the error of a write names none.
+        file: being written; the errors of writes have no file name.
     """
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror} ({plain(error.filename or file)})"
-    # How safetensors words an error of the system.
+    # The form of the system's errors in safetensors' messages.
     quoted = re.search(r'message: "(.+?)"', str(error))
     return quoted[1] if quoted else reason(error)

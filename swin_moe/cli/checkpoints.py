@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import time
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,28 @@ from ..checkpoint import CheckpointError
 from ..checkpoint.contents import Contents
 from ..common.terminal import Terminal, cell
 from ..common.text import plain, reason
+from .shared import DONE, FAILED, widen
 
 _GONE = "removed meanwhile by a running training"
 
 
+def checkpoint_command(arguments: argparse.Namespace, console: Any) -> int:
+    """List, verify, reshard or export the checkpoints of a run."""
+    path = Path(arguments.path)
+    if arguments.action == "list":
+        widen(console, 160)
+        console.print(list_table(path))
+    elif arguments.action == "verify":
+        return DONE if verify(path, console) else FAILED
+    elif arguments.action == "reshard":
+        reshard(path, Path(arguments.output), arguments.files, console)
+    else:
+        export(path, Path(arguments.output), console, arguments.overwrite)
+    return DONE
+
+
 def list_table(path: Path) -> Table:
-    """What each checkpoint of a run is: where in the training, how large, written by whom."""
+    """Return a table of the checkpoints of a run: progress, size and layout of each."""
     table = Table(box=SIMPLE_HEAD)
     table.add_column("checkpoint", overflow="fold")
     for column in ("step", "epoch", "best", "MB", "files", "written by", "is"):
@@ -53,7 +70,7 @@ def _row(folder: Path) -> list[str]:
 
 
 def _best(state: dict[str, Any]) -> str:
-    """The best value of the run's metric until then, such as ``top-1 87.00 %``."""
+    """Return the best value of the run's metric so far, such as ``top-1 87.00 %``."""
     position = state.get("position", {})
     if "best_top1" in position:  # of an earlier version
         return f"top-1 {position['best_top1']:.2f} %" if position["best_top1"] >= 0 else ""
@@ -69,7 +86,7 @@ def _size(folder: Path) -> int:
 
 
 def verify(path: Path, console: Console) -> bool:
-    """Read every byte of the checkpoints; prints a line for each, returns whether all are whole."""
+    """Read every byte of the checkpoints, print a line for each, return whether all are whole."""
     whole, errors = True, Terminal(stderr=True)
     for folder in track(
         checkpoint.find(path),

@@ -1,26 +1,58 @@
-"""The command ``swin-moe models``: the named models next to the published tables.
+"""The commands ``swin-moe models`` and ``swin-moe convert``.
 
-Parameters and multiply-accumulates stand in ``catalog.json``, so that the command needs no torch.
+Parameters and multiply-accumulates are in ``models.json``, so that the table needs no torch.
 ``python -m swin_moe.cli.models`` counts them again; a test compares them with the models.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from ..config import unknown_model, validate
+from ..config import parse_overrides, unknown_model, validate
 from ..config.variants import PUBLISHED, VARIANTS, Published
+from .shared import DONE, widen
 
 COUNTS = Path(__file__).with_suffix(".json")
 
 
+def models_command(arguments: argparse.Namespace, console: Any) -> int:
+    """Print the table of the named models."""
+    table = models_table(arguments.pattern)
+    widen(console, 120)
+    console.print(table)
+    return DONE
+
+
+def convert_command(arguments: argparse.Namespace, console: Any) -> int:
+    """Translate weights."""
+    from ..weights.convert import Upcycle, convert
+
+    convert(
+        Path(arguments.input),
+        Path(arguments.output),
+        console,
+        source_dialect=arguments.source,
+        dialect=arguments.target,
+        model_name=arguments.model,
+        overrides=parse_overrides(arguments.overrides),
+        allow_missing=arguments.allow_missing,
+        upcycling=Upcycle.parse(arguments.upcycle) if arguments.upcycle else None,
+        ranks=arguments.ranks,
+        overwrite=arguments.overwrite,
+        network=arguments.take,
+    )
+    return DONE
+
+
 def count_all() -> dict[str, list[int]]:
-    """Parameters and multiply-accumulates of every named model, counted from the models."""
+    """Count parameters and multiply-accumulates of every named model."""
     from ..models.cost import count
 
     configs = {name: validate({"model": {"name": name}}) for name in sorted(VARIANTS)}
@@ -29,7 +61,7 @@ def count_all() -> dict[str, list[int]]:
 
 
 def models_table(pattern: str) -> Table:
-    """The named models with our counts beside the published ones.
+    """Return a table of the named models whose names match, with counted and published costs.
 
     Raises:
         ValueError: no name matches.

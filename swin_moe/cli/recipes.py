@@ -2,14 +2,30 @@
 
 from __future__ import annotations
 
+import argparse
 import re
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
 
 from ..common import shipped
 from ..common.text import plain
 from ..config import load_plain
 from ..config.recipes import recipe_files, suggest_recipes
+from .shared import DONE, widen
+
+
+def recipes_command(arguments: argparse.Namespace, console: Any) -> int:
+    """List the recipes, or copy them."""
+    if arguments.copy is not None:
+        for path in copy(arguments.pattern, arguments.copy):
+            print(plain(path))
+        return DONE
+    lines = listing(arguments.pattern)
+    widen(console, max(map(len, lines)))
+    for line in lines:
+        console.print(line, no_wrap=True, overflow="ellipsis", highlight=False)
+    return DONE
 
 
 def matching(pattern: str) -> dict[str, Path]:

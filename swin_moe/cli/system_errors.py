@@ -1,4 +1,4 @@
-"""Explains errors of the operating system: which file, which config key, and what helps."""
+"""Explains errors of the operating system: the file, its config key, and how to mend them."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from pathlib import Path
 
 from ..common.text import plain
 
-_OF_PLACE = {
+_PLACE_ERRORS = {
     errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.EIO,
     errno.ESTALE, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG,
 }  # fmt: skip
-_MENDS = {
+_ADVICE = {
     errno.ENOSPC: "make room there",
     errno.EDQUOT: "make room in your quota",
     errno.EACCES: "give yourself the right to use it",
@@ -34,24 +34,24 @@ _MENDS = {
 
 
 def explain(error: OSError, arguments: argparse.Namespace) -> str:
-    """One line for the user: what the system refused, for which file and key, and what helps."""
-    if error.errno is None or error.strerror is None:  # ours, or of a socket
+    """Return one line with the file, the error, the config key and how to mend it."""
+    if error.errno is None or error.strerror is None:  # raised by this package, or by a socket
         return str(error)
     place, key = "", ""
     paths = _configured_paths(arguments)
     if isinstance(error.filename, (str, bytes)):
         path = os.fsdecode(error.filename)
         place, key = f"{plain(path)}: ", _key_of(Path(path).absolute(), paths)
-    elif error.errno in (errno.ENOSPC, errno.EDQUOT):  # of a write, which names no file
+    elif error.errno in (errno.ENOSPC, errno.EDQUOT):  # a write names no file
         key = "train.output" if "train.output" in paths else ""
     name = f" ({key}={plain(paths[key])})" if key else ""
-    mend = _MENDS.get(error.errno, "")
-    elsewhere = f", or set another {key}" if key and error.errno in _OF_PLACE else ""
-    return f"{place}{error.strerror}{name}{mend and ': ' + mend}{elsewhere}"
+    advice = _ADVICE.get(error.errno, "")
+    elsewhere = f", or set another {key}" if key and error.errno in _PLACE_ERRORS else ""
+    return f"{place}{error.strerror}{name}{advice and ': ' + advice}{elsewhere}"
 
 
 def _key_of(path: Path, paths: dict[str, str]) -> str:
-    """The key whose file or folder this is, or lies in it or around it; else nothing."""
+    """Return the key that names ``path``, a file in it or a folder around it; or nothing."""
     for key, value in paths.items():
         named = Path(value).expanduser().absolute()
         if named == path or named in path.parents or path in named.parents:
@@ -60,7 +60,7 @@ def _key_of(path: Path, paths: dict[str, str]) -> str:
 
 
 def _configured_paths(arguments: argparse.Namespace) -> dict[str, str]:
-    """The files and folders that the config names, by key."""
+    """Return the files and folders that the config names, by key."""
     if not isinstance(getattr(arguments, "config", None), str):
         return {}
     from ..config import load_config

@@ -1,5 +1,5 @@
 """Helpers that every other folder may use.
 
-They make text printable, read and write files within bounds, and know the host, its ranks and its
-signals. They import nothing from the rest of the package. None of them imports torch at its top.
+They cover printable text, small files, output, fonts, the host, ranks, signals, the fork server and
+deferred packages. They import nothing from the rest of the package, and torch only in functions.
 """

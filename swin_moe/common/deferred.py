@@ -1,10 +1,10 @@
-"""Packages whose ``__init__`` waits until it is needed.
+"""Packages whose ``__init__`` runs only when it is needed.
 
 We need a few files of timm and one folder of torchvision, and torch asks ``torch._dynamo`` to leave
 its optimizers alone. Each of these packages first imports thousands of files: seconds of a start.
-A deferred package gives away the parts named here by themselves. It runs its ``__init__`` at the
-first access to anything else, so that ``timm.create_model``, ``from torchvision.ops import nms``
-and ``torch.compile`` work as they always do.
+A deferred package imports the parts named here without its ``__init__``. It runs its ``__init__``
+at the first access to anything else, so that ``timm.create_model``,
+``from torchvision.ops import nms`` and ``torch.compile`` work as usual.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from importlib.machinery import ModuleSpec, PathFinder
 from types import FunctionType, ModuleType
 from typing import Any
 
-# Package, and the submodules that it gives away without its `__init__`. None may have the name of
+# Package to the submodules that it imports without its `__init__`. None may have the name of
 # something else that the `__init__` defines.
 PARTS: dict[str, tuple[str, ...]] = {
     "torchvision": ("transforms", "utils"),
@@ -39,7 +39,7 @@ PARTS: dict[str, tuple[str, ...]] = {
 }
 _lock = threading.RLock()
 _running: set[str] = set()  # packages whose `__init__` runs now, in the thread that has the lock
-_undisabled: list[Any] = []  # functions that dynamo is to leave alone, once there is one
+_undisabled: list[Any] = []  # functions to disable once dynamo is imported
 
 
 class _Deferred(ModuleType):
@@ -48,7 +48,7 @@ class _Deferred(ModuleType):
     def __getattr__(self, name: str) -> Any:
         if name in PARTS[self.__name__]:
             return import_module(f"{self.__name__}.{name}")
-        if name == "__file__":  # the import system asks for it
+        if name == "__file__":  # the import system reads it
             raise AttributeError(name)
         with _lock:  # another thread may be running it
             if self.__name__ in _running:
@@ -58,13 +58,13 @@ class _Deferred(ModuleType):
 
 
 class _Later(Loader):
-    """Makes a deferred package of one that another loader would load."""
+    """A loader of deferred packages, around the loader that runs the ``__init__`` later."""
 
     def __init__(self, loader: Any) -> None:
         self.loader = loader
 
     def create_module(self, spec: ModuleSpec) -> None:
-        return None  # a plain one
+        return None  # the default module
 
     def exec_module(self, module: ModuleType) -> None:
         module.__class__ = _Deferred
@@ -73,10 +73,10 @@ class _Later(Loader):
 
 
 def _disable(function: Any = None, recursive: bool = True, **options: Any) -> Any:
-    """``torch._dynamo.disable`` while nothing is compiled: there is nothing to disable.
+    """Stand in for ``torch._dynamo.disable`` while nothing is compiled and nothing to disable.
 
-    torch's own functions ask at each call and keep the answer (``torch/_compile.py``) until dynamo
-    is imported. Other functions are disabled by the first call after that.
+    torch's own functions call this each time and keep its result (``torch/_compile.py``) until
+    dynamo is imported. Other functions are disabled by the first call after that.
     """
     dynamo = sys.modules["torch._dynamo"]
     if not isinstance(function, FunctionType):
@@ -97,16 +97,16 @@ def _disable(function: Any = None, recursive: bool = True, **options: Any) -> An
 
 
 def _graph_break(message: str = "") -> None:
-    """``torch._dynamo.graph_break`` where there is no graph."""
+    """Stand in for ``torch._dynamo.graph_break`` where there is no graph."""
 
 
-# What torch's optimizers and meta tensors ask of dynamo in eager mode.
+# The functions of dynamo that torch's optimizers and meta tensors call in eager mode.
 _EAGER = {"disable": _disable, "graph_break": _graph_break}
 
 
 def _run_init(package: ModuleType) -> None:
     """Run the ``__init__`` of a package once; call it with ``_lock`` held."""
-    # As every import does, the parent's first: it may run this one.
+    # The parent's first, as in every import; it may run this one.
     parent = sys.modules.get(package.__name__.rpartition(".")[0])
     if type(parent) is _Deferred:
         _run_init(parent)
@@ -126,7 +126,7 @@ def _run_init(package: ModuleType) -> None:
     try:
         loader.exec_module(package)
         package.__class__ = ModuleType  # type: ignore[assignment]
-    except BaseException:  # it may be tried again, and fail again
+    except BaseException:  # keep it deferred, for another try
         package.__loader__ = spec.loader = later
         raise
     finally:
@@ -134,7 +134,7 @@ def _run_init(package: ModuleType) -> None:
 
 
 class _Loaded(Loader):
-    """A module that its package's ``__init__`` has imported meanwhile."""
+    """A loader of a module that its package's ``__init__`` has imported meanwhile."""
 
     def __init__(self, module: ModuleType) -> None:
         self.module, self.spec = module, module.__spec__
@@ -147,7 +147,7 @@ class _Loaded(Loader):
 
 
 class _Finder(MetaPathFinder):
-    """Defers packages, and runs their ``__init__`` before other submodules than their parts."""
+    """A finder that defers packages, and runs their ``__init__`` before any other submodule."""
 
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
@@ -161,7 +161,7 @@ class _Finder(MetaPathFinder):
         package = sys.modules.get(parent)
         if type(package) is not _Deferred or child in PARTS[parent]:
             return None
-        # Not to be waited for: the other thread may wait for the module that this one imports.
+        # Waiting could deadlock: the other thread may wait for the module that this one imports.
         if not _lock.acquire(blocking=False):
             return None
         try:
@@ -175,7 +175,7 @@ class _Finder(MetaPathFinder):
 def import_uncompiled(module: str) -> None:
     """Import a module that decorates functions with ``torch.compile``; they compile at first use.
 
-    The decorator would import the compiler. A module that does not exist is left out.
+    The decorator would import the compiler. A module that does not exist is skipped.
     """
     import torch
 
@@ -194,17 +194,17 @@ def import_uncompiled(module: str) -> None:
 
 
 def exports(package: str, homes: dict[str, str]) -> Callable[[str], Any]:
-    """A package's ``__getattr__`` that imports each of its names on first use.
+    """Return a package's ``__getattr__`` that imports each of its names on first use.
 
     Args:
-        homes: name to the module of the package that defines it.
+        homes: name to the module of the package that defines the name.
     """
 
     def get(name: str) -> Any:
         if name not in homes:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
         value = getattr(import_module(f"{package}.{homes[name]}"), name)
-        # The import has bound the module, which may have the name of what it defines.
+        # The import has bound the module itself, which may have the same name.
         setattr(sys.modules[package], name, value)
         return value
 
@@ -212,6 +212,6 @@ def exports(package: str, homes: dict[str, str]) -> Callable[[str], Any]:
 
 
 def defer_packages() -> None:
-    """Defer all of ``PARTS`` that nobody has imported yet."""
+    """Defer the packages of ``PARTS`` that are not imported yet."""
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder())

@@ -1,4 +1,4 @@
-"""Draws names in pictures as they are, never as formulas, in a font that has their letters."""
+"""Text in pictures: never drawn as formulas, and in a font that has its letters."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from .text import plain, reason
+from .writing import replacing
 
 log = logging.getLogger("swin_moe")
 
@@ -23,10 +24,10 @@ LATIN = 0x250  # code points below are in every font
 
 @contextmanager
 def drawing(*names: str) -> Iterator[None]:
-    """A context where matplotlib draws off screen, without formulas and without warnings of glyphs.
+    """Make matplotlib draw off screen, without formulas and without warnings of glyphs.
 
     Args:
-        names: what is to be written that may be in any alphabet.
+        names: texts in the picture that may be in any alphabet.
     """
     import matplotlib
 
@@ -45,14 +46,13 @@ def drawing(*names: str) -> Iterator[None]:
 
 
 def check_picture(path: Path, *kinds: str) -> Path:
-    """The path that ``--output`` gives, if a picture can be written there.
+    """Return the path that ``--output`` gives, if a picture can be written there.
 
     Args:
-        kinds: suffixes beside .png that are possible.
+        kinds: suffixes allowed in addition to .png.
 
     Raises:
-        ValueError: its suffix is another, perhaps of a file that is no picture, or there is no
-            such folder.
+        ValueError: its suffix is another, or its folder does not exist.
     """
     if path.suffix.lower() not in (".png", *kinds):
         raise ValueError(f"--output={plain(path)}: give the name of a .png file")
@@ -69,33 +69,29 @@ def write_png(path: Path, save: Callable[[IO[bytes]], Any]) -> None:
     """
     drawn = io.BytesIO()
     save(drawn)
-    temporary = path.with_name(f".{path.name}")
     try:
-        temporary.write_bytes(drawn.getvalue())
-        temporary.replace(path)
+        with replacing(path) as temporary:
+            temporary.write_bytes(drawn.getvalue())
     except OSError as error:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
         why = error.strerror or reason(error)
         raise ValueError(f"{plain(path)} cannot be written: {why}") from None
 
 
 def font_file(text: str) -> str:
-    """A font for a text: matplotlib's, which knows many alphabets, or else one of the system.
+    """Return the path of a font for a text: matplotlib's, or one of the system for other letters.
 
-    Returns:
-        its path, empty where neither is installed.
+    The path is empty if matplotlib is not installed.
     """
     own = _own_font()
     if not own or all(ord(letter) < LATIN for letter in text):
         return own
     lacking = _lacking(text, own)
-    return _system_font("".join(sorted(lacking)), own) if lacking else own
+    return system_font("".join(sorted(lacking)), own) if lacking else own
 
 
 @cache
 def _own_font() -> str:
-    """matplotlib's font, found without importing matplotlib, which takes long."""
+    """Return the path of matplotlib's font without importing matplotlib, which is slow."""
     spec = find_spec("matplotlib")
     folders = spec.submodule_search_locations if spec else None
     for folder in folders or []:
@@ -106,21 +102,23 @@ def _own_font() -> str:
 
 
 def _lacking(text: str, font: str) -> set[str]:
-    """The letters of a text that a font lacks; what only changes its neighbours does not count."""
+    """Return the letters of a text that a font lacks; marks and control characters do not count."""
     from matplotlib.ft2font import FT2Font
 
     known = FT2Font(font).get_charmap()
-    letters = {one for one in text if unicodedata.category(one) not in ("Zs", "Cc", "Cf", "Mn")}
+    letters = {
+        letter for letter in text if unicodedata.category(letter) not in ("Zs", "Cc", "Cf", "Mn")
+    }
     return {letter for letter in letters if ord(letter) not in known}
 
 
 @cache
-def _system_font(letters: str, own: str) -> str:
-    """A font of the system, found by fontconfig, for letters that our own font lacks."""
+def system_font(letters: str, own: str) -> str:
+    """Return a font of the system, found by fontconfig, for letters that ours lacks."""
     codes = " ".join(f"{ord(letter):x}" for letter in letters)
     command = ["fc-match", "--format=%{file}", f":scalable=true:color=false:charset={codes}"]
     lacking, found = set(letters), own
-    with suppress(OSError, subprocess.TimeoutExpired, RuntimeError):  # not there, or not a font
+    with suppress(OSError, subprocess.TimeoutExpired, RuntimeError):  # no fontconfig, or no font
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=10)
         left = _lacking(letters, done.stdout)
         if left < lacking:

@@ -1,4 +1,4 @@
-"""Ends of a run that all ranks reach together; each message is one line for the user."""
+"""Exceptions that end a run on all ranks; each message is one line for the user."""
 
 
 class TrainingError(RuntimeError):
@@ -10,10 +10,10 @@ class RunRemoved(Exception):
 
 
 class Preempted(Exception):
-    """A signal asked for an end, and the checkpoint is written.
+    """A signal has stopped the training, and the checkpoint is written.
 
     Attributes:
-        interrupted: by Ctrl-C, not by who would start again.
+        interrupted: by Ctrl-C; a scheduler or launcher would start the job again.
     """
 
     def __init__(self, message: str, interrupted: bool = False) -> None:

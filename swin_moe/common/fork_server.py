@@ -1,12 +1,12 @@
 """A process that has imported everything and forks others: they start at once and share its pages.
 
-``start`` forks it, before there are any threads. It listens at a socket of the file system; each
-connection asks for one program and learns its process number and how it ended. A program gets the
-environment, working folder and standard streams of its request, and a session of its own. It has
-no other open files, and dies with the server, which dies with its starter.
+``start`` forks it, before there are any threads. It listens at a Unix socket. Each connection
+requests one program and receives its process number and exit code. A program gets the environment,
+working folder and standard streams of its request, and a session of its own. It has no other open
+files, and dies with the server, which dies with its starter.
 
-What does not survive a fork, threads or a started CUDA driver, is never forked: the process then
-loads a fresh interpreter in its own place.
+Threads and a started CUDA driver do not survive a fork. If the imports start either, each program
+replaces itself by a fresh interpreter.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ from importlib import import_module
 from pathlib import Path
 from typing import IO, Any, NoReturn, TextIO
 
-# What a launcher, a scheduler or a terminal sends to all processes: for programs, not for the
-# server, which ends when whoever started it does.
+# A launcher, a scheduler or a terminal sends these to all processes. They are for the programs; the
+# server ends with its starter.
 _IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1)
 _NOT_INITIALIZED = 3  # CUDA_ERROR_NOT_INITIALIZED of the CUDA driver
-_LONGEST = 80  # characters of a folder's name: a socket's may have 107
+_LONGEST = 80  # bytes of a folder's name: a socket's may have 107
 _NAME = 15  # characters that Linux keeps of a process's name
 _PREFIX, _OWNER = "swin_moe-", "owner"  # a launcher's folder, and the file in it that it locks
 _YOUNG = 60.0  # seconds
@@ -49,18 +49,18 @@ _PR_SET_PDEATHSIG = 1
 
 @contextlib.contextmanager
 def private_folder() -> Iterator[Path]:
-    """A folder that only its user can enter, removed in the end.
+    """Make a folder that only its user can enter; remove it in the end.
 
     If this process is killed, the server removes the folder. If the server is killed too, the next
     launcher removes it, since nobody holds its lock.
 
     Raises:
-        OSError: there is no place for it.
+        OSError: the temporary folder is full or not writable.
     """
     # A job's own TMPDIR may be too long for a socket's name.
     place = Path(tempfile.gettempdir())
     place = place if len(os.fsencode(place)) < _LONGEST else Path("/tmp")
-    _remove_abandoned(place)
+    remove_abandoned(place)
     folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=place))
     with (folder / _OWNER).open("w") as owner:
         fcntl.flock(owner, fcntl.LOCK_EX)
@@ -70,14 +70,15 @@ def private_folder() -> Iterator[Path]:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _remove_abandoned(place: Path) -> None:
+def remove_abandoned(place: Path) -> None:
+    """Remove this user's private folders in ``place`` whose launcher and server are gone."""
     for owner in place.glob(f"{_PREFIX}*/{_OWNER}"):
         with contextlib.suppress(OSError):
             folder = owner.parent.lstat()
             young = time.time() - folder.st_mtime < _YOUNG  # perhaps it is not locked yet
             if folder.st_uid != os.geteuid() or not stat.S_ISDIR(folder.st_mode) or young:
                 continue
-            # Not a pipe or a link that somebody may have put there.
+            # Another user may have put a pipe or a link there.
             lock = os.open(owner, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -96,26 +97,26 @@ def die_with_parent() -> None:
 
 
 class Server:
-    """A fork server as its starter has it; it ends when this is closed, or its starter dies."""
+    """The starter's handle of a fork server, which ends with :meth:`close` or with its starter."""
 
     def __init__(self, path: Path, pid: int, lifeline: int) -> None:
         self.path, self._pid, self._lifeline = path, pid, lifeline
 
     def close(self) -> None:
         with contextlib.suppress(ProcessLookupError, ChildProcessError):
-            os.kill(self._pid, signal.SIGKILL)  # it may still import, for nobody
+            os.kill(self._pid, signal.SIGKILL)  # it may still import
             os.waitpid(self._pid, 0)
         os.close(self._lifeline)
 
 
 def start(modules: Sequence[str], folder: Path) -> Server:
-    """Fork a server that imports ``modules``; returns before it has.
+    """Fork a server that imports ``modules``; return without waiting for that.
 
     Args:
         folder: of :func:`private_folder`, for the server's socket.
 
     Raises:
-        OSError: there is no place for its socket, or no room for a process.
+        OSError: its socket or its process cannot be made.
     """
     path = folder / "fork"
     listener = listen(path)
@@ -143,19 +144,19 @@ def listen(path: Path) -> socket.socket:
 
 
 def serve(listener: socket.socket, lifeline: int, modules: Sequence[str]) -> NoReturn:
-    """Import ``modules``, then fork what is asked for until ``lifeline`` is closed."""
+    """Import ``modules``, then fork the requested programs until ``lifeline`` is closed."""
     before: dict[int, Any] = {number: signal.signal(number, signal.SIG_IGN) for number in _IGNORED}
-    # Otherwise torch asks the CUDA driver whether there are GPUs, and so starts it.
+    # Otherwise torch starts the CUDA driver to look for GPUs.
     os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
     fit = True
     try:
         for module in modules:
             import_module(module)
-    except Exception:  # the programs will meet it, too, and report it
+    except Exception:  # the programs will report it
         fit = False
     fit = fit and len(os.listdir("/proc/self/task")) == 1 and not _cuda_started()
     gc.collect()
-    gc.freeze()  # or a collection in a program would touch, and so copy, all pages
+    gc.freeze()  # otherwise a collection in a program would write to all pages, and copy them
     try:
         _Loop(listener, lifeline, fit, before).run()
     except BaseException:
@@ -165,7 +166,7 @@ def serve(listener: socket.socket, lifeline: int, modules: Sequence[str]) -> NoR
         path.unlink()
     if (path.parent / _OWNER).exists():  # its owner could not remove it
         shutil.rmtree(path.parent, ignore_errors=True)
-    os._exit(0)  # and with this process go its programs
+    os._exit(0)  # its programs die with it
 
 
 def _cuda_started() -> bool:
@@ -177,7 +178,7 @@ def _cuda_started() -> bool:
 
 
 class _Loop:
-    """The server's life: accept, fork, reap."""
+    """The server's loop: accept, fork, reap."""
 
     def __init__(
         self, listener: socket.socket, lifeline: int, fit: bool, before: dict[int, Any]
@@ -221,7 +222,7 @@ class _Loop:
             return
         try:
             pid = os.fork()
-        except OSError:  # no room for another process: who asked hears of it
+        except OSError:  # no room for another process: the closed connection shows it
             connection.close()
             for stream in streams:
                 os.close(stream)
@@ -252,11 +253,11 @@ class _Loop:
                 usual = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
                 signal.signal(number, signal.SIG_IGN if ignored else usual)
             os.setsid()
-            with connection:  # only now will it obey a signal, alone or as a group
+            with connection:  # from here on, it obeys signals, alone or as a group
                 connection.sendall(b"pid %d\n" % os.getpid())
             for target, stream in enumerate(streams):
                 os.dup2(stream, target)
-            os.closerange(3, os.sysconf("SC_OPEN_MAX"))  # whatever the launcher was started with
+            os.closerange(3, os.sysconf("SC_OPEN_MAX"))  # files inherited from the launcher
             os.environ.clear()
             os.environ.update(request["environment"])
             os.chdir(request["folder"])
@@ -280,14 +281,14 @@ def _flush() -> None:
 
 
 def _settle(folder: str, name: str) -> None:
-    """What a fresh interpreter would have taken from its environment."""
+    """Set what a fresh interpreter would have taken from its environment."""
     sys.path[0] = folder
     sys.stdout, sys.stderr = _unbuffered(sys.stdout, 1), _unbuffered(sys.stderr, 2)
     with contextlib.suppress(OSError):
         Path("/proc/self/comm").write_text(name[:_NAME])
     if torch := sys.modules.get("torch"):
         threads = os.environ.get("OMP_NUM_THREADS", "")
-        # Always, and before autograd's threads: after a fork they would race for torch's pool.
+        # In any case before autograd's threads start: after a fork they race for torch's pool.
         torch.set_num_threads(
             max(int(threads), 1) if threads.isdecimal() else torch.get_num_threads()
         )
@@ -296,7 +297,7 @@ def _settle(folder: str, name: str) -> None:
 
 
 def _unbuffered(stream: Any, descriptor: int) -> TextIO:
-    """As ``python -u`` has it."""
+    """Return the stream as ``python -u`` opens it."""
     raw = open(descriptor, "wb", buffering=0, closefd=False)  # noqa: SIM115 - lives on
     encoding = getattr(stream, "encoding", None) or "utf-8"
     errors = getattr(stream, "errors", None) or "backslashreplace"
@@ -304,7 +305,7 @@ def _unbuffered(stream: Any, descriptor: int) -> TextIO:
 
 
 def _run(module: str, arguments: list[str]) -> NoReturn:
-    """``python -m module arguments``, as the interpreter itself would."""
+    """Run ``python -m module arguments`` as the interpreter itself would."""
     sys.argv = [module, *arguments]
     code: Any = 0
     try:
@@ -337,8 +338,13 @@ class Child:
     """A program that a server runs, with the interface of :class:`subprocess.Popen`.
 
     Args:
-        path: the server's socket. name: what ``ps`` and ``top`` call the process.
-        stdin, stdout, stderr: files; default: this process's own.
+        path: the server's socket.
+        module: to run as ``python -m module``.
+        arguments: of the command line.
+        environment: all variables of the program.
+        folder: its working folder, by default this process's.
+        name: of the process in ``ps`` and ``top``.
+        stdin: a file or descriptor, by default this process's own; so are ``stdout``, ``stderr``.
 
     Raises:
         OSError: the server is gone.
@@ -359,7 +365,7 @@ class Child:
     ) -> None:
         self.args = [module, *arguments]
         self.returncode: int | None = None
-        self._heard = b""
+        self._received = b""
         request = {
             "module": module,
             "arguments": list(arguments),
@@ -374,16 +380,16 @@ class Child:
         sent = socket.send_fds(self._connection, [data], streams)
         if sent < len(data):
             self._connection.sendall(data[sent:])
-        # The process reports itself: without a line there is none.
+        # The forked process sends this line itself.
         line = self._line(None)
         if line is None or not line.startswith(b"pid "):
             raise ConnectionError("the fork server has ended, or has no room for a process")
         self.pid = int(line.split()[1])
 
     def _line(self, timeout: float | None) -> bytes | None:
-        """The next thing that the server says; None if it says nothing, or is gone."""
+        """Return the server's next line; None after ``timeout`` seconds or without a server."""
         deadline = None if timeout is None else time.monotonic() + timeout
-        while b"\n" not in self._heard:
+        while b"\n" not in self._received:
             left = None if deadline is None else max(deadline - time.monotonic(), 0.0)
             self._connection.settimeout(left)
             try:
@@ -395,12 +401,12 @@ class Child:
             if not more:
                 self._lost()
                 return None
-            self._heard += more
-        line, _, self._heard = self._heard.partition(b"\n")
+            self._received += more
+        line, _, self._received = self._received.partition(b"\n")
         return line
 
     def _lost(self) -> None:
-        """The server was killed: nobody would hear how the program ends."""
+        """Kill the program: its server is gone, and nobody would see how it ends."""
         if self.returncode is None and hasattr(self, "pid"):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.pid, signal.SIGKILL)
@@ -419,7 +425,7 @@ class Child:
         return self.returncode
 
     def send_signal(self, number: int) -> None:
-        if self.returncode is None:  # no poll: a handler may call this in the middle of another
+        if self.returncode is None:  # without a poll: a signal's handler may interrupt one
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.pid, number)
 

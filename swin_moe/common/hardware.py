@@ -1,4 +1,4 @@
-"""What a GPU and its links can do, by the makers' figures, and how long collectives take."""
+"""The makers' figures for GPUs and their links, and the time of collectives by them."""
 
 from __future__ import annotations
 
@@ -14,11 +14,13 @@ class Device:
     """One GPU of a node as it is usually built.
 
     Attributes:
-        memory: bytes. bf16, fp32: dense FLOP/s of matrix products (fp32: TF32 off).
+        memory: bytes.
+        bf16: dense FLOP/s of matrix products.
+        fp32: the same, with TF32 off.
         hbm: bytes/s of its memory.
         link: bytes/s to the other GPUs of the node, one direction.
         network: bytes/s to other nodes, one direction, per GPU.
-        source: where the figures are from.
+        source: of the figures.
     """
 
     memory: int
@@ -33,7 +35,7 @@ class Device:
 def _gpu(
     gib: float, bf16: float, fp32: float, hbm: float, link: float, network: float, source: str
 ) -> Device:
-    """Memory in GiB, TFLOP/s, GB/s."""
+    """Return a device from GiB of memory, TFLOP/s and GB/s."""
     return Device(
         int(gib * GIB), bf16 * 1e12, fp32 * 1e12, hbm * GB, link * GB, network * GB, source
     )
@@ -55,7 +57,7 @@ NAMES = (*GPUS, "cpu")
 
 
 def device(name: str) -> Device:
-    """A GPU by name; ``cpu`` is a process of this machine, whose speed is a guess.
+    """Return a GPU by name; ``cpu`` is a process of this machine, whose speed is a guess.
 
     Raises:
         ValueError: no such name.
@@ -73,7 +75,7 @@ def device(name: str) -> Device:
 
 @dataclass(frozen=True)
 class Cluster:
-    """Nodes of equal GPUs; on a CPU the processes of a node share its memory."""
+    """Nodes of equal GPUs, or of CPU processes that share their node's memory."""
 
     name: str
     nodes: int
@@ -89,15 +91,19 @@ class Cluster:
 
     @property
     def memory(self) -> int:
-        """Bytes of each rank."""
+        """Bytes per rank."""
         return self.device.memory // (self.per_node if self.name == "cpu" else 1)
 
     def seconds(self, kind: str, sent: float, ranks: int, stride: int = 1) -> float:
-        """Time of a collective among ``ranks`` ranks, every ``stride``-th of all.
+        """Return the seconds of a collective among ``ranks`` ranks, every ``stride``-th of all.
 
-        By the traffic of a ring, which also bounds other algorithms: an all-reduce moves its bytes
-        2·(n − 1)/n times over the slowest link, others (n − 1)/n times. Rings over nodes use the
-        adapters of all GPUs of a node; an all-to-all sends each rank's remote rows by its own.
+        A ring's traffic, which also bounds other algorithms, gives the time: an all-reduce moves
+        its bytes 2·(n − 1)/n times over the slowest link, others (n − 1)/n times. Rings over nodes
+        use the adapters of all GPUs of a node; an all-to-all sends a rank's remote rows by its own.
+
+        Args:
+            kind: ``all_reduce``, ``all_to_all`` or another collective.
+            sent: bytes of each rank.
         """
         if ranks <= 1 or not sent:
             return 0.0

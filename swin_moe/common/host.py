@@ -1,4 +1,4 @@
-"""This host and this process: free memory, and what native libraries print."""
+"""The host's free memory and GPUs, and the standard error of native libraries."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from pathlib import Path
 
 import psutil
 
-# Of a device's or a process's memory, for what no trial and no formula shows: fragments, workspaces
-# of libraries, the context.
+# The share of a device's or a process's memory kept free for fragments, workspaces of libraries and
+# the CUDA context, which no trial and no formula shows.
 MARGIN = 0.08
 
 _CGROUP = Path("/sys/fs/cgroup")
 
 
 def free_memory() -> int:
-    """Bytes of the host's memory that its processes may still take, together."""
+    """Return the bytes of memory that this host's processes may still take together."""
     free = int(psutil.virtual_memory().available)
     with contextlib.suppress(OSError, ValueError):  # the limit of a container or a Slurm job
         limit, taken = (
@@ -31,7 +31,7 @@ def free_memory() -> int:
 
 
 def count_gpus() -> int:
-    """GPUs that processes started here would see, as the driver counts them; needs no torch."""
+    """Count the GPUs that a process started here would see, by the driver; needs no torch."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     try:
         listed = subprocess.run(
@@ -42,14 +42,14 @@ def count_gpus() -> int:
     gpus = sum(line.startswith("GPU") for line in listed.splitlines())
     if visible is None:
         return gpus
-    # CUDA stops at the first entry that is none.
+    # CUDA ignores the list from its first invalid entry on.
     valid = itertools.takewhile(lambda v: v not in ("", "-1", "NoDevFiles"), visible.split(","))
     return min(gpus, len(list(valid)))
 
 
 @contextlib.contextmanager
 def silenced() -> Iterator[None]:
-    """Without the pages that native code prints to stderr about what it raises as well."""
+    """Discard stderr, for native code that prints the errors that it raises."""
     sys.stderr.flush()
     kept, nothing = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(nothing, 2)

@@ -1,4 +1,4 @@
-"""What the launcher told this process: its rank, its node, its restarts. Needs no torch.
+"""This process's rank, node and restarts, as its launcher set them. Needs no torch.
 
 Ranks come from torchrun, DeepSpeed's launcher, or Slurm's ``srun`` or Open MPI's ``mpirun`` with
 ``MASTER_ADDR`` set; without any of them the program runs as one process.
@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 from typing import Literal, NoReturn
 
-# Each launcher's variables: rank, local rank, world size; and what else must be set.
+# Each launcher's variables: rank, local rank, world size; and another that must be set.
 _LAUNCHERS = (
     (("RANK", "LOCAL_RANK", "WORLD_SIZE"), ""),
     (("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS"), "MASTER_ADDR"),
@@ -31,15 +31,15 @@ _LOCAL_SIZES = (
     "OMPI_COMM_WORLD_LOCAL_SIZE",
     "SLURM_NTASKS_PER_NODE",
 )
-_MOST = 1_000_000  # processes: more are a slip of the keyboard
-_NO_STEP = 0xFFFF_FFF0  # Slurm's numbers from here on are of batch scripts and shells, not of srun
+_MOST = 1_000_000  # processes: more are a typing error
+_NO_STEP = 0xFFFF_FFF0  # from here on, Slurm's step numbers are batch scripts and shells
 
 
 def environment_rank() -> tuple[int, int, int]:
-    """(rank, local rank, world size) that the launcher set; (0, 0, 1) without one.
+    """Return (rank, local rank, world size) from the launcher; (0, 0, 1) without one.
 
     Raises:
-        ValueError: a variable is missing, is no number, or cannot be together with the others.
+        ValueError: a variable is missing, is no number, or contradicts another.
     """
     names = _launcher()
     local_world_size()  # for its errors
@@ -54,7 +54,7 @@ def environment_rank() -> tuple[int, int, int]:
 
 
 def _launcher() -> tuple[str, str, str] | None:
-    """The names of the variables that say who this process is."""
+    """Return the names of the launcher's variables for rank, local rank and world size."""
     env = os.environ
     for names, also in _LAUNCHERS:
         if names[0] in env and (not also or also in env):
@@ -63,7 +63,7 @@ def _launcher() -> tuple[str, str, str] | None:
 
 
 def _number(name: str, least: int, most: int | None, default: int) -> int:
-    """The whole number in a variable; an empty one counts as not set."""
+    """Return the whole number in a variable; an empty one counts as not set."""
     text = os.environ.get(name, "").strip()
     if not text:
         return default
@@ -74,7 +74,7 @@ def _number(name: str, least: int, most: int | None, default: int) -> int:
 
 
 def world_variables() -> str:
-    """Where this process's rank and the number of processes come from, for people."""
+    """Return the variables with the world size and this process's rank, for messages."""
     names = _launcher()
     if not names:
         return "no launcher's variables"
@@ -82,7 +82,7 @@ def world_variables() -> str:
 
 
 def check_launcher() -> None:
-    """Raise ``ValueError`` if there are several processes, but nothing says which this one is."""
+    """Raise ``ValueError`` if there are several processes, but this one's rank is not set."""
     if not _launcher():
         _refuse_many_alone()
     size = os.environ.get("WORLD_SIZE", "")
@@ -105,28 +105,28 @@ def _refuse_many_alone() -> None:
 
 
 def _in_step() -> bool:
-    """Whether srun has started this process."""
+    """Return whether srun has started this process."""
     step = os.environ.get("SLURM_STEP_ID", "")
     return step.isdecimal() and int(step) < _NO_STEP
 
 
 def without_srun() -> bool:
-    """Whether Slurm set the rank of this process, but no srun started it.
+    """Return whether Slurm set the rank of this process, but no srun started it.
 
-    That is so in a batch script or in the shell of salloc. There the number of tasks is that of the
-    job, and this process is the only one.
+    This holds in a batch script and in the shell of salloc: the number of tasks is that of the job,
+    and this process is the only one.
     """
     names = _launcher()
     return names is not None and names[0] == "SLURM_PROCID" and not _in_step()
 
 
 def become_alone() -> None:
-    """Be one process from now on, whatever a launcher said."""
+    """Set the variables of a single process."""
     os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1")
 
 
 def check_alone(command: str) -> str:
-    """Make sure that a command of one process runs as one; returns a line for the user, or nothing.
+    """Make sure that a command runs as one process; return a line for the user, or nothing.
 
     Raises:
         ValueError: a launcher has started several processes.
@@ -145,17 +145,17 @@ def check_alone(command: str) -> str:
 
 
 def local_world_size() -> int:
-    """Processes of this node."""
+    """Return the number of processes of this node."""
     world = _launcher()
     size = _number(world[2] if world else "WORLD_SIZE", 1, _MOST, 1)
     size = size if world else 1
     name = next((name for name in _LOCAL_SIZES if os.environ.get(name)), "")
-    # A job's tasks per node may be more than the tasks of one step.
+    # A job may have more tasks per node than one step has tasks.
     return min(_number(name, 1, _MOST, 1), size) if name else size
 
 
 def auto_expert_parallel_size(num_experts: int) -> int:
-    """The largest group that divides the node's processes, and all of them, and the experts."""
+    """Return the greatest common divisor of the node's processes, all processes and the experts."""
     return math.gcd(local_world_size(), environment_rank()[2], num_experts)
 
 
@@ -170,10 +170,13 @@ def check_world(world_size: int, expert_parallel_size: int) -> None:
 
 
 def node_share(expert_parallel_size: int, hierarchical: bool | Literal["auto"]) -> int:
-    """Ranks of an expert group in each of its nodes, if rows are to travel in two steps; else 0.
+    """Return how many ranks of an expert group are on each node for a hierarchical all-to-all.
+
+    Returns:
+        0 if rows are exchanged in one step.
 
     Raises:
-        ValueError: that is asked for, and the group is not of several equal parts of nodes.
+        ValueError: ``hierarchical`` is true, but the group is not of several whole nodes.
     """
     n, local = expert_parallel_size, local_world_size()
     possible = 1 < local < n and n % local == 0
@@ -187,32 +190,32 @@ def node_share(expert_parallel_size: int, hierarchical: bool | Literal["auto"]) 
 
 
 def restarts() -> tuple[int, int]:
-    """How often the launcher has restarted this group, and how often it would."""
+    """Return how often the launcher has restarted this group, and how often it may."""
     names = ("TORCHELASTIC_RESTART_COUNT", "TORCHELASTIC_MAX_RESTARTS")
     done, allowed = (_number(name, 0, None, 0) for name in names)
     return done, allowed
 
 
 def started_again() -> bool:
-    """Whether a launcher or a scheduler has started this job before, by the same command."""
+    """Return whether a launcher or a scheduler has started this job before."""
     return restarts()[0] > 0 or _number("SLURM_RESTART_COUNT", 0, None, 0) > 0
 
 
 def refuse_restart() -> None:
-    """Ask the launcher, if it is ours, not to start this job again."""
+    """Ask our launcher not to start this job again."""
     if file := os.environ.get("SWIN_MOE_FINAL"):
         with contextlib.suppress(OSError):  # the launcher is gone, and its folder
             Path(file).touch()
 
 
 def being_closed() -> bool:
-    """Whether our launcher is ending all processes of this node because one has ended."""
+    """Return whether our launcher is ending all processes of this node because one has ended."""
     file = os.environ.get("SWIN_MOE_FINAL")
     return file is not None and Path(file).with_name("closing").exists()
 
 
 def is_first_of_node() -> bool:
-    """Whether this process speaks for those of its node; if nobody knows, it does."""
+    """Return whether this is the node's first process; also true if its rank is unknown."""
     try:
         return environment_rank()[1] == 0
     except (ValueError, KeyError):
@@ -220,10 +223,10 @@ def is_first_of_node() -> bool:
 
 
 def leave(code: int) -> NoReturn:
-    """End this process at once, everything that was printed or logged included.
+    """Flush the logs and streams, and end this process at once.
 
-    After a failure a process must not wait for the others in its shutdown; after success, the
-    threads of the process groups sometimes abort the interpreter while it takes itself apart.
+    After a failure, a process must not wait for the others in its shutdown. After success, the
+    threads of the process groups sometimes abort the interpreter while it shuts down.
     """
     logging.shutdown()
     for stream in (sys.stdout, sys.stderr):

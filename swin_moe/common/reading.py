@@ -12,16 +12,16 @@ from typing import Any
 
 from .text import plain
 
-LIMIT = 64 << 20  # bytes of a text file; manifests of the largest data sets stay below it
+LIMIT = 64 << 20  # bytes of a text file; manifests of the largest data sets are smaller
 DEPTH = 32  # levels of nesting
 
 
 def check_regular(path: str | os.PathLike[str]) -> int:
-    """The size in bytes of a regular file.
+    """Return the size in bytes of a regular file.
 
     Raises:
-        ValueError: it is a folder, a device, a pipe or a socket, which could be read for ever.
-        OSError: it is not there, or may not be looked at.
+        ValueError: it is a folder, a device, a pipe or a socket; reading could block.
+        OSError: it does not exist, or permission is denied.
     """
     status = os.stat(path)
     if not stat.S_ISREG(status.st_mode):
@@ -41,10 +41,10 @@ def _kind(mode: int) -> str:
 
 
 def read_text(path: str | os.PathLike[str], limit: int = LIMIT) -> str:
-    """A UTF-8 text file (with or without a byte order mark) of at most ``limit`` bytes.
+    """Read a UTF-8 file (with or without a byte order mark) of at most ``limit`` bytes.
 
     Raises:
-        ValueError: one line that names the file: not a regular file, too large, or not UTF-8.
+        ValueError: not a regular file, too large, or not UTF-8; one line that names the file.
         OSError: it cannot be read.
     """
     size = check_regular(path)
@@ -52,7 +52,7 @@ def read_text(path: str | os.PathLike[str], limit: int = LIMIT) -> str:
         raise ValueError(f"{plain(path)} has {size:,} bytes; at most {limit:,} are read here")
     with Path(path).open("rb") as file:
         data = file.read(limit + 1)
-    if len(data) > limit:  # it grew, or it shows no size, as files in /proc
+    if len(data) > limit:  # it grew, or it has no size, like files in /proc
         raise ValueError(f"{plain(path)} has more than {limit:,} bytes")
     try:
         return data.decode("utf-8-sig")
@@ -64,7 +64,7 @@ def read_text(path: str | os.PathLike[str], limit: int = LIMIT) -> str:
 
 @contextmanager
 def openable(path: str | os.PathLike[str]) -> Iterator[str]:
-    """A name for a file by which libraries open it that take only names in UTF-8."""
+    """Give a file a name in UTF-8, for libraries that open no other."""
     name = os.fspath(path)
     try:
         name.encode()
@@ -76,17 +76,17 @@ def openable(path: str | os.PathLike[str]) -> Iterator[str]:
 
 
 def read_json(path: str | os.PathLike[str], limit: int = LIMIT) -> Any:
-    """The value of a JSON file, read as by :func:`read_text`.
+    """Read a JSON file, see :func:`read_text`.
 
     Raises:
-        ValueError: as there, or it is not JSON or nested too deeply; names the file.
+        ValueError: as :func:`read_text`, or not JSON, or nested too deeply; names the file.
         OSError: it cannot be read.
     """
     return parse_json(read_text(path, limit), plain(path))
 
 
 def parse_json(text: str, source: str) -> Any:
-    """The value of a JSON text; ``source`` names it in errors, see :func:`read_json`."""
+    """Parse a JSON text; ``source`` names it in errors, see :func:`read_json`."""
     try:
         value = json.loads(text)
     except RecursionError:
@@ -98,7 +98,7 @@ def parse_json(text: str, source: str) -> Any:
 
 
 def check_depth(value: Any, source: str) -> None:
-    """Refuse lists and mappings within each other beyond ``DEPTH`` levels (ValueError)."""
+    """Raise ``ValueError`` if lists and mappings are nested deeper than ``DEPTH`` levels."""
     layer, depth = [value], 0
     while layer := [
         inner

@@ -1,9 +1,9 @@
-"""Signals that ask for an end: at the start, in training, and a second time. Needs no torch.
+"""Signals that stop the program. Needs no torch.
 
 Schedulers send SIGTERM or SIGUSR1 before they take a node away. A lost terminal sends SIGHUP. After
 these, the exit code means "start again". SIGINT (Ctrl-C) has the exit code that shells give it.
 Before the first update there is nothing to save, and the program ends at once. In training, the
-signal is remembered and the ranks save together. A second Ctrl-C ends at once in any case.
+signal is remembered and the ranks save together. A second Ctrl-C ends the program at once.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ TWICE = (
 
 
 def code_of(number: int) -> int:
-    """The exit code after a signal."""
+    """Return the exit code after a signal."""
     return INTERRUPTED if number == signal.SIGINT else PREEMPTED
 
 
 def too_early(number: int) -> str:
-    """The message for a signal before the first update."""
-    told = "interrupted" if number == signal.SIGINT else f"told to stop by {_name(number)}"
-    return f"{told} before the first update: nothing is lost, the same command starts again"
+    """Return the message for a signal before the first update."""
+    cause = "interrupted" if number == signal.SIGINT else f"stopped by {_name(number)}"
+    return f"{cause} before the first update: nothing is lost, the same command starts again"
 
 
 def install(handler: Callable[[int, Any], Any]) -> dict[int, Any]:
-    """Install ``handler`` for all signals that are not ignored (nohup); returns former handlers."""
+    """Install ``handler`` for all signals not ignored (nohup), and return the former handlers."""
     former: dict[int, Any] = {number: signal.getsignal(number) for number in STOPS}
     former = {number: old for number, old in former.items() if old is not signal.SIG_IGN}
     for number in former:
@@ -46,14 +46,14 @@ def install(handler: Callable[[int, Any], Any]) -> dict[int, Any]:
 
 
 def watch() -> None:
-    """From now on, a signal ends the program in one line."""
-    if _Watch.process != os.getpid():  # else it has begun; a forked process has other handlers
+    """From now on, end the program with one line on a signal."""
+    if _Watch.process != os.getpid():  # the first call in this process, which may be forked
         _Watch.process, _Watch.former = os.getpid(), {}
     _Watch.former = _Watch.former or install(_note)
 
 
 def release() -> None:
-    """Restore the signals' usual meaning: this program is no training."""
+    """Restore the default handlers, for a program that does not train."""
     for number in _Watch.former:
         usual = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
         signal.signal(number, usual)
@@ -63,20 +63,20 @@ def release() -> None:
 class _Watch:
     """The state of signals in this process."""
 
-    process = 0  # whose handlers these are: a forked one inherits them
+    process = 0  # the one that installed the handlers, which forked ones inherit
     former: ClassVar[dict[int, Any]] = {}
-    training: ClassVar[StopSignal | None] = None  # which remembers, instead of an end at once
+    training: ClassVar[StopSignal | None] = None  # remembers a signal
     interrupts = 0
 
 
 class StopSignal:
-    """The order to stop, for a training to ask; valid inside its ``with``.
+    """The order to stop, which a training polls inside this ``with``.
 
     Until :meth:`defer` is called, a signal ends the process at once.
 
     Attributes:
-        came: whether a signal has come to this process.
-        name: of the first signal that came, empty if none has.
+        came: whether this process has received a signal.
+        name: the first signal's name, empty without one.
     """
 
     came = False
@@ -85,7 +85,7 @@ class StopSignal:
         self.name = ""
 
     def __call__(self) -> int:
-        """0 without a signal, 1 after SIGINT, 2 after others: the greatest of all ranks counts."""
+        """Return 0 without a signal, 1 after SIGINT, 2 after others; ranks take their maximum."""
         return bool(self.name) + (self.name not in ("", "SIGINT"))
 
     def __enter__(self) -> StopSignal:
@@ -94,11 +94,11 @@ class StopSignal:
         return self
 
     def defer(self) -> None:
-        """Training begins: from now on, a signal is remembered until training asks for it."""
+        """From now on, remember a signal until the training polls it."""
         _Watch.training = self
 
     def __exit__(self, *_: object) -> None:
-        if self._own:  # else the program ends now, with the code that it has
+        if self._own:  # otherwise the program ends now, and its handlers stay
             _Watch.training = None
             for number, handler in _Watch.former.items():
                 signal.signal(number, handler)
@@ -106,7 +106,7 @@ class StopSignal:
 
 
 def _note(number: int, _frame: Any) -> None:
-    if os.getpid() != _Watch.process:  # a process forked later, which is none of ours
+    if os.getpid() != _Watch.process:  # a process forked later: default behaviour
         signal.signal(number, signal.SIG_DFL)
         os.kill(os.getpid(), number)
         return
@@ -137,7 +137,7 @@ def _end(message: str, code: int) -> None:
 def _say(message: str) -> None:
     if ranks.is_first_of_node():
         with contextlib.suppress(OSError):  # the terminal is gone
-            os.write(2, f"swin-moe: {message}\n".encode())  # print may be what was interrupted
+            os.write(2, f"swin-moe: {message}\n".encode())  # print may have been interrupted
 
 
 def _name(number: int) -> str:

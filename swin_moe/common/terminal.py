@@ -1,4 +1,4 @@
-"""The console of every command: names are printed as they are, whatever is in them."""
+"""The console of every command: names are printed without markup, and escaped where needed."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from rich.text import Text
 
 from .text import plain, plain_lines
 
-WIDE = 400  # columns of a pipe or file, which has no width of its own: nothing is folded there
+WIDE = 400  # columns of a pipe or a file: wide enough that no line is folded
 
 
 class Terminal(Console):
-    """A rich console without markup and emoji codes; what cannot be printed is shown escaped."""
+    """A rich console without markup and emoji codes; unprintable characters are shown escaped."""
 
     def __init__(self, *, stderr: bool = False) -> None:
         super().__init__(stderr=stderr, markup=False, emoji=False)
@@ -24,20 +24,25 @@ class Terminal(Console):
 
     @property
     def live(self) -> bool:
-        """Whether a person watches: then a line may be drawn over another."""
+        """Whether the output is a terminal, where a line may be drawn over another."""
         return self.file.isatty() and not self.is_dumb_terminal
 
     def render_str(self, text: str, **options: Any) -> Text:
-        """All strings come through here: those of tables, their titles and captions, too."""
+        """Escape a string; rich passes all of them here, a table's title and caption included."""
         return super().render_str(plain_lines(text), **options)
 
     def status(self, status: RenderableType, **options: Any) -> Status:
-        """A spinner, for which rich would read markup whatever the console says."""
+        """Show a spinner; rich itself would read markup in its text."""
         return super().status(
             self.render_str(status) if isinstance(status, str) else status, **options
         )
 
 
+def print_line(console: Console, text: str) -> None:
+    """Print a line on any console of rich, without markup, colours and folding."""
+    console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
 def cell(name: str | os.PathLike[str]) -> Text:
-    """A name as one line of a table, on any console of rich."""
+    """Return a name as one line of a table, for any console of rich."""
     return Text(plain(name))

@@ -5,46 +5,46 @@ from __future__ import annotations
 import os
 
 SHORT = 200  # characters
-JOINERS = "\u3000\u00a0\u200d"  # spaces of writing, and what joins emoji: harmless in a line
+JOINERS = "\u3000\u00a0\u200d"  # ideographic, no-break and emoji-joining spaces: harmless in a line
 
 
 def plain(name: str | os.PathLike[str]) -> str:
-    r"""A name as one line of valid UTF-8.
+    r"""Return a name as one line of valid UTF-8.
 
     A byte of a file's name that is not UTF-8 is shown as ``\xe9``, a control character (such as a
-    line break or an escape sequence of a terminal) as ``\x1b``; all else stays as it is.
+    line break or a terminal's escape sequence) as ``\x1b``; the rest stays unchanged.
     """
     return _printable(os.fspath(name), JOINERS)
 
 
 def plain_lines(text: str) -> str:
-    """A text as by :func:`plain`, but its line breaks and tabs stay."""
+    """Return a text as :func:`plain` does, but keep its line breaks and tabs."""
     return _printable(text, JOINERS + "\n\t")
 
 
 def _printable(text: str, kept: str) -> str:
     if text.isprintable():
         return text
-    return "".join(one if one.isprintable() or one in kept else _escape(one) for one in text)
+    return "".join(c if c.isprintable() or c in kept else _escape(c) for c in text)
 
 
-def _escape(one: str) -> str:
-    if 0xDC80 <= ord(one) <= 0xDCFF:  # Python's stand-in for a byte that is not UTF-8
-        return f"\\x{ord(one) - 0xDC00:02x}"
-    return repr(one)[1:-1]
+def _escape(character: str) -> str:
+    if 0xDC80 <= ord(character) <= 0xDCFF:  # Python's stand-in for a byte that is not UTF-8
+        return f"\\x{ord(character) - 0xDC00:02x}"
+    return repr(character)[1:-1]
 
 
 def shorten(name: str) -> str:
-    """A name as by :func:`plain` that fits below a small picture."""
+    """Return a name as :func:`plain` does, cut to fit below a small picture."""
     text = plain(name)
     return text if len(text) <= 18 else f"{text[:17]}…"
 
 
 def reason(error: BaseException) -> str:
-    """What an error says, in one line that is never empty.
+    """Return an error's text in one line that is never empty.
 
-    A short text stays whole, since its line breaks may belong to a name. If another process raised
-    the error, torch hands over its traceback: the last line counts.
+    A short text stays whole, since its line breaks may belong to a name. If a worker process raised
+    the error, torch passes its traceback as the text, and only the last line is returned.
     """
     text = str(error)
     if isinstance(error, OSError) and error.strerror:  # without its number

@@ -1,4 +1,4 @@
-"""Output of a training, to files and to the console: a disk that fails never ends the training."""
+"""Output to files and to the console that goes on after errors of a disk, a pipe or a terminal."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 import io
 import logging
 import os
+import secrets
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,14 +23,14 @@ KEPT = 16 << 20  # bytes per file that wait in memory until the disk works again
 
 
 class Outage:
-    """Says once that something cannot be written, and once that it can be again."""
+    """A state that is logged once when writing begins to fail and once when it works again."""
 
     def __init__(self, name: str) -> None:
         self.name, self.lasts = name, False
 
     def began(self, error: OSError, meanwhile: str) -> None:
         if not self.lasts:
-            self.lasts = True  # before it is logged: the log may be what cannot be written
+            self.lasts = True  # before the warning, which may go to the failing file itself
             why = error.strerror or reason(error)
             log.warning("%s cannot be written (%s); %s", self.name, why, meanwhile)
 
@@ -39,11 +40,29 @@ class Outage:
             log.warning("%s is written again, %s", self.name, left)
 
 
+@contextlib.contextmanager
+def replacing(path: Path, folder: Path | None = None) -> Iterator[Path]:
+    """Yield a path to write to, and rename it to ``path`` after success.
+
+    Args:
+        folder: of the temporary file, on the same file system; None = that of ``path``.
+    """
+    temporary = (folder or path.parent) / f".{path.name}.{secrets.token_hex(4)}.tmp"
+    try:
+        yield temporary
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
 def open_to_append(path: Path) -> IO[bytes]:
     """Open a file, without a buffer, to append to it.
 
     Raises:
-        OSError: as usual, and for a pipe that nobody reads, which would be waited for.
+        OSError: as usual, and for a pipe without a reader, which would block.
     """
     flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK
     descriptor = os.open(path, flags, 0o666)
@@ -52,19 +71,19 @@ def open_to_append(path: Path) -> IO[bytes]:
 
 
 class Appender:
-    """Appends to a file; what the disk does not take waits in memory and is written later."""
+    """A file to append to; data that cannot be written waits in memory and is written later."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._waiting = bytearray()
-        self._lost = 0  # bytes for which there was no room in memory
+        self._lost = 0  # bytes
         self._outage = Outage(plain(path))
 
     def __str__(self) -> str:
         return plain(self.path)
 
     def write(self, data: bytes) -> None:
-        """Append ``data``. It is written whole, or not at all if too much waits already."""
+        """Append ``data`` whole; drop it if more than ``KEPT`` bytes wait already."""
         self._waiting += data
         try:
             # Opened each time: if the file is removed or moved, a new one takes its place.
@@ -84,7 +103,7 @@ class Appender:
             self._lost = 0
 
     def close(self) -> None:
-        """Try once more; whoever reads the file must know that its end is missing."""
+        """Try once more, and log how many bytes are missing at the end."""
         self.write(b"")
         if lost := len(self._waiting) + self._lost:
             self._waiting.clear()
@@ -93,14 +112,14 @@ class Appender:
 
 
 class PlainFormatter(logging.Formatter):
-    """Log lines of valid UTF-8 without control characters, whatever names are in them."""
+    """A formatter of log lines in valid UTF-8 without control characters."""
 
     def format(self, record: logging.LogRecord) -> str:
         return plain_lines(super().format(record))
 
 
 class LogFile(logging.Handler):
-    """Log records in a file, see :class:`Appender`."""
+    """A handler that writes log records to a file, see :class:`Appender`."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()
@@ -109,9 +128,9 @@ class LogFile(logging.Handler):
 
     @staticmethod
     def current() -> Path | None:
-        """Where this process logs to, if it does."""
+        """Return the path that this process logs to, None without one."""
         handlers = logging.getLogger().handlers
-        return next((one.path for one in handlers if isinstance(one, LogFile)), None)
+        return next((h.path for h in handlers if isinstance(h, LogFile)), None)
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
@@ -127,7 +146,7 @@ class LogFile(logging.Handler):
 
 
 class _Outlet(io.FileIO):
-    """A file descriptor that swallows what it cannot write."""
+    """A file descriptor that drops data it cannot write, and warns once."""
 
     def __init__(self, number: int, name: str) -> None:
         super().__init__(number, "w", closefd=False)
@@ -147,13 +166,13 @@ class _Outlet(io.FileIO):
 
 
 def open_streams() -> None:
-    """Let streams that the caller has closed lead nowhere.
+    """Open standard streams that the caller has closed on ``/dev/null``.
 
-    Else there is nothing to print to, and the next file that is opened takes their numbers.
+    Otherwise the next file that is opened would take a standard stream's number.
     """
     number = 0
     while number <= 2:
-        number = os.open(os.devnull, os.O_RDWR)  # the lowest one that is free
+        number = os.open(os.devnull, os.O_RDWR)  # the lowest free descriptor
         os.set_inheritable(number, number <= 2)
     os.close(number)
     sys.stdin = sys.stdin or os.fdopen(0)
@@ -163,12 +182,12 @@ def open_streams() -> None:
 
 @contextlib.contextmanager
 def unbreakable_streams() -> Iterator[None]:
-    """Go on whatever happens to what is printed: a full disk, a closed pipe, a lost terminal."""
+    """Let printing survive a full disk, a closed pipe and a lost terminal."""
     streams = {"stdout": sys.stdout, "stderr": sys.stderr}
     for name, stream in streams.items():
-        with contextlib.suppress(OSError, AttributeError):  # a test's, or none at all
-            # The outlet warns in the middle of a write, and the warning may come back to it: a
-            # buffer between the two would raise. The text's own buffer keeps lines whole.
+        with contextlib.suppress(OSError, AttributeError):  # a stream of a test, or None
+            # The outlet's warning may be written to itself, in the middle of a write: a buffered
+            # writer would raise then. The text's own buffer keeps lines whole.
             outlet: Any = _Outlet(stream.fileno(), f"the program's {name}")
             text = io.TextIOWrapper(
                 outlet, stream.encoding, "backslashreplace", line_buffering=True

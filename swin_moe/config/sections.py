@@ -129,7 +129,7 @@ class MoEConfig(Section):
     init_std: kinds.Deviation = 0.02
     drop_rate: kinds.DropRate = 0.0
     overlap_degree: kinds.Size | Literal["auto"] = 1  # chunks, sent while others are computed
-    backend: Literal["fused", "reference", "tutel"] = "fused"
+    backend: Literal["fused", "tutel"] = "fused"
 
     @model_validator(mode="after")
     def _check(self) -> MoEConfig:

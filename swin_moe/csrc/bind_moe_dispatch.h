@@ -1,4 +1,4 @@
-// The dispatch and combine operators, less the kernels: what every device checks and allocates.
+// The dispatch and combine operators without the kernels: checks and allocation of every device.
 //
 // `Device` brings `kHasHalf` and the functions `dispatch`, `combine` and `combine_backward`, which
 // run its kernels on contiguous tensors of checked sizes. The semantics are in

@@ -1,7 +1,7 @@
-// The operators of the experts, less what a device does by itself: checks and allocation.
+// The operators of the experts without the kernels of a device: checks and allocation.
 //
-// `Device` brings its kernels for what lies between the matrix products, and the choice of a
-// method, see bind_moe_experts_cpu.h. The products are torch's own, see
+// `Device` brings its kernels for the ops between the matrix products, and the choice of a
+// method, see bind_moe_experts_cpu.h. The products are torch's, see
 // bind_moe_experts_products.h. The semantics are in swin_moe/ops/moe_experts.py, where callers get
 // their arguments checked with better messages.
 #pragma once

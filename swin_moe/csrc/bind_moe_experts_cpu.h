@@ -101,7 +101,7 @@ struct CpuExperts {
     }
   }
 
-  // Here they have none, see `Padding`.
+  // The experts have none here, see `Padding`.
   static Tensor without_empty_rows(const Experts&, const Tensor& rows) { return rows; }
 
  private:
@@ -190,9 +190,8 @@ struct CpuExperts {
     }
   };
 
-  // The rule of docs/experts.md, which has its measurements: a product of bf16 has a price of its
-  // own, 15 to 25 us, whatever its size. One product for all experts saves that, and is worth it as
-  // long as the rows that it pads do not cost more.
+  // See docs/experts.md for measurements: a product in bf16 has a fixed cost of 15 to 25 us. One
+  // product for all experts saves it, and pays as long as the padded rows do not cost more.
   static Method method(const Experts& in) {
     constexpr int64_t kMostRows = 128;
     constexpr int64_t kPrice = 2000000;  // of a product, in floating point operations

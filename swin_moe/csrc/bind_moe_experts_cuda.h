@@ -79,8 +79,8 @@ struct CudaExperts {
   }
 
  private:
-  // torch's grouped product is one kernel for bf16 only, and wants rows of whole 16 bytes. What is
-  // neither that nor padded waits for the device, to learn how many rows each expert has.
+  // torch's grouped product is one kernel for bf16 only, and needs rows of whole 16 bytes. In other
+  // cases, without padding, the host waits for the device to read the numbers of rows.
   static Method choose(const Experts& in) {
     if (in.shape.stride > 0) return Method::kBatched;
     const bool aligned = in.shape.width % 8 == 0 && in.shape.hidden % 8 == 0;

@@ -1,13 +1,13 @@
 // The matrix products of the experts, by torch, in one of three ways:
 //
-// - each: one product per expert, on rows whose number the host knows. No row is computed in vain.
+// - each: one product per expert. The host needs the numbers of rows. No row is computed in vain.
 // - batched: one product for all experts, whose rows are padded to the same number.
-// - grouped: torch's grouped product on packed rows, whose numbers only the device needs to know.
+// - grouped: torch's grouped product on packed rows. Only the device needs the numbers of rows.
 //
-// Between them, `Device` does what is element by element, on the rows of a `Span` at a time:
-// `activate`, `activate_backward` (with the sums of the bias gradients) and `add_bias`. Where a
-// product over rows must not meet what is in empty ones it brings `without_empty_rows`, and zeros
-// for the gradients of experts without rows: `clear_unused`, `clear_unused_biases`.
+// Between them, `Device` computes the elementwise ops, on the rows of a `Span` at a time:
+// `activate`, `activate_backward` (with the sums of the bias gradients) and `add_bias`. It clears
+// empty rows before products over rows (`without_empty_rows`), and writes zeros for the gradients
+// of experts without rows (`clear_unused`, `clear_unused_biases`).
 #pragma once
 
 #include <algorithm>
@@ -20,12 +20,12 @@ namespace swin_moe {
 
 enum class Method { kChoose, kEach, kBatched, kGrouped };
 
-// Rows of one expert, as the host knows them.
+// Rows of one expert, known to the host.
 struct Piece {
   int64_t expert;
   int64_t row;
   int64_t count;
-  int64_t random_row;  // the number that dropout knows the first row by
+  int64_t random_row;  // the first row's number in dropout
 };
 
 struct Experts {
@@ -38,7 +38,7 @@ struct Experts {
   Tensor fc1_bias;
   Tensor fc2_weight;
   std::optional<Tensor> seed;
-  std::vector<Piece> pieces;  // one per expert; none where the host does not know
+  std::vector<Piece> pieces;  // one per expert; none if the host does not know the rows
   Method method = Method::kChoose;
 
   const int64_t* seed_pointer() const {
@@ -75,7 +75,7 @@ struct Span {
   std::vector<Piece> pieces;
 };
 
-// Of the hidden rows of a span.
+// The hidden rows of a span.
 constexpr int64_t kSpanBytes = int64_t{8} << 20;
 
 // A matrix within `like`, or its transpose: rows `first` and following, of `width` elements.
@@ -136,7 +136,7 @@ inline std::vector<Span> spans_of(const Experts& in, bool split) {
   return spans;
 }
 
-// Every row, and the experts where the host knows them.
+// All rows, and their experts if the host knows them.
 inline Span whole_span(const Experts& in) { return {0, in.shape.rows, in.pieces}; }
 
 // The results of a forward pass; `pre`, the hidden rows before the activation, has none if they are
@@ -298,7 +298,7 @@ void backward_grouped(const Experts& in, const Tensor& grad_out, const Tensor& p
   grads.fc2_weight = multiply_grouped(matrix(grad_out, 0, S, D, true), act, ends);
   grads.fc1_weight = multiply_grouped(matrix(grad, 0, S, H, true), in.rows, ends);
   grads.rows = multiply_grouped(grad, in.fc1_weight, ends);
-  // Whoever multiplies nothing might write nothing.
+  // A product of nothing might write nothing.
   Device::clear_unused(in, grads.fc1_weight);
   Device::clear_unused(in, grads.fc2_weight);
 }

@@ -1,4 +1,4 @@
-// The routing operators, less the kernels: what every device checks and allocates.
+// The routing operators without the kernels: checks and allocation of every device.
 //
 // `Device` brings the functions `route_supported`, `route` and `route_backward`, which run its
 // kernels on contiguous tensors of checked sizes. The semantics are in swin_moe/ops/moe_route.py,
@@ -28,12 +28,12 @@ struct RouteTensors {
   MaybeTensor noise;
 };
 
-// What a routing gives, in the order of the schema: what has a gradient, then the integers.
+// The results of a routing in the order of the schema: differentiable ones, then integers.
 struct RouteResult {
   Tensor gate, sums, scalars, expert, slot, source, destination, counts, first, used;
 };
 
-// An empty optional stays one; else it is checked as `checked` does, and for its sizes.
+// An empty optional stays one; otherwise it is checked by `checked`, and for its sizes.
 inline MaybeTensor checked_floats(const MaybeTensor& tensor, const char* name, const Tensor& like,
                                   std::initializer_list<int64_t> sizes) {
   if (!tensor.has_value()) return std::nullopt;

@@ -1,4 +1,4 @@
-// The attention operators, less the kernels: what every device checks and allocates.
+// The attention operators without the kernels: checks and allocation of every device.
 //
 // `Device` brings `kHasHalf`, `window_supported`, `window_forward` and `window_backward`, which run
 // its kernels on contiguous tensors of checked sizes. The semantics are in

@@ -1,4 +1,4 @@
-// What the kernels and the bindings say to one another. No torch headers here.
+// The types shared by kernels and bindings. No torch headers here.
 #pragma once
 
 #include <cstdint>
@@ -37,16 +37,16 @@ struct RouteShape {
 
 // The numbers of a routing that are not sizes.
 struct RouteOptions {
-  bool sigmoid;      // scores are sigmoids of the logits, else their softmax
+  bool sigmoid;      // scores are sigmoids of the logits, otherwise their softmax
   bool normalize;    // gates are divided by their sum over a token's choices
-  bool prioritized;  // queues are by descending priority, else by index
+  bool prioritized;  // queues are by descending priority, otherwise by index
   float load_sigma;  // of the gate noise, for the load estimate; 0 = no estimate
 };
 
 // Numbers about a routing that are no matrix: sum of squared logsumexp, sum of entropies, least and
 // greatest logit, number of tokens that are not finite.
 constexpr int64_t kRouteScalars = 5;
-// Sums of scores below this are taken for it: the distance of 1 to the next fp32 number.
+// The least sum of scores, as a divisor: the distance of 1 to the next fp32 number.
 constexpr float kMinScoreSum = 1.1920929e-7f;
 // A token's place in the order is by ascending key: kRouteLastKey less the bits of its best score,
 // which are in the order of the scores, as no score is negative. A token that is not finite has
@@ -97,7 +97,7 @@ struct WindowOptions {
 
 // The factor of cosine attention is exp(min(scale, kMaxLogScale)); ln 100.
 constexpr float kMaxLogScale = 4.605170186f;
-// What is added to logits between regions that are not neighbours in the image.
+// Added to logits between regions that are not neighbours in the image.
 constexpr float kMaskValue = -100.0f;
 // Norms below this are taken for it, as torch.nn.functional.normalize does.
 constexpr float kMinNorm = 1e-12f;

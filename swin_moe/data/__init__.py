@@ -1,7 +1,7 @@
-"""Datasets, transforms and resumable batches.
+"""Sources of samples, transforms and resumable batches.
 
-:func:`build_loader` opens whatever holds images; its batches depend on seed, epoch and position
-alone.
+:func:`build_loader` opens folders, archives, lists and shards of images; its batches depend only on
+seed, epoch and position. ``readers/`` has one file per format, ``tools/`` the commands on data.
 """
 
 from typing import TYPE_CHECKING
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Batch", "Loader", "build_loader", "loader_of"]
 
-# What prepares and verifies data must not wait for torch.
+# The commands that prepare and verify data must not wait for torch.
 __getattr__ = exports(
     __name__,
     {

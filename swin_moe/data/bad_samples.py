@@ -1,4 +1,4 @@
-"""Samples that cannot be read: each is listed, and they are counted by kind."""
+"""Lists and counts of samples that cannot be read."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from ..common.writing import Appender
 
 log = logging.getLogger(__name__)
 
-TOLD = 10  # one by one; of further ones the list knows
-ALLOWED_BAD = 10  # images of an epoch, however few it has
+LOGGED = 10  # samples that are logged one by one; further ones are only listed
+ALLOWED_BAD = 10  # images of an epoch, at least
 
 
 def allowed_bad(samples: int, share: float) -> float:
-    """How many images of an epoch may be unreadable, see ``data.max_bad_share``."""
+    """Return how many images of an epoch may be unreadable, see ``data.max_bad_share``."""
     return max(share * samples, ALLOWED_BAD)
 
 
 class Skipped(NamedTuple):
-    """A sample that could not be read: its key, the kind of error and what it said."""
+    """A sample that could not be read: its key, and the kind and text of the error."""
 
     key: str
     kind: str
@@ -30,11 +30,11 @@ class Skipped(NamedTuple):
 
 
 class BadSamples:
-    """What one rank could not read of a split.
+    """The samples of a split that one rank could not read.
 
     Attributes:
-        kinds: how many of each kind.
-        file: a list of them, a JSON object a line; None = only told.
+        kinds: their number by kind of error.
+        file: lists them, one JSON object per line; None = they are only logged.
     """
 
     def __init__(self) -> None:
@@ -47,16 +47,16 @@ class BadSamples:
         return self.kinds.total()
 
     def add(self, skipped: list[Skipped]) -> None:
-        """Count, report and list them, each once however often it comes."""
+        """Count, log and list samples, each only once."""
         new = {sample.key: sample for sample in skipped if sample.key not in self._known}
         self._known.update(new)
         skipped = list(new.values())
         for sample in skipped:
             self.kinds[sample.kind] += 1
-            level = logging.WARNING if self.total <= TOLD else logging.DEBUG
-            told = plain(sample.key), plain(sample.reason)
-            log.log(level, "skipped unreadable image %s (%s)", *told)
-        if self.total >= TOLD > self.total - len(skipped):
+            level = logging.WARNING if self.total <= LOGGED else logging.DEBUG
+            key, reason = plain(sample.key), plain(sample.reason)
+            log.log(level, "skipped unreadable image %s (%s)", key, reason)
+        if self.total >= LOGGED > self.total - len(skipped):
             log.warning("further unreadable images are listed in %s", self.file or "the log")
         if self.file is not None and skipped:
             lines = "".join(json.dumps(sample._asdict()) + "\n" for sample in skipped)

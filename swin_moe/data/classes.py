@@ -1,4 +1,4 @@
-"""Matches the classes of a data set with those of a model, by name."""
+"""Matching the classes of a data set with those of a model, by name."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SHOWN = 3  # names in a message
 
 
 class Relabelled(Bounded):
-    """A source whose labels count in another list of classes.
+    """A source with labels of another list of classes.
 
     Args:
         classes: the other list.
@@ -49,12 +49,14 @@ class Relabelled(Bounded):
 
 
 def match(source: Source, classes: list[str], split: str) -> Source:
-    """The source with labels that are places in ``classes``, matched by name.
+    """Return the source with labels that are places in ``classes``, matched by name.
 
-    A data set without names keeps its numbers, and so does one whose labels are numbers and whose
-    list of names renames some classes; see :func:`difference`.
+    A data set without names keeps its labels. So does one whose labels are numbers and whose list
+    of names renames some classes; see :func:`difference`.
 
     Args:
+        source: of the data set.
+        classes: the model's names by label.
         split: the config keys and their values, for messages.
 
     Raises:
@@ -74,7 +76,7 @@ def match(source: Source, classes: list[str], split: str) -> Source:
 
 
 def difference(source: Source, classes: list[str]) -> str:
-    """A note on a held-out split that :func:`match` made; empty if it has all classes."""
+    """Return a note on a held-out split after :func:`match`; empty if it has all classes."""
     if source.renamed:
         return (
             f"its list calls {len(source.renamed):,} of the {len(classes):,} classes differently "
@@ -85,18 +87,18 @@ def difference(source: Source, classes: list[str]) -> str:
             "its classes have no names, so its labels count as places in the model's list of "
             f"{len(classes):,} classes{other_numbers(classes)}"
         )
-    there = set(np.flatnonzero(source.class_counts).tolist())
-    missing = [name for label, name in enumerate(classes) if label not in there]
+    present = set(np.flatnonzero(source.class_counts).tolist())
+    missing = [name for label, name in enumerate(classes) if label not in present]
     if not missing:
         return ""
     return (
-        f"no sample of {len(missing):,} of the {len(classes):,} classes that the model knows "
+        f"no sample of {len(missing):,} of the {len(classes):,} classes of the model "
         f"({quoted(missing)}); the others are matched by name"
     )
 
 
 def places_as_labels(source: Source) -> str:
-    """A note on a held-out split with names, for a model whose labels are mere numbers."""
+    """Return a note on a held-out split with class names, for a model without them."""
     names = source.class_names
     if names is None or source.numbered:
         return ""
@@ -107,7 +109,7 @@ def places_as_labels(source: Source) -> str:
 
 
 def _is_renamed(theirs: list[str], ours: list[str]) -> bool:
-    """Whether two lists differ in some names, while every name in both has the same place."""
+    """Return whether two lists differ, but every name in both has the same place."""
     known = {name: place for place, name in enumerate(ours)}
     places = [known.get(name, place) == place for place, name in enumerate(theirs)]
     return len(theirs) == len(ours) and all(places) and not known.keys().isdisjoint(theirs)
@@ -126,14 +128,14 @@ def _places(theirs: list[str], counts: np.ndarray, classes: list[str], split: st
     foreign = [theirs[label] for label in np.flatnonzero((place < 0) & (counts > 0))]
     if foreign:
         raise ValueError(
-            f"{split}: the model does not know {len(foreign)} of its classes: {quoted(foreign)}. "
-            f"It knows {len(classes)}: {quoted(classes)}. Rename or remove them, or set "
+            f"{split}: the model lacks {len(foreign)} of its classes: {quoted(foreign)}. "
+            f"It has {len(classes)}: {quoted(classes)}. Rename or remove them, or set "
             "data.match_classes=number if the numbers agree"
         )
     return place
 
 
 def quoted(names: Sequence[str]) -> str:
-    """The first names in quotes, with an ellipsis if there are more."""
+    """Return the first names in quotes, with an ellipsis if there are more."""
     shown = ", ".join(f"'{plain(name)}'" for name in names[:SHOWN])
     return shown + ", …" * (len(names) > SHOWN)

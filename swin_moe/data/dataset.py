@@ -1,4 +1,4 @@
-"""One sample: read, decode, transform; and how samples become a batch."""
+"""Reading, decoding and transforming one sample, and stacking samples to a batch."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ class Sample(NamedTuple):
 class Batch(NamedTuple):
     """Samples of one micro-step on one rank.
 
-    A loader yields the images as bytes: a worker hands over, and a GPU receives, four times as many
-    a second. The task then prepares them for the model.
+    A loader yields the images as bytes: workers and the bus to the GPU carry four times as many per
+    second as in float32. The task then prepares them for the model.
 
     Attributes:
         inputs: arguments of the model's forward by name. From a loader: ``images`` [B, C, H, W]
@@ -64,12 +64,13 @@ class Batch(NamedTuple):
 
 
 class ImageDataset(Dataset[Sample]):
-    """Samples by :data:`Draw`, augmented as a pure function of seed and position.
+    """Samples by :class:`Draw`, augmented as a pure function of seed and draw.
 
     Args:
         source: encoded images.
-        transform: from such an image to pixels of ``shape``.
+        transform: from an encoded image to pixels of ``shape``.
         shape: (H, W, C).
+        seed: of the augmentation.
     """
 
     def __init__(
@@ -107,9 +108,9 @@ def collate(samples: list[Sample]) -> Batch:
 
 
 class CollateReadable:
-    """In training, puts the next readable sample, cyclically, in each unreadable one's place.
+    """A collate function that replaces each unreadable sample by the batch's next readable one.
 
-    A batch without any readable sample stays as it is.
+    "Next" is cyclic. A batch without any readable sample stays unchanged.
     """
 
     def __init__(self, collate: Callable[[list[Sample]], Batch]) -> None:

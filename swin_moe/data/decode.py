@@ -11,17 +11,17 @@ import numpy as np
 import simplejpeg
 from PIL import Image, PngImagePlugin, UnidentifiedImageError, features
 
-# Not all that Pillow reads: some of its formats start other programs.
+# Not all of Pillow's formats: some start other programs.
 FORMATS = tuple(
     name
     for name in ("JPEG", "PNG", "WEBP", "BMP", "PPM", "TIFF", "GIF", "AVIF")
     if name != "AVIF" or features.check("avif")
 )
-MAX_PIXELS = 178_956_970  # of one image, unless data.max_pixels says otherwise; Pillow's own limit
+MAX_PIXELS = 178_956_970  # of one image, the default of data.max_pixels; Pillow's own limit
 
-# Their size is checked here, before they are decoded, with a message that names the key.
+# `EncodedImage` checks the size before decoding, with a message that names the key.
 Image.MAX_IMAGE_PIXELS = None
-# Long texts in a PNG, such as an editor's, are no reason to refuse its pixels.
+# Accept long texts in a PNG, such as an editor's.
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 64 << 20
 
 ORIENTATION = 0x0112  # the EXIF tag
@@ -54,10 +54,11 @@ class EncodedImage:
     Args:
         data: a file's content, of one of ``FORMATS``.
         mode: Pillow's mode to decode to, ``RGB`` or ``L``.
-        max_pixels: what has more is refused before it is decoded.
+        max_pixels: a larger image is refused before it is decoded.
 
     Attributes:
-        height, width: as it is to be looked at, after the rotation that EXIF asks for.
+        height: upright, after the rotation in EXIF.
+        width: upright, after the rotation in EXIF.
 
     Raises:
         UnreadableImage: here and in the methods.
@@ -75,30 +76,30 @@ class EncodedImage:
         self.height, self.width = size
 
     def pixels(self, at_least: tuple[int, int] | None = None) -> np.ndarray:
-        """The whole image [H, W, C] uint8.
+        """Return the whole image, [H, W, C] uint8.
 
         Args:
-            at_least: (height, width) that are enough: a JPEG may then be decoded at a half, a
-                quarter or an eighth of its size, which costs a fraction.
+            at_least: a sufficient (height, width): a JPEG may then be decoded at a half, a quarter
+                or an eighth of its size, which takes a fraction of the time.
         """
         if self._image is None:
             try:
                 return self._decode_jpeg(at_least or (self.height, self.width))
-            except ValueError:  # also on stray bytes, which do not matter: let Pillow judge
+            except ValueError:  # also on harmless stray bytes: let Pillow decide
                 pass
         with _telling_kind():
             pixels = np.asarray(_convert(self._open(), self._mode))
         return pixels.reshape(*pixels.shape[:2], -1)
 
     def image(self) -> Image.Image:
-        """The whole image as Pillow's."""
+        """Return the whole image as Pillow's."""
         return to_image(self.pixels())
 
     def _open(self) -> Image.Image:
         if self._image is None:
             image = Image.open(io.BytesIO(self._data), formats=FORMATS)
             self._check(image.height, image.width)
-            image.load()  # damaged pixels must raise here, and not while metadata are looked for
+            image.load()  # damaged pixels must raise here, not in the search for metadata
             turn = UPRIGHT.get(_orientation(image))
             self._image = image if turn is None else image.transpose(turn)
         return self._image
@@ -128,7 +129,7 @@ class EncodedImage:
 
 @contextmanager
 def _telling_kind() -> Iterator[None]:
-    """On damaged data Pillow's decoders may raise anything."""
+    """Turn errors of Pillow's decoders, which may raise anything, into ``UnreadableImage``."""
     try:
         yield
     except UnreadableImage:
@@ -143,12 +144,12 @@ def _telling_kind() -> Iterator[None]:
 
 
 def to_image(pixels: np.ndarray) -> Image.Image:
-    """Pixels [H, W, 3] or [H, W, 1] uint8 as an image of mode RGB or L."""
+    """Make an image of mode RGB or L from pixels [H, W, 3] or [H, W, 1] uint8."""
     return Image.fromarray(pixels if pixels.shape[2] > 1 else pixels[..., 0])
 
 
 def _plain_jpeg_size(data: bytes) -> tuple[int, int] | None:
-    """(height, width) of a JPEG that libjpeg-turbo alone shows as it should be, else None."""
+    """Return (height, width) of a JPEG that libjpeg-turbo decodes upright, otherwise None."""
     if data[:3] != b"\xff\xd8\xff":
         return None
     try:
@@ -168,7 +169,7 @@ def _plain_jpeg_size(data: bytes) -> tuple[int, int] | None:
 
 
 def _orientation(image: Image.Image) -> int:
-    """EXIF's orientation, 1 to 8; 1 if the metadata cannot be read."""
+    """Return EXIF's orientation, 1 to 8; 1 if the metadata cannot be read."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -178,7 +179,7 @@ def _orientation(image: Image.Image) -> int:
 
 
 def _convert(image: Image.Image, mode: str) -> Image.Image:
-    """To ``mode``, as a viewer would show it: transparency on white, deep pixels scaled."""
+    """Convert to ``mode`` as a viewer does: transparency on white, deep pixels scaled."""
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
         deep = np.asarray(image).astype(np.float32)  # Pillow would clip them to a white image
         return Image.fromarray((deep / 257).round().astype(np.uint8)).convert(mode)

@@ -1,4 +1,4 @@
-"""What all readers of samples have in common, and samples that are files below a folder."""
+"""The interface of all readers of samples, and the reader of image files below a folder."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .decode import MAX_PIXELS, UnreadableImage
 from .names import Names
 
 BYTES_PER_PIXEL = 4  # bounds the size of a file: as uncompressed 8-bit RGBA
-SMALL = 64 << 20  # files up to this many bytes are always read: metadata may exceed the pixels
+SMALL = 64 << 20  # bytes that a file may always have: metadata may exceed the pixels
 
 
 class Source(Protocol):
@@ -23,10 +23,10 @@ class Source(Protocol):
     Attributes:
         labels: [N] integers, maybe memory-mapped.
         runs: int64, the lengths of the parts that lie together in storage.
-        class_counts: int64 [classes], how many samples each has.
-        class_names: by label, where the data tells.
-        passed_over: one line on files that are no samples; empty if there are none.
-        max_pixels, numbered, renamed: see :class:`Bounded`.
+        class_counts: int64 [classes], samples of each.
+        class_names: by label, None if the data has none.
+        passed_over: one line on files that are no samples; empty without any.
+        max_pixels: see :class:`Bounded`, also for ``numbered`` and ``renamed``.
     """
 
     numbered: bool
@@ -46,13 +46,13 @@ class Source(Protocol):
 
 
 class Bounded:
-    """What all readers share.
+    """The common base of all readers, with bounds on an image.
 
     Attributes:
-        max_pixels: of an image, see ``data.max_pixels``; it bounds the bytes of a file, too.
-        numbered: labels are numbers in the data. Else a label is the place of a class's name in
-            the sorted list of names.
-        renamed: the model's names of the classes that this data set names differently.
+        max_pixels: of an image, see ``data.max_pixels``; it also bounds the bytes of a file.
+        numbered: labels are numbers in the data. Otherwise a label is the place of a class's name
+            in the sorted list of names.
+        renamed: the model's names of classes that this data set names differently.
     """
 
     max_pixels = MAX_PIXELS
@@ -60,10 +60,10 @@ class Bounded:
     renamed: Sequence[str] = ()
 
     def checked_size(self, size: int) -> int:
-        """The size in bytes of an encoded image.
+        """Return the size in bytes of an encoded image.
 
         Raises:
-            UnreadableImage: no image within the bounds is as large.
+            UnreadableImage: it is larger than any image within the bounds.
         """
         most = max(BYTES_PER_PIXEL * self.max_pixels, SMALL)
         if size > most:
@@ -76,7 +76,7 @@ class Bounded:
 
 
 class FileSource(Bounded):
-    """Random access to image files, by their names below ``root``; see :class:`~.source.Source`."""
+    """Random access to image files by their names below ``root``; see :class:`Source`."""
 
     def __init__(
         self,
@@ -96,15 +96,15 @@ class FileSource(Bounded):
         return len(self.labels)
 
     def describe(self) -> str:
-        """Format, for the log; adding up the files' sizes would take minutes on a file server."""
+        """Return the format for the log; the sum of sizes would take minutes on a file server."""
         return self._kind
 
     def key(self, index: int) -> str:
-        """Path of a sample."""
+        """Return the path of a sample."""
         return str(self.root / self._names[index])
 
     def read(self, index: int) -> bytes:
-        """The encoded image of a sample.
+        """Read the encoded image of a sample.
 
         Raises:
             OSError: the file cannot be read.

@@ -1,4 +1,4 @@
-"""Millions of file names in two blocks of memory, and the lists of the classes' names."""
+"""Compact lists of millions of file names, and lists of class names."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from ..common.text import plain
 
 
 class Names:
-    """A list of strings that takes their bytes and eight more each.
+    """A list of strings in two blocks of memory: their bytes, and eight bytes per string.
 
-    A Python list takes a hundred more; and reading it changes reference counts, which copies it
-    into every worker process page by page.
+    A Python list takes about a hundred bytes more per string. Reading it changes reference counts,
+    which copies it into every worker process page by page.
     """
 
     def __init__(self) -> None:
@@ -32,7 +32,7 @@ class Names:
         bounds.append(len(content))
 
     def freeze(self) -> None:
-        """No more follow."""
+        """Pack the names; no more can be appended."""
         assert self._growing is not None, "frozen"
         content, bounds = self._growing
         self._bytes = np.frombuffer(bytes(content), np.uint8)
@@ -48,9 +48,9 @@ class Names:
 
 
 def finder(names: Sequence[str]) -> Callable[[str], int]:
-    """A function from a name to its place in a list, −1 for one that is not there.
+    """Return a function from a name to its place in a list, −1 for an unknown name.
 
-    macOS writes accents as characters of their own, and both ways look alike: they count as one.
+    macOS stores accents as separate characters. Both forms look alike and count as equal.
     """
     known = {unicodedata.normalize("NFC", name): place for place, name in enumerate(names)}
     known |= {name: place for place, name in enumerate(names)}
@@ -58,7 +58,7 @@ def finder(names: Sequence[str]) -> Callable[[str], int]:
 
 
 def alike(names: Sequence[str]) -> str:
-    """The first name that stands twice with its accents written differently; empty if none does."""
+    """Return the first name that equals another except for how accents are stored, or ``""``."""
     seen: set[str] = set()
     for name in names:
         composed = unicodedata.normalize("NFC", name)
@@ -69,7 +69,7 @@ def alike(names: Sequence[str]) -> str:
 
 
 def other_numbers(names: Sequence[str]) -> str:
-    """Names that are numbers, but not those of their places: ``10`` sorts before ``2``."""
+    """Describe the first name that is a number but not its place: ``10`` sorts before ``2``."""
     for place, name in enumerate(names):
         if name.isdecimal() and int(name[:9]) != place:
             return f": label {place} is class '{name}'"
@@ -77,7 +77,7 @@ def other_numbers(names: Sequence[str]) -> str:
 
 
 def read_classes(path: Path) -> list[str]:
-    """Names of the classes, one per line; bytes that are not UTF-8 become surrogates, as in paths.
+    """Read class names, one per line; bytes that are not UTF-8 become surrogates, as in paths.
 
     Raises:
         ValueError: it is no regular file, or too large.
@@ -92,7 +92,7 @@ def read_classes(path: Path) -> list[str]:
 
 
 def write_classes(path: Path, names: Iterable[str]) -> None:
-    """What :func:`read_classes` reads; a line break in a name is written as ``\\n``."""
+    """Write a list for :func:`read_classes`; line breaks in names are written as ``\\n``."""
     lines = (plain(name) if "\n" in name or "\r" in name else name for name in names)
     text = "".join(f"{line}\n" for line in lines)
     path.write_bytes(text.encode("utf-8", "surrogateescape"))

@@ -1,4 +1,4 @@
-"""From bytes to what a model takes, on the device."""
+"""Normalisation of pixels from bytes to float32, on the device."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ class Normalise:
     """(pixel / 255 − mean) / std, per channel.
 
     Args:
-        mean, std: [C] of pixels in [0, 1].
+        mean: [C], of pixels in [0, 1].
+        std: [C], of pixels in [0, 1].
     """
 
     def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
@@ -21,10 +22,10 @@ class Normalise:
         self._shift = (-torch.tensor(mean, dtype=torch.float64) / scale).float()
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Images [B, C, H, W] uint8, channels-last in memory as the result is, to float32."""
+        """Normalise images [B, C, H, W] uint8 to float32, both channels-last in memory."""
         rows = images.permute(0, 2, 3, 1).flatten(2)  # [B, H, W·C]
         width = images.shape[3]
-        # Along whole rows: PyTorch broadcasts over three channels four times as slowly on a CPU.
+        # Along whole rows: on a CPU, PyTorch's broadcast over three channels is four times slower.
         factor = self._factor.to(images.device).repeat(width)
         shift = self._shift.to(images.device).repeat(width)
         pixels = rows.float().mul_(factor).add_(shift)

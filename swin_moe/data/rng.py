@@ -1,4 +1,4 @@
-"""Randomness that is a pure function of a few integers, whatever the process did before."""
+"""Randomness that is a pure function of a few integers."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def seeded(*entropy: int) -> Iterator[None]:
     sequence = np.random.SeedSequence(entropy)
     first, second = sequence.generate_state(2).tolist()
     python, torch_state = random.getstate(), torch.default_generator.get_state()
-    numpy = get_bit_generator()  # to copy NumPy's state out and in would take 0.1 ms
+    numpy = get_bit_generator()  # copying NumPy's state out and in takes 0.1 ms
     random.seed(first)
     torch.default_generator.manual_seed(second)
     set_bit_generator(np.random.PCG64(sequence))
@@ -35,11 +35,11 @@ def seeded(*entropy: int) -> Iterator[None]:
 
 
 def permutation(size: int, *entropy: int, major: np.ndarray | None = None) -> np.ndarray:
-    """The numbers from 0 to ``size`` in an order that ``entropy`` decides, for good; int64.
+    """Return the numbers from 0 to ``size``, int64, in an order fixed by ``entropy``.
 
-    NumPy fixes raw bits for good, but not what ``Generator.permutation`` makes of them. The number
-    in the low bits makes the bits unique and comes back out of a plain sort, which takes a fraction
-    of an argsort's time.
+    NumPy's raw bits are the same in every version; ``Generator.permutation`` may change. The number
+    in the low bits makes the keys unique and is read back after a plain sort, which takes a
+    fraction of an argsort's time.
 
     Args:
         major: uint64 [size]: numbers are sorted by this, and shuffled where it is equal.

@@ -12,7 +12,12 @@ from .rng import permutation
 
 
 class Draw(NamedTuple):
-    """A sample's place in the split, −1 for padding, and how often it came before in the epoch."""
+    """A sample of an epoch.
+
+    Attributes:
+        place: in the split, −1 for padding.
+        repeat: how often the sample was drawn before in the epoch.
+    """
 
     epoch: int
     place: int
@@ -20,7 +25,7 @@ class Draw(NamedTuple):
 
 
 class ResumableSampler(Sampler[list[Draw]]):
-    """Batches of ``(epoch, index)`` for one rank, starting anywhere.
+    """Batches of :class:`Draw` for one rank, from any position on.
 
     Each epoch has one global order. Global batch ``b`` is its slice ``[b·B·W, (b+1)·B·W)`` for
     batch size B and world size W, and rank r takes the r-th B of that slice: every world size sees
@@ -31,10 +36,10 @@ class ResumableSampler(Sampler[list[Draw]]):
 
     Args:
         runs: lengths of the parts that lie together in storage, such as shards.
-        window: shuffle the runs, and only so many samples at a time among themselves, so that the
-            reads of a while are of a few runs; 0 = shuffle all samples.
-        repeats: each sample comes so many times in a row, and an epoch, which is as long as
-            without, has that share of them: repeated augmentation (https://arxiv.org/abs/1901.09335).
+        window: shuffle the runs, and then the samples of each window of this many, so that reads
+            close in time are of few runs; 0 = shuffle all samples.
+        repeats: draw each sample this many times in a row, and 1 / ``repeats`` of the samples per
+            epoch, whose length stays: repeated augmentation (https://arxiv.org/abs/1901.09335).
 
     Raises:
         ValueError: training on fewer samples than one global batch.
@@ -70,7 +75,7 @@ class ResumableSampler(Sampler[list[Draw]]):
         self._batches = whole if training or not rest else whole + 1
 
     def __len__(self) -> int:
-        """Batches per epoch, the same on every rank."""
+        """Return the number of batches per epoch, which is the same on every rank."""
         return self._batches
 
     def set_position(self, epoch: int, batch: int) -> None:
@@ -108,7 +113,7 @@ class ResumableSampler(Sampler[list[Draw]]):
         return permutation(self.num_samples, self.seed, epoch, major=window)
 
     def _window_numbers(self, epoch: int) -> np.ndarray:
-        """Which window each sample is of [N] uint64, where the runs follow in shuffled order."""
+        """Return the window of each sample, [N] uint64, for runs in shuffled order."""
         bits = np.random.Philox(np.random.SeedSequence([self.seed, epoch, 1]))
         shuffled = np.argsort(bits.random_raw(len(self.runs)), kind="stable")
         ends = np.cumsum(self.runs[shuffled])

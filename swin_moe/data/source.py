@@ -40,17 +40,16 @@ BUNDLED = {"fashion_mnist": Path(__file__).parent / "fashion_mnist"}
 def open_source(
     data: DataConfig, num_classes: int, training: bool, classes: list[str] | None = None
 ) -> Source:
-    """Open one split, whose format is told by what is there.
+    """Open one split, and detect its format.
 
     Args:
         num_classes: labels must lie in [0, num_classes); 0 (a model without a head) allows any.
-        classes: names of the model's classes, by label, with which the samples' classes are
-            matched; None if the model knows none.
+        classes: names of the model's classes by label; the data's are matched with them. None if
+            the model has no names.
 
     Raises:
-        ValueError: one line naming the path and the key to mend, if nothing is there, it holds no
-            sample, the splits differ in classes, the model lacks a class, or a label is out of
-            range.
+        ValueError: the split is absent or empty, the splits differ in classes, the model lacks a
+            class, or a label is out of range; one line naming the path and the key to mend.
     """
     root = Path(data.path)
     if data.path in BUNDLED and not root.exists():
@@ -67,8 +66,8 @@ def open_source(
                 "or to the files' prefix"
             )
         if not len(source):
-            said = f" ({source.passed_over})" if source.passed_over else ""
-            raise ValueError(f"{root / split} holds no images{said}")
+            others = f" ({source.passed_over})" if source.passed_over else ""
+            raise ValueError(f"{root / split} holds no images{others}")
         if not training and (classes is None or data.match_classes == "number"):
             _check_same_classes(root / split, root / data.train)
         _check_names(source)
@@ -85,10 +84,10 @@ def open_source(
 
 
 def empty_classes(source: Source, num_classes: int) -> str:
-    """What to tell of classes of a model (or by name) that have no sample; empty if all have."""
+    """Return a note on classes without samples, of the model or by name; empty without any."""
     total = max(num_classes, len(source.class_names or ()))
-    there = np.flatnonzero(source.class_counts)
-    empty = np.setdiff1d(np.arange(total), there, assume_unique=True).tolist()
+    present = np.flatnonzero(source.class_counts)
+    empty = np.setdiff1d(np.arange(total), present, assume_unique=True).tolist()
     if not empty:
         return ""
     names = source.class_names
@@ -100,13 +99,13 @@ def empty_classes(source: Source, num_classes: int) -> str:
 
 
 def open_path(path: Path) -> Source | None:
-    """The samples at one place: a folder, a file, or a prefix or pattern of shards.
+    """Open the samples at one place: a folder, a file, or a prefix or pattern of shards.
 
     Returns:
-        None if nothing is there.
+        None if the place is empty.
 
     Raises:
-        ValueError: one line, if what is there cannot be used.
+        ValueError: the data cannot be used; one line.
     """
     if path.is_dir():
         return _open_folder(path)
@@ -128,16 +127,16 @@ def open_path(path: Path) -> Source | None:
 
 
 def open_splits(path: Path) -> dict[str, Source]:
-    """``train`` and ``val`` of a data set's root, or what is at one place as ``train``.
+    """Open ``train`` and ``val`` of a data set's root, or the samples at one place as ``train``.
 
     Raises:
-        ValueError: one line, if nothing is there or it cannot be used.
+        ValueError: the data is absent or cannot be used; one line.
     """
     if path.is_dir() and not _is_flat(path / "train"):
         found = {name: _open_split(path, name) for name in ("train", "val", "validation")}
         if found["train"] is not None:
             held_out = found["val"] or found["validation"]
-            _tell_other_splits(path, "val" if found["val"] else "validation")
+            _warn_of_other_splits(path, "val" if found["val"] else "validation")
             return {"train": found["train"]} | ({"val": held_out} if held_out else {})
     source = open_path(path)
     if source is None:
@@ -153,8 +152,8 @@ def open_splits(path: Path) -> dict[str, Source]:
     return {"train": source}
 
 
-def _tell_other_splits(root: Path, held_out: str) -> None:
-    """Folders that look like splits, but are not read."""
+def _warn_of_other_splits(root: Path, held_out: str) -> None:
+    """Warn of folders that look like splits, but are not read."""
     rest = [name for name in SPLITS if name not in ("train", held_out) and (root / name).is_dir()]
     if rest := [name for name in rest if not _is_flat(root / name)]:
         log.warning(
@@ -165,7 +164,7 @@ def _tell_other_splits(root: Path, held_out: str) -> None:
 
 
 def _is_flat(folder: Path) -> bool:
-    """Whether it is a folder of files only: a class that happens to be called so."""
+    """Return whether this is a folder of files only: a class with a split's name."""
     return folder.is_dir() and not any(
         entry.is_dir() or entry.name.endswith((*SUFFIXES, ".parquet"))
         for entry in folder.iterdir()
@@ -187,14 +186,14 @@ def _open_split(root: Path, split: str) -> Source | None:
 
 
 def _places(root: Path, split: str) -> Iterator[Path]:
-    """Where a split may be, the most definite first."""
+    """Yield the places of a split, the most definite first."""
     if (manifest := root / f"{split}.json").is_file() and is_manifest(manifest):
         yield manifest
     yield root / split
     for name in (f"{split}.zip", f"{split}_map.txt"):
         if (root / name).is_file():
             yield root / name
-    yield root / "data" / split  # as Hugging Face has it
+    yield root / "data" / split  # Hugging Face's layout
 
 
 def _open_folder(root: Path) -> Source:
@@ -209,7 +208,7 @@ def _open_folder(root: Path) -> Source:
             "class: unpack it"
         )
     if shards:
-        shards.sort(key=class_of)  # as class folders would come
+        shards.sort(key=class_of)  # the order of class folders
         return open_shards(shards, [class_of(path) for path in shards], range(len(shards)))
     if parquets:
         return ParquetSource(parquets)
@@ -222,19 +221,19 @@ def _open_folder(root: Path) -> Source:
 
 
 def _check_alone(root: Path, packed: list[Path]) -> None:
-    """Images in class folders beside tars or parquet files: which of them are meant?"""
+    """Raise ``ValueError`` for images in class folders next to tars or parquet files."""
     tars = {class_of(path) for path in packed if path.name.endswith(SUFFIXES)}
     folders = (entry for entry in root.iterdir() if entry.name not in tars and entry.is_dir())
     for name in sorted(folder.name for folder in folders if not is_companion(folder.name)):
         if any(is_image(file) for _, _, files in os.walk(root / name) for file in files):
             raise ValueError(
-                f"{root} holds {plain(packed[0].name)} beside the class folder '{plain(name)}': "
+                f"{root} holds {plain(packed[0].name)} next to the class folder '{plain(name)}': "
                 "move one of them away"
             )
 
 
 def _files(folder: Path, ends: str | tuple[str, ...]) -> list[Path]:
-    """Sorted files of these suffixes, without those that a system hides among them."""
+    """Return the sorted files of these suffixes, without a system's hidden ones."""
     found = (path for path in folder.iterdir() if path.name.endswith(ends))
     return sorted(path for path in found if not is_companion(path.name))
 
@@ -258,11 +257,11 @@ def _class_names(folder: Path) -> list[str] | None:
 
 
 def _check_same_classes(val: Path, train: Path) -> None:
-    """Where labels are places in a sorted list of names, the lists must agree."""
-    here, there = (_named_by_place(folder) for folder in (val, train))
-    if here is None or there is None:
+    """Raise ``ValueError`` if labels are places in sorted lists of names, and the lists differ."""
+    held_out, trained = (_named_by_place(folder) for folder in (val, train))
+    if held_out is None or trained is None:
         return
-    if differing := sorted(set(here) ^ set(there)):
+    if differing := sorted(set(held_out) ^ set(trained)):
         raise ValueError(
             f"{val} and {train} differ in {len(differing)} class folders, first "
             f"'{differing[0]}': labels would shift, so give both the same (one may be empty)"
@@ -298,7 +297,7 @@ def _check_names(source: Source) -> None:
 
 
 def _splits_as_classes(source: Source) -> str:
-    """What to tell of a set of splits that was taken for one of classes; empty if it is none."""
+    """Return a note if the class names are those of splits; otherwise an empty text."""
     names = source.class_names or []
     split = [name for name in names if name.lower() in SPLITS]
     if len(split) < 2 or split != names:

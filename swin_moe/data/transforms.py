@@ -23,7 +23,7 @@ MODES = {1: "L", 3: "RGB"}
 
 
 def image_mode(in_chans: int) -> str:
-    """Pillow's name for images of ``in_chans`` channels.
+    """Return Pillow's name for images of ``in_chans`` channels.
 
     Raises:
         ValueError: neither 1 (grey) nor 3 (colour).
@@ -43,11 +43,11 @@ def build_transform(
     training: bool,
     max_pixels: int = MAX_PIXELS,
 ) -> Transform:
-    """The transform of encoded images, without what happens to a batch on its device.
+    """Build the transform from encoded images to pixels.
 
-    Every operation of timm's and torchvision's policies works on grey images as well, so that
-    nothing is converted back and forth; those of colour then change nothing. As in timm (and the
-    Swin recipes), colour jitter applies only where there is no automatic augmentation, save 3a.
+    Every operation of timm's and torchvision's policies also works on grey images, where those of
+    colour change nothing. As in timm (and the Swin recipes), colour jitter applies only without
+    automatic augmentation or with ``3a``.
 
     Args:
         image_sides: (height, width) in pixels.
@@ -68,9 +68,9 @@ def build_transform(
 class TrainTransform:
     """timm's random crop, resize, flip and automatic augmentation.
 
-    Crop, flip and policy are timm's. What differs from timm: the pixels of the crop are resized by
-    PyTorch's vectorised kernel, which repeats Pillow's within one level, and a crop of twice the
-    wanted size or more comes from a JPEG decoded at a half (quarter, eighth) of its size.
+    Crop, flip and policy are timm's. Two things differ: PyTorch's vectorised kernel resizes the
+    crop, within one level of Pillow's result, and a crop of twice the final size or more is taken
+    from a JPEG decoded at a half (quarter, eighth) of its size.
     """
 
     def __init__(
@@ -96,7 +96,7 @@ class TrainTransform:
                 interpolation=augment.interpolation,
                 mean=tuple(mean),
             )
-        except (AssertionError, KeyError, ValueError):  # of timm, on a string it cannot read
+        except (AssertionError, KeyError, ValueError):  # timm's, on an unknown policy
             raise ValueError(
                 f"augment.auto_augment={augment.auto_augment!r} is not a policy of timm: use for "
                 "example 'rand-m9-mstd0.5-inc1', 'original', '3a', or '' for none"
@@ -123,7 +123,7 @@ class TrainTransform:
 
 
 def _check_policy(policy: str) -> None:
-    """Raise ``ValueError`` for a part without a number, such as ``mX``: timm passes over it."""
+    """Raise ``ValueError`` for a part without a number, such as ``mX``, which timm ignores."""
     name, *parts = policy.split("-")
     for part in parts:
         if not re.match(r"[a-z]+\d", part) and not (name == "rand" and part.startswith("t")):
@@ -131,7 +131,7 @@ def _check_policy(policy: str) -> None:
 
 
 class EvalTransform:
-    """timm's resize and centre crop, in Pillow to the last pixel."""
+    """timm's resize and centre crop, pixel-exact with Pillow."""
 
     def __init__(
         self, eval_crop: float, sides: tuple[int, int], mode: str, max_pixels: int = MAX_PIXELS
@@ -152,9 +152,12 @@ class EvalTransform:
 def cut(
     pixels: np.ndarray, box: tuple[int, int, int, int], original: tuple[int, int]
 ) -> np.ndarray:
-    """The box (top, left, height, width) of an image that was ``original`` (height, width) large.
+    """Return a view of the box (top, left, height, width) of an image.
 
-    ``pixels`` [H, W, C] are the image, maybe reduced; returns a view of them.
+    Args:
+        pixels: [H, W, C], of the image or of a reduced copy.
+        box: in pixels of the original.
+        original: (height, width).
     """
     scale = pixels.shape[0] / original[0], pixels.shape[1] / original[1]
     top, left = round(box[0] * scale[0]), round(box[1] * scale[1])
@@ -171,7 +174,7 @@ def resize(pixels: np.ndarray, sides: tuple[int, int], interpolation: str) -> np
     """
     if pixels.shape[:2] == sides:
         return np.ascontiguousarray(pixels)
-    # With nothing between the rows, PyTorch knows it as channels-last and keeps it so.
+    # PyTorch keeps channels-last memory only if the rows are contiguous.
     images = torch.from_numpy(np.array(pixels, order="C"))[None].permute(0, 3, 1, 2)
     resized = F.interpolate(images, sides, mode=interpolation, antialias=True)
     return resized.permute(0, 2, 3, 1)[0].contiguous().numpy()

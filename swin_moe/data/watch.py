@@ -1,30 +1,30 @@
-"""Says, once, when training waits for its images."""
+"""One warning when training waits for its images."""
 
 from __future__ import annotations
 
 import os
 
-SHARE = 0.2  # of the time, from which on the loader is what holds training up
-IN_A_ROW = 3  # logs: a start of workers is no reason
+SHARE = 0.2  # of the time; above it, the loader is the bottleneck
+IN_A_ROW = 3  # logs: the start of the workers does not count
 
 
 class LoaderWatch:
-    """Looks at the share of time that updates waited for their images."""
+    """The share of time for which updates wait for their images, and whether it was reported."""
 
     def __init__(self) -> None:
-        self._in_a_row, self._told = 0, False
+        self._in_a_row, self._warned = 0, False
 
     def check(self, share: float, workers: int) -> str:
-        """A warning of one line if it is due, else empty.
+        """Return a one-line warning if it is due, otherwise an empty text.
 
         Args:
-            share: of the time since the last log, over all ranks.
+            share: waiting time / time since the last log, over all ranks.
             workers: processes that load for each rank.
         """
         self._in_a_row = self._in_a_row + 1 if share > SHARE else 0
-        if self._told or self._in_a_row < IN_A_ROW:
+        if self._warned or self._in_a_row < IN_A_ROW:
             return ""
-        self._told = True
+        self._warned = True
         cores = len(os.sched_getaffinity(0))
         advice = (
             f"raise data.num_workers from {workers}, this process may use {cores} cores"

@@ -1,16 +1,16 @@
-"""Decides which files are samples: one rule for folders, archives and shards."""
+"""The rule which files are samples, for folders, archives and shards."""
 
 from __future__ import annotations
 
 from collections import Counter
 from functools import lru_cache
 
-# What decode.py reads. A file's content decides how it is decoded, not its suffix.
+# Suffixes of the formats in decode.py, which decodes a file by its content.
 SUFFIXES = frozenset(
     ("jpg", "jpeg", "jpe", "jfif", "png", "webp", "avif", "gif", "bmp", "tif", "tiff", "ppm", "pgm",
      "pbm", "pnm")
 )  # fmt: skip
-# Folders and files that systems and programs leave among a user's files.
+# Folders and files that systems and programs leave behind.
 COMPANIONS = frozenset(
     {
         "__macosx",
@@ -35,46 +35,46 @@ SHOWN = 4  # kinds in one line
 
 
 def suffix(name: str) -> str:
-    """The part after the last dot, in lower case; empty if there is none."""
+    """Return the part after the last dot, in lower case; empty if there is none."""
     stem, _, end = name.rpartition("/")[2].rpartition(".")
     return end.lower() if stem else ""
 
 
 def is_image(name: str) -> bool:
-    """Whether a file's name is that of an image."""
+    """Return whether a file's name is that of an image."""
     return suffix(name) in SUFFIXES
 
 
 def is_companion(name: str) -> bool:
-    """Whether one part of a path is hidden or belongs to a system: no sample and no class."""
+    """Return whether one part of a path is hidden or a system's: no sample and no class."""
     return (name.startswith(".") and name not in (".", "..")) or name.lower() in COMPANIONS
 
 
 def walk_order(path: str) -> tuple[list[str], str]:
-    """Sorts paths as a folder is walked: its files by name, then its folders by name."""
+    """Return a sort key of paths as a folder is walked: its files by name, then its folders."""
     folder, _, name = path.rpartition("/")
     return folder.split("/") if folder else [], name
 
 
 def among_companions(path: str) -> bool:
-    """Whether any part of a path is a companion, see :func:`is_companion`."""
+    """Return whether any part of a path is a companion, see :func:`is_companion`."""
     folder, _, name = path.rpartition("/")
     return is_companion(name) or (folder != "" and _companion_folder(folder))
 
 
-@lru_cache(maxsize=1024)  # files of a folder come one after the other
+@lru_cache(maxsize=1024)  # a folder's files follow each other
 def _companion_folder(path: str) -> bool:
     return any(is_companion(part) for part in path.split("/"))
 
 
 class PassedOver:
-    """Counts the files that are no samples, by kind, for one line to the user."""
+    """A count of the files that are no samples, by kind."""
 
     def __init__(self) -> None:
         self.kinds: Counter[str] = Counter()
 
     def add(self, name: str) -> None:
-        """Count a file, unless a system or program left it there."""
+        """Count a file, unless a system or program left it behind."""
         base = name.rpartition("/")[2]
         if base.startswith("."):
             if is_image(base) and not base.startswith("._"):
@@ -85,12 +85,12 @@ class PassedOver:
             self.kinds["images in no class folder" if is_image(base) else kind] += 1
 
     def line(self) -> str:
-        """``12 files passed over: 8 .txt, 4 hidden``; empty if there are none."""
+        """Return ``12 files passed over: 8 .txt, 4 hidden``; empty without any."""
         if not self.kinds:
             return ""
         most = self.kinds.most_common(SHOWN)
-        said = [f"{count:,} {kind}" for kind, count in most]
-        if rest := self.kinds.total() - sum(count for _, count in most):
-            said.append(f"{rest:,} of other kinds")
         total = self.kinds.total()
-        return f"{total:,} {'file' if total == 1 else 'files'} passed over: {', '.join(said)}"
+        parts = [f"{count:,} {kind}" for kind, count in most]
+        if rest := total - sum(count for _, count in most):
+            parts.append(f"{rest:,} of other kinds")
+        return f"{total:,} {'file' if total == 1 else 'files'} passed over: {', '.join(parts)}"

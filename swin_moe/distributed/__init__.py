@@ -1,8 +1,8 @@
-"""What ranks share: groups, collectives, the store where they meet, and the watch over hangs.
+"""Process groups, collectives, the store where ranks meet, and the watch over hangs.
 
-``world.py`` starts torch.distributed and makes the groups of experts. ``meeting.py`` and
-``stores.py`` bring the ranks together before that. ``watchdog.py`` ends a rank that hangs, and
-``expert_placement.py`` says which rank holds which expert.
+``world.py`` starts torch.distributed and makes the expert groups, after ``meeting.py`` and
+``stores.py`` have brought the ranks together. ``watchdog.py`` ends a rank that hangs, by the work
+that ``work_meter.py`` measures. ``expert_placement.py`` computes which rank holds which expert.
 """
 
 from typing import TYPE_CHECKING
@@ -44,5 +44,5 @@ __all__ = [
     "shutdown",
 ]
 
-# Ranks and experts are counted without torch.
+# Deferred: the modules that count ranks and experts need no torch.
 __getattr__ = exports(__name__, dict.fromkeys(__all__, "world"))

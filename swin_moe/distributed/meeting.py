@@ -1,6 +1,6 @@
-"""Where the processes of a run first meet: a small store, before there is any process group.
+"""The store at which the processes of a run meet before there is a process group.
 
-What they tell one another here is text that is compared and printed; none of it is executed.
+They exchange texts, which are compared and printed and never executed.
 """
 
 from __future__ import annotations
@@ -22,17 +22,20 @@ from ..common.text import reason
 from .stores import tcp_store
 from .watchdog import going_on
 
-_READ = 10.0  # seconds that rank 0, which may hold the store, stays for the others to read
-_SAID_AFTER, _SAID_EVERY = 10.0, 60.0  # seconds until a wait is reported, and reported again
+_READ = 10.0  # seconds that rank 0, which may hold the store, waits for the others to read
+REPORT_AFTER, REPORT_EVERY = 10.0, 60.0  # seconds until a wait is reported, and reported again
 
 
 class Meeting:
     """The processes of a run at their store.
 
     Args:
-        store: None where one process is alone. place: host and port, for people.
-        timeout: seconds to wait for the others, each time.
-        group_timeout: for operations of the process group that is made here; 0 = ``timeout``.
+        store: None for a process alone.
+        rank: of this process.
+        size: number of processes.
+        place: host and port of the store, for messages.
+        timeout: seconds to wait for the others in each exchange.
+        group_timeout: seconds of an operation of the later process group; 0 = ``timeout``.
     """
 
     def __init__(
@@ -51,7 +54,7 @@ class Meeting:
             store.set(f"host/{rank}", socket.gethostname())
 
     def pulses(self) -> Pulses | None:
-        """A connection of its own, for a thread that asks while this one waits."""
+        """Return a second connection, for another thread; None for a process alone."""
         if self.store is None:
             return None
         return Pulses(self.store.clone(), self.rank, self.size, self.place)
@@ -59,35 +62,37 @@ class Meeting:
     def exchange(
         self,
         name: str,
-        said: str,
+        text: str,
         judge: Callable[[list[str]], str],
         timeout: float | None = None,
     ) -> str:
-        """Rank 0 judges what all ranks said; its answer comes to every rank.
+        """Collect the texts of all ranks, and return rank 0's answer on every rank.
 
         Args:
-            name: of this exchange; every rank goes through the same ones, once.
+            name: of this exchange; every rank takes part in the same ones, once.
+            text: of this rank.
+            judge: makes the answer from the texts by rank; called on rank 0.
             timeout: seconds; default: the meeting's.
 
         Raises:
-            TimeoutError: some did not come in time. It names them by host, on every rank.
+            TimeoutError: some ranks did not come in time; it names them by host, on every rank.
         """
         if self.store is None:
-            return judge([said])
+            return judge([text])
         store, limit = self.store, self.timeout if timeout is None else timeout
-        store.set(f"{name}/{self.rank}", said)
+        store.set(f"{name}/{self.rank}", text)
         if self.rank == 0:
             late = self._late(name, limit)
-            answer = "" if late else judge(self._said(name))
+            answer = "" if late else judge(self._texts(name))
             store.set(f"{name}/answer", json.dumps([late, answer]))
             if not late:
                 _poll(lambda: store.add(f"{name}/read", 0) >= self.size - 1, _READ)
             else:
-                time.sleep(1.0)  # for those who are here to read
+                time.sleep(1.0)  # so that the ranks that came can read
         else:
             first, keys = [f"{name}/0"], [f"{name}/answer"]
             there = _poll(lambda: store.check(first), limit + _READ, lambda: self._awaited(first))
-            # Rank 0 may have come last, and then waits as long for others: it says for whom.
+            # Rank 0 may have come last. It then waits as long for the others, and names them.
             if not there or not _poll(lambda: store.check(keys), limit + _READ):
                 raise TimeoutError(
                     f"rank 0 at {self.place} does not answer ({name}; {world_variables()})"
@@ -98,15 +103,15 @@ class Meeting:
             raise TimeoutError(late)
         return answer
 
-    def _said(self, name: str) -> list[str]:
+    def _texts(self, name: str) -> list[str]:
         assert self.store is not None
-        return [said.decode() for said in self.store.multi_get(self._keys(name))]
+        return [text.decode() for text in self.store.multi_get(self._keys(name))]
 
     def _keys(self, name: str) -> list[str]:
         return [f"{name}/{rank}" for rank in range(self.size)]
 
     def _late(self, name: str, timeout: float) -> str:
-        """Wait for all to have spoken; a line about those who have not."""
+        """Wait for the texts of all ranks; return a line about those that are missing."""
         store, keys = self.store, self._keys(name)
         assert store is not None
         if _poll(lambda: store.check(keys), timeout, lambda: self._awaited(keys)):
@@ -114,49 +119,53 @@ class Meeting:
         late = [rank for rank, key in enumerate(keys) if not store.check([key])]
         return (
             f"after {timeout:g} s {len(late)} of {self.size} processes have not come to "
-            f"{self.place} ({name}): {_whose(store, late)}; {_why_so_many()}"
+            f"{self.place} ({name}): {_whose(store, late)}; {_advice()}"
         )
 
     def _awaited(self, keys: list[str]) -> str:
-        """A line about those whose keys are missing."""
+        """Return a line about the ranks whose keys are missing."""
         assert self.store is not None
         late = [rank for rank, key in enumerate(keys) if not self.store.check([key])]
         return (
             f"rank {self.rank} waits at {self.place} for {len(late)} of {self.size} processes: "
-            f"{_whose(self.store, late)}; {_why_so_many()}"
+            f"{_whose(self.store, late)}; {_advice()}"
         )
 
 
 class Pulses:
-    """The ranks' progress while they run; each text replaces the rank's former one.
+    """The ranks' reports of progress while they run; each replaces the rank's former one.
 
     Attributes:
-        period: seconds between what a rank says.
+        period: seconds between two reports of a rank.
     """
 
     def __init__(self, store: dist.Store, rank: int, size: int, place: str) -> None:
         self._store, self.rank, self.size, self.place = store, rank, size, place
         inner = store.underlying_store if isinstance(store, dist.PrefixStore) else store
-        # A store in a file keeps all that was ever said.
+        # A file store grows with every report.
         self.period = 10.0 if isinstance(inner, dist.FileStore) else 2.0
 
     def say(self, text: str) -> None:
+        """Report this rank's progress."""
         self._store.set(f"pulse/{self.rank}", text)
 
     def hear(self) -> dict[int, str]:
-        """By rank; without those that have never said anything."""
+        """Return the last report of each rank that has made one."""
         keys = [f"pulse/{rank}" for rank in range(self.size)]
         if not self._store.check(keys):
             keys = [key for key in keys if self._store.check([key])]
-        said = zip(keys, self._store.multi_get(keys), strict=True) if keys else ()
-        return {int(key.partition("/")[2]): text.decode() for key, text in said}
+        texts = self._store.multi_get(keys) if keys else []
+        return {
+            int(key.partition("/")[2]): text.decode() for key, text in zip(keys, texts, strict=True)
+        }
 
     def whose(self, ranks: list[int]) -> str:
+        """Return ``ranks`` by their hosts, for messages."""
         return _whose(self._store, ranks)
 
 
 def _whose(store: dist.Store, ranks: list[int]) -> str:
-    """Ranks by their hosts, where those have ever connected."""
+    """Return ``ranks`` by their hosts; those that never connected have none."""
     by_host: dict[str, list[int]] = {}
     for rank in ranks:
         known = store.check([f"host/{rank}"])
@@ -165,8 +174,8 @@ def _whose(store: dist.Store, ranks: list[int]) -> str:
     return ", ".join(f"{host} ({spans(some)})" for host, some in by_host.items())
 
 
-def _why_so_many() -> str:
-    """Which variables give the number of processes, and what may be wrong with them."""
+def _advice() -> str:
+    """Return the variables that give the number of processes, and the likely mistake."""
     advice = "were all of them started, and do they go on?"
     if without_srun():
         advice = "no srun started this process: put srun before the command, which starts them all"
@@ -174,7 +183,7 @@ def _why_so_many() -> str:
 
 
 def spans(ranks: list[int]) -> str:
-    """Sorted ranks for people: ``rank 3``, ``ranks 0-7, 9``."""
+    """Return sorted ranks as text: ``rank 3``, ``ranks 0-7, 9``."""
     runs: list[list[int]] = []
     for rank in ranks:
         if runs and rank == runs[-1][1] + 1:
@@ -188,13 +197,18 @@ def spans(ranks: list[int]) -> str:
 def open_store(
     address: str, port: int, rank: int, size: int, timeout: float, serve: bool
 ) -> dist.Store:
-    """The store of all ranks.
+    """Open the store of all ranks, or connect to it.
 
     Args:
-        serve: this rank holds it, for no launcher does. timeout: seconds to wait for it.
+        address: of rank 0.
+        port: of the store.
+        rank: of this process.
+        size: number of processes.
+        timeout: seconds to wait for the store.
+        serve: this process opens it, because no launcher does.
 
     Raises:
-        ConnectionError: it cannot be reached, or opened.
+        ConnectionError: the store cannot be opened or reached.
     """
     place = f"{address}:{port}"
     if serve:
@@ -214,7 +228,7 @@ def open_store(
         except Exception as error:
             made.append(error)
 
-    # In a thread: where something else answers at that port it would wait for ever.
+    # In a thread: the call waits for ever if another program answers at that port.
     thread = threading.Thread(target=make, daemon=True)
     with silenced():
         thread.start()
@@ -237,7 +251,11 @@ def open_store(
 
 
 def _await_name(address: str, timeout: float) -> None:
-    """Wait until the name of this machine is known, as it may not be at once in a new pod."""
+    """Wait until this machine's name resolves; that of a new pod takes a while.
+
+    Raises:
+        ConnectionError: it does not resolve in time.
+    """
     deadline, report = time.monotonic() + timeout, _Report()
     while True:
         try:
@@ -256,7 +274,11 @@ def _await_name(address: str, timeout: float) -> None:
 
 
 def _await_port(address: str, port: int, rank: int, timeout: float) -> None:
-    """Wait for rank 0 to listen; names and routes may come later than this process."""
+    """Wait for rank 0 to listen; its name and route may come later than this process.
+
+    Raises:
+        ConnectionError: rank 0 does not answer in time.
+    """
     deadline, report = time.monotonic() + timeout, _Report()
     while True:
         try:
@@ -270,20 +292,22 @@ def _await_port(address: str, port: int, rank: int, timeout: float) -> None:
             raise ConnectionError(
                 f"rank {rank} on {socket.gethostname()} cannot reach rank 0 at {address}:{port} "
                 f"after {timeout:g} s ({why}): check MASTER_ADDR and MASTER_PORT, that rank 0 has "
-                f"started, and that no firewall is between; {_why_so_many()}"
+                f"started, and that no firewall is between; {_advice()}"
             )
         time.sleep(min(0.5, max(deadline - time.monotonic(), 0.05)))
 
 
 def _waits_for_first(rank: int, place: str) -> str:
-    return f"rank {rank} waits for rank 0 at {place}; {_why_so_many()}"
+    return f"rank {rank} waits for rank 0 at {place}; {_advice()}"
 
 
 def _poll(done: Callable[[], bool], timeout: float, about: Callable[[], str] | None = None) -> bool:
-    """Ask again and again: the store's own wait prints pages when it times out.
+    """Poll ``done`` and return whether it came true; the store's own wait prints pages of errors.
 
     Args:
-        about: a line that is printed when the wait is long.
+        done: asks the store.
+        timeout: seconds.
+        about: returns a line to print when the wait is long.
     """
     deadline, pause, report = time.monotonic() + timeout, 0.005, _Report()
     while not done():
@@ -298,14 +322,14 @@ def _poll(done: Callable[[], bool], timeout: float, about: Callable[[], str] | N
 
 
 class _Report:
-    """Prints a line about a wait after some seconds, and again each minute."""
+    """A report on a wait: a line after 10 seconds, and again each minute."""
 
     def __init__(self) -> None:
-        self._next = time.monotonic() + _SAID_AFTER
-        if environment_rank()[1]:  # the first process of each node has just said the same
-            self._next += _SAID_EVERY
+        self._next = time.monotonic() + REPORT_AFTER
+        if environment_rank()[1]:  # the first process of each node reports the same
+            self._next += REPORT_EVERY
 
     def due(self, line: Callable[[], str]) -> None:
         if time.monotonic() >= self._next:
-            self._next = time.monotonic() + _SAID_EVERY
+            self._next = time.monotonic() + REPORT_EVERY
             print(f"swin-moe: {line()}", file=sys.stderr, flush=True)

@@ -1,7 +1,7 @@
-"""The stores in which the processes of a run find one another, and who else can reach them.
+"""Stores for the processes of a run, closed to everybody else.
 
-torch's own listens on all interfaces. Here the processes of one machine share a file that only
-their user can open, and a store that others have to reach listens at one address.
+torch's store listens on all interfaces. Here the processes of one machine share a file that only
+their user can open, and a store for several machines listens at one address.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 import psutil
 import torch.distributed as dist
 
-FILE = "SWIN_MOE_STORE"  # environment variable: the file, set by our launcher
+FILE = "SWIN_MOE_STORE"  # environment variable: the file, set by the launcher
 LOOPBACK = "127.0.0.1"
 
 
@@ -28,7 +28,16 @@ def tcp_store(
     timeout: timedelta = timedelta(minutes=5),
     **options: Any,
 ) -> dist.TCPStore:
-    """torch's store, which listens at the address of ``host_name`` alone where that is possible."""
+    """Return torch's store, which listens only at the address of ``host_name`` if that is possible.
+
+    Args:
+        host_name: of the process that opens the store.
+        port: of the store; 0 = any.
+        world_size: see :class:`torch.distributed.TCPStore`, as for the other arguments.
+        is_master: this process opens the store.
+        timeout: of its operations.
+        options: of :class:`torch.distributed.TCPStore`.
+    """
     listener = listen_at(host_name, port) if is_master else None
     if listener is None:
         return dist.TCPStore(host_name, port, world_size, is_master, timeout, **options)
@@ -39,11 +48,12 @@ def tcp_store(
 
 
 def listen_at(host: str, port: int) -> socket.socket | None:
-    """A socket that listens at the address of ``host`` alone.
+    """Return a socket that listens only at the address of ``host``.
 
-    None if the store must listen on all interfaces. That is so if the address belongs to no
-    interface (as with NAT), or if other nodes cannot reach it (Debian gives a host's own name a
-    loopback address).
+    Returns:
+        None if the store must listen on all interfaces: the address belongs to no interface (as
+        with NAT), or other nodes cannot reach it (Debian gives a host's own name a loopback
+        address).
     """
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
@@ -64,14 +74,14 @@ def listen_at(host: str, port: int) -> socket.socket | None:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether ``host`` says that all processes are on one machine."""
+    """Return whether ``host`` is this machine's loopback, so that all processes are on it."""
     with contextlib.suppress(ValueError):
         return ipaddress.ip_address(host).is_loopback
     return host == "localhost"
 
 
 def stay_on_loopback(host: str) -> None:
-    """Make gloo and NCCL listen on loopback only, if the processes meet there."""
+    """Make gloo and NCCL listen on loopback only, if ``host``, where the processes meet, is it."""
     if not is_loopback(host):
         return
     for name, addresses in psutil.net_if_addrs().items():

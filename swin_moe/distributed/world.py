@@ -1,4 +1,4 @@
-"""Processes, groups, reductions and seeds."""
+"""Starts torch.distributed; makes groups, reduces over them, and seeds the generators."""
 
 from __future__ import annotations
 
@@ -26,17 +26,21 @@ from .meeting import Meeting, open_store
 from .stores import FILE, stay_on_loopback
 
 if not torch.cuda.is_available():
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed warns that it found no GPU
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # otherwise DeepSpeed warns about a missing GPU
 
 PATIENCE = 600.0  # seconds to wait for other processes
 
 
 @dataclass(frozen=True)
 class Group:
-    """One process group as this rank sees it; ``handle`` is None when it is this rank alone.
+    """One process group as this rank sees it.
 
-    A group over several nodes may have two of its parts as groups of their own: ``intra``, its
-    ranks of this node, and ``inter``, those of all nodes that stand where this one stands in its.
+    Attributes:
+        handle: None for a group of this rank alone.
+        rank: of this process in the group.
+        size: number of ranks.
+        intra: the group's ranks of this node, if the group spans nodes and splits its messages.
+        inter: the group's ranks with the same place in their nodes, on all its nodes; or None.
     """
 
     handle: dist.ProcessGroup | None = None
@@ -48,9 +52,9 @@ class Group:
 
 @dataclass(frozen=True)
 class World:
-    """This process among all: its device and its groups.
+    """This process, its device and its groups.
 
-    Ranks ``[i·n, (i+1)·n)`` form an expert group of size n, which holds each expert once: with n at
+    Ranks ``[i·n, (i+1)·n)`` form an expert group of size n, which holds each expert once. With n at
     most a node's processes, expert parallelism stays inside the node. Ranks with equal ``rank % n``
     form an expert-data group, whose members replicate the same experts.
     """
@@ -69,14 +73,15 @@ class World:
 
 
 def connect(timeout: float = PATIENCE, group_timeout: float = 0.0) -> Meeting:
-    """Reach the store of all ranks; no process group is made yet.
+    """Connect to the store of all ranks; no process group is made yet.
 
     Args:
         timeout: seconds to wait for rank 0, and in each exchange for the others.
         group_timeout: seconds that an operation of the process group may take; 0 = ``timeout``.
 
     Raises:
-        ConnectionError, ValueError: it cannot be reached, or nothing says where it is.
+        ConnectionError: the store cannot be reached.
+        ValueError: the environment does not give its address.
     """
     env = os.environ
     check_launcher()
@@ -92,11 +97,11 @@ def connect(timeout: float = PATIENCE, group_timeout: float = 0.0) -> Meeting:
     if not port.isdecimal() or not 0 < int(port) < 65536:
         raise ValueError(f"MASTER_PORT={port} is not a number from 1 to 65535")
     stay_on_loopback(address)
-    # The launcher's store outlives a restart: without a name of its own, the new group would look
-    # for the addresses of the dead one.
+    # The launcher's store outlives a restart: without a prefix, the new group would find the
+    # addresses of the dead one.
     life = f"restart-{restarts()[0]}"
     store: dist.Store
-    if file := env.get(FILE):  # of our launcher, all processes on this machine
+    if file := env.get(FILE):  # set by the launcher: all processes are on this machine
         store, place = dist.FileStore(file, -1), "the store of this machine"
     else:
         serve = rank == 0 and env.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
@@ -113,12 +118,13 @@ def init(
     """Join the process group and make the expert groups.
 
     Args:
+        expert_parallel_size: ranks of an expert group.
         hierarchical: see ``parallel.hierarchical_all_to_all``.
-        meeting: of :func:`connect`, if that has been called. Its time-out holds in the group, too.
+        meeting: from :func:`connect`, if that has been called; its time-out is also the group's.
 
     Raises:
-        ValueError: the expert group does not divide the world, or is of no whole nodes.
-        ConnectionError: the processes do not find one another.
+        ValueError: the expert group does not divide the world, or not into whole nodes.
+        ConnectionError: the processes do not reach one another.
     """
     rank, local_rank, size = environment_rank()
     check_world(size, expert_parallel_size)
@@ -140,6 +146,7 @@ def init(
 
 
 def backend() -> str:
+    """Return torch.distributed's backend for this machine's devices."""
     return "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
 
 
@@ -159,7 +166,7 @@ def _join(meeting: Meeting) -> None:
 
 
 def _expert_groups(rank: int, size: int, n: int) -> tuple[Group, Group]:
-    """Every rank takes part in making every group, as ``new_group`` asks for."""
+    """Make the groups of n ranks and return this rank's; every rank must make every group."""
     expert = expert_data = Group()
     if size == 1:
         return expert, expert_data
@@ -175,7 +182,7 @@ def _expert_groups(rank: int, size: int, n: int) -> tuple[Group, Group]:
 
 
 def _split_by_node(expert: Group, rank: int, size: int, per_node: int) -> Group:
-    """The expert group with its parts within and across nodes of ``per_node`` ranks."""
+    """Return the expert group with its parts within and across nodes of ``per_node`` ranks."""
     intra = inter = None
     for start in range(0, size, per_node):
         intra = _make_group(list(range(start, start + per_node)), rank) or intra
@@ -215,7 +222,7 @@ def all_reduce_(tensor: torch.Tensor, op: str = "sum", group: Group | None = Non
 
 
 def broadcast_object(value: Any) -> Any:
-    """Rank 0's ``value`` on every rank. For small objects of our own making only."""
+    """Return rank 0's ``value`` on every rank; for small objects, which travel as pickles."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return value
     box = [value]
@@ -224,7 +231,7 @@ def broadcast_object(value: Any) -> Any:
 
 
 def gather_objects(value: Any) -> list[Any]:
-    """Every rank's ``value`` by rank. For small objects of our own making only."""
+    """Return every rank's ``value`` by rank; for small objects, which travel as pickles."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return [value]
     values: list[Any] = [None] * dist.get_world_size()
@@ -233,7 +240,7 @@ def gather_objects(value: Any) -> list[Any]:
 
 
 def seed_everything(seed: int, rank: int = 0) -> None:
-    """Seed Python, NumPy and torch; ranks differ so that dropout and gate noise do."""
+    """Seed Python, NumPy and torch; each rank differently, for dropout and gate noise."""
     value = (seed * 1_000_003 + rank) % 2**32
     random.seed(value)
     np.random.seed(value)
@@ -241,7 +248,7 @@ def seed_everything(seed: int, rank: int = 0) -> None:
 
 
 def rng_state() -> dict[str, torch.Tensor]:
-    """State of torch's generators of this rank (data order and augmentation need none)."""
+    """Return the state of this rank's torch generators; data order and augmentation need none."""
     state = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state()

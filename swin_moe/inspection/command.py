@@ -1,4 +1,4 @@
-"""From a checkpoint and images to pictures and tables."""
+"""Runs a checkpoint over held-out images, and makes the pictures and tables of its experts."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from ..moe import moe_layers, num_experts
 from .draw import draw_experts, draw_maps, to_pixels
 from .routes import LayerFindings, watched
 
-SAMPLES = 512  # held-out images that are looked at
+SAMPLES = 512  # held-out images in the statistics
 CROPS = 12  # patches per expert on the contact sheet
-LAYERS = 6  # that fit into one picture
-ROWS = 16  # experts in a table: the busiest
+LAYERS = 6  # in one picture
+ROWS = 16  # experts in a table, from the busiest
 
 
 def inspect_checkpoint(
@@ -36,25 +36,30 @@ def inspect_checkpoint(
     output: Path | None = None,
     layers: list[str] | None = None,
 ) -> tuple[Path, Path]:
-    """Draw who takes what of the held-out images; one process, whatever trained the checkpoint.
+    """Draw which experts take the patches of held-out images.
 
     Args:
-        images: how many to draw. layers: names of MoE layers; default: the last that fit.
+        path: run directory or checkpoint; any number of processes may have trained it.
+        world: of one process.
+        console: gets the tables.
+        overrides: of the config.
+        images: number to draw.
         output: default ``inspect.png`` in the run directory.
+        layers: names of MoE layers; default: the last that fit.
 
     Returns:
-        the picture of the maps, and that of the experts' patches, ``<output>-experts.png``.
+        Paths of the maps, and of the experts' patches, ``<output>-experts.png``.
 
     Raises:
-        ValueError: nothing there can be inspected, or an argument does not fit.
+        ValueError: the checkpoint has no MoE layers, or an argument is wrong.
     """
     if images < 1:
         raise ValueError(f"--images={images}: draw at least one")
     first = _output(path, output)
     opened = open_checkpoint(path, world, overrides, command="inspect")
     try:
-        names = _chosen(opened.model, opened.path, layers or [])
-        drawn, found = look(opened, names, images, world.device)
+        names = choose_layers(opened.model, opened.path, layers or [])
+        drawn, found = collect(opened, names, images, world.device)
     finally:
         opened.loader.close()
     classes = opened.loader.class_names
@@ -75,7 +80,7 @@ def inspect_checkpoint(
 def _output(path: Path, output: Path | None) -> Path:
     if output is None:
         folder = path.resolve()
-        if (folder / "manifest.json").exists():  # a checkpoint: nothing is put into it
+        if (folder / "manifest.json").exists():  # nothing is written into a checkpoint
             folder = folder.parent
             folder = folder.parent if folder.name == "checkpoints" else folder
         return folder / "inspect.png"
@@ -88,7 +93,16 @@ def _title(checkpoint: Path) -> str:
     return plain(f"{run}{checkpoint.name}")
 
 
-def _chosen(model: nn.Module, path: Path, wanted: list[str]) -> list[str]:
+def choose_layers(model: nn.Module, path: Path, wanted: list[str]) -> list[str]:
+    """Return the names of the MoE layers to draw.
+
+    Args:
+        path: of the checkpoint, for messages.
+        wanted: names that the user gave; empty = the last that fit.
+
+    Raises:
+        ValueError: the model has no MoE layers, or none of a wanted name.
+    """
     names = list(moe_layers(model))
     if not names:
         raise ValueError(f"{plain(path)}: the model has no MoE layers (moe.blocks is empty)")
@@ -98,13 +112,20 @@ def _chosen(model: nn.Module, path: Path, wanted: list[str]) -> list[str]:
     return [name for name in names if name in wanted] or names[-LAYERS:]
 
 
-def look(
+def collect(
     opened: Opened, names: list[str], count: int, device: torch.device
 ) -> tuple[dict[int, tuple[Tensor, int]], dict[str, LayerFindings]]:
-    """Run the model over some held-out images, evenly spread over the split.
+    """Run the model over held-out images, evenly spread over the split.
+
+    Args:
+        names: of the layers.
+        count: images to draw.
 
     Returns:
-        the images [C, H, W] to be drawn with their labels, by index; the findings by layer.
+        Images [C, H, W] to draw with their labels, by index; findings by layer.
+
+    Raises:
+        ValueError: no image is readable.
     """
     model, loader, config = opened.model, opened.loader, opened.task.config
     samples = min(max(SAMPLES, count), loader.num_samples)
@@ -141,7 +162,7 @@ def look(
 
 
 def _one_of_each(loader: Loader, indices: list[int], count: int) -> list[int]:
-    """``count`` of the indices: the first of each class, then the second of each, ..."""
+    """Return ``count`` indices: the first of each class, then the second of each, and so on."""
     seen: dict[int, int] = {}
     order = []
     for index in indices:
@@ -156,7 +177,7 @@ def _class_name(names: list[str] | None, label: int) -> str:
 
 
 def _table(name: str, layer: LayerFindings, classes: list[str] | None) -> Table:
-    """Load and most frequent classes of each expert."""
+    """Return a table with the load and the most frequent classes of each expert."""
     table = Table("expert", "load", "most frequent classes", title=name, title_justify="left")
     table.columns[0].justify = table.columns[1].justify = "right"
     load = layer.load

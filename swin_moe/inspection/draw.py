@@ -1,4 +1,4 @@
-"""The two pictures of ``swin-moe inspect``: maps over images, and what each expert takes."""
+"""Draws the two pictures of ``swin-moe inspect``: maps over images, and the experts' patches."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ import numpy as np
 from torch import Tensor
 
 from ..common.drawing import write_png
-from .routes import NOBODY, Crop, LayerFindings
+from .routes import DROPPED, Crop, LayerFindings
 
-SHADE = 0.5  # of an expert's colour over the pixels
-NUMBERED = 16  # tokens per side up to which each tells its expert's number
-LEGEND = 12  # experts that a legend names, from the busiest
+SHADE = 0.5  # opacity of an expert's colour over the pixels
+NUMBERED = 16  # tokens per side up to which each shows its expert's number
+LEGEND = 12  # experts in a legend, from the busiest
 
 
 def expert_colours(count: int) -> np.ndarray:
-    """[E, 3] in 0..1, neighbours far apart in hue."""
+    """Return colours [E, 3] in 0..1; successive experts are far apart in hue."""
     hues = [(index * 0.61803399) % 1.0 for index in range(count)]
     values = [(0.95, 0.75, 0.85)[index % 3] for index in range(count)]
     pairs = zip(hues, values, strict=True)
@@ -27,15 +27,21 @@ def expert_colours(count: int) -> np.ndarray:
 
 
 def to_pixels(images: Tensor) -> np.ndarray:
-    """Images [..., C, H, W] uint8 to pixels [..., H, W, 3] in 0..1."""
+    """Return images [..., C, H, W] in uint8 as pixels [..., H, W, 3] in 0..1."""
     pixels = images.movedim(-3, -1).numpy() / 255
     return np.broadcast_to(pixels, (*pixels.shape[:-1], 3))
 
 
 def shade(pixels: np.ndarray, experts: np.ndarray, patch: int, colours: np.ndarray) -> np.ndarray:
-    """An image [h, w, 3] under the colours of the experts [H, W] that took its patches.
+    """Return an image under the colours of the experts that took its patches.
 
-    Patches that nobody took are hatched in grey.
+    Dropped patches are hatched in grey.
+
+    Args:
+        pixels: [h, w, 3].
+        experts: [H, W], or ``DROPPED``.
+        patch: pixels per side.
+        colours: [E, 3].
     """
     height, width = pixels.shape[:2]
     grown = experts.repeat(patch, 0).repeat(patch, 1)[:height, :width]
@@ -45,7 +51,7 @@ def shade(pixels: np.ndarray, experts: np.ndarray, patch: int, colours: np.ndarr
     rows, columns = np.indices(grown.shape)
     stripes = np.where((rows + columns) // max(patch // 4, 1) % 2, 0.35, 0.6)[..., None]
     hatched = 0.7 * stripes + 0.3 * grey
-    return np.where((grown == NOBODY)[..., None], hatched, shaded)
+    return np.where((grown == DROPPED)[..., None], hatched, shaded)
 
 
 def draw_maps(
@@ -55,7 +61,7 @@ def draw_maps(
     captions: dict[int, str],
     layers: dict[str, LayerFindings],
 ) -> None:
-    """Images [h, w, 3] in columns; below each, a row per layer, its patches by expert."""
+    """Draw images [h, w, 3] in columns; below each, a row per layer with its patches by expert."""
     from matplotlib import pyplot
 
     columns, rows = len(images), 1 + len(layers)
@@ -77,7 +83,7 @@ def draw_maps(
     for axis, (index, pixels) in zip(axes[0], images.items(), strict=False):
         axis.imshow(pixels)
         axis.set_title(captions[index], fontsize=9)
-    _say(
+    _write(
         axes[0, -1],
         "Each patch has the colour and the number\nof the expert that took it; the bars are\n"
         "the experts' shares of all the patches.",
@@ -91,7 +97,7 @@ def draw_maps(
     _save(figure, path)
 
 
-def _say(axis: Any, text: str) -> None:
+def _write(axis: Any, text: str) -> None:
     axis.text(0.0, 0.5, text, fontsize=8, va="center", transform=axis.transAxes)
 
 
@@ -103,14 +109,14 @@ def _draw_map(
         return
     size = min(9.0, 64.0 / max(experts.shape))
     for (row, column), expert in np.ndenumerate(experts):
-        if expert != NOBODY:
+        if expert != DROPPED:
             x, y = (column + 0.5) * patch - 0.5, (row + 0.5) * patch - 0.5
             style: dict[str, Any] = {"ha": "center", "va": "center", "fontsize": size}
             axis.text(x, y, str(expert), color="white", **style)
 
 
 def _draw_legend(axis: Any, layer: LayerFindings, colours: np.ndarray) -> None:
-    """The busiest experts' loads as bars, in the colours of the maps."""
+    """Draw the loads of the busiest experts as bars, in the colours of the maps."""
     load = layer.load
     order = sorted(range(len(load)), key=lambda expert: -load[expert])
     many = len(order) > LEGEND
@@ -137,7 +143,7 @@ def _draw_legend(axis: Any, layer: LayerFindings, colours: np.ndarray) -> None:
 
 
 def draw_experts(path: Path, title: str, layers: dict[str, LayerFindings]) -> None:
-    """A contact sheet: an expert per row, the patches it takes with the greatest weights.
+    """Draw a contact sheet: a row per expert with the patches that it weighs most.
 
     Experts that took nothing have no row.
     """
@@ -176,7 +182,7 @@ def draw_experts(path: Path, title: str, layers: dict[str, LayerFindings]) -> No
 
 
 def _sheet(rows: list[list[Crop]], patch: int, shape: tuple[int, int], tile: int) -> np.ndarray:
-    """Pixels [h, w, 3] of ``shape`` (rows, columns) tiles; white where an expert took fewer."""
+    """Return pixels [h, w, 3] of ``shape`` (rows, columns) tiles; missing patches are white."""
     sheet = np.ones((shape[0] * tile, shape[1] * tile, 3))
     pick_from = np.arange(tile - 2)
     for row, best in enumerate(rows):

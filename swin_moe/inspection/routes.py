@@ -1,6 +1,6 @@
-"""Which expert takes which patch of an image: routes watched from outside, and what they add up to.
+"""Records which expert takes which patch of an image, and adds the records up.
 
-The layers store nothing; while they are watched, their ``route`` is wrapped.
+The layers store nothing: while they are watched, their ``route`` is wrapped.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from torch import Tensor, nn
 
 from ..moe import Routing, RoutingPlan, moe_layers
 
-NOBODY = -1  # in place of an expert: the token was dropped
+DROPPED = -1  # in place of an expert
 
 
-class Takings(NamedTuple):
-    """Who took the tokens of one forward pass in one layer.
+class TokenExperts(NamedTuple):
+    """The experts of the tokens of one forward pass in one layer.
 
     Attributes:
-        expert: [B, H, W] int64, the expert that weighs most for the token, or ``NOBODY``.
+        expert: [B, H, W] int64, the expert with the greatest weight, or ``DROPPED``.
         weight: [B, H, W], its gate; with soft routing the greatest dispatch weight.
         counts: [E] int64, assignments per expert.
     """
@@ -33,8 +33,13 @@ class Takings(NamedTuple):
     counts: Tensor
 
 
-def takings(routing: Routing, grid: tuple[int, int, int]) -> Takings:
-    """Of T = B·H·W tokens on a ``grid`` (B, H, W), with any routing."""
+def token_experts(routing: Routing, grid: tuple[int, int, int]) -> TokenExperts:
+    """Return the experts of T = B·H·W tokens, with any routing.
+
+    Args:
+        routing: of the T tokens.
+        grid: (B, H, W).
+    """
     plan: Any = routing.plan
     if isinstance(plan, RoutingPlan):
         gate = plan.gate.detach().masked_fill(~plan.kept, -torch.inf)
@@ -46,15 +51,15 @@ def takings(routing: Routing, grid: tuple[int, int, int]) -> Takings:
         weight, slot = slots.max(1)
         expert = slot // (slots.shape[1] // plan.used.numel())
         taken = weight > 0
-    expert = torch.where(taken, expert, NOBODY)
+    expert = torch.where(taken, expert, DROPPED)
     weight = torch.where(taken, weight, 0.0)
-    return Takings(expert.view(grid), weight.view(grid).float(), routing.stats.counts)
+    return TokenExperts(expert.view(grid), weight.view(grid).float(), routing.stats.counts)
 
 
 @contextmanager
-def watched(model: nn.Module) -> Iterator[dict[str, Takings]]:
-    """Within it, every forward pass leaves the :class:`Takings` of each MoE layer by its name."""
-    seen: dict[str, Takings] = {}
+def watched(model: nn.Module) -> Iterator[dict[str, TokenExperts]]:
+    """Return a context whose value has the experts of the last forward pass, by MoE layer."""
+    seen: dict[str, TokenExperts] = {}
     layers = moe_layers(model)
     handles = []
     for name, layer in layers.items():
@@ -65,7 +70,7 @@ def watched(model: nn.Module) -> Iterator[dict[str, Takings]]:
         yield seen
     finally:
         for layer in layers.values():
-            del layer.__dict__["route"]  # uncovers the method
+            del layer.__dict__["route"]  # restores the method
         for handle in handles:
             handle.remove()
 
@@ -77,19 +82,19 @@ def _note_grid(grid: list[int], _layer: nn.Module, inputs: tuple[Tensor]) -> Non
 def _route(
     route: Callable[..., Routing],
     grid: list[int],
-    seen: dict[str, Takings],
+    seen: dict[str, TokenExperts],
     name: str,
     *args: Any,
     **kwargs: Any,
 ) -> Routing:
     routing = route(*args, **kwargs)
     batch, height, width = grid
-    seen[name] = takings(routing, (batch, height, width))
+    seen[name] = token_experts(routing, (batch, height, width))
     return routing
 
 
 class Crop(NamedTuple):
-    """A patch that an expert took: its weight, and pixels [C, 2p, 2p] with half a patch around."""
+    """A patch that an expert took, with its weight and half a patch of surroundings [C, 2p, 2p]."""
 
     weight: float
     pixels: Tensor
@@ -97,14 +102,15 @@ class Crop(NamedTuple):
 
 @dataclass
 class LayerFindings:
-    """What one layer did with some images.
+    """The experts of one layer over some images.
 
     Attributes:
         patch: pixels per token and side.
-        counts: [E] assignments. classes: [E, C] tokens taken by expert and class of the image.
-        dropped: tokens that nobody took.
-        maps: [H, W] expert per token, of each image to be drawn.
-        best: of each expert, the crops that weigh most, at most one per image, best first.
+        counts: [E] assignments.
+        classes: [E, C] tokens by expert and class of the image.
+        dropped: tokens without an expert.
+        maps: [H, W] expert per token, for each image to draw.
+        best: crops of each expert, at most one per image, the greatest weight first.
     """
 
     patch: int
@@ -122,22 +128,29 @@ class LayerFindings:
 
     @property
     def load(self) -> list[float]:
-        """[E] shares of the assignments."""
+        """Shares [E] of the assignments."""
         return (self.counts / self.counts.sum().clamp(min=1)).tolist()
 
-    def add(self, images: Tensor, labels: Tensor, found: Takings, crops: int) -> None:
-        """Take in a batch: images [B, C, h, w] and labels [B] on the host, all of them valid."""
+    def add(self, images: Tensor, labels: Tensor, found: TokenExperts, crops: int) -> None:
+        """Add a batch.
+
+        Args:
+            images: [B, C, h, w] on the host, all valid.
+            labels: [B].
+            found: of the images.
+            crops: to keep for each expert.
+        """
         self.counts += found.counts.cpu()
         expert, weight = found.expert.cpu().flatten(1), found.weight.cpu().flatten(1)  # [B, HW]
-        self.dropped += int((expert == NOBODY).sum())
-        taken = expert != NOBODY
+        self.dropped += int((expert == DROPPED).sum())
+        taken = expert != DROPPED
         width = self.classes.shape[1]
         if width:
             pairs = (expert * width + labels[:, None])[taken]
             self.classes += torch.bincount(pairs, minlength=self.classes.numel()).view(-1, width)
         columns = found.expert.shape[2]
         for index, kept in enumerate(self.best):
-            # The best token of each image: neighbours in one image look all alike.
+            # Only the best token of each image: neighbours look alike.
             score, token = weight.masked_fill(expert != index, -1.0).max(1)
             for image in score.argsort(descending=True)[:crops].tolist():
                 value = float(score[image])
@@ -150,9 +163,14 @@ class LayerFindings:
 
 
 def crop(image: Tensor, place: tuple[int, int], patch: int) -> Tensor:
-    """Pixels [C, 2p, 2p] of a token at (row, column) with half a patch of surroundings.
+    """Return the pixels [C, 2p, 2p] of a token with half a patch of surroundings.
 
-    What lies outside of the image repeats its edge.
+    Surroundings outside of the image repeat its edge.
+
+    Args:
+        image: [C, h, w].
+        place: (row, column) of the token.
+        patch: p.
     """
     half = patch // 2
     sides = []

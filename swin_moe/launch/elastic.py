@@ -1,11 +1,10 @@
-"""torchrun's agent for this program: how it starts, signals and restarts the processes of a node.
+"""torchrun's agent: starts, signals and restarts the processes of a node.
 
-A process that fails has printed why, so torchrun's own page is left out. Signals that ask for an
-end (``signals.py``) are passed on to the processes, which save and end. There is no restart after a
-failure that would only repeat itself or an end that was asked for, whatever --max-restarts says.
-Nodes that do not meet are reported in one line (``nodes.py``), and those that meet again agree on
-what to begin. A single node meets nobody (``rendezvous.py``). The processes are forked from one
-that has imported everything (``fork_server.py``).
+A process that fails prints why, so torchrun's own error page is left out. Stop signals
+(``signals.py``) are passed on to the processes, which save and end. The agent does not restart
+processes after a stop signal, or after a failure that would repeat itself, even if --max-restarts
+allows it. Nodes that do not meet are reported in one line (``nodes.py``). The processes are forked
+from one that has imported everything (``fork_server.py``).
 """
 
 from __future__ import annotations
@@ -42,24 +41,24 @@ from .rendezvous import meet_on_this_machine, meet_warily
 log = logging.getLogger("swin_moe")
 
 FAILED, WRONG_USE = 1, 2
-FINAL = "SWIN_MOE_FINAL"  # a file that a process makes if it is not to be restarted
-# What every process needs, and what training imports on the way.
+FINAL = "SWIN_MOE_FINAL"  # environment variable: a file; a process makes it to prevent a restart
+# The modules of a training, and sympy, which torch imports late.
 PRELOADED = ("swin_moe.train", "swin_moe.evaluate", "sympy")
 
 
 class _Process(SubprocessHandler):
-    """A process of this node: forked if it is a Python module, as it nearly always is."""
+    """A process of this node, forked if it is a Python module."""
 
     server: fork_server.Server | None = None
     living: ClassVar[list[Any]] = []
-    group: ClassVar[list[Any]] = []  # all that were started together, the ended ones too
+    group: ClassVar[list[Any]] = []  # all that were started together, the ended ones included
 
     def _popen(self, args: tuple[str, ...], env: dict[str, str]) -> Any:
         forked = self.server and args[:3] == (sys.executable, "-u", "-m")
         try:
             process = self._fork(args, env) if forked else super()._popen(args, env)
         except OSError as error:
-            log.warning("the fork server is gone (%s): the process is started afresh", error)
+            log.warning("the fork server is gone (%s): starting a new interpreter", error)
             process = super()._popen(args, env)
         self.living[:] = [other for other in self.living if other.poll() is None] + [process]
         self.group.append(process)
@@ -67,10 +66,10 @@ class _Process(SubprocessHandler):
 
     def close(self, death_sig: signal.Signals | None = None) -> None:
         if any(process.poll() not in (None, 0) for process in self.group):
-            _closing().touch()  # SIGTERM is no order to save: another process has failed
+            _closing().touch()  # SIGTERM then follows another's failure, and asks for no save
         try:
             super().close(death_sig)
-        except ProcessLookupError:  # its server knows that it has ended, and we do not yet
+        except ProcessLookupError:  # it has ended, and only its server has noticed
             for file in (self._stdout, self._stderr):
                 if file:
                     file.close()
@@ -93,7 +92,7 @@ def _process(**options: Any) -> SubprocessHandler:
 
 
 class _Agent(LocalElasticAgent):
-    """Restarts nothing once a process has said that it is for good."""
+    """torch's agent, which restarts nothing after a stop signal or a final failure."""
 
     nodes: Nodes | None = None  # None: all processes are on this machine
 
@@ -102,8 +101,8 @@ class _Agent(LocalElasticAgent):
         if self.nodes is None:
             super()._rendezvous(worker_group)
             return
-        # Every round begins with a store of its own: torch keeps the first one's address where
-        # rank 0 has moved to another node, and in its store the addresses of dead processes.
+        # Each round gets a new store. torch would reuse the first one: its address is wrong after
+        # rank 0 has moved to another node, and it holds the addresses of dead processes.
         handler._bootstrap_store_info = None
         handler._create_tcp_store_server = partial(tcp_store, is_master=True, multi_tenant=True)
         handler.num_nodes_waiting = partial(self.nodes.newcomers, handler)
@@ -112,9 +111,9 @@ class _Agent(LocalElasticAgent):
             with self.nodes.watched(handler):
                 super()._rendezvous(worker_group)
         except BaseException:
-            handler.shutdown = lambda: True  # who was not let in must not end the others' job
+            handler.shutdown = lambda: True  # a node that was not let in must not end the job
             raise
-        # A node that joins late or was alone in failing has counted other restarts than the others.
+        # A node that joined late, or alone failed, has another count of restarts than the others.
         store, size = worker_group.store, worker_group.group_world_size
         store.set(f"swin_moe/restarts/{worker_group.group_rank}", str(self._remaining_restarts))
         counts = store.multi_get([f"swin_moe/restarts/{rank}" for rank in range(size)])
@@ -122,44 +121,46 @@ class _Agent(LocalElasticAgent):
 
     def _monitor_workers(self, worker_group: Any) -> Any:
         result = super()._monitor_workers(worker_group)
-        final = bool(_told) or Path(os.environ[FINAL]).exists()
+        final = bool(_signals) or Path(os.environ[FINAL]).exists()
         if result.state == WorkerState.FAILED and final:
             self._remaining_restarts = 0
         return result
 
     def _start_workers(self, worker_group: Any) -> Any:
-        if _told:
+        if _signals:
             raise Stopped
-        # Those before were perhaps told to end for the sake of a node that has joined.
+        # The processes before these may have been ended because a node joined.
         Path(os.environ[FINAL]).unlink(missing_ok=True)
         _closing().unlink(missing_ok=True)
         _Process.group.clear()
         started = super()._start_workers(worker_group)
-        if _told:  # before there was one to tell
-            _send(_told[-1])
+        if _signals:  # it came before the processes were there
+            _send(_signals[-1])
         return started
 
 
 def _closing() -> Path:
-    """A file that is there while the processes are being ended."""
+    """Return the file that exists while the processes are being ended."""
     return Path(os.environ[FINAL]).with_name("closing")
 
 
-_told: list[int] = []  # signals that came so far
+_signals: list[int] = []  # those that have come
 
 
-def _pass_on(number: int, _frame: object) -> None:
-    _told.append(number)
+def pass_on(number: int, _frame: object) -> None:
+    """Send a signal on to the processes of this node: a handler for the launcher."""
+    _signals.append(number)
     _send(number)
+
+
+def interrupted_twice() -> bool:
+    """Return whether SIGINT has come more than once: the processes are then killed."""
+    return _signals.count(signal.SIGINT) > 1
 
 
 def _send(number: int) -> None:
     for process in _Process.living:
-        process.send_signal(signal.SIGKILL if _interrupted_twice() else number)
-
-
-def _interrupted_twice() -> bool:
-    return _told.count(signal.SIGINT) > 1
+        process.send_signal(signal.SIGKILL if interrupted_twice() else number)
 
 
 def _prepare() -> None:
@@ -170,18 +171,22 @@ def _prepare() -> None:
 
 
 def _run(arguments: Any, folder: Path) -> None:
-    """Meet the other nodes and run; every way in which that can fail on the way is an ``Unmet``."""
+    """Meet the other nodes and run the processes.
+
+    Raises:
+        Unmet: the nodes did not meet, or lost one another.
+    """
     _prepare()
     if not arguments.log_dir and arguments.redirects == arguments.tee == "0":
         arguments.log_dir = os.devnull  # torch would make a folder and leave it
-    nodes = _Agent.nodes = find_nodes(arguments, lambda: bool(_told))
+    nodes = _Agent.nodes = find_nodes(arguments, lambda: bool(_signals))
     if nodes is None:
         if arguments.rdzv_backend in ("static", "c10d") and arguments.nnodes in ("1", "1:1"):
             meet_on_this_machine(arguments, folder)
         run.run(arguments)
         return
     meet_warily()
-    if nodes.interface:  # else gloo would take the address of the host's own name
+    if nodes.interface:  # otherwise gloo takes the address of the host's own name
         os.environ.setdefault("GLOO_SOCKET_IFNAME", nodes.interface)
     try:
         run.run(arguments)
@@ -196,14 +201,14 @@ def _run(arguments: Any, folder: Path) -> None:
 
 
 def main() -> int:
-    """Run torchrun with the options of the command line; returns the exit code."""
-    install(_pass_on)
+    """Run torchrun with the options of the command line and return the exit code."""
+    install(pass_on)
     try:
         with fork_server.private_folder() as folder:
             os.environ[FINAL] = str(folder / "final")
             return _serve(folder)
     except OSError as error:
-        return _fail(f"no place for the launcher's files: {error}; set TMPDIR", FAILED)
+        return _fail(f"the launcher cannot write its files: {error}; set TMPDIR", FAILED)
 
 
 def _serve(folder: Path) -> int:
@@ -228,7 +233,7 @@ def _main(folder: Path) -> int:
     except SignalException as error:
         return 128 + error.sigval
     except Stopped:
-        return _fail(too_early(_told[0]), code_of(_told[0]))
+        return _fail(too_early(_signals[0]), code_of(_signals[0]))
     except Unmet as error:
         return _fail(str(error), FAILED)
     except ValueError as error:
@@ -237,20 +242,20 @@ def _main(folder: Path) -> int:
 
 
 def _failed(error: ChildFailedError) -> int:
-    """The exit code for processes that failed; those that exit by themselves have said why."""
-    if _interrupted_twice():
+    """Return the exit code for processes that failed, and print why if they could not."""
+    if interrupted_twice():
         return _fail(TWICE, INTERRUPTED)
     for number, code in ((signal.SIGTERM, PREEMPTED), (signal.SIGINT, INTERRUPTED)):
         stopped = [f.local_rank for f in error.failures.values() if f.exitcode == code]
-        if stopped and 0 not in stopped:  # the rank that prints was not yet ready for signals
-            return _fail(too_early(_told[0] if _told else number), code)
+        if stopped and 0 not in stopped:  # rank 0, which prints, could not yet handle signals
+            return _fail(too_early(_signals[0] if _signals else number), code)
         if stopped:
             return code
     rank, failure = error.get_first_failure()
     if failure.exitcode >= 0:
         return failure.exitcode
-    if -failure.exitcode in _told:  # before any was ready
-        return _fail(too_early(_told[0]), code_of(_told[0]))
+    if -failure.exitcode in _signals:  # no process could yet handle signals
+        return _fail(too_early(_signals[0]), code_of(_signals[0]))
     name = signal.Signals(-failure.exitcode).name
     return _fail(f"rank {rank} was killed by {name}", 128 - failure.exitcode)
 

@@ -1,7 +1,7 @@
-"""How the nodes of torchrun find one another: c10d's rendezvous, with a time-out and a reason.
+"""Brings the nodes of torchrun together by c10d's rendezvous, with a time-out and clear errors.
 
-torch guesses whether the master is this machine and by which name the others know this node, and
-waits without a word. Here both are found out, and what goes wrong is told with host and port.
+torch guesses whether this machine is the master, and by which name the others reach this node. It
+waits silently. This module finds both out, and reports errors with host and port.
 """
 
 from __future__ import annotations
@@ -19,26 +19,28 @@ import psutil
 
 PORT = 29500
 TIMEOUT = 300  # seconds for all nodes to come
-_PATIENCE = 10.0  # seconds until a wait is told
-_RESOLVE = 30.0  # seconds: the name of a new pod may take some to be known
+_PATIENCE = 10.0  # seconds until a wait is reported
+_RESOLVE = 30.0  # seconds until a name must resolve; that of a new pod takes a while
 
 
 class Unmet(Exception):
-    """The nodes did not come together, or lost one another; the message is one line."""
+    """The nodes did not meet, or lost one another; the message is one line."""
 
 
 class Stopped(Exception):
-    """A signal asked for an end while this node was waiting for others."""
+    """A stop signal came while this node was waiting for others."""
 
 
 @dataclass
 class Nodes:
-    """Where and for how long this node waits for the others.
+    """The other nodes, and this node's wait for them.
 
     Attributes:
-        endpoint: HOST:PORT of the master. timeout: seconds. number: how many, or MIN:MAX.
-        stop_asked: whether a signal asked for an end.
-        interface: by which this node reaches the others, if it could be told.
+        endpoint: HOST:PORT of the master.
+        timeout: seconds.
+        number: of nodes, or MIN:MAX.
+        stop_asked: returns whether a stop signal has come.
+        interface: network interface by which this node reaches the others; empty if unknown.
     """
 
     endpoint: str
@@ -46,21 +48,22 @@ class Nodes:
     number: str
     stop_asked: Callable[[], bool]
     interface: str = ""
-    came: list[str] = field(default_factory=list)  # the most nodes that were there at a time
+    came: list[str] = field(default_factory=list)  # the most nodes that were here at one time
 
     @contextlib.contextmanager
     def watched(self, handler: Any) -> Iterator[None]:
-        """To take note of who comes while torch's handler waits, and to end the wait in time.
+        """Return a context in which the wait of torch's handler is reported and ends in time.
 
         Raises:
-            Stopped: a signal came. Unmet: there is no place for this node.
+            Stopped: a stop signal came.
+            Unmet: there is no place for this node.
         """
         holder = handler._state_holder
-        sync, began, told = holder.sync, time.monotonic(), 0
+        sync, began, reported = holder.sync, time.monotonic(), 0
         self.came = []
 
         def watching() -> Any:
-            nonlocal told
+            nonlocal reported
             result = sync()
             if self.stop_asked():
                 raise Stopped
@@ -74,9 +77,9 @@ class Nodes:
                     f"left within {self.timeout:.0f} s: this one is one too many, or --nodes is "
                     "too low"
                 )
-            if waited > _PATIENCE and len(here) != told and not state.complete:
-                told = len(here)
-                _tell(f"waiting at {self.endpoint}: {told} of {self.number} nodes are here")
+            if waited > _PATIENCE and len(here) != reported and not state.complete:
+                reported = len(here)
+                _report(f"waiting at {self.endpoint}: {reported} of {self.number} nodes are here")
             return result
 
         holder.sync = watching
@@ -86,10 +89,10 @@ class Nodes:
             holder.sync = sync
 
     def newcomers(self, handler: Any) -> int:
-        """How many nodes wait to be let in; none while the master cannot be asked.
+        """Return how many nodes wait to join; 0 while the master does not answer.
 
-        Processes that are well do not end because the master's launcher has: at the end of a job
-        it may have been the first. Should they fail, there is no meeting again, and that is told.
+        Healthy processes go on after the master's launcher has ended: at the end of a job, it may
+        be the first to end. If they fail later, the nodes cannot meet again, and that is reported.
         """
         from torch.distributed import DistError
         from torch.distributed.elastic.rendezvous import RendezvousConnectionError
@@ -100,7 +103,7 @@ class Nodes:
             return 0
 
     def agree(self, handler: Any) -> None:
-        """Raise ``ValueError`` if another node was started with another number of nodes."""
+        """Raise ``ValueError`` if another node was started with another value of --nodes."""
         mine = f"{self.number} on {handler._this_node.addr}"
         first = handler._store.compare_set("swin_moe/nodes", "", mine).decode()
         if first.split()[0] != self.number:
@@ -110,6 +113,7 @@ class Nodes:
             )
 
     def timed_out(self) -> Unmet:
+        """Return the error of a meeting at which some nodes were missing."""
         names = ", ".join(self.came)
         return Unmet(
             f"{len(self.came)} of {self.number} nodes came to {self.endpoint} within "
@@ -118,6 +122,7 @@ class Nodes:
         )
 
     def lost(self) -> Unmet:
+        """Return the error of a master that no longer answers."""
         return Unmet(
             f"lost the master at {self.endpoint}: its launcher has ended, or the link was down "
             f"for more than {self.timeout:.0f} s; the same command on every node goes on from the "
@@ -126,13 +131,19 @@ class Nodes:
 
 
 def find_nodes(arguments: Any, stop_asked: Callable[[], bool]) -> Nodes | None:
-    """Wait for the master and settle what torch would guess; None where no other node is awaited.
+    """Wait for the master, and find out what torch would guess.
 
-    Changes ``arguments``, torchrun's own: ``rdzv_conf``, ``rdzv_endpoint`` and ``local_addr``.
+    Args:
+        arguments: of torchrun; ``rdzv_conf``, ``rdzv_endpoint`` and ``local_addr`` are changed.
+        stop_asked: returns whether a stop signal has come.
+
+    Returns:
+        None if there are no other nodes.
 
     Raises:
         ValueError: the name of the master does not resolve, or its port is taken.
-        Unmet: it cannot be reached. Stopped: a signal came.
+        Unmet: the master cannot be reached.
+        Stopped: a stop signal came.
     """
     if arguments.standalone or arguments.rdzv_backend != "c10d" or not arguments.rdzv_endpoint:
         return None
@@ -151,7 +162,7 @@ def find_nodes(arguments: Any, stop_asked: Callable[[], bool]) -> Nodes | None:
         if arguments.nnodes in ("1", "1:1"):
             return None
         arguments.local_addr = arguments.local_addr or host
-        # Where torch sees it itself, it tries both: there may be several nodes on this machine.
+        # If torch finds this machine to be the master, several launchers may share it.
         if not (_another_hosts(port) or _matches_machine_hostname(host)):
             settings["is_host"] = "true"
     else:
@@ -171,7 +182,7 @@ def find_nodes(arguments: Any, stop_asked: Callable[[], bool]) -> Nodes | None:
 
 def check_port(host: str, port: int) -> None:
     """Raise ``ValueError`` if ``host`` is this machine and something else listens at ``port``."""
-    with contextlib.suppress(OSError, UnicodeError):  # a name that is known elsewhere, perhaps
+    with contextlib.suppress(OSError, UnicodeError):  # perhaps only other machines resolve it
         address = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0][4][0]
         if _is_here(str(address)):
             _another_hosts(port)
@@ -197,7 +208,7 @@ def _is_here(address: str) -> bool:
 
 
 def _interface(address: str) -> str:
-    """Name of the interface that has ``address``; empty for loopback and if there is none."""
+    """Return the interface that has ``address``; empty for loopback or if there is none."""
     for name, addresses in psutil.net_if_addrs().items():
         if name != "lo" and any(a.address.partition("%")[0] == address for a in addresses):
             return name
@@ -205,10 +216,10 @@ def _interface(address: str) -> str:
 
 
 def _another_hosts(port: int) -> bool:
-    """Whether another launcher of ours on this machine is the master already.
+    """Return whether another launcher of ours on this machine already listens as the master.
 
     Raises:
-        ValueError: the port is taken by something else.
+        ValueError: another program listens at ``port``.
     """
     if not _taken(port):
         return False
@@ -228,7 +239,7 @@ def _another_hosts(port: int) -> bool:
 
 
 def _taken(port: int) -> bool:
-    """Whether this program cannot listen at ``port`` of this machine."""
+    """Return whether something listens at ``port`` of this machine."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -239,7 +250,11 @@ def _taken(port: int) -> bool:
 
 
 def _way_to(address: str, port: int, nodes: Nodes) -> str:
-    """This machine's address on the way to another; nothing is sent."""
+    """Return this machine's address on the route to ``address``; nothing is sent.
+
+    Raises:
+        Unmet: there is no route.
+    """
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     with socket.socket(family, socket.SOCK_DGRAM) as probe:
         try:
@@ -252,7 +267,7 @@ def _way_to(address: str, port: int, nodes: Nodes) -> str:
 
 
 def _wait_for_master(address: str, port: int, nodes: Nodes) -> None:
-    began, told = time.monotonic(), False
+    began, reported = time.monotonic(), False
     while True:
         left = nodes.timeout - (time.monotonic() - began)
         try:
@@ -268,11 +283,11 @@ def _wait_for_master(address: str, port: int, nodes: Nodes) -> None:
                 f"{nodes.timeout:.0f} s ({reason}): check its name, that the same command runs "
                 f"there, and that no firewall closes port {port}"
             )
-        if not told and time.monotonic() - began > _PATIENCE:
-            told = True
-            _tell(f"waiting for the master at {nodes.endpoint}: {reason}")
+        if not reported and time.monotonic() - began > _PATIENCE:
+            reported = True
+            _report(f"waiting for the master at {nodes.endpoint}: {reason}")
         time.sleep(0.5)
 
 
-def _tell(line: str) -> None:
+def _report(line: str) -> None:
     print(f"swin-moe: {line}", file=sys.stderr, flush=True)

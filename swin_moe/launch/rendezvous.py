@@ -1,8 +1,8 @@
-"""How the launchers of a run meet, without running a stranger's pickle.
+"""Lets the launchers of a run meet without running a pickle from the network.
 
-torch's launchers keep their state as a pickle in a store. Whoever reaches the store's port can
-write there, and a pickle can run code. One machine needs no such store. On several machines, the
-state is read as plain data.
+torch's launchers keep their state as a pickle in a store. Any program that reaches the store's port
+can write there, and a pickle can run code. On one machine, no store is opened. On several machines,
+the state is read as plain data.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ BACKEND = "swin_moe"  # --rdzv-backend: all processes are on this machine
 
 
 class OneMachine(RendezvousHandler):
-    """The rendezvous of the only launcher: each round has a new file.
+    """The rendezvous of a launcher without others, with a new file for each round.
 
     Args:
-        folder: that only this user can enter.
+        folder: a folder that only this user can enter.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -45,7 +45,7 @@ class OneMachine(RendezvousHandler):
     def next_rendezvous(self) -> RendezvousInfo:
         self._round += 1
         os.environ[FILE] = str(self._folder / f"store-{self._round}")
-        # The port is for programs that are not ours and make a store of their own there.
+        # The port is for other programs that open a store there.
         place = RendezvousStoreInfo(LOOPBACK, get_free_port())
         return RendezvousInfo(dist.HashStore(), 0, 1, place)
 
@@ -56,7 +56,7 @@ class OneMachine(RendezvousHandler):
         return False
 
     def set_closed(self) -> None:
-        """There is nobody to close it for."""
+        """Do nothing: there are no other launchers."""
 
     def num_nodes_waiting(self) -> int:
         return 0
@@ -81,7 +81,7 @@ def meet_on_this_machine(arguments: Any, folder: Path) -> None:
 
 
 class _Unpickler(pickle.Unpickler):
-    """Reads the state of torch's rendezvous and nothing else."""
+    """An unpickler that accepts the state of torch's rendezvous and nothing else."""
 
     ALLOWED: ClassVar = {
         (dynamic_rendezvous.__name__, "_RendezvousState"),
@@ -99,7 +99,7 @@ class _Unpickler(pickle.Unpickler):
 
 
 class _Pickle:
-    """Replaces :mod:`pickle` where torch reads what any program may have written."""
+    """A replacement for :mod:`pickle` where torch reads the state from the store."""
 
     PickleError = pickle.PickleError
     dumps = staticmethod(pickle.dumps)
@@ -110,7 +110,7 @@ class _Pickle:
 
 
 def meet_warily() -> None:
-    """Make torch's rendezvous listen at the master's address alone and run no pickle."""
+    """Make torch's rendezvous listen at the master's address only, and run no pickle."""
     os.environ.pop(FILE, None)
     dynamic_rendezvous.pickle = _Pickle  # type: ignore[assignment]
     c10d_rendezvous_backend.TCPStore = tcp_store  # type: ignore[assignment, misc]

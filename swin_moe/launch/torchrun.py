@@ -1,4 +1,4 @@
-"""torchrun with our agent: ``python -m swin_moe.launch.torchrun`` takes the options of torchrun."""
+"""torchrun with this package's agent: ``python -m swin_moe.launch.torchrun`` and its options."""
 
 import os
 import sys
@@ -10,7 +10,7 @@ from ..common.writing import open_streams
 def main() -> int:
     watch()  # the imports take seconds
     open_streams()
-    # NumPy's pool of threads would be there before the fork server is, and no thread survives that.
+    # NumPy must start no pool of threads before the fork server: threads do not survive a fork.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     from .elastic import main
 

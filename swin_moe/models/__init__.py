@@ -23,6 +23,12 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    """Say where a former name of this module is now."""
     if name in ("build_features", "build_model", "list_models"):
         raise ImportError(f"swin_moe.models.{name} has moved: from swin_moe import {name}")
+    if name in ("MoEOutput", "split_output"):
+        raise ImportError(
+            f"swin_moe.models.{name} is gone: every model returns "
+            "swin_moe.models.Outputs(predictions, aux_loss, routing)"
+        )
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

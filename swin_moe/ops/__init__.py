@@ -1,7 +1,8 @@
-"""Compiled ops, each with its PyTorch reference; the dispatcher chooses.
+"""Compiled ops for routing, experts and window attention, each with its PyTorch reference.
 
-One file per op: schema, fake implementation, autograd, reference. Importing this package loads
-the compiled library if it was built; `status` says what each op runs on.
+One file per op has its schema, fake implementation and autograd; large references have a file of
+their own. Importing this package loads the compiled library if it was built, and `status` returns
+what each op runs on.
 """
 
 import torch
@@ -24,7 +25,7 @@ from .moe_route import moe_route
 from .route_reference import Route, RouteOptions, finite_range, moe_route_reference
 from .window_attention import window_attention
 
-# The discrete part of a route; activation checkpointing keeps what these return.
+# The discrete part of a route; activation checkpointing keeps their results.
 ROUTING_OPS = [
     getattr(torch.ops.swin_moe, name).default
     for name in ("moe_assign", "moe_choose", "moe_route")
@@ -59,4 +60,4 @@ __all__ = [
     "window_attention",
 ]
 
-_library.load()  # after the ops are declared, so that its log line names them all
+_library.load()  # after all ops are declared, so that its log line names them

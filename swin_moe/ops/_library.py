@@ -1,4 +1,4 @@
-"""The compiled library: the only module that loads it, declares its ops and knows what it holds."""
+"""The compiled library; only this module loads it and declares its ops."""
 
 from __future__ import annotations
 
@@ -18,31 +18,31 @@ from .leaving import is_leaving
 logger = logging.getLogger("swin_moe")
 
 BUILD_HINT = "build them with `pip install --no-build-isolation -e .`"
-# What the kernels of each device take. Other dtypes go to the reference, see `has_kernel`.
+# Dtypes of each device's kernels. For others the reference runs, see `has_kernel`.
 KERNEL_DTYPES = {
     "cpu": (torch.float32, torch.bfloat16),
     "cuda": (torch.float32, torch.float16, torch.bfloat16),
 }
 
-# GPU architectures (compute capabilities) on which an op's CUDA kernels have passed their tests. On
-# others they are compiled and left off, until `allow_unverified`.
+# GPU architectures (compute capabilities) on which an op's CUDA kernels have passed their tests.
+# Elsewhere they are compiled, but off until `allow_unverified`.
 VERIFIED: dict[str, set[tuple[int, int]]] = {}
 
-_PACKAGE = Path(__file__).parent.parent
+PACKAGE = Path(__file__).parent.parent
 _declarations = torch.library.Library("swin_moe", "FRAGMENT")
 _op_names: list[str] = []
 _unverified_allowed = False
 _fused_wanted = True
-_assumed: bool | None = None  # instead of what there is, see assume_fused
+_assumed: bool | None = None  # see `assume_fused`
 
 
 def declare(schema: str, reference: Callable[..., object], *, internal: bool = False) -> None:
-    """Declare an op with the reference that runs wherever no compiled kernel is registered.
+    """Declare an op with the reference that runs if no compiled kernel is registered.
 
     Args:
         schema: ``name(arguments) -> results``. A backward is an op of its own, ``name_backward``.
         reference: PyTorch implementation, not differentiated through.
-        internal: a part of another op's reference, which has no kernel of its own.
+        internal: a part of another op's reference, without a kernel.
     """
     name = schema.split("(", 1)[0]
     _declarations.define(schema)
@@ -52,7 +52,7 @@ def declare(schema: str, reference: Callable[..., object], *, internal: bool = F
 
 
 def refuse_second_derivative(op: str) -> None:
-    """Make the gradient of an op's gradient an error: torch would take it for zero."""
+    """Make a second derivative of an op an error; torch would return zero."""
 
     def refuse(ctx: object, *grads: object) -> None:
         raise RuntimeError(
@@ -62,11 +62,11 @@ def refuse_second_derivative(op: str) -> None:
     torch.library.register_autograd(f"swin_moe::{op}_backward", refuse)
 
 
-def load(folder: Path = _PACKAGE) -> bool:
+def load(folder: Path = PACKAGE) -> bool:
     """Load ``_C*.so`` from a folder, and log in one line what the ops run on.
 
     Returns:
-        Whether it was loaded. Without it every op runs its reference.
+        whether it was loaded; without it every op runs its reference.
     """
     paths = sorted(folder.glob("_C*.so"))
     problem = "" if paths else "not built"
@@ -82,8 +82,8 @@ def load(folder: Path = _PACKAGE) -> bool:
     return not problem
 
 
-def library_digest(folder: Path = _PACKAGE) -> str:
-    """A hash of the library's files: twelve digits, empty if it was not built."""
+def library_digest(folder: Path = PACKAGE) -> str:
+    """Return twelve hexadecimal digits of the library's hash, empty if it was not built."""
     paths = sorted(folder.glob("_C*.so"))
     content = hashlib.sha256()
     for path in paths:
@@ -91,8 +91,8 @@ def library_digest(folder: Path = _PACKAGE) -> str:
     return content.hexdigest()[:12] if paths else ""
 
 
-def _compiled_for(op: str, device_type: str) -> bool:
-    """Whether an op, with its backward where it has one, is compiled for a kind of device."""
+def compiled_for(op: str, device_type: str) -> bool:
+    """Return whether an op, and its backward if it has one, is compiled for a kind of device."""
     key = {"cpu": "CPU", "cuda": "CUDA"}[device_type]
     names = [name for name in (op, f"{op}_backward") if name in _op_names]
     has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
@@ -100,7 +100,7 @@ def _compiled_for(op: str, device_type: str) -> bool:
 
 
 def _trusted_on(op: str, device_type: str) -> bool:
-    """Whether kernels are wanted, and have run on this architecture or were asked for anyway."""
+    """Return whether kernels are enabled, and verified on this architecture or allowed anyway."""
     if not _fused_wanted:
         return False
     if device_type == "cpu" or _unverified_allowed:
@@ -109,20 +109,20 @@ def _trusted_on(op: str, device_type: str) -> bool:
 
 
 def allow_unverified() -> None:
-    """Use CUDA kernels on architectures, too, on which they have not been verified."""
+    """Use CUDA kernels also on architectures on which they have not been verified."""
     global _unverified_allowed
     _unverified_allowed = True
 
 
 def use_references() -> None:
-    """Run every op's PyTorch reference from now on: to see whether a kernel is to blame."""
+    """Run every op's PyTorch reference from now on, for example to rule out a kernel's error."""
     global _fused_wanted
     _fused_wanted = False
 
 
 @contextmanager
 def assume_fused(fused: bool) -> Iterator[None]:
-    """Choose kernels, or references, whatever was built: for tensors without data."""
+    """Choose kernels, or references, regardless of the build, for tensors without data."""
     global _assumed
     before, _assumed = _assumed, fused
     try:
@@ -132,17 +132,17 @@ def assume_fused(fused: bool) -> Iterator[None]:
 
 
 def status() -> dict[str, str]:
-    """What each op runs on, for people: the devices it is fused on, and what is off and why.
+    """Return for each op the devices on which it is fused, and why others are off.
 
-    ``"fused (cpu)"``, ``"fused (cpu, cuda)"``, ``"reference"``; where there is a GPU that the
-    kernels have not run on, then ``"; cuda compiled, not yet verified on this architecture: off"``.
+    Values are ``"fused (cpu)"``, ``"fused (cpu, cuda)"`` or ``"reference"``; on a GPU without
+    verified kernels, ``"; cuda compiled, not yet verified on this architecture: off"`` follows.
     """
     kinds = [kind for kind in KERNEL_DTYPES if kind == "cpu" or torch.cuda.is_available()]
     result = {}
     for op in _op_names:
         if op.endswith("_backward"):
             continue
-        compiled = [kind for kind in kinds if _compiled_for(op, kind)]
+        compiled = [kind for kind in kinds if compiled_for(op, kind)]
         fused = [kind for kind in compiled if _trusted_on(op, kind)]
         result[op] = f"fused ({', '.join(fused)})" if fused else "reference"
         if len(fused) < len(compiled) and _fused_wanted:
@@ -151,14 +151,14 @@ def status() -> dict[str, str]:
 
 
 def cpu_instruction_set(dtype: torch.dtype) -> str | None:
-    """The instruction set that the attention kernels use for a dtype, if they were built."""
-    if not _compiled_for("window_attention", "cpu") or dtype not in KERNEL_DTYPES["cpu"]:
+    """Return the instruction set of the CPU attention kernels for a dtype, None without them."""
+    if not compiled_for("window_attention", "cpu") or dtype not in KERNEL_DTYPES["cpu"]:
         return None
     return torch.ops.swin_moe.cpu_instruction_set(dtype == torch.bfloat16)
 
 
 def require_fused(device_type: str) -> None:
-    """Insist that every op runs its kernels on a kind of device.
+    """Raise an error unless every op runs its kernels on a kind of device.
 
     Args:
         device_type: ``"cpu"`` or ``"cuda"``.
@@ -168,7 +168,7 @@ def require_fused(device_type: str) -> None:
     """
     if device_type not in KERNEL_DTYPES:
         raise ValueError(f"ops: no kernels exist for device {device_type!r}, only for cpu and cuda")
-    missing = [op for op in status() if not _compiled_for(op, device_type)]
+    missing = [op for op in status() if not compiled_for(op, device_type)]
     if missing:
         raise ValueError(
             f"ops.require_fused: not compiled for {device_type}: {', '.join(missing)};"
@@ -185,7 +185,7 @@ def require_fused(device_type: str) -> None:
 
 
 def has_kernel(op: str, tensor: Tensor) -> bool:
-    """Whether a compiled kernel of an op may serve a tensor of this device and dtype, here."""
+    """Return whether a compiled kernel of an op may run on a tensor of this device and dtype."""
     kind = tensor.device.type
     return not is_leaving() and tensor.dtype in KERNEL_DTYPES.get(kind, ()) and _serves(op, kind)
 
@@ -196,11 +196,11 @@ def _serves(op: str, device_type: str) -> bool:
     return _decide(op, device_type, _fused_wanted, _unverified_allowed)
 
 
-# A graph cannot ask the dispatcher. This is torch.compiler.assume_constant_result, which would
-# import torch._dynamo: two seconds of each process.
+# A graph cannot query the dispatcher. This is torch.compiler.assume_constant_result, which would
+# import torch._dynamo and add two seconds to each start.
 _serves._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-@lru_cache  # asked at every call of an op; the dispatcher takes 16 µs to answer
+@lru_cache  # used in every call of an op; the dispatcher takes 16 µs
 def _decide(op: str, device_type: str, wanted: bool, unverified: bool) -> bool:
-    return _compiled_for(op, device_type) and _trusted_on(op, device_type)
+    return compiled_for(op, device_type) and _trusted_on(op, device_type)

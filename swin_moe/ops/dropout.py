@@ -1,6 +1,6 @@
-"""Dropout as a function of a seed and an element's place: nothing has to be kept for backward.
+"""Dropout as a function of a seed and an element's place: nothing is saved for the backward pass.
 
-Kernels of every device compute the same (``csrc/cpu/simd_math.h``, ``csrc/cuda/dropout.cuh``).
+All devices' kernels compute the same mask (``csrc/cpu/simd_math.h``, ``csrc/cuda/dropout.cuh``).
 """
 
 from __future__ import annotations
@@ -12,17 +12,18 @@ _GOLDEN = 0x9E3779B9
 
 
 def draw_seed(device: torch.device) -> Tensor:
-    """A seed [1] int64 on a device, from torch's default generator there."""
+    """Draw a seed [1] int64 from torch's default generator of a device."""
     return torch.randint(2**63 - 1, (1,), device=device)
 
 
 def keep_mask(seed: Tensor, row: Tensor, columns: int, dropout_p: float) -> Tensor:
-    """0 or 1 / (1 − p) per element [rows, columns]: a hash of its row's number, column and seed.
+    """Return 0 or 1 / (1 − p) per element [rows, columns]: a hash of row, column and seed.
 
     The hash is 32-bit "lowbias32" (https://nullprogram.com/blog/2018/07/31/), here in int64.
 
     Args:
-        seed: [1] int64. row: [rows] int64, numbers of the rows.
+        seed: [1] int64.
+        row: [rows] int64, numbers of the rows.
     """
     low, high = seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF
     key = _mix(_mix((row & 0xFFFFFFFF) ^ low) ^ (row >> 32) ^ high)

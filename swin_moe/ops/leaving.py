@@ -1,8 +1,8 @@
 """Graphs that leave Python: exported (``torch.export``, ONNX) or traced (``torch.jit.trace``).
 
 They must run without this package, also in other runtimes. So each of our ops is replaced by its
-reference, in torch's own ops. A graph holds for any number of images. In a trace, the image's
-height and width are constants, and the trace checks them.
+reference in torch's own ops. A graph accepts any number of images. In a trace, the image's height
+and width are constants, and the trace checks them.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from torch import Tensor
 
 
 def is_leaving() -> bool:
-    """Whether such a graph is being made. Those of ``torch.compile`` stay, with our ops in them."""
+    """Return whether such a graph is being made. A ``torch.compile`` graph keeps our ops."""
     return torch.compiler.is_exporting() or torch.jit.is_tracing()
 
 
 def fixed(size: int) -> int:
-    """A size that does not depend on the number of images: a plain number in a trace.
+    """Return a size independent of the number of images; in a trace, a plain number.
 
     Tracing turns sizes into tensors, on which Python cannot branch.
     """
@@ -27,25 +27,25 @@ def fixed(size: int) -> int:
 
 
 def stable_order(x: Tensor, dim: int, *, descending: bool) -> Tensor:
-    """Indices that sort a dimension; equal elements stay in order."""
-    if is_leaving() and torch.onnx.is_in_onnx_export():  # its TopK always keeps their order
+    """Return the indices that sort a dimension; equal elements stay in order."""
+    if is_leaving() and torch.onnx.is_in_onnx_export():  # ONNX's TopK keeps the order
         return x.sort(dim, descending).indices
     return x.sort(dim=dim, descending=descending, stable=True).indices
 
 
 def sides(x: Tensor) -> tuple[int, int]:
-    """Height and width of a map [B, H, W, ...]."""
+    """Return height and width of a map [B, H, W, ...]."""
     return fixed(x.shape[1]), fixed(x.shape[2])
 
 
 def of_one_size(images: Tensor) -> Tensor:
-    """Images [B, C, H, W] unchanged; a trace or ONNX graph then holds for this H and W alone.
+    """Return images [B, C, H, W] unchanged, and bind a trace or ONNX graph to this H and W.
 
     Raises:
-        ValueError: the graph is to take other sizes, and may be for ONNX, which checks nothing.
+        ValueError: the graph has dynamic sides, and may be for ONNX, which does not check them.
     """
     if torch.jit.is_tracing():
-        # All branches on a size are safe: this function checks the size.
+        # Branches on a size are safe, since the trace checks it.
         warnings.filterwarnings("ignore", category=torch.jit.TracerWarning, module="swin_moe")
         height, width = fixed(images.shape[2]), fixed(images.shape[3])
         if torch.onnx.is_in_onnx_export():  # dynamo=False: its Expand refuses other sizes
@@ -54,14 +54,14 @@ def of_one_size(images: Tensor) -> Tensor:
             warnings.simplefilter("ignore", FutureWarning)  # torch.jit is deprecated
             check = torch.jit.script(_of_size)
         return check(images, height, width)
-    # ONNX tries it again with strict=True, where dynamo does not know that it is for ONNX.
+    # ONNX tries again with strict=True, where dynamo cannot see that the export is for ONNX.
     strict = torch.compiler.is_dynamo_compiling()
     if torch.compiler.is_exporting() and (strict or torch.onnx.is_in_onnx_export()):
         from torch.fx.experimental.symbolic_shapes import has_static_value  # imports sympy
 
         if not (has_static_value(images.shape[2]) and has_static_value(images.shape[3])):
             raise ValueError(
-                "a model in ONNX, or exported with strict=True, takes images of one size: leave "
+                "a model in ONNX, or exported with strict=True, accepts images of one size: leave "
                 "height and width out of dynamic_shapes, and export it once for each size"
             )
     return images

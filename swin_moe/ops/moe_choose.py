@@ -1,4 +1,4 @@
-"""Expert choice, the discrete part: which tokens each expert takes, as row maps."""
+"""The discrete part of expert choice: the tokens of each expert, as row maps."""
 
 from __future__ import annotations
 
@@ -12,11 +12,13 @@ from .leaving import is_leaving, stable_order
 def moe_choose(
     scores: Tensor, finite: Tensor, groups: int, capacity: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Each expert's ``capacity`` best tokens of each group, ties to the lower index.
+    """Choose each expert's ``capacity`` best tokens per group, ties to the lower index.
 
     Args:
-        scores: [T, E]. finite: [T] bool; other tokens are never taken.
-        groups: equal runs of consecutive tokens.
+        scores: [T, E].
+        finite: [T] bool; other tokens are never chosen.
+        groups: number of equal runs of consecutive tokens.
+        capacity: tokens per expert and group.
 
     Returns:
         source [E·groups·capacity] and destination [T, E], both int32, as in ``moe_dispatch`` with
@@ -30,7 +32,7 @@ def _choose(
     scores: Tensor, finite: Tensor, groups: int, capacity: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     T, E = scores.shape
-    # The experts' view: [E, groups, tokens of a group]; what is not finite goes last.
+    # Per expert: [E, groups, tokens of a group], with non-finite tokens last.
     ranked = scores.masked_fill(~finite[:, None], -torch.inf).t().reshape(E, groups, T // groups)
     best = stable_order(ranked, 2, descending=True)[..., :capacity]
     first = torch.arange(groups, device=scores.device)[:, None] * (T // groups)
@@ -41,7 +43,7 @@ def _choose(
     destination = torch.full((T * E + 1,), -1, dtype=torch.int32, device=scores.device)
     rows = torch.arange(source.numel(), dtype=torch.int32, device=scores.device)
     destination[torch.where(taken, token * E + expert, T * E)] = rows
-    # An empty row is computed with the others: it is zero.
+    # Empty rows are zeros and are computed with the others.
     used = torch.full((E,), groups * capacity, dtype=torch.int64, device=scores.device)
     return source, destination[: T * E].view(T, E).clone(), used
 

@@ -1,12 +1,12 @@
-"""Expert dispatch and combine: token rows to slot rows and back, by gathers alone.
+"""Expert dispatch and combine: token rows to slot rows and back, only by gathers.
 
-A plan of T tokens, k choices each, and S slot rows is two int32 maps that invert one another:
+A plan of T tokens, k choices each, and S slot rows is two int32 maps, each the other's inverse:
 
 - ``source`` [S]: the assignment ``t * k + j`` that fills a slot, or -1 if it is empty;
 - ``destination`` [T, k]: the slot of an assignment, or -1 if it is dropped.
 
-With both at hand no pass scatters, so results are deterministic, and every row moves once, in its
-own dtype. Sums over a token's choices are taken in fp32.
+With both maps no pass scatters, so results are deterministic, and every row is copied once, in its
+own dtype. Sums over a token's choices are computed in fp32.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from . import _library
 
 
 def moe_dispatch(x: Tensor, source: Tensor, destination: Tensor) -> Tensor:
-    """Bring token rows to their slots: ``out[s] = x[source[s] // k]``, zeros in empty slots.
+    """Copy token rows to their slots: ``out[s] = x[source[s] // k]``, zeros in empty slots.
 
     Args:
         x: [T, D] tokens.
@@ -42,13 +42,13 @@ def moe_dispatch(x: Tensor, source: Tensor, destination: Tensor) -> Tensor:
 
 
 def moe_combine(y: Tensor, gate: Tensor, source: Tensor, destination: Tensor) -> Tensor:
-    """Bring slot rows back: ``out[t] = Σ_j gate[t, j] · y[destination[t, j]]``, summed in fp32.
+    """Combine slot rows: ``out[t] = Σ_j gate[t, j] · y[destination[t, j]]``, summed in fp32.
 
-    A dropped assignment adds nothing, whatever its gate; a token without any gives zeros.
+    A dropped assignment adds nothing, whatever its gate. A token without assignments gives zeros.
 
     Args:
         y: [S, D] slot rows.
-        gate: [T, k] float32; float64 beside a float64 ``y``, which the reference does.
+        gate: [T, k] float32, or float64 with a float64 ``y`` (reference only).
         source: [S] int32, see above.
         destination: [T, k] int32, see above.
 
@@ -73,20 +73,20 @@ def moe_combine(y: Tensor, gate: Tensor, source: Tensor, destination: Tensor) ->
 
 
 def moe_dispatch_reference(x: Tensor, source: Tensor, destination: Tensor) -> Tensor:
-    """`moe_dispatch` in plain PyTorch, for any float dtype; differentiable any number of times."""
+    """Run `moe_dispatch` in PyTorch for any float dtype, with derivatives of any order."""
     token = torch.div(source, destination.shape[1], rounding_mode="floor")  # -1 stays -1
     return _gather(x, token)
 
 
 def moe_combine_reference(y: Tensor, gate: Tensor, source: Tensor, destination: Tensor) -> Tensor:
-    """`moe_combine` in plain PyTorch, for any float dtype; differentiable any number of times."""
+    """Run `moe_combine` in PyTorch for any float dtype, with derivatives of any order."""
     rows = _gather(y, destination).to(torch.promote_types(y.dtype, torch.float32))  # [T, k, D]
     weight = gate.masked_fill(destination < 0, 0).to(rows.dtype)
     return (rows * weight.unsqueeze(-1)).sum(1).to(y.dtype)
 
 
 def _gather(rows: Tensor, index: Tensor) -> Tensor:
-    """Rows [N, D] at an index of any shape, zeros at -1: they are a row put before the first."""
+    """Return rows [N, D] at an index of any shape, and zeros at -1."""
     padded = F.pad(rows.contiguous(), (0, 0, 1, 0))  # so the result is contiguous, as declared
     return padded.index_select(0, index.flatten() + 1).view(*index.shape, rows.shape[1])
 

@@ -1,13 +1,13 @@
 """The experts' feed-forward on rows that are sorted by expert: Linear, exact GELU, dropout, Linear.
 
-Rows S of all experts lie one after the other: packed, the rows of expert e start where those of
-e − 1 end, or padded, at e · stride. Each expert has ``used[e]`` of them. Rows past those are empty:
-nothing reads them, and what results hold there is undefined, NaN included.
+The S rows are sorted by expert. Packed, the rows of expert e start where those of e − 1 end;
+padded, they start at e · stride. Expert e has ``used[e]`` rows. Further rows are empty: nothing
+reads them, and results there are undefined, NaN included.
 
-The matrix products are torch's own: on a CPU on the rows of one expert after the other, or at once
-where they are few, see docs/experts.md. What lies between them is fused: one pass makes the
-activation, and one pass of the backward makes it anew together with the gradient before it, and
-sums the bias gradients. Only the rows and the hidden rows before bias and activation are kept.
+The matrix products are torch's own: on a CPU one expert after the other, or all at once if they
+have few rows, see docs/experts.md. The steps between them are fused: one pass computes the
+activation; one pass of the backward recomputes it together with its gradient, and sums the bias
+gradients. Only the rows and the hidden rows before bias and activation are saved.
 """
 
 from __future__ import annotations
@@ -24,6 +24,9 @@ from . import _library
 from .dropout import draw_seed, keep_mask
 from .leaving import fixed, is_leaving
 
+Weights = tuple[Tensor, Tensor, Tensor, Tensor | None]
+"""fc1_weight, fc1_bias, fc2_weight and fc2_bias, see :func:`moe_experts`."""
+
 
 def moe_experts(
     rows: Tensor,
@@ -36,16 +39,19 @@ def moe_experts(
     stride: int = 0,
     dropout_p: float = 0.0,
 ) -> Tensor:
-    """Each expert's rows through its feed-forward: ``dropout(gelu(x W₁ᵀ + b₁)) W₂ᵀ + b₂``.
+    """Run each expert's feed-forward on its rows: ``dropout(gelu(x W₁ᵀ + b₁)) W₂ᵀ + b₂``.
 
-    All tensors but ``used`` are of one dtype, under autocast too. An expert without rows gets
-    gradients that are exactly zero. On a CPU with kernels a row that is not finite spoils its own
-    result alone.
+    All tensors but ``used`` have one dtype, also under autocast. An expert without rows gets
+    gradients of exactly zero. With CPU kernels, a row that is not finite affects only its own
+    result.
 
     Args:
         rows: [S, D], sorted by expert.
         used: [E] int64, rows of each expert.
-        fc1_weight: [E, H, D]. fc1_bias: [E, H]. fc2_weight: [E, D, H]. fc2_bias: [E, D] or None.
+        fc1_weight: [E, H, D].
+        fc1_bias: [E, H].
+        fc2_weight: [E, D, H].
+        fc2_bias: [E, D] or None.
         stride: rows from one expert's first to the next one's, E · stride ≤ S; 0 = packed.
         dropout_p: dropout after the GELU, drawn from torch's default generator.
 
@@ -53,18 +59,17 @@ def moe_experts(
         [S, D]; undefined in empty rows, and so is the gradient of ``rows``.
 
     Raises:
-        ValueError: a shape, dtype or device does not fit; names the argument.
-        RuntimeError: ``used`` exceeds the rows that there are (on CUDA: a device-side assertion).
+        ValueError: a shape, dtype or device does not fit; it names the argument.
+        RuntimeError: ``used`` exceeds the number of rows (on CUDA: a device-side assertion).
     """
-    _check(rows, used, fc1_weight, fc1_bias, fc2_weight, fc2_bias, stride, dropout_p)
+    weights = (fc1_weight, fc1_bias, fc2_weight, fc2_bias)
+    _check(rows, used, weights, stride, dropout_p)
     seed = draw_seed(rows.device) if dropout_p > 0 else None
     device = rows.device.type
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         with torch.autocast(device, enabled=False):
-            return _experts(
-                rows, used, fc1_weight, fc1_bias, fc2_weight, fc2_bias, seed, stride, dropout_p
-            )
-    return _experts(rows, used, fc1_weight, fc1_bias, fc2_weight, fc2_bias, seed, stride, dropout_p)
+            return _experts(rows, used, weights, seed, stride, dropout_p)
+    return _experts(rows, used, weights, seed, stride, dropout_p)
 
 
 def moe_experts_reference(
@@ -79,7 +84,7 @@ def moe_experts_reference(
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
 ) -> Tensor:
-    """`moe_experts` in PyTorch, for any float dtype; differentiable any number of times.
+    """Run `moe_experts` in PyTorch for any float dtype, with derivatives of any order.
 
     Empty rows of the result are zero.
 
@@ -90,7 +95,7 @@ def moe_experts_reference(
         seed = draw_seed(rows.device)
     if is_leaving():
         weights = (fc1_weight, fc1_bias, fc2_weight, fc2_bias)
-        return _experts_by_index(rows, used, *weights, stride, dropout_p, seed)
+        return _experts_by_index(rows, used, weights, stride, dropout_p, seed)
     parts = []
     for expert, own, empty in _slices(rows, used, stride):
         hidden = F.gelu(F.linear(rows[own], fc1_weight[expert], fc1_bias[expert]))
@@ -107,15 +112,13 @@ def moe_experts_reference(
 def _experts_by_index(
     rows: Tensor,
     used: Tensor,
-    fc1_weight: Tensor,
-    fc1_bias: Tensor,
-    fc2_weight: Tensor,
-    fc2_bias: Tensor | None,
+    weights: Weights,
     stride: int,
     dropout_p: float,
     seed: Tensor | None,
 ) -> Tensor:
-    """The reference for a graph, where the number of rows of an expert is not known."""
+    """Run the reference in a graph, where the number of rows of an expert is unknown."""
+    fc1_weight, fc1_bias, fc2_weight, fc2_bias = weights
     start = used.cumsum(0) - used
     if stride:
         start = torch.arange(used.shape[0], device=used.device) * stride
@@ -136,15 +139,11 @@ def _experts_by_index(
 def _experts(
     rows: Tensor,
     used: Tensor,
-    fc1_weight: Tensor,
-    fc1_bias: Tensor,
-    fc2_weight: Tensor,
-    fc2_bias: Tensor | None,
+    weights: Weights,
     seed: Tensor | None,
     stride: int,
     dropout_p: float,
 ) -> Tensor:
-    weights = (fc1_weight, fc1_bias, fc2_weight, fc2_bias)
     if not _library.has_kernel("moe_experts", rows):
         return moe_experts_reference(
             rows, used, *weights, stride=stride, dropout_p=dropout_p, seed=seed
@@ -156,16 +155,8 @@ def _experts(
     return out
 
 
-def _check(
-    rows: Tensor,
-    used: Tensor,
-    fc1_weight: Tensor,
-    fc1_bias: Tensor,
-    fc2_weight: Tensor,
-    fc2_bias: Tensor | None,
-    stride: int,
-    dropout_p: float,
-) -> None:
+def _check(rows: Tensor, used: Tensor, weights: Weights, stride: int, dropout_p: float) -> None:
+    fc1_weight, fc1_bias, fc2_weight, fc2_bias = weights
     if rows.dim() != 2 or not rows.dtype.is_floating_point:
         raise ValueError(f"rows must be [S, D] of a float dtype, not {_describe(rows)}")
     if used.dim() != 1 or used.dtype != torch.int64 or used.shape[0] == 0:
@@ -199,14 +190,14 @@ def _describe(tensor: Tensor) -> str:
 
 
 def _slices(rows: Tensor, used: Tensor, stride: int) -> Iterator[tuple[int, slice, int]]:
-    """Expert, its rows, and how many empty ones come after them."""
+    """Yield each expert, its rows, and the number of empty rows after them."""
     counts = used.tolist()
     start = 0
     for expert, count in enumerate(counts):
         last = expert + 1 == len(counts)
         end = rows.shape[0] if last else start + (stride or count)
         if not 0 <= count <= min(stride or count, end - start):
-            raise RuntimeError(f"used[{expert}] is {count}, but there is not room for so many rows")
+            raise RuntimeError(f"used[{expert}] is {count}, which exceeds the number of rows")
         yield expert, slice(start, start + count), end - start - count
         start = end
 
@@ -282,8 +273,8 @@ def _backward(
     return grad_rows, grad_fc1, grad_fc1_bias, grad_fc2, grad_fc2_bias
 
 
-# `keep`: whether the hidden rows are wanted for a backward pass. `method`: how the products are
-# done, see csrc/bind_moe_experts_products.h; 0 chooses by shape, the others are for benchmarks.
+# `keep`: return the hidden rows for a backward pass. `method`: of the matrix products, see
+# csrc/bind_moe_experts_products.h; 0 chooses by shape, the others are for benchmarks.
 _library.declare(
     "moe_experts(Tensor rows, Tensor used, Tensor fc1_weight, Tensor fc1_bias, Tensor fc2_weight,"
     " Tensor? fc2_bias, Tensor? seed, int stride, float dropout_p, bool keep, int method)"

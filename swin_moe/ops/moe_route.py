@@ -1,19 +1,19 @@
 """Routing, from logits to row maps: score, top-k, order, slots, counts and loss sums in one op.
 
-Tokens choose experts (https://arxiv.org/abs/2006.16668); every expert queues those that chose it:
+Tokens choose experts (https://arxiv.org/abs/2006.16668). Every expert has a queue of its tokens:
 first choices before second ones, within a choice by descending score (batch-prioritised routing,
-https://arxiv.org/abs/2106.05974, section 4) or by index, ties by index. What is past the capacity
-is dropped. Tokens may be cut into groups (one per image) that queue apart from one another.
+https://arxiv.org/abs/2106.05974, section 4) or by index, ties by index. Assignments beyond the
+capacity are dropped. Tokens may be split into groups (one per image) with separate queues.
 
-Rows are the experts' input, expert by expert, within one group by group, within one in the order of
-the queue. They follow each other without gaps (packed), or every expert has an equal block
-(padded), whose end then is empty.
+Rows are the experts' input, sorted by expert, then by group, then by place in the queue. They
+follow each other without gaps (packed), or every expert has an equal block with an empty end
+(padded).
 
-A token whose logits are not all finite is dropped, takes part in no sum and gets no gradient; it is
-counted (``scalars``), so that one bad token is neither spread nor hidden.
+A token with a logit that is not finite is dropped, takes part in no sum and gets no gradient. It is
+counted (``scalars``), so that a bad token neither spreads nor stays hidden.
 
-The kernels are in ``csrc/cpu/moe_route*`` and ``csrc/cuda/moe_route*``; they keep no probability
-for the gradient but compute it anew. The reference is in ``route_reference.py``.
+The kernels are in ``csrc/cpu/moe_route*`` and ``csrc/cuda/moe_route*``; they save no probabilities
+for the gradient but recompute them. The reference is in ``route_reference.py``.
 """
 
 from __future__ import annotations
@@ -38,22 +38,23 @@ def moe_route(
 ) -> Route:
     """Route T tokens to k of E experts each.
 
-    Probabilities are the scores (softmax), or the scores over their sum (sigmoid). The load of an
-    expert is the chance that its clean probability beats the token's k-th noisy *logit* under the
-    noise: Φ((p − l_k) / σ) summed over tokens; comparing a probability with a logit is odd, but is
-    what Tutel does and the published models were trained with.
+    Probabilities are the scores (softmax), or the scores over their sum (sigmoid). An expert's load
+    is the chance that its clean probability exceeds the token's k-th noisy *logit* under the noise:
+    Φ((p − l_k) / σ) summed over tokens. Tutel compares a probability with a logit, and so the
+    published models were trained.
 
     Args:
         logits: [T, E] float32.
-        noise: [T, E] to be added to the logits, or None.
-        bias: [E] added to the scores where experts are chosen, never in the gate, or None
+        noise: [T, E], added to the logits, or None.
+        bias: [E], added to the scores only for the choice of experts, not in the gate, or None
             (https://arxiv.org/abs/2408.15664).
+        options: see :class:`RouteOptions`.
 
     Raises:
         ValueError: a shape, a dtype or an option does not fit.
     """
     _check(logits, noise, bias, options)
-    # Lower precisions have no kernel: the order of scores and sums over all tokens want fp32.
+    # Kernels are fp32 only: the order of scores and the sums over all tokens need it.
     given = [tensor for tensor in (logits, noise, bias) if tensor is not None]
     fp32 = all(tensor.dtype == torch.float32 for tensor in given)
     if not fp32 or not _library.has_kernel("moe_route", logits):
@@ -82,7 +83,7 @@ def _check(
         raise ValueError("padded rows need a capacity")
 
 
-# The op's results: the three that have a gradient come first, the others are integers.
+# The op's results: first the three with a gradient, then integers.
 _RESULTS = (
     "gate", "sums", "scalars", "expert", "slot", "source", "destination", "counts", "first", "used",
 )  # fmt: skip
@@ -131,7 +132,7 @@ _library.declare(
 
 
 def _fake_plan(logits: Tensor, options: RouteOptions) -> tuple[Tensor, ...]:
-    """Expert, slot, source, destination, counts, first, used."""
+    """Return empty expert, slot, source, destination, counts, first and used."""
     T, E = logits.shape
 
     def empty(dtype: torch.dtype, *shape: int) -> Tensor:
@@ -174,7 +175,7 @@ def _(
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     logits, noise, _, *ctx.options = inputs
-    ctx.set_materialize_grads(False)  # often not all of them are wanted
+    ctx.set_materialize_grads(False)  # often some are not needed
     ctx.mark_non_differentiable(*output[3:])
     ctx.save_for_backward(logits, noise, output[_RESULTS.index("expert")])
 

@@ -1,8 +1,8 @@
-"""The routing in plain PyTorch, what goes in and what comes out: see ``moe_route.py``.
+"""The routing of ``moe_route.py`` in PyTorch, with its options and results.
 
-:func:`moe_route_reference` is differentiable any number of times; only its discrete part, the op
-``moe_assign``, has no gradient. :func:`backward_reference` is the same derivative as a formula, for
-devices where an op's own gradient is wanted and no kernel exists.
+:func:`moe_route_reference` is differentiable any number of times, except for its discrete part, the
+op ``moe_assign``. :func:`backward_reference` is the same derivative as a formula, for an op's own
+gradient on devices without a kernel.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from .leaving import fixed, is_leaving, stable_order
 
 
 class RouteOptions(NamedTuple):
-    """How to route; the same for every token of a call.
+    """Options of the routing, the same for every token of a call.
 
     Attributes:
         top_k: experts per token, 1 to E.
-        sigmoid: scores are the logits' sigmoids, else their softmax.
+        sigmoid: scores are the logits' sigmoids, otherwise their softmax.
         normalize: gates are divided by their sum over the token's k choices, before drops. For
-            k = 1 that makes 1, whose gradient would be zero: it is taken as that of the score's
-            logarithm, so that the router still learns from the task.
-        prioritized: queue by descending best score, else by index.
-        groups: equal runs of consecutive tokens that queue apart.
-        capacity: places per expert and group; 0 = as many as are needed (dropless).
-        padded: every expert has groups · capacity rows; else rows are packed.
+            k = 1 the gate is 1, and its gradient is that of the score's logarithm instead of zero,
+            so that the router still learns from the task.
+        prioritized: queue by descending best score, otherwise by index.
+        groups: number of equal runs of consecutive tokens with separate queues.
+        capacity: places per expert and group; 0 = unlimited (dropless).
+        padded: every expert has groups · capacity rows; otherwise rows are packed.
         load_sigma: standard deviation of the gate noise, for the load estimate; 0 = no estimate.
     """
 
@@ -42,7 +42,7 @@ class RouteOptions(NamedTuple):
     load_sigma: float = 0.0
 
     def rows(self, tokens: int, experts: int) -> int:
-        """Rows S of the experts' input; known without looking at the logits."""
+        """Return the number of rows S of the experts' input; it is independent of the logits."""
         places = experts * self.groups * self.capacity
         if self.padded:
             return places
@@ -51,20 +51,22 @@ class RouteOptions(NamedTuple):
 
 
 class Route(NamedTuple):
-    """Where T tokens with k choices each go; ``gate``, ``sums`` and ``scalars[0]`` have gradients.
+    """The routes of T tokens with k choices each.
+
+    ``gate``, ``sums`` and ``scalars[0]`` have gradients.
 
     Attributes:
         expert: [T, k] int64, best first.
         gate: [T, k] in the logits' dtype; 0 for a token that is not finite.
-        slot: [T, k] int32, place in the queue of the expert and group, dropped ones too; −1 for a
-            token that is not finite.
+        slot: [T, k] int32, place in the queue of expert and group, also of dropped assignments; −1
+            for a token that is not finite.
         source: [S] int32, the assignment t·k+j of each row, −1 for an empty one.
         destination: [T, k] int32, the row of each assignment, −1 for a dropped one.
         counts: [E] int64, assignments, dropped ones included.
         first: [E] int64, first choices.
-        used: [E] int64, assignments that were kept: the rows of each expert.
-        sums: [3, E]: over tokens, of the noisy probabilities, of the clean ones (importance), and
-            of the load estimate, see :func:`moe_route`.
+        used: [E] int64, assignments that are not dropped: the rows of each expert.
+        sums: [3, E], sums over tokens of the noisy probabilities, of the clean ones (importance)
+            and of the load estimate, see :func:`moe_route`.
         scalars: [5]: Σ logsumexp(logits)², Σ entropy of the noisy probabilities in nats, least and
             greatest logit (inf and −inf without any), number of tokens that are not finite.
     """
@@ -84,14 +86,14 @@ class Route(NamedTuple):
 def moe_route_reference(
     logits: Tensor, noise: Tensor | None, bias: Tensor | None, options: RouteOptions
 ) -> Route:
-    """:func:`swin_moe.ops.moe_route` in plain PyTorch, for any float dtype; differentiable."""
+    """Run `moe_route` in PyTorch for any float dtype, with derivatives of any order."""
     finite = logits.isfinite().all(1)
     clean = logits.masked_fill(~finite[:, None], 0.0)
     noisy = clean if noise is None else clean + noise.masked_fill(~finite[:, None], 0.0)
     scores, probabilities = _scores(noisy, options.sigmoid)
     chosen_by = scores.detach() if bias is None else scores.detach() + bias
     priority = scores.detach().amax(1)
-    # A graph that leaves has no op of ours. Elsewhere a recompute finds the route by the op.
+    # An exported graph has none of our ops. Elsewhere, a recompute finds the saved route by the op.
     assign = assign_reference if is_leaving() else torch.ops.swin_moe.moe_assign
     plan = assign(chosen_by, priority, finite, *options)
     expert = plan[0]
@@ -117,7 +119,7 @@ def moe_route_reference(
 
 
 def _scores(logits: Tensor, sigmoid: bool) -> tuple[Tensor, Tensor]:
-    """Scores and probabilities [T, E]."""
+    """Return scores and probabilities [T, E]."""
     if not sigmoid:
         scores = logits.softmax(1)
         return scores, scores
@@ -126,7 +128,7 @@ def _scores(logits: Tensor, sigmoid: bool) -> tuple[Tensor, Tensor]:
 
 
 def _statistics(logits: Tensor, probabilities: Tensor, finite: Tensor) -> Tensor:
-    """[4]: entropy sum, least and greatest logit, tokens that are not finite."""
+    """Return [4]: entropy sum, least and greatest logit, number of non-finite tokens."""
     entropy = torch.special.entr(probabilities).sum(1) * finite
     return torch.stack(
         (entropy.sum(), *finite_range(logits, finite), (~finite).sum().to(logits.dtype))
@@ -134,7 +136,7 @@ def _statistics(logits: Tensor, probabilities: Tensor, finite: Tensor) -> Tensor
 
 
 def finite_range(logits: Tensor, finite: Tensor) -> tuple[Tensor, Tensor]:
-    """Least and greatest logit of the tokens that are finite [T]; inf and −inf without any."""
+    """Return least and greatest logit of the finite tokens [T]; inf and −inf without any."""
     bad = ~finite[:, None]
     infinity = logits.new_full((1,), math.inf)
     least = torch.cat((logits.masked_fill(bad, math.inf).flatten(), infinity)).amin(0)
@@ -155,13 +157,13 @@ def assign_reference(
     padded: bool,
     load_sigma: float,
 ) -> tuple[Tensor, ...]:
-    """Everything of a route that is discrete: expert, slot, source, destination and the counts."""
+    """Return the discrete part of a route: expert, slot, source, destination and counts."""
     T, E = chosen_by.shape
     options = RouteOptions(
         top_k, sigmoid, normalize, prioritized, groups, capacity, padded, load_sigma
     )
     device = chosen_by.device
-    # A stable sort, not topk, whose choice among equal scores is not defined.
+    # A stable sort: topk's choice among equal scores is undefined.
     expert = stable_order(chosen_by, 1, descending=True)[:, :top_k].contiguous()
     group = torch.arange(T, device=device) // max(T // groups, 1)
     nowhere = groups * E
@@ -179,7 +181,7 @@ def assign_reference(
     kept = kept & (slot < capacity) if capacity else kept
     row = torch.where(kept, first_row[queue] + slot, -1)
     rows = options.rows(T, E)
-    # Dropped assignments write to one row too many, which is cut off: fixed shapes, no sync.
+    # Dropped assignments write to an extra row, which is cut off: fixed shapes, no sync.
     source = torch.full((rows + 1,), -1, device=device, dtype=torch.int32)
     assignment = torch.arange(T * top_k, device=device, dtype=torch.int32)
     source[torch.where(kept, row, rows).flatten()] = assignment
@@ -192,10 +194,11 @@ def assign_reference(
 
 
 def queue_slots(expert: Tensor, num_experts: int, priority: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Place of every assignment in its expert's queue.
+    """Return the place of every assignment in its expert's queue.
 
     Args:
         expert: [T, k] chosen experts.
+        num_experts: E.
         priority: [T], or None for the order of the index.
 
     Returns:
@@ -228,10 +231,10 @@ def backward_reference(
     expert: Tensor,
     options: RouteOptions,
 ) -> Tensor:
-    """Gradient of the logits [T, E] for that of gate, sums and scalars[0]; None stands for zeros.
+    """Return the gradient of logits [T, E] from gate, sums and scalars[0]; None means zeros.
 
     Args:
-        expert: [T, k] that the forward chose.
+        expert: [T, k], the forward's choice.
     """
     finite = logits.isfinite().all(1, keepdim=True)
     clean = logits.masked_fill(~finite, 0.0)
@@ -264,7 +267,7 @@ def backward_reference(
 def _gate_gradient(
     grad_gate: Tensor, scores: Tensor, expert: Tensor, options: RouteOptions
 ) -> Tensor:
-    """Gradient of the chosen scores [T, k]."""
+    """Return the gradient of the chosen scores [T, k]."""
     if not options.normalize:
         return grad_gate
     chosen = scores.gather(1, expert)
@@ -278,7 +281,7 @@ def _gate_gradient(
 
 
 def _through_probabilities(grad: Tensor, scores: Tensor, sigmoid: bool) -> Tensor:
-    """Gradient of scores from that of probabilities."""
+    """Return the gradient of scores from that of probabilities."""
     if not sigmoid:
         return grad
     total = scores.sum(1, keepdim=True)
@@ -289,7 +292,7 @@ def _through_probabilities(grad: Tensor, scores: Tensor, sigmoid: bool) -> Tenso
 
 
 def _through_scores(grad: Tensor, scores: Tensor, sigmoid: bool) -> Tensor:
-    """Gradient of logits from that of scores."""
+    """Return the gradient of logits from that of scores."""
     if sigmoid:
         return grad * scores * (1.0 - scores)
     return scores * (grad - (grad * scores).sum(1, keepdim=True))

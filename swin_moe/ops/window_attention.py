@@ -1,8 +1,8 @@
 """Shifted-window attention from qkv to output, as one op.
 
 Windows are read from the map and written back to it by index arithmetic: nothing is rolled,
-partitioned or padded in memory, no mask is made, and the backward pass computes the probabilities
-anew from one number per query. The kernels are in ``csrc/cpu/window_*.h`` and
+partitioned or padded in memory, and no mask is stored. The backward pass recomputes the
+probabilities from one number per query. The kernels are in ``csrc/cpu/window_*.h`` and
 ``csrc/cuda/window_attention*``, the reference in ``window_reference.py``.
 """
 
@@ -33,32 +33,32 @@ def window_attention(
     dropout_p: float = 0.0,
     chunk: int = 0,
 ) -> Tensor:
-    """Multi-head attention within (shifted) windows of a feature map.
+    """Compute multi-head attention within (shifted) windows of a feature map.
 
-    Sides that the window does not divide are padded inside; padded keys never take part. Under
-    autocast ``qkv`` is cast like the operands of a matrix product. A head width that the kernels do
-    not know (other than 16, 32, 48, 64) goes to the reference, as fp64 does.
+    Sides that the window does not divide are padded internally; padded keys never take part. Under
+    autocast, ``qkv`` is cast like the operands of a matrix product. The reference runs for fp64 and
+    for head widths other than 16, 32, 48 and 64.
 
     Args:
         qkv: [B, H, W, 3, heads, head_dim].
         bias: [heads, N, N] position bias of query and key, N tokens in a window; float32 or the
             dtype of ``qkv``.
         scale: [heads, 1, 1]; with ``cosine`` the *log* of the logit scale, clamped at ln 100,
-            else the factor itself; float32 or the dtype of ``qkv``.
+            otherwise the factor itself; float32 or the dtype of ``qkv``.
         window_size: side of a window in tokens, or (height, width).
         shift_size: cyclic shift, or (rows, columns); regions that are not neighbours in the image
             get −100.
         cosine: cosine attention (V2) instead of the scaled dot product (V1).
         dropout_p: dropout on the probabilities, drawn from torch's default generator.
-        chunk: windows whose matrices the reference holds at a time; it makes them again in the
-            backward pass. 0 = those of all windows, and kept. The kernels never hold any.
+        chunk: number of windows whose matrices the reference holds at once; it recomputes them in
+            the backward pass. 0 = all windows, without recomputation. The kernels hold none.
 
     Returns:
         [B, H, W, heads·head_dim] in the dtype of ``qkv``; differentiable in ``qkv``, ``bias`` and
         ``scale``.
 
     Raises:
-        ValueError: a shape, dtype, device, window or shift does not fit; names the argument.
+        ValueError: a shape, dtype, device, window or shift does not fit; it names the argument.
     """
     windows = Windows(_pair(window_size), _pair(shift_size), cosine, dropout_p)
     device = qkv.device.type
@@ -75,8 +75,8 @@ def _attention(qkv: Tensor, bias: Tensor, scale: Tensor, windows: Windows, chunk
     seed = None
     if windows.dropout_p > 0:
         seed = draw_seed(qkv.device)
-    if not _fits_kernel(qkv, windows):
-        # Chunks save memory in training; a graph would be fixed to their number.
+    if not fits_kernel(qkv, windows):
+        # Chunks save memory in training; they would fix a graph to their number.
         chunk = 0 if is_leaving() else chunk
         return attention_reference(qkv, bias, scale, seed, windows, chunk)
     out, _ = torch.ops.swin_moe.window_attention(
@@ -85,8 +85,8 @@ def _attention(qkv: Tensor, bias: Tensor, scale: Tensor, windows: Windows, chunk
     return out
 
 
-def _fits_kernel(qkv: Tensor, windows: Windows) -> bool:
-    """Whether the op can serve this call; the reference does the rest."""
+def fits_kernel(qkv: Tensor, windows: Windows) -> bool:
+    """Return whether the op supports this call; otherwise the reference runs."""
     return (
         _library.has_kernel("window_attention", qkv)
         and qkv.shape[5] in KERNEL_HEAD_DIMS

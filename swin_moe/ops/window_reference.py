@@ -1,8 +1,7 @@
-"""Shifted-window attention in plain PyTorch: what the kernels are held against, and the way out
-where there are none.
+"""Shifted-window attention in PyTorch: the reference of the kernels, and the fallback without them.
 
-Formulas: Swin Transformer V2 (https://arxiv.org/abs/2111.09883), section 3.2; the backward pass is
-FlashAttention-2's (https://arxiv.org/abs/2307.08691), appendix B, with the norms put back.
+Formulas: Swin Transformer V2 (https://arxiv.org/abs/2111.09883), section 3.2. The backward pass is
+FlashAttention-2's (https://arxiv.org/abs/2307.08691), appendix B, extended by the norms.
 """
 
 from __future__ import annotations
@@ -19,18 +18,18 @@ from torch.utils.checkpoint import checkpoint
 from .dropout import keep_mask
 from .leaving import is_leaving, sides
 
-MASK_VALUE = -100.0  # additive, as the family has it: V2's logits may exceed 100, then keys leak
+MASK_VALUE = -100.0  # additive as in the official code; V2's logits may exceed 100, then keys leak
 MAX_LOG_SCALE = math.log(100.0)
-MIN_NORM = 1e-12  # as in torch.nn.functional.normalize
+MIN_NORM = 1e-12  # torch.nn.functional.normalize's default
 
 
 class Windows(NamedTuple):
-    """How a map is cut: the same for every tensor of one call.
+    """The windows of a map, the same for every tensor of one call.
 
     Attributes:
         size: (height, width) of a window in tokens.
         shift: (rows, columns) of the cyclic shift.
-        cosine: cosine attention, else the scaled dot product.
+        cosine: cosine attention, otherwise the scaled dot product.
         dropout_p: dropout on the probabilities.
     """
 
@@ -40,11 +39,11 @@ class Windows(NamedTuple):
     dropout_p: float = 0.0
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
-        """(rows, columns) of windows on a map, padding included."""
+        """Return the (rows, columns) of windows on a map, padding included."""
         return -(-height // self.size[0]), -(-width // self.size[1])
 
     def split(self, x: Tensor) -> Tensor:
-        """Map [B, H, W, ...] to windows [B, nW, N, ...]; the sides are padded with zeros."""
+        """Split a map [B, H, W, ...] into windows [B, nW, N, ...], with zero padding."""
         H, W = sides(x)
         rows, cols = self.grid(H, W)
         if self.padded(H, W):
@@ -56,7 +55,7 @@ class Windows(NamedTuple):
         return x.flatten(3, 4).flatten(1, 2)
 
     def merge(self, x: Tensor, height: int, width: int) -> Tensor:
-        """Windows [B, nW, N, ...] back to the map [B, H, W, ...], less its padding."""
+        """Merge windows [B, nW, N, ...] to the map [B, H, W, ...] without its padding."""
         rows, cols = self.grid(height, width)
         x = x.unflatten(2, self.size).unflatten(1, (rows, cols)).transpose(2, 3)
         x = x.flatten(3, 4).flatten(1, 2)
@@ -64,25 +63,25 @@ class Windows(NamedTuple):
             x = torch.roll(x, self.shift, (1, 2))
         if not self.padded(height, width):
             return x
-        # What follows copies a slice anyway; a copy here, and no graph asks if it is contiguous.
+        # Later ops copy the slice anyway; a copy here spares graphs a test of contiguity.
         return x[:, :height, :width].clone(memory_format=torch.contiguous_format)
 
     def padded(self, height: int, width: int) -> bool:
-        """Whether there may be padding. Nothing is known of a size that is dynamic in a graph."""
+        """Return whether there may be padding, which is unknown for a graph's dynamic size."""
         over = height % self.size[0], width % self.size[1]
         if type(height) is type(width) is int and not torch.compiler.is_compiling():
             return any(over)
-        # Only a graph needs it, and it imports sympy.
+        # Only for graphs, since it imports sympy.
         from torch.fx.experimental.symbolic_shapes import statically_known_true
 
         return not all(statically_known_true(rest == 0) for rest in over)
 
     def mask(self, height: int, width: int, like: Tensor) -> Tensor | None:
-        """[nW, N, N]: 0 within a region, −100 across regions, −inf towards padded keys."""
+        """Return [nW, N, N]: 0 within a region, −100 across regions, −inf for padded keys."""
         if not (any(self.shift) or self.padded(height, width)):
             return None
-        # A graph computes its mask: it may hold for other sizes, too.
-        # And what is made of fake tensors is not for real ones.
+        # Graphs compute their mask, since they may accept other sizes. Masks of fake tensors must
+        # not be cached for real ones.
         kept = type(like) is Tensor and not (torch.compiler.is_compiling() or is_leaving())
         build = _cached_region_mask if kept else _region_mask
         return build(height, width, self.size, self.shift, like.device)
@@ -96,11 +95,11 @@ def attention_reference(
     windows: Windows,
     chunk: int = 0,
 ) -> Tensor:
-    """`window_attention` in PyTorch, for any float dtype; differentiable any number of times.
+    """Run `window_attention` in PyTorch for any float dtype, with derivatives of any order.
 
     Args:
-        chunk: windows computed at a time, and again in the backward pass; 0 = all, and kept. Of
-            Swin Transformer V2 (https://arxiv.org/abs/2111.09883), section 3.4.
+        chunk: windows computed at once, and recomputed in the backward pass; 0 = all, without
+            recomputation. See Swin Transformer V2 (https://arxiv.org/abs/2111.09883), section 3.4.
     """
     H, W = sides(qkv)
     x = windows.split(qkv)  # [B, nW, N, 3, heads, d]
@@ -131,7 +130,7 @@ def _attend(
     mask: Tensor | None,
     first: int = 0,
 ) -> Tensor:
-    """Windows [B, nW, N, 3, heads, d], the first of which has that number, to [B, nW, N, C]."""
+    """Compute windows [B, nW, N, 3, heads, d], numbered from ``first``, to [B, nW, N, C]."""
     q, k, v = x.permute(3, 0, 1, 4, 2, 5).unbind(0)  # [B, nW, heads, N, d]
     if windows.cosine:
         q, k = _unit(q), _unit(k)
@@ -144,7 +143,7 @@ def _attend(
 def forward_reference(
     qkv: Tensor, bias: Tensor, scale: Tensor, seed: Tensor | None, windows: Windows
 ) -> tuple[Tensor, Tensor]:
-    """The op's forward: the output, and log₂ Σ 2^(logit·log₂e) per query [B·nW, heads, N]."""
+    """Return the op's output, and log₂ Σ 2^(logit·log₂e) per query [B·nW, heads, N]."""
     H, W = qkv.shape[1:3]
     q, k, _ = windows.split(qkv).permute(3, 0, 1, 4, 2, 5).unbind(0)
     if windows.cosine:
@@ -165,7 +164,7 @@ def backward_reference(
     lse: Tensor,
     windows: Windows,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of qkv, bias and scale by the kernels' formulas, in fp32 at least."""
+    """Return gradients of qkv, bias and scale by the kernels' formulas, in fp32 at least."""
     H, W, heads = qkv.shape[1], qkv.shape[2], qkv.shape[4]
     wide = torch.promote_types(qkv.dtype, torch.float32)
     raw_q, raw_k, v = windows.split(qkv.to(wide)).permute(3, 0, 1, 4, 2, 5).unbind(0)
@@ -201,7 +200,7 @@ def _factor(scale: Tensor, cosine: bool, dtype: torch.dtype) -> Tensor:
 def _logits(
     q: Tensor, k: Tensor, bias: Tensor, scale: Tensor, windows: Windows, mask: Tensor | None
 ) -> Tensor:
-    """[B, nW, heads, N, N] in at least fp32, of rows that are of length one if they shall be."""
+    """Return logits [B, nW, heads, N, N] in at least fp32; cosine needs unit rows."""
     wide = torch.promote_types(q.dtype, torch.float32)
     factor = _factor(scale, windows.cosine, wide)
     logits = (q @ k.transpose(-2, -1)).to(wide) * factor + bias.to(wide)
@@ -209,20 +208,20 @@ def _logits(
 
 
 def _unit(x: Tensor) -> Tensor:
-    """Rows of length one; the norm is taken in at least fp32."""
+    """Return rows of length one; the norm is computed in at least fp32."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     return F.normalize(wide, dim=-1, eps=MIN_NORM).to(x.dtype)
 
 
 def _through_unit(raw: Tensor, unit: Tensor, grad: Tensor) -> Tensor:
-    """The gradient of rows from that of the unit rows; a clamped norm is a constant."""
+    """Return the gradient of rows from that of their unit rows; a clamped norm is constant."""
     norm = raw.norm(dim=-1, keepdim=True)
     radial = (unit * grad).sum(-1, keepdim=True).where(norm > MIN_NORM, 0.0)
     return (grad - unit * radial) / norm.clamp(min=MIN_NORM)
 
 
 def _keep(seed: Tensor | None, probabilities: Tensor, dropout_p: float, first: int = 0) -> Tensor:
-    """0 or 1 / (1 − p) per probability [B, nW, heads, N, N], by the number of its query.
+    """Return 0 or 1 / (1 − p) per probability [B, nW, heads, N, N], by the query's number.
 
     Args:
         first: number of the first window.
@@ -234,9 +233,9 @@ def _keep(seed: Tensor | None, probabilities: Tensor, dropout_p: float, first: i
 
 
 def _region_ids(length: int, window: int, shift: int, device: torch.device) -> Tensor:
-    """Region of each position of the shifted axis: 0 to 2 as in the paper, −1 for padding.
+    """Return the region of each position of the shifted axis, [⌈length / window⌉, window].
 
-    [⌈length / window⌉, window]
+    Regions are 0 to 2 as in the paper, and −1 for padding.
     """
     windows = -(-length // window)
     padded = windows * window

@@ -1,4 +1,4 @@
-"""The ways to lay a config out on a cluster, and what each of them takes: memory, traffic, time."""
+"""Lays a config out on a cluster in all ways, and ranks the layouts by memory and time."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ from .states import ParameterGroup, groups_of, spread, states
 from .trace import Trace, meta_model, trace
 from .traffic import Message, exchanged, traffic
 
-# Of the makers' peaks, what torch's kernels reach in models such as these. They are the roofline's
-# only constants, with the time that a GPU needs from one kernel to the next in eager PyTorch.
+# The roofline's constants: the shares of the makers' peaks that torch's kernels reach in such
+# models, and the time of a GPU from one kernel to the next in eager PyTorch.
 OF_PRODUCTS, OF_MEMORY, OF_LINKS = 0.6, 0.8, 0.7
 LAUNCH = 5e-6  # seconds per op
-CLOSE = 1.05  # times within this ratio: the roofline cannot tell them apart
+CLOSE = 1.05  # the roofline does not resolve times within this ratio
 HOST_LINK = 2e10  # bytes/s to host memory, per GPU
 
 
 @dataclass(frozen=True)
 class Choice:
-    """A layout of the config on the cluster; together with it, overrides of the config."""
+    """A layout of the config on the cluster, which overrides keys of the config."""
 
     stage: int
     expert_parallel_size: int
-    images: int  # of a micro-batch on each rank
+    images: int  # of a rank's micro-batch
     accumulation: int
     checkpoint: bool | str | list[int]
     offload: str
@@ -40,13 +40,13 @@ class Choice:
 
     @property
     def recomputed(self) -> str:
-        """For people: which blocks."""
+        """The recomputed blocks, as text."""
         if isinstance(self.checkpoint, list):
             return f"{sum(self.checkpoint)} blocks"
         return "all" if self.checkpoint else ""
 
     def overrides(self) -> list[str]:
-        """What to add to the command line."""
+        """Return the overrides for the command line."""
         kept = str(self.checkpoint).lower().replace(" ", "")
         keys = [
             f"zero.stage={self.stage}",
@@ -62,13 +62,22 @@ class Choice:
 
 @dataclass(frozen=True)
 class ParallelLayout:
-    """A choice with what it takes. Times are seconds of an update."""
+    """A choice with its memory, messages and times.
+
+    Attributes:
+        choice: of the layout.
+        memory: of a rank.
+        messages: of a rank in an update.
+        compute: seconds of an update.
+        exposed: seconds of communication that computation does not hide, by its content.
+        update: seconds of the optimizer.
+    """
 
     choice: Choice
     memory: Memory
     messages: list[Message]
     compute: float
-    exposed: dict[str, float] = field(default_factory=dict)  # communication that nothing hides
+    exposed: dict[str, float] = field(default_factory=dict)
     update: float = 0.0
 
     @property
@@ -77,10 +86,12 @@ class ParallelLayout:
 
 
 class Planner:
-    """Lays out one config on clusters of one kind of device; traces are made once.
+    """A planner of one config on clusters of one kind of device; it keeps its traces.
 
     Args:
-        fused: whether the compiled ops run there.
+        config: to lay out.
+        cluster: of the run.
+        fused: the compiled ops run there.
     """
 
     def __init__(self, config: Config, cluster: Cluster, fused: bool) -> None:
@@ -94,8 +105,8 @@ class Planner:
 
     # ----------------------------------------------------------------------------------------
 
-    def asked(self) -> Choice:
-        """What the config says; ``auto`` becomes what a start would make of it."""
+    def configured(self) -> Choice:
+        """Return the layout of the config, with ``auto`` resolved as a start does."""
         config, cluster = self.config, self.cluster
         size = config.parallel.expert_parallel_size
         if size == "auto":
@@ -117,12 +128,12 @@ class Planner:
         )
 
     def alternatives(self) -> Iterator[Choice]:
-        """Every way that keeps the global batch."""
-        asked = self.asked()
-        whole = asked.images * asked.accumulation
+        """Yield every layout with the config's global batch."""
+        configured = self.configured()
+        whole = configured.images * configured.accumulation
         sizes = micro_batch_sizes(self.config, whole)
         for checkpoint in (False, True):
-            for group in self._expert_groups(asked):
+            for group in self._expert_groups(configured):
                 for stage in (1, 2, 3) if self.cluster.size > 1 else (1, 3):
                     if stage == 3 and group > 1:
                         continue
@@ -130,11 +141,11 @@ class Planner:
                         for offload in ("none", "cpu"):
                             yield Choice(stage, group, images, whole // images, checkpoint, offload)
 
-    def _expert_groups(self, asked: Choice) -> list[int]:
+    def _expert_groups(self, configured: Choice) -> list[int]:
         if not self.config.moe.enabled:
             return [1]
         experts, cluster = self.config.moe.num_experts, self.cluster
-        groups = {1, asked.expert_parallel_size}
+        groups = {1, configured.expert_parallel_size}
         for size in range(2, min(experts, cluster.size) + 1):
             fits = cluster.per_node % size == 0 or size % cluster.per_node == 0
             if fits and experts % size == 0 and cluster.size % size == 0:
@@ -144,7 +155,11 @@ class Planner:
     # ----------------------------------------------------------------------------------------
 
     def lay_out(self, choice: Choice, cluster: Cluster | None = None) -> ParallelLayout:
-        """What a choice takes on a cluster of the same device."""
+        """Return a choice with its memory and times.
+
+        Args:
+            cluster: of the same device; default: the planner's.
+        """
         cluster = cluster or self.cluster
         groups = spread(
             self.groups(choice.expert_parallel_size), cluster.size, choice.expert_parallel_size
@@ -178,13 +193,13 @@ class Planner:
         exposed = self._exposed(messages, choice, cluster, backward, forward)
         part = sum(g.part if choice.stage else g.elements for g in groups)
         rate = HOST_LINK if choice.offload != "none" else OF_MEMORY * cluster.device.hbm
-        # Masters, moments and gradients are read, the first two are written, and the weights.
+        # Read: masters, moments and gradients. Written: masters, moments and weights.
         update = part * (2 * (4 + self.moment_bytes) + 4 + 2) / rate
         compute = choice.accumulation * (forward + backward)
         return ParallelLayout(choice, taken, messages, compute, exposed, update)
 
     def messages(self, choice: Choice, cluster: Cluster | None = None) -> list[Message]:
-        """What a rank hands to collectives in an update."""
+        """Return the messages of a rank in an update."""
         cluster = cluster or self.cluster
         size = choice.expert_parallel_size
         model = self._model(choice)
@@ -205,6 +220,7 @@ class Planner:
         )
 
     def groups(self, expert_parallel_size: int) -> list[ParameterGroup]:
+        """Return the optimizer's groups of a rank."""
         if expert_parallel_size not in self._groups:
             optimizer = self.config.optimizer
             model = meta_model(build_task(self.config), expert_parallel_size)
@@ -214,7 +230,7 @@ class Planner:
         return self._groups[expert_parallel_size]
 
     def traced(self, choice: Choice) -> Trace:
-        """One for all expert groups: what differs among them is the number of experts."""
+        """Return the trace of a choice; sizes of expert groups above 1 share one."""
         autocast = self.bf16 and choice.stage == 0
         group, recompute = choice.expert_parallel_size, str(choice.checkpoint)
         if group > 1:
@@ -223,7 +239,7 @@ class Planner:
         key = (recompute, autocast, group)
         if key not in self._traces:
             model = self._model(choice)
-            if choice.checkpoint == "offload":  # to where: the device's account is the same
+            if choice.checkpoint == "offload":  # the device allocates the same
                 model = model.model_copy(update={"use_checkpoint": True})
             self._traces[key] = trace(
                 build_task(self.config.model_copy(update={"model": model})),
@@ -236,13 +252,14 @@ class Planner:
         return self._traces[key]
 
     def flops(self, choice: Choice) -> Flops:
-        """Of a rank's micro-batch: each computes as many rows, whosever they are."""
+        """Count the FLOPs of a rank's micro-batch; each rank computes as many expert rows."""
         return flops(self._model(choice), self.config.moe, choice.images)
 
     def _model(self, choice: Choice) -> ModelConfig:
         return self.config.model.model_copy(update={"use_checkpoint": choice.checkpoint})
 
     def _block_inputs(self) -> int:
+        """Return the bytes of an image's inputs to the blocks, without each stage's first."""
         model, total = self.config.model, 0
         height, width = model.token_grid
         for stage, depth in enumerate(model.depths):
@@ -251,7 +268,7 @@ class Planner:
         return total * (2 if self.bf16 else 4)
 
     def _compute(self, traced: Trace, choice: Choice, cluster: Cluster) -> tuple[float, float]:
-        """Seconds of a forward and of a backward pass, op by op."""
+        """Return the seconds of a forward and of a backward pass, summed over ops."""
         device = cluster.device
         peak = device.bf16 if self.bf16 else device.fp32
         products = traced.flops.at(choice.images) / (peak * OF_PRODUCTS)
@@ -269,7 +286,7 @@ class Planner:
         backward: float,
         forward: float,
     ) -> dict[str, float]:
-        """Communication less what is under way during computation, by what it carries."""
+        """Return the seconds of communication that computation does not hide, by content."""
         group, world = choice.expert_parallel_size, cluster.size
         shape = {
             "world": (world, 1),
@@ -277,8 +294,8 @@ class Planner:
             "expert_data": (world // group, group),
         }
         exposed: dict[str, float] = {}
-        # Gradients are under way during the backward pass (ZeRO-1: the last one), ZeRO-3's weights
-        # during both.
+        # Gradients travel during the backward pass (ZeRO-1: the last one), ZeRO-3's weights during
+        # both passes.
         steps = choice.accumulation if choice.stage >= 2 else 1
         hidden = steps * (backward + (forward if choice.stage == 3 else 0.0))
         for message in messages:
@@ -291,22 +308,30 @@ class Planner:
 
 
 def fits(layout: ParallelLayout, cluster: Cluster) -> bool:
+    """Return whether the memory of each device suffices."""
     return layout.memory.total <= cluster.memory
 
 
-def rank_layouts(planner: Planner, asked: ParallelLayout, cluster: Cluster) -> list[ParallelLayout]:
-    """The best of each ZeRO stage, expert group, checkpointing and offload, and the config's own.
+def rank_layouts(
+    planner: Planner, configured: ParallelLayout, cluster: Cluster
+) -> list[ParallelLayout]:
+    """Rank the best layouts of each ZeRO stage, expert group, checkpointing and offload.
 
-    The one to take comes first, see :func:`_to_take`, then the fastest. Where none of a kind fits,
-    its smallest micro-batch stands for it; those come last. One more recomputes only some of the
-    blocks, where that may be the fastest.
+    The recommended layout comes first (:func:`recommend`), then the fastest. A kind of which none
+    fits is represented by its smallest micro-batch, and comes last. The config's own layout is
+    added, and one that recomputes only some of the blocks, if that may be the fastest.
+
+    Args:
+        planner: of the config.
+        configured: layout of the config.
+        cluster: of the run.
     """
     best: dict[tuple[object, ...], ParallelLayout] = {}
     for choice in planner.alternatives():
         key = tuple(replace(choice, images=0, accumulation=0).__dict__.values())
         known = best.get(key)
         if known is not None and fits(known, cluster) and known.choice.images > 4 * choice.images:
-            continue  # ever smaller micro-batches are ever slower
+            continue  # smaller micro-batches are slower
         layout = planner.lay_out(choice)
         order = _order(layout, cluster)
         if known is None or order < _order(known, cluster):
@@ -314,17 +339,24 @@ def rank_layouts(planner: Planner, asked: ParallelLayout, cluster: Cluster) -> l
     ranked = sorted(best.values(), key=lambda layout: _order(layout, cluster))
     spared = _recompute_less(planner, ranked, cluster)
     more = [] if spared is None else [spared]
-    if fits(asked, cluster) and all(asked.choice != layout.choice for layout in ranked + more):
-        more.append(asked)
+    if fits(configured, cluster) and all(
+        configured.choice != layout.choice for layout in ranked + more
+    ):
+        more.append(configured)
     ranked = sorted(ranked + more, key=lambda layout: _order(layout, cluster))
-    first = _to_take(ranked, asked.choice, cluster)
+    first = recommend(ranked, configured.choice, cluster)
     return [first, *(layout for layout in ranked if layout is not first)]
 
 
-def _to_take(ranked: list[ParallelLayout], asked: Choice, cluster: Cluster) -> ParallelLayout:
-    """The config as it is, if no layout is clearly faster; else the simplest of the fastest ones.
+def recommend(ranked: list[ParallelLayout], configured: Choice, cluster: Cluster) -> ParallelLayout:
+    """Return the config's layout if none is clearly faster, otherwise the simplest fast one.
 
-    That is the lowest ZeRO stage, then what changes least of the config, then the fastest.
+    The simplest has the lowest ZeRO stage, then the fewest changes of the config.
+
+    Args:
+        ranked: layouts, the fastest that fits first.
+        configured: of the config.
+        cluster: of the run.
     """
     close = [
         layout
@@ -334,7 +366,7 @@ def _to_take(ranked: list[ParallelLayout], asked: Choice, cluster: Cluster) -> P
 
     def changes(layout: ParallelLayout) -> tuple[bool, int, int, float]:
         choice = layout.choice
-        changed = sum(a != b for a, b in zip(astuple(choice), astuple(asked), strict=True))
+        changed = sum(a != b for a, b in zip(astuple(choice), astuple(configured), strict=True))
         return changed > 0, choice.stage, changed, layout.seconds
 
     return min(close, key=changes, default=ranked[0])
@@ -343,14 +375,13 @@ def _to_take(ranked: list[ParallelLayout], asked: Choice, cluster: Cluster) -> P
 def _recompute_less(
     planner: Planner, ranked: list[ParallelLayout], cluster: Cluster
 ) -> ParallelLayout | None:
-    """The fastest layout that recomputes all blocks, with as few of them as still fit.
+    """Return the fastest layout that recomputes all blocks, with the fewest that suffice instead.
 
-    Blocks of early stages come first: all cost about as much to repeat, and each stage's keep half
-    of what those of the stage before keep.
+    Blocks of early stages come first. A block of each stage costs about as much to repeat, and
+    keeps half of the memory of one of the stage before.
 
     Returns:
-        None where even without recomputing it would not beat the layouts there are, and where all
-        of the blocks are needed.
+        None if recomputing nothing would not be the fastest either, or if all blocks are needed.
     """
     whole = next((one for one in ranked if one.choice.checkpoint and fits(one, cluster)), None)
     if whole is None:
@@ -359,7 +390,7 @@ def _recompute_less(
     if fits(without, cluster) or without.seconds >= ranked[0].seconds:
         return None
     depths = planner.config.model.depths
-    best, low, high = None, 0, sum(depths)  # low blocks are too few, high are enough
+    best, low, high = None, 0, sum(depths)  # low blocks are too few, high suffice
     while high - low > 1:
         middle = (low + high) // 2
         layout = planner.lay_out(replace(whole.choice, checkpoint=_first(middle, depths)))
@@ -371,7 +402,7 @@ def _recompute_less(
 
 
 def _first(blocks: int, depths: list[int]) -> list[int]:
-    """So many blocks, from the first stage on, as counts of each stage."""
+    """Return the counts per stage of the first ``blocks`` blocks."""
     before = np.cumsum([0, *depths[:-1]])
     return [int(count) for count in np.clip(blocks - before, 0, depths)]
 

@@ -1,4 +1,4 @@
-"""The command ``swin-moe plan``: what a run will take, before it is started."""
+"""Runs the planner and prints its tables."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from .choices import CLOSE, ParallelLayout, Planner, fits, rank_layouts
 from .draw import draw, label
 from .scaling import PUBLISHED, Point, strong, weak
 
-IMAGES = {21841: 14_197_122, 1000: 1_281_167}  # of ImageNet-22K and 1K, by their classes
+IMAGES = {21841: 14_197_122, 1000: 1_281_167}  # of ImageNet-22K and 1K, by number of classes
 
 
 class DoesNotFit(ValueError):
-    """The config as it stands is too large; the message says by how much, and what would fit."""
+    """The config is too large; the message has the excess and a layout that fits."""
 
 
 def plan(
@@ -40,46 +40,53 @@ def plan(
     output: Path = Path("plan.png"),
     json_path: Path | None = None,
 ) -> None:
-    """Print what a run of the config on a cluster takes, and what else fits; draw and write it.
+    """Print memory, messages and time of a run, and rank the layouts; draw and write them.
 
     Args:
-        images: of an epoch; default: the data set's, or ImageNet's of as many classes.
-        price: of a GPU for an hour, in whatever currency; None = no cost is printed.
+        config: of the run.
+        cluster: of the run.
+        console: to print to.
+        name: of the config, for titles.
+        images: of an epoch; default: the data set's, or those of the ImageNet with as many classes.
+        price: of a GPU-hour, in any currency; None = no cost is printed.
+        simulate: also scale to more nodes.
+        output: the picture.
+        json_path: gets all numbers.
 
     Raises:
-        ValueError: the config cannot be laid out on so many ranks.
-        DoesNotFit: the config as it stands is too large, or everything is.
+        ValueError: the config cannot be laid out on the cluster's ranks.
+        DoesNotFit: the config is too large.
     """
     check_picture(output, ".jpg", ".pdf", ".svg")
     fused = config.ops.fused and (cluster.name == "cpu" or config.ops.allow_unverified)
     planner = Planner(config, cluster, fused)
-    asked_choice = planner.asked()
-    check_world(cluster.size, asked_choice.expert_parallel_size)
+    configured_choice = planner.configured()
+    check_world(cluster.size, configured_choice.expert_parallel_size)
     with console.status("tracing the model"):
-        asked = planner.lay_out(asked_choice)
-        ranked = rank_layouts(planner, asked, cluster)
+        configured = planner.lay_out(configured_choice)
+        ranked = rank_layouts(planner, configured, cluster)
         curves: dict[str, list[Point]] = {}
-        chosen = asked if fits(asked, cluster) or not ranked else ranked[0]
+        chosen = configured if fits(configured, cluster) or not ranked else ranked[0]
         if simulate:
             curves = {
                 "weak: same batch per GPU": weak(planner, chosen),
                 "strong: same global batch": strong(planner, chosen),
             }
-    report = _Report(planner, asked, ranked, curves, *_images(config, images), price)
+    report = _Report(planner, configured, ranked, curves, *_images(config, images), price)
     report.print(console, name)
     if simulate:
         console.print(_published(console))
     title = f"{plain(name)} on {cluster.nodes} × {cluster.per_node} {cluster.name}"
-    draw(output, title, asked, ranked, cluster, curves)
+    draw(output, title, configured, ranked, cluster, curves)
     console.print(f"picture: {plain(output)}", markup=False)
     if json_path is not None:
         json_path.write_text(json.dumps(report.as_json(), indent=1) + "\n")
-    if not fits(asked, cluster):
-        raise DoesNotFit(_too_large(planner, asked, ranked))
+    if not fits(configured, cluster):
+        raise DoesNotFit(_too_large(planner, configured, ranked))
 
 
 def _images(config: Config, given: int | None) -> tuple[int, str]:
-    """Images of an epoch, and where that number is from."""
+    """Return the images of an epoch, and the source of the number."""
     if given:
         return given, "--images"
     from ..data.source import open_source
@@ -96,11 +103,11 @@ def _images(config: Config, given: int | None) -> tuple[int, str]:
         return IMAGES[classes], f"ImageNet of {classes} classes; --images gives another number"
 
 
-def _too_large(planner: Planner, asked: ParallelLayout, ranked: list[ParallelLayout]) -> str:
+def _too_large(planner: Planner, configured: ParallelLayout, ranked: list[ParallelLayout]) -> str:
     cluster = planner.cluster
-    over = (asked.memory.total - cluster.memory) / GIB
+    over = (configured.memory.total - cluster.memory) / GIB
     text = (
-        f"the config as it stands needs {asked.memory.total / GIB:.1f} GiB of "
+        f"the config as it stands needs {configured.memory.total / GIB:.1f} GiB of "
         f"{cluster.memory / GIB:.1f} on each {cluster.name}, {over:.1f} too much"
     )
     if ranked and fits(ranked[0], cluster):
@@ -119,22 +126,29 @@ def _too_large(planner: Planner, asked: ParallelLayout, ranked: list[ParallelLay
 
 
 class _Report:
+    """The numbers of a plan, for the console and for JSON."""
+
     def __init__(
         self,
         planner: Planner,
-        asked: ParallelLayout,
+        configured: ParallelLayout,
         ranked: list[ParallelLayout],
         curves: dict[str, list[Point]],
         images: int,
         images_from: str,
         price: float | None,
     ) -> None:
-        self.planner, self.asked, self.ranked, self.curves = planner, asked, ranked, curves
+        self.planner, self.configured, self.ranked, self.curves = (
+            planner,
+            configured,
+            ranked,
+            curves,
+        )
         self.images, self.images_from, self.price = images, images_from, price
         config, cluster = planner.config, planner.cluster
         self.unit = "process" if cluster.name == "cpu" else "GPU"
         self.cost = count(config.model, config.moe)
-        choice = asked.choice
+        choice = configured.choice
         self.per_rank = sum(g.elements for g in planner.groups(choice.expert_parallel_size))
         self.batch = choice.images * choice.accumulation * cluster.size
         self.flops = planner.flops(choice)
@@ -143,18 +157,18 @@ class _Report:
         self.updates = min(updates, limit) if limit else updates
 
     def hours(self, layout: ParallelLayout) -> float:
-        """Hours that the whole run takes."""
+        """Return the hours of the whole run."""
         return self.updates * layout.seconds / 3600
 
     def gpu_hours(self, layout: ParallelLayout) -> float:
         return self.hours(layout) * self.planner.cluster.size
 
     def images_per_second(self, layout: ParallelLayout) -> float:
-        """Images per second of each GPU."""
+        """Return the images/s of each GPU."""
         return layout.choice.images * layout.choice.accumulation / layout.seconds
 
     def mfu(self, layout: ParallelLayout) -> float:
-        """Model FLOPs, six a multiply-accumulate and nothing twice, over the device's peak."""
+        """Return the model FLOPs utilisation: 6 FLOPs a MAC, no recomputation, over the peak."""
         device = self.planner.cluster.device
         peak = device.bf16 if self.planner.bf16 else device.fp32
         return 6.0 * self.cost.macs * self.images_per_second(layout) / peak
@@ -166,12 +180,12 @@ class _Report:
         return {
             "cluster": asdict(self.planner.cluster),
             "parameters": {**asdict(self.cost), "per_rank": self.per_rank},
-            "flops": {"images": self.asked.choice.images, **asdict(self.flops)},
+            "flops": {"images": self.configured.choice.images, **asdict(self.flops)},
             "checkpoint_bytes": self.checkpoint_bytes,
             "epoch_images": self.images,
             "updates": self.updates,
             "price": self.price,
-            "config": self._layout(self.asked),
+            "config": self._layout(self.configured),
             "layouts": [self._layout(layout) for layout in self.ranked],
             "scaling": {
                 name: [
@@ -189,7 +203,7 @@ class _Report:
 
     @property
     def checkpoint_bytes(self) -> int:
-        """Masters and both moments."""
+        """The bytes of masters and both moments."""
         return (4 + self.planner.moment_bytes) * self.cost.parameters
 
     def _layout(self, layout: ParallelLayout) -> dict[str, Any]:
@@ -213,14 +227,14 @@ class _Report:
     # ----------------------------------------------------------------------------------------
 
     def print(self, console: Console, name: str) -> None:
-        cluster, asked = self.planner.cluster, self.asked
+        cluster, configured = self.planner.cluster, self.configured
         device = cluster.device
         console.print(
             f"{plain(name)} on {cluster.nodes} × {cluster.per_node} {cluster.name} "
             f"({cluster.memory / GIB:.1f} GiB each; {device.source})",
             markup=False,
         )
-        cost, images = self.cost, asked.choice.images
+        cost, images = self.cost, configured.choice.images
         console.print(
             f"parameters  {cost.parameters / 1e6:,.1f} M, {cost.activated / 1e6:,.1f} M activated, "
             f"{self.per_rank / 1e6:,.1f} M on each rank"
@@ -232,8 +246,8 @@ class _Report:
             f"products    {forward:,.2f} GFLOP forward, {per_image:,.2f} training an image; "
             f"{'bf16' if self.planner.bf16 else 'fp32'}, {ops_used} ops"
         )
-        console.print(_memory_table(asked, cluster))
-        console.print(_message_table(asked))
+        console.print(_memory_table(configured, cluster))
+        console.print(_message_table(configured))
         self._print_time(console)
         console.print(self._ranking())
         self._print_suggestion(console)
@@ -245,7 +259,7 @@ class _Report:
         if not fits(best, self.planner.cluster):
             return
         near = f"within {100 * (CLOSE - 1):.0f} % of the fastest that fits"
-        if best.choice == self.asked.choice:
+        if best.choice == self.configured.choice:
             text = f"take the config as it is: it is {near}:"
         else:
             text = f"the lowest ZeRO stage {near}, at the same global batch:"
@@ -253,15 +267,16 @@ class _Report:
         console.print("  " + " ".join(best.choice.overrides()), soft_wrap=True)
 
     def _print_time(self, console: Console) -> None:
-        asked, cluster = self.asked, self.planner.cluster
-        exposed = sum(asked.exposed.values())
+        configured, cluster = self.configured, self.planner.cluster
+        total, compute, update = configured.seconds, configured.compute, configured.update
+        exposed = sum(configured.exposed.values())
         console.print(
-            f"an update   {1e3 * asked.seconds:,.0f} ms: {1e3 * asked.compute:,.0f} computing, "
-            f"{1e3 * exposed:,.0f} waiting for messages, {1e3 * asked.update:,.0f} the optimizer"
+            f"an update   {1e3 * total:,.0f} ms: {1e3 * compute:,.0f} computing, "
+            f"{1e3 * exposed:,.0f} waiting for messages, {1e3 * update:,.0f} the optimizer"
         )
         console.print(
-            f"speed       {self.images_per_second(asked):,.0f} images/s a {self.unit}, "
-            f"{self.batch / asked.seconds:,.0f} in all; MFU {100 * self.mfu(asked):.1f} %"
+            f"speed       {self.images_per_second(configured):,.0f} images/s a {self.unit}, "
+            f"{self.batch / configured.seconds:,.0f} in all; MFU {100 * self.mfu(configured):.1f} %"
         )
         if self.images < self.batch:
             console.print(
@@ -270,16 +285,16 @@ class _Report:
                 f"{self.unit}s",
                 style="bold",
             )
-        hours, cost = self.hours(asked), self.cost_of(asked)
+        hours, cost = self.hours(configured), self.cost_of(configured)
         bill = "" if cost is None else f", {cost:,.2f} at {self.price:g} a {self.unit}-hour"
         console.print(
             f"the run     {self.updates:,} updates of {self.batch:,} images ({self.images:,} an "
             f"epoch: {self.images_from}): {hours:,.2f} hours ({hours / 24:,.1f} days), "
-            f"{self.gpu_hours(asked):,.1f} {self.unit}-hours{bill}"
+            f"{self.gpu_hours(configured):,.1f} {self.unit}-hours{bill}"
         )
         console.print(f"checkpoint  {self.checkpoint_bytes / GB:,.1f} GB: masters and moments")
-        if asked.memory.host:
-            node = asked.memory.host * cluster.per_node / GIB
+        if configured.memory.host:
+            node = configured.memory.host * cluster.per_node / GIB
             console.print(f"host memory {node:,.0f} GiB of each node, for what is offloaded")
 
     def _ranking(self) -> Table:
@@ -363,7 +378,7 @@ def _curve_table(title: str, points: list[Point]) -> Table:
 
 
 def _published(console: Console) -> Table:
-    """What authors report of runs, and what the planner says of ours in their place."""
+    """Return a table of published runs: the reported numbers, and the planner's."""
     table = Table(box=SIMPLE_HEAD, padding=(0, 1), title="published runs")
     for column in ("run", "reported", "planned, compiled ops", "planned, reference ops"):
         table.add_column(column)
@@ -376,11 +391,11 @@ def _published(console: Console) -> Table:
             cells = []
             for fused in (True, False):
                 planner = Planner(config, run.cluster, fused)
-                layout = planner.lay_out(planner.asked())
+                layout = planner.lay_out(planner.configured())
                 per_gpu = layout.choice.images * layout.choice.accumulation / layout.seconds
                 room = layout.memory.total / GIB
                 verb = "fits" if fits(layout, run.cluster) else "too large"
                 cells.append(f"{per_gpu:,.0f} img/s a GPU; {room:.1f} GiB, {verb}")
-            reported = run.said or f"{run.images_per_gpu} img/s a GPU"
+            reported = run.report or f"{run.images_per_gpu} img/s a GPU"
             table.add_row(run.title, reported, *cells)
     return table

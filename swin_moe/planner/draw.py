@@ -1,4 +1,4 @@
-"""plan.png: memory by kind of each layout against the device's limit, and how it would scale."""
+"""Draws plan.png: the memory of each layout by kind, the device's limit, and the scaling."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .scaling import Point
 if TYPE_CHECKING:  # a training imports the planner too, and does not draw
     from matplotlib.axes import Axes
 
-# A kind's name, and colours that also differ in brightness.
+# Names and colours of the kinds; the colours also differ in brightness.
 KINDS = {
     "weights": ("weights", "#1f4e79"),
     "gradients": ("gradients", "#4a90c2"),
@@ -25,8 +25,8 @@ KINDS = {
 }
 
 
-def label(layout: ParallelLayout, asked: bool = False) -> str:
-    """A layout in a few words."""
+def label(layout: ParallelLayout, configured: bool = False) -> str:
+    """Return a layout in a few words."""
     choice = layout.choice
     words = [f"ZeRO-{choice.stage}", f"{choice.images} img"]
     if choice.expert_parallel_size > 1:
@@ -37,13 +37,13 @@ def label(layout: ParallelLayout, asked: bool = False) -> str:
         words.append(f"ckpt {choice.recomputed}")
     if choice.offload != "none":
         words.append(choice.offload)
-    return ", ".join(words) + (" (config)" if asked else "")
+    return ", ".join(words) + (" (config)" if configured else "")
 
 
 def draw(
     path: Path,
     title: str,
-    asked: ParallelLayout,
+    configured: ParallelLayout,
     layouts: list[ParallelLayout],
     cluster: Cluster,
     curves: dict[str, list[Point]],
@@ -51,13 +51,17 @@ def draw(
     """Write the picture.
 
     Args:
-        layouts: the ranked ones, best first; the config's own is drawn above them.
-        curves: scaling curves by name, none = no second panel.
+        path: of the picture.
+        title: above the picture.
+        configured: layout of the config, drawn first.
+        layouts: ranked, best first.
+        cluster: of the run.
+        curves: scaling curves by name; empty = no second panel.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    rows = [asked, *layouts[:14]]
+    rows = [configured, *layouts[:14]]
     height = 1.6 + 0.34 * len(rows)
     figure = Figure(figsize=(15 if curves else 10.5, max(height, 4.2)), layout="constrained")
     FigureCanvasAgg(figure)

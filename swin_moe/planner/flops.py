@@ -1,7 +1,7 @@
-"""Operations of a model's matrix products by closed formulas, two per multiply-accumulate.
+"""Counts the FLOPs of a model's matrix products by closed formulas, two per multiply-accumulate.
 
-What :class:`torch.utils.flop_counter.FlopCounterMode` counts on the reference ops, exactly: padded
-windows and capacities are what is computed, not what is asked for.
+The counts equal those of :class:`torch.utils.flop_counter.FlopCounterMode` on the reference ops:
+they include padding of windows and unused expert capacity.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ..ops import RouteOptions
 
 @dataclass(frozen=True)
 class Flops:
-    """Of a batch: the forward pass, the backward pass, and what recomputed blocks add to that."""
+    """The FLOPs of a batch: forward pass, backward pass, and recomputed blocks on top."""
 
     forward: int = 0
     backward: int = 0
@@ -33,7 +33,7 @@ class Flops:
 
 
 def _product(multiplications: int, input_has_gradient: bool = True) -> Flops:
-    """A product whose backward pass makes the gradients of weight and, if there is one, input."""
+    """Count a product, whose backward pass computes the gradients of weight and perhaps input."""
     forward = 2 * multiplications
     return Flops(forward, forward * (1 + input_has_gradient))
 
@@ -41,10 +41,13 @@ def _product(multiplications: int, input_has_gradient: bool = True) -> Flops:
 def flops(
     model: ModelConfig, moe: MoEConfig, images: int, rows: Sequence[int] | None = None
 ) -> Flops:
-    """Count a training step of ``images`` on one rank that has all experts.
+    """Count a training step on one rank with all experts.
 
     Args:
-        rows: tokens that each MoE layer's experts computed; default: as many as there are places.
+        model: sizes.
+        moe: sizes.
+        images: of the batch.
+        rows: of all experts, for each MoE layer; default: the full capacity.
     """
     height, width = model.token_grid
     dim = model.embed_dim
@@ -83,7 +86,7 @@ def _attention(
         padded = images * (-(-height // window) + (shift > 0)) * (-(-width // window) + (shift > 0))
         return _product(padded * window**4 * dim)
     total = _product(images * height * width * 4 * dim * dim)
-    total += _product(2 * windows * window**4 * dim)  # q·k and probabilities·v
+    total += _product(2 * windows * window**4 * dim)  # q·k, and probabilities·v
     if family.position_bias != "table":
         offsets = (2 * window - 1) ** 2
         total += _product(offsets * 2 * CPB_HIDDEN, input_has_gradient=False)
@@ -112,7 +115,14 @@ def _experts(
 
 
 def expert_rows(moe: MoEConfig, images: int, tokens: int, padded: bool = False) -> int:
-    """Rows of all experts in training, for ``images`` of so many tokens each."""
+    """Return the rows of all experts of a layer in training.
+
+    Args:
+        moe: routing and capacity.
+        images: of the batch.
+        tokens: of an image.
+        padded: experts get their full capacity.
+    """
     experts = moe.num_experts
     if moe.routing == "soft":
         return images * experts * moe.slots_per_expert

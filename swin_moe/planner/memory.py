@@ -1,4 +1,4 @@
-"""Memory of a rank by kind: what is held, and the worst moment of a training step."""
+"""Computes the memory of a rank by kind, at the peak of a training step."""
 
 from __future__ import annotations
 
@@ -12,7 +12,13 @@ from .trace import Trace
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes by kind at the peak, and in the host's memory."""
+    """The bytes of a rank at the peak, by kind.
+
+    Attributes:
+        host: in the host's memory.
+        passes: of the device's bytes, the peak of the forward and backward pass above weights,
+            optimizer and margin.
+    """
 
     weights: int
     gradients: int
@@ -23,15 +29,16 @@ class Memory:
     update: int
     margin: int
     host: int
-    passes: int  # of the total: what the passes take at their peak beside what is always held
+    passes: int
 
     @property
     def total(self) -> int:
-        """On the device."""
+        """The bytes on the device."""
         kinds = [field.name for field in fields(self) if field.name not in ("host", "passes")]
         return sum(getattr(self, kind) for kind in kinds)
 
     def by_kind(self) -> dict[str, int]:
+        """Return the bytes of each kind, on device and host."""
         return {kind: size for kind, size in asdict(self).items() if kind != "passes"}
 
 
@@ -46,13 +53,17 @@ def memory(
     offloaded_per_image: int = 0,
     margin: int = 0,
 ) -> Memory:
-    """The peak of a step: of the passes, or of the update where that is more.
+    """Return the memory at the peak of a step, which is in the passes or in the update.
 
     Args:
+        traced: activations of the passes.
+        held: weights, gradients, optimizer and buckets.
         images: of a micro-batch.
-        gradient_width: bytes of an element of a gradient during the passes.
-        expert_scale: this rank's experts over those traced.
-        offloaded_per_image: bytes of blocks' inputs that are kept on the host.
+        accumulates: several micro-batches make an update.
+        gradient_width: bytes of a gradient's element during the passes.
+        expert_scale: this rank's experts over the traced ones.
+        offloaded_per_image: bytes of block inputs that the host keeps.
+        margin: bytes that stay free.
     """
     live = np.maximum(traced.live.at(images) - offloaded_per_image * images, 0)
     away = traced.travelling.at(images)
@@ -64,7 +75,7 @@ def memory(
     else:
         gradients = grown
     backward = np.arange(len(live)) >= traced.forward_events
-    # ZeRO-3's are there throughout; the others' from the first gradient on.
+    # ZeRO-3 holds its buckets throughout, ZeRO-1 and 2 from the first gradient on.
     buckets = held.buckets * (backward | accumulates | (held.between > 0))
     elements = traced.dense_grads + traced.expert_grads * expert_scale
     buckets = buckets + held.flush * (elements > held.bucket)

@@ -1,4 +1,4 @@
-"""Weak and strong scaling by the roofline, and published runs beside what it says of them."""
+"""Weak and strong scaling by the roofline, and published runs for a comparison."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ MOST = 2048  # GPUs
 
 @dataclass(frozen=True)
 class Point:
-    """A layout on so many GPUs; efficiency is images/s per GPU over that of the first point."""
+    """A layout on a number of GPUs; efficiency is images/s per GPU over the first point's."""
 
     gpus: int
     layout: ParallelLayout
@@ -22,12 +22,12 @@ class Point:
 
 
 def weak(planner: Planner, layout: ParallelLayout) -> list[Point]:
-    """The same work for each GPU, on ever more of them."""
+    """Return points with the same batch per GPU, on 1, 2, 4, … times the nodes."""
     return _points(planner, layout, strong=False)
 
 
 def strong(planner: Planner, layout: ParallelLayout) -> list[Point]:
-    """The same global batch on ever more GPUs, until each has one image left."""
+    """Return points with the same global batch, until each GPU has one image."""
     return _points(planner, layout, strong=True)
 
 
@@ -57,7 +57,14 @@ def _points(planner: Planner, layout: ParallelLayout, strong: bool) -> list[Poin
 
 @dataclass(frozen=True)
 class PublishedRun:
-    """A run as its authors report it, and the config that it corresponds to."""
+    """A run as its authors report it, and the config that corresponds to it.
+
+    Attributes:
+        source: of the report.
+        config: path below ``configs/``.
+        images_per_gpu: reported images/s.
+        report: in words, if no speed is reported.
+    """
 
     title: str
     source: str
@@ -65,7 +72,7 @@ class PublishedRun:
     overrides: tuple[str, ...]
     cluster: Cluster
     images_per_gpu: float | None = None
-    said: str = ""
+    report: str = ""
 
 
 _TUTEL = "Tutel, https://arxiv.org/abs/2206.03382, table 8"
@@ -93,7 +100,7 @@ PUBLISHED = [
         "scale/swinv2_g_3b.yaml",
         ("model.use_checkpoint=false", "zero.stage=0", "data.batch_size=2"),
         _A100,
-        said="did not fit",
+        report="did not fit",
     ),
     PublishedRun(
         "SwinV2-G, ZeRO-1 and checkpointing",
@@ -101,6 +108,6 @@ PUBLISHED = [
         "scale/swinv2_g_3b.yaml",
         ("model.use_checkpoint=true", "zero.stage=1", "data.batch_size=2"),
         _A100,
-        said="fitted, with sequential attention",
+        report="fitted, with sequential attention",
     ),
 ]

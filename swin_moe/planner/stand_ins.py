@@ -1,7 +1,7 @@
-"""What an MoE layer does between ranks, and what depends on data, for a trace without either.
+"""Replaces the parts of an MoE layer that need other ranks or data, for a trace with neither.
 
-Loads are taken to be even: each expert gets its share of the rows, and each rank receives as many
-as it sends.
+Loads are even: each expert gets an equal share of the rows, and each rank receives as many as it
+sends.
 """
 
 from __future__ import annotations
@@ -19,7 +19,13 @@ from ..ops import moe_experts
 
 
 def stand_in(layer: MoELayer, padded: bool, fused: bool) -> None:
-    """Let a layer of a fake model run on its own."""
+    """Change a layer of a fake model so that it runs without other ranks and data.
+
+    Args:
+        layer: to change.
+        padded: experts get their full capacity.
+        fused: the compiled ops run.
+    """
     kernels = layer.kernels
     experts = moe_experts if fused else _experts
     layer.kernels = Kernels(kernels.route, kernels.dispatch, kernels.combine, experts)
@@ -40,7 +46,7 @@ def _experts(
     stride: int = 0,
     dropout_p: float = 0.0,
 ) -> Tensor:
-    """The reference, which goes from expert to expert, at once: it keeps and makes as much."""
+    """Compute all experts at once, with as much memory and FLOPs as the reference's loop."""
     each, rest = divmod(rows.shape[0], used.shape[0])
     own = rows[: rows.shape[0] - rest].view(used.shape[0], each, -1)
     hidden = F.gelu(torch.baddbmm(fc1_bias[:, None], own, fc1_weight.transpose(1, 2)))
@@ -53,7 +59,7 @@ def _experts(
 
 
 class _Travel(torch.autograd.Function):
-    """Rows that leave, and as many others that come in a buffer of their own."""
+    """An exchange of rows for as many others in a new buffer."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor) -> Tensor:
@@ -69,12 +75,12 @@ def _buffer(rows: Tensor) -> Tensor:
 
 
 def _apply_experts(layer: MoELayer, rows: Tensor, plan: DispatchPlan) -> tuple[Tensor, float]:
-    """As :class:`~swin_moe.moe.dispatcher.TokenDispatcher` with one chunk."""
+    """Apply the experts as :class:`~swin_moe.moe.dispatcher.TokenDispatcher` with one chunk."""
     weights = layer.experts.weights_as(rows.dtype)
     local = len(layer.experts.share.experts)
     used = plan.used.new_empty(local)
     chunk = _Travel.apply(rows)
-    if local > 1:  # from rank by rank to expert by expert, and back
+    if local > 1:  # sort the rows from by rank to by expert, and back
         order = plan.used.new_empty(rows.shape[0])
         source = order.to(torch.int32)
         destination = order.new_empty(order.shape).to(torch.int32).view(-1, 1)

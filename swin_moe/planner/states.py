@@ -1,7 +1,7 @@
-"""What DeepSpeed 0.19 holds of a rank's parameters, by formula.
+"""Formulas for the memory of weights, gradients, optimizer and buckets in DeepSpeed 0.19.
 
-Read from its ``zero/stage_1_and_2.py`` and ``zero/stage3.py``, and held against the allocator's own
-account by ``benchmarks/planner.py``. ``P`` is what a rank's model has, cut over ``N`` replicas.
+They follow its ``zero/stage_1_and_2.py`` and ``zero/stage3.py``. ``benchmarks/planner.py`` compares
+them with the allocator's statistics.
 """
 
 from __future__ import annotations
@@ -20,7 +20,13 @@ PREFETCH = 50_000_000  # elements that it gathers ahead
 
 @dataclass(frozen=True)
 class ParameterGroup:
-    """One of the optimizer's groups as a rank has it: elements of its tensors, and replicas."""
+    """One of the optimizer's groups on a rank.
+
+    Attributes:
+        sizes: elements of each tensor.
+        expert: the tensors are experts.
+        replicas: ranks that share its states.
+    """
 
     sizes: tuple[int, ...]
     expert: bool
@@ -32,12 +38,12 @@ class ParameterGroup:
 
     @property
     def part(self) -> int:
-        """Elements of it that one replica keeps; the whole is padded to twice the replicas."""
+        """The elements of one replica's part; the whole is padded to twice the replicas."""
         return -(-self.elements // (2 * self.replicas)) * 2
 
 
 def groups_of(model: nn.Module, decay: float, layer_decay: float) -> list[ParameterGroup]:
-    """The groups of a model (on the meta device), replicas left at one."""
+    """Return the groups of a model on the meta device, with one replica each."""
     return [
         ParameterGroup(tuple(p.numel() for p in group["params"]), group["moe"])
         for group in parameter_groups(model, decay, layer_decay)
@@ -47,23 +53,26 @@ def groups_of(model: nn.Module, decay: float, layer_decay: float) -> list[Parame
 def spread(
     groups: list[ParameterGroup], world: int, expert_parallel_size: int
 ) -> list[ParameterGroup]:
-    """The groups with the replicas that there are of each."""
+    """Return the groups with the number of their replicas in a world."""
     return [replace(g, replicas=world // (expert_parallel_size if g.expert else 1)) for g in groups]
 
 
 @dataclass(frozen=True)
 class States:
-    """Bytes on the device of a rank, beside activations.
+    """The bytes of a rank, without activations.
 
     Attributes:
-        weights, optimizer: held all the time, masters and moments the latter.
+        weights: held throughout.
+        optimizer: masters and moments, held throughout.
         gradients: held between the backward pass and the update.
-        full_gradients: whether they grow to that during the backward pass; else only pieces exist.
-        buckets: what reductions and gathers take during the passes; ``flush`` more bytes from the
-            moment on at which ``bucket`` elements of gradients are there.
-        between: buckets that are held at any time.
-        update: what the optimizer's step takes on top of weights, optimizer, gradients.
-        host: bytes in the host's memory.
+        full_gradients: the gradients grow to that during the backward pass; otherwise only pieces
+            exist during it.
+        buckets: of reductions and gathers during the passes.
+        bucket: elements of gradients from which on ``flush`` more bytes are held.
+        flush: see ``bucket``.
+        between: buckets that are held throughout.
+        update: of the optimizer's step, in addition to weights, optimizer and gradients.
+        host: in the host's memory.
     """
 
     weights: int
@@ -90,28 +99,33 @@ def states(
     weights_away: bool = False,
     minimum_bucket: int = BUCKET,
 ) -> States:
-    """Memory of one rank.
+    """Return the memory of one rank.
 
     Args:
-        offload: ``none``, ``cpu`` or ``nvme``. accelerator: whether host memory is another one.
+        groups: of the rank.
+        stage: of ZeRO.
+        bf16: weights and gradients are bf16, otherwise fp32.
+        offload: of the optimizer, ``none``, ``cpu`` or ``nvme``.
+        accelerator: the device has its own memory.
         accumulates: several micro-batches make an update.
-        weights_away: ZeRO-3 keeps its parts of the weights in host memory or files, too.
         moment_bytes: of both moments of an element.
+        weights_away: ZeRO-3 keeps its parts of the weights in host memory or files.
+        minimum_bucket: elements.
     """
     if stage == 0:
         return _replicated(groups, moment_bytes)
     width = 2 if bf16 else 4
     part = sum(g.part for g in groups)
-    optimizer = (moment_bytes + 4) * part  # ZeRO-3 clones fp32 masters, too
+    optimizer = (moment_bytes + 4) * part  # ZeRO-3 also clones masters that are fp32 already
     host, away = 0, offload != "none" and accelerator
     if offload == "nvme":
         optimizer = 0
     elif offload == "cpu":
-        optimizer += (4 + width * (stage < 3)) * part  # a gradient of each master, a copy of it
+        optimizer += (4 + width * (stage < 3)) * part  # gradients of the masters, and a copy
     if away:
         optimizer, host = 0, optimizer
     largest = max(min(g.part, SUB_GROUP if stage == 3 else g.part) for g in groups)
-    # The gradient of a group in fp32, which ZeRO 1 and 2 make of a flattened copy.
+    # The gradient of a group in fp32; ZeRO 1 and 2 make it from a flattened copy.
     copies = 4 + (width if stage < 3 and bf16 else 0)
     update = 0 if offload != "none" else copies * largest
     if stage == 3:
@@ -122,7 +136,7 @@ def states(
 
 
 def _replicated(groups: list[ParameterGroup], moment_bytes: int) -> States:
-    """ZeRO 0: all of it on every rank, in fp32."""
+    """Return the memory of ZeRO 0: everything on every rank, in fp32."""
     elements = sum(g.elements for g in groups)
     largest = max(size for g in groups for size in g.sizes)
     flattened = min(elements, 500_000_000 + largest)
@@ -144,7 +158,7 @@ def _sliced(
     accelerator: bool,
     accumulates: bool,
 ) -> States:
-    """ZeRO 1 and 2, without the optimizer's own: the concatenation of a group is cut."""
+    """Return the memory of ZeRO 1 and 2, which cut the concatenation of a group."""
     elements = sum(g.elements for g in groups)
     bucket = max(minimum_bucket, *(size for g in groups for size in g.sizes))
     owned = width * sum(g.part for g in groups) if offload == "none" else 0
@@ -154,7 +168,7 @@ def _sliced(
         full_gradients=stage == 1,
         buckets=width * bucket * (2 if accelerator else 1),  # one is filled, one on its way
         bucket=bucket,
-        # What is reduced is flattened once more; ZeRO-2 keeps its part in a piece of its own.
+        # A reduction flattens the bucket again; ZeRO-2 copies its part.
         flush=width * min(bucket, elements) + (owned if stage == 2 else 0),
     )
 
@@ -162,10 +176,11 @@ def _sliced(
 def _cut(
     groups: list[ParameterGroup], width: int, bucket: int, away: bool, weights_away: bool
 ) -> States:
-    """ZeRO-3, without the optimizer's own: every parameter is cut.
+    """Return the memory of ZeRO-3, which cuts every parameter.
 
     Args:
-        away, weights_away: whether the optimizer and the weights are in another memory.
+        away: the optimizer is in another memory.
+        weights_away: the weights are in another memory.
     """
     elements = sum(g.elements for g in groups)
     part = width * sum(g.part for g in groups)
@@ -175,7 +190,7 @@ def _cut(
         weights=width * kept + (0 if weights_away else part),
         gradients=0 if away else part,
         full_gradients=False,
-        # Gathered weights, and those that a gather has just brought and not yet sorted.
+        # Gathered weights, and the output of a gather that is not yet sorted.
         buckets=width * (min(sharded, LIVE) + min(sharded, PREFETCH)),
         bucket=bucket,
         flush=width * min(bucket, elements),

@@ -1,7 +1,7 @@
-"""Bytes that a rank hands to collectives in an update, as DeepSpeed 0.19 does it.
+"""Counts the bytes that a rank passes to collectives in an update with DeepSpeed 0.19.
 
-Counted are the bytes of what is reduced, scattered (the whole) or sent, and of what a gather
-returns. Messages of a few numbers are left out: the guard's, norms, overflow flags and logging.
+A reduction, a scatter and an all-to-all count their input, a gather its output. Messages of a few
+numbers are left out: the guard's, norms, overflow flags and logging.
 """
 
 from __future__ import annotations
@@ -15,13 +15,14 @@ from .states import LIVE, PERSISTENT, ParameterGroup
 
 @dataclass(frozen=True)
 class Message:
-    """All that a kind of collective carries in an update.
+    """The messages of one kind and content in an update.
 
     Attributes:
         kind: ``all_reduce``, ``reduce_scatter``, ``all_gather`` or ``all_to_all``.
         group: ``world``, ``expert`` or ``expert_data``, see :class:`~swin_moe.distributed.World`.
-        what: for people.
-        overlaps: whether it is on its way while gradients or the next layers are computed.
+        what: the content, for tables.
+        sent: bytes.
+        overlaps: it travels while gradients or the next layers are computed.
     """
 
     kind: str
@@ -34,10 +35,16 @@ class Message:
 def traffic(
     groups: list[ParameterGroup], *, stage: int, bf16: bool, accumulation: int
 ) -> list[Message]:
-    """Gradients and weights of an update.
+    """Return the messages with the gradients and weights of an update.
 
-    ZeRO 1 and 2 reduce every gradient on all ranks (``use_multi_rank_bucket_allreduce``): a rank
-    keeps its part of it. ZeRO-1 does so once an update, ZeRO-2 and 3 in each micro-step.
+    ZeRO 1 and 2 reduce every gradient on all ranks (``use_multi_rank_bucket_allreduce``), and a
+    rank keeps its part. ZeRO-1 reduces once an update, ZeRO-2 and 3 in each micro-step.
+
+    Args:
+        groups: of the rank.
+        stage: of ZeRO.
+        bf16: weights and gradients are bf16 (from ZeRO-1 on), otherwise fp32.
+        accumulation: micro-steps of an update.
     """
     width = 2 if bf16 and stage else 4
     messages = []
@@ -101,7 +108,17 @@ def exchanged(
     accumulation: int,
     padded: bool,
 ) -> list[Message]:
-    """Rows of an update's micro-steps to the experts and back, and their gradients."""
+    """Return the messages with the rows of an update to the experts and back, and their gradients.
+
+    Args:
+        model: sizes.
+        moe: routing and capacity.
+        expert_parallel_size: ranks of an expert group.
+        images: of a micro-batch.
+        bf16: rows are bf16, otherwise fp32.
+        accumulation: micro-steps of an update.
+        padded: experts get their full capacity.
+    """
     if expert_parallel_size == 1 or not moe.enabled:
         return []
     height, width = model.token_grid
@@ -111,7 +128,7 @@ def exchanged(
         tokens = -(-height // 2**stage) * -(-width // 2**stage)
         rows = expert_rows(moe, images, tokens, padded) * shards
         again = sum(block < model.recomputed_blocks(stage) for block in blocks)
-        # There and back: forward, backward, and where a block is recomputed.
+        # There and back, in forward, backward, and the recomputation of a block.
         sent += (4 * len(blocks) + 2 * again) * rows * (model.embed_dim << stage)
     size = accumulation * (2 if bf16 else 4)
     return [Message("all_to_all", "expert", "rows of tokens", size * sent)]

@@ -1,4 +1,4 @@
-"""Whether all processes of a run are alike: what is refused, and what is only told."""
+"""Compares all processes of a run; some differences are refused, others are warnings."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..config import Config
 from ..distributed.meeting import Meeting, spans
 from .facts import Facts, collect
 
-# What differs in these breaks a run or changes it without a word, and what to do about it.
+# Differences that break a run, or change it silently; and how to mend them.
 REFUSED = {
     "config": "start every process with the same config and overrides",
     "swin_moe": "install the same version everywhere",
@@ -23,12 +23,12 @@ REFUSED = {
     "backend": "a host without its GPUs, or with another build of torch, cannot take part",
     "NCCL": "install requirements/lock.txt everywhere",
 }
-TAKEN = 0.1  # share of a GPU's memory that others may hold
+TAKEN = 0.1  # share of a GPU's memory that other programs may hold
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """What was found of all processes, in rank order; the same on every rank."""
+    """The facts of all processes by rank, and their differences; the same on every rank."""
 
     facts: list[Facts]
     problems: list[str]
@@ -39,24 +39,24 @@ def agree(config: Config, meeting: Meeting) -> Agreement:
     """Compare all processes, before they make any group.
 
     Raises:
-        TimeoutError: some did not come.
+        TimeoutError: some processes did not come.
     """
     mine = collect(config)
     keys = _flat(config.model_dump())
     text = json.dumps(keys) if meeting.rank == 0 else ""
-    common = json.loads(meeting.exchange("config", text, lambda said: said[0]))
+    common = json.loads(meeting.exchange("config", text, lambda texts: texts[0]))
     different = {
         key: [keys.get(key, "nothing"), common.get(key, "nothing")]
         for key in {**common, **keys}
         if keys.get(key) != common.get(key)
     }
-    said = json.dumps([mine.to_json(), different])
-    answer = json.loads(meeting.exchange("versions", said, _judge))
-    return Agreement([Facts(**one) for one in answer[0]], answer[1], answer[2])
+    text = json.dumps([mine.to_json(), different])
+    facts, problems, warnings = json.loads(meeting.exchange("versions", text, _judge))
+    return Agreement([Facts(**one) for one in facts], problems, warnings)
 
 
 def _flat(section: dict[str, Any], prefix: str = "") -> dict[str, str]:
-    """Dotted keys to values, as a person would write them."""
+    """Return the values of a config as text, by dotted keys."""
     result: dict[str, str] = {}
     for key, value in section.items():
         if isinstance(value, dict):
@@ -66,18 +66,20 @@ def _flat(section: dict[str, Any], prefix: str = "") -> dict[str, str]:
     return result
 
 
-def _judge(said: list[str]) -> str:
-    pairs = [json.loads(text) for text in said]
+def _judge(texts: list[str]) -> str:
+    pairs = [json.loads(text) for text in texts]
     facts = [Facts(**json.loads(one)) for one, _ in pairs]
     problems, warnings = compare(facts, [different for _, different in pairs])
     return json.dumps([[json.loads(one) for one, _ in pairs], problems, warnings])
 
 
 def compare(facts: list[Facts], keys: list[dict[str, list[str]]]) -> tuple[list[str], list[str]]:
-    """Lines about what differs: what is to be refused, and what is only told.
+    """Return lines about the differences: problems, and warnings.
 
     Args:
-        keys: of each rank the config's keys that differ from rank 0's: its value, and rank 0's.
+        facts: by rank.
+        keys: by rank, the config's keys that differ from rank 0's, with the rank's value and rank
+            0's.
     """
     problems, warnings = [], []
     for name in facts[0].versions:
@@ -97,11 +99,11 @@ def compare(facts: list[Facts], keys: list[dict[str, list[str]]]) -> tuple[list[
 
 
 def _odd_ones(facts: list[Facts], name: str, keys: list[dict[str, list[str]]]) -> list[str]:
-    """A line per value that is not the usual one; of two equally usual ones rank 0's is."""
+    """Return a line for each value that is not the most frequent one; rank 0's wins a tie."""
     by_value: dict[str, list[int]] = {}
     for rank, fact in enumerate(facts):
         by_value.setdefault(fact.versions[name], []).append(rank)
-    usual = max(by_value, key=lambda value: len(by_value[value]))  # the first of equals
+    usual = max(by_value, key=lambda value: len(by_value[value]))  # the first of equals is rank 0's
     lines = []
     for value, ranks in by_value.items():
         if value == usual:
@@ -142,7 +144,7 @@ def _short_of_memory(facts: list[Facts]) -> list[str]:
 
 
 def named(facts: list[Facts], ranks: list[int]) -> str:
-    """Hosts of some ranks; with the ranks where the same host has others."""
+    """Return the hosts of ``ranks``, with the ranks if a host also has others."""
     chosen = set(ranks)
     hosts = list(dict.fromkeys(facts[rank].host for rank in ranks))
     if any(fact.host in hosts and rank not in chosen for rank, fact in enumerate(facts)):

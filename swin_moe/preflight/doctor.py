@@ -1,4 +1,4 @@
-"""The command ``swin-moe doctor``: what a start would check, as tables."""
+"""The command ``swin-moe doctor``: makes the checks of a start and prints tables."""
 
 from __future__ import annotations
 
@@ -18,13 +18,19 @@ from .start import Checked, check, timing_text, to_json
 
 
 def doctor(config: Config, meeting: Meeting, console: Console, json_file: Path | None) -> bool:
-    """Check all processes and print what was found; returns whether a run would begin.
+    """Check all processes, print the results, and return whether a run would begin.
+
+    Args:
+        meeting: of all processes.
+        console: of rank 0.
+        json_file: gets all results, if given.
 
     Raises:
-        ConnectionError, TimeoutError: who did not come, or was lost.
+        TimeoutError: some processes did not come.
+        ConnectionError: some processes were lost.
     """
     verdict = agree(config, meeting)
-    if verdict.problems:  # groups of other sizes, or another torch, might wait for ever
+    if verdict.problems:  # groups of different sizes, or another torch, could wait for ever
         checked = Checked(verdict.facts, verdict.problems, verdict.warnings, None)
     else:
         size = config.parallel.expert_parallel_size
@@ -34,7 +40,7 @@ def doctor(config: Config, meeting: Meeting, console: Console, json_file: Path |
             hierarchical=config.parallel.hierarchical_all_to_all,
             meeting=meeting,
         )
-        from ..training.engine import check_deepspeed  # looks at what init has set
+        from ..training.engine import check_deepspeed  # reads the environment that init sets
 
         check_deepspeed()
         dtype = resolve_precision(config.precision, world.device)
@@ -76,9 +82,9 @@ def _print(checked: Checked, console: Console) -> None:
 
 
 def _versions(facts: list[Facts]) -> Table:
-    """A line per value that somebody has: one line where all agree."""
+    """Return a table with a row for each value that a process has."""
     table = Table(title="versions", title_justify="left")
-    table.add_column("what")
+    table.add_column("of")
     table.add_column("value", overflow="fold")
     table.add_column("on", overflow="fold")
     for name in facts[0].versions:
@@ -93,7 +99,7 @@ def _versions(facts: list[Facts]) -> Table:
 
 
 def _hosts(facts: list[Facts], links: Links | None) -> Table:
-    """A row per host."""
+    """Return a table with a row for each host."""
     table = Table(title="hosts", title_justify="left")
     table.add_column("host")
     for column in ("processes", "memory free", "GPU memory free", "disk free", "clock", "compute"):

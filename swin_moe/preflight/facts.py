@@ -1,4 +1,4 @@
-"""What one process is: versions, code, config, device, free memory and disk."""
+"""Collects the facts of one process: versions, code, config, device, free memory and disk."""
 
 from __future__ import annotations
 
@@ -24,13 +24,17 @@ PACKAGE = Path(__file__).parent.parent
 
 @dataclass(frozen=True)
 class Facts:
-    """Of one process.
+    """The facts of one process.
 
     Attributes:
-        versions: what is compared between processes, for people; see ``agreement.py``.
-        gpu: identity of the GPU, empty without one. local_rank: its place on the host.
-        memory, disk: free bytes of the host and of the disk of ``train.output``.
-        gpu_free, gpu_total: bytes.
+        host: its name.
+        local_rank: of the process on its host.
+        versions: texts that ``agreement.py`` compares, by name.
+        gpu: identity of the GPU; empty without one.
+        memory: free bytes of the host.
+        disk: free bytes of the disk of ``train.output``.
+        gpu_free: bytes.
+        gpu_total: bytes.
     """
 
     host: str
@@ -47,7 +51,7 @@ class Facts:
 
 
 def collect(config: Config) -> Facts:
-    """The facts of this process, which has no process group yet."""
+    """Return the facts of this process; no process group is needed."""
     _, local_rank, _ = ranks.environment_rank()
     versions = {
         "config": _digest(dump_config(config).encode()),
@@ -83,7 +87,7 @@ def _digest(content: bytes) -> str:
 
 
 def _source() -> str:
-    """Digest of the package's own Python files: commits do not tell of what is not committed."""
+    """Return a digest of the package's Python files, which may differ from the commit."""
     digest = hashlib.sha256()
     for path in sorted(PACKAGE.rglob("*.py")):
         digest.update(str(path.relative_to(PACKAGE)).encode() + b"\0" + path.read_bytes())

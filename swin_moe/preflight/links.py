@@ -1,4 +1,4 @@
-"""How fast the processes are and reach one another, in the sizes that the run will use."""
+"""Measures clocks, speeds and links of the processes, with messages of the run's sizes."""
 
 from __future__ import annotations
 
@@ -12,24 +12,31 @@ import torch.distributed as dist
 
 from ..config import Config
 from ..distributed import World, all_reduce_, barrier, gather_objects
+from ..distributed.expert_placement import BUCKET
 from ..models.cost import Cost
 from .agreement import named
 from .facts import Facts
 
-BUCKET = 50_000_000  # elements that DeepSpeed reduces at a time
-FIRST = 2**20  # elements of a first try, which says how many can be had in BUDGET
+FIRST = 2**20  # elements of the first try, whose time gives the number for BUDGET
 BUDGET = 1.0  # seconds of one try
 REPEATS = 5
 RING = 2**20  # elements that each rank sends to the next
-MATRIX = 512  # sides of the product that says how fast a process computes
+MATRIX = 512  # sides of the matrices whose product measures the computing speed
 PINGS = 5
-SLOW = 3.0  # times slower than is usual is worth a word
-SKEW = 1.0  # so many seconds of clocks, too
+SLOW = 3.0  # a warning is due from this many times the usual time on
+SKEW = 1.0  # seconds between clocks above which a warning is due
 
 
 @dataclass(frozen=True)
 class Timing:
-    """One collective. ``bandwidth``: bytes/s that pass a rank's link, as nccl-tests count them."""
+    """The time of a collective.
+
+    Attributes:
+        name: of the collective.
+        bytes: of a rank's tensor.
+        seconds: of the slowest rank.
+        bandwidth: bytes/s through a rank's link, as nccl-tests count them.
+    """
 
     name: str
     bytes: int
@@ -39,11 +46,13 @@ class Timing:
 
 @dataclass(frozen=True)
 class Links:
-    """What was measured; the same on every rank.
+    """The measurements; the same on every rank.
 
     Attributes:
-        skew: seconds that each rank's host's clock is ahead of rank 0's.
-        ring: seconds from the rank before to each. compute: FLOP/s of each.
+        timings: of the collectives.
+        skew: seconds by which the clock of each rank's host is ahead of rank 0's.
+        ring: seconds of a message to each rank from the one before it.
+        compute: FLOP/s of each rank.
     """
 
     timings: list[Timing]
@@ -55,7 +64,12 @@ class Links:
 def measure(
     config: Config, cost: Cost, dtype: torch.dtype, world: World, facts: list[Facts]
 ) -> Links:
-    """Take all measures, a second or two each at most; every rank calls it.
+    """Measure clocks, collectives, links and speeds, in a second or two each; all ranks call it.
+
+    Args:
+        cost: of the model.
+        dtype: of the messages and the product.
+        facts: by rank.
 
     Raises:
         RuntimeError: a collective failed or timed out.
@@ -65,7 +79,7 @@ def measure(
     dense = cost.parameters - (cost.experts if world.expert.size > 1 else 0)
     timings = [_all_reduce(min(dense, BUCKET), dtype, world)]
     if world.expert.size > 1:
-        timings.append(_all_to_all(_dispatched(config), dtype, world))
+        timings.append(_all_to_all(dispatched_elements(config), dtype, world))
     mine = _ring(dtype, world), _compute(dtype, world)
     ring, compute = zip(*gather_objects(mine), strict=True)
     return Links(
@@ -74,7 +88,7 @@ def measure(
 
 
 def judge(links: Links, facts: list[Facts]) -> list[str]:
-    """Warnings: clocks that differ, and who is far slower than is usual."""
+    """Return warnings about clocks that differ, and processes and links that are slow."""
     lines = []
     for host, skew in {f.host: s for f, s in zip(facts, links.skew, strict=True)}.items():
         if abs(skew) > SKEW:
@@ -101,8 +115,8 @@ def judge(links: Links, facts: list[Facts]) -> list[str]:
     return lines
 
 
-def _dispatched(config: Config) -> int:
-    """Elements that a rank sends in the largest MoE layer's dispatch."""
+def dispatched_elements(config: Config) -> int:
+    """Return the elements that a rank sends in the dispatch of the first, largest MoE layer."""
     height, width = config.model.token_grid
     stage = next(index for index, blocks in enumerate(config.moe.blocks) if blocks)
     tokens = -(-height // 2**stage) * -(-width // 2**stage) * config.data.batch_size
@@ -136,10 +150,11 @@ def _time(
     dtype: torch.dtype,
     world: World,
 ) -> Timing:
-    """Time a collective of so many elements, or of as many as it does in BUDGET.
+    """Time a collective of ``elements``, or of as many as it carries in BUDGET if that is less.
 
     Args:
-        passed: share of the bytes that crosses each rank's link.
+        run: makes the collective with the tensor.
+        passed: bytes through each rank's link, over those of its tensor.
     """
     x = torch.zeros(min(elements, FIRST), dtype=dtype, device=world.device)
     run(x)  # connects
@@ -154,7 +169,7 @@ def _time(
 
 
 def _slowest(run: Callable[[], object], world: World) -> float:
-    """Seconds of the rank for which it took longest."""
+    """Return the seconds of the slowest rank."""
     barrier()
     taken = torch.tensor(_seconds(run, world), dtype=torch.float64)
     return max(float(all_reduce_(taken, "max")), 1e-9)
@@ -174,7 +189,7 @@ def _synchronise(world: World) -> None:
 
 
 def _ring(dtype: torch.dtype, world: World) -> float:
-    """Seconds until what the rank before sends has come, while all ranks send to the next."""
+    """Return the seconds of a message from the rank before, while all ranks send to the next."""
     out = torch.zeros(RING, dtype=dtype, device=world.device)
     into = torch.empty_like(out)
     after, before = (world.rank + 1) % world.size, (world.rank - 1) % world.size
@@ -193,7 +208,7 @@ def _ring(dtype: torch.dtype, world: World) -> float:
 
 
 def _compute(dtype: torch.dtype, world: World) -> float:
-    """FLOP/s of a product, while all ranks compute."""
+    """Return the FLOP/s of a matrix product while all ranks compute."""
     x = torch.randn(MATRIX, MATRIX, device=world.device).to(dtype)
     barrier()
     times = [_seconds(lambda: x @ x, world) for _ in range(REPEATS)]
@@ -201,10 +216,13 @@ def _compute(dtype: torch.dtype, world: World) -> float:
 
 
 def _skew(world: World, leaders: list[int]) -> dict[int, float]:
-    """Of each rank of ``leaders``, one a host: seconds that its clock is ahead of rank 0's.
+    """Return the seconds by which the clock of each leader is ahead of rank 0's.
 
-    Rank 0 asks for the time, and takes the answer for the middle of the shortest of a few round
-    trips, as NTP does.
+    Rank 0 asks for the time. It takes the answer as the time in the middle of the round trip, and
+    uses the shortest of a few trips, as NTP does.
+
+    Args:
+        leaders: one rank of each host.
     """
     skew = {}
     for leader in leaders:

@@ -1,4 +1,4 @@
-"""Whether all processes see one run directory, and may write there; and the data."""
+"""Checks that all processes see the data and one run directory, and can write there."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ _PATIENCE = 5.0  # seconds; a network file system shows new files a little later
 
 
 def check_folder(config: Config, world: World, facts: list[Facts]) -> list[str]:
-    """Lines about who does not see what rank 0 writes beside the run directory.
+    """Return lines about ranks that do not see a file that rank 0 writes next to the run directory.
 
-    Nothing is left there: neither the file nor folders that were made for it.
+    The file is removed again, and so are folders that were made for it.
     """
     folder = Path(config.train.output).absolute().parent
     token = made = None
@@ -36,27 +36,27 @@ def check_folder(config: Config, world: World, facts: list[Facts]) -> list[str]:
         for path in folder.glob(f"{name}*") if name else ():
             path.unlink(missing_ok=True)
         for path in made or ():
-            with contextlib.suppress(OSError):  # somebody has come to use it
+            with contextlib.suppress(OSError):  # somebody uses it meanwhile
                 path.rmdir()
     if problem:
         return [problem]
     lines = []
-    for what in dict.fromkeys(seen):
-        if what:
-            ranks = [rank for rank, other in enumerate(seen) if other == what]
-            lines.append(f"{named(facts, ranks)}: {what}")
+    for text in dict.fromkeys(seen):
+        if text:
+            ranks = [rank for rank, other in enumerate(seen) if other == text]
+            lines.append(f"{named(facts, ranks)}: {text}")
     return lines
 
 
 def _make(folder: Path) -> list[Path]:
-    """Make the folder; those that were made, the innermost first."""
+    """Make the folder; return the folders that were missing, the innermost first."""
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     return missing
 
 
 def _see(token: Path, rank: int) -> str:
-    """What is wrong with the folder as this rank sees it; empty if nothing is."""
+    """Return this rank's problem with the folder of ``token``; empty if there is none."""
     deadline = time.monotonic() + _PATIENCE
     try:
         while not token.exists():
@@ -75,10 +75,10 @@ def _see(token: Path, rank: int) -> str:
 
 
 def check_data(config: Config, facts: list[Facts]) -> list[str]:
-    """Lines about who lacks ``data.path`` where others have it."""
+    """Return a line about ranks without ``data.path``, if others have it."""
     there = gather_objects(Path(config.data.path).exists())
     missing = [rank for rank, exists in enumerate(there) if not exists]
-    if not missing or not any(there):  # the name of a bundled sample, or missed by all alike
+    if not missing or not any(there):  # none has it: it may be the name of a bundled sample
         return []
     who, has = named(facts, missing), named(facts, [there.index(True)])
     return [f"{who}: data.path={config.data.path} is not there, but {has} has it"]

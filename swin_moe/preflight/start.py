@@ -1,4 +1,4 @@
-"""The checks of a start: all of them, and what is said of them."""
+"""Makes the checks of a start, and reports them."""
 
 from __future__ import annotations
 
@@ -12,18 +12,25 @@ from ..common.text import reason
 from ..config import Config
 from ..distributed import World
 from ..models.cost import Cost, count
-from .agreement import Agreement, agree
+from .agreement import Agreement
 from .facts import Facts
 from .links import Links, Timing, judge, measure
 from .shared import check_data, check_folder
 
-_AFTER_FAILURE = 10.0  # seconds that the others have to say that they failed, too
-STATE = 12  # bytes of a checkpoint for each parameter: masters and two moments
+_AFTER_FAILURE = 10.0  # seconds that the others have to report a failure, too
+STATE = 12  # bytes of a parameter in a checkpoint: master and two moments
 
 
 @dataclass(frozen=True)
 class Checked:
-    """All that was found; the same on every rank. ``links`` is None for a process alone."""
+    """The results of the checks; the same on every rank.
+
+    Attributes:
+        facts: by rank.
+        problems: reasons to refuse the run.
+        warnings: other differences.
+        links: None for a process alone, or if there are problems.
+    """
 
     facts: list[Facts]
     problems: list[str]
@@ -38,10 +45,17 @@ def at_start(
     dtype: torch.dtype,
     say: Callable[[str], None],
 ) -> None:
-    """Check what the processes are to one another; a line if all is well.
+    """Make the checks of a start, and report warnings and one line of timings.
+
+    Args:
+        verdict: of :func:`agree`.
+        dtype: of the run's messages.
+        say: prints a line.
 
     Raises:
-        ValueError: the run would break; one line. ConnectionError, TimeoutError: a link did.
+        ValueError: the run would break; one line.
+        ConnectionError: a link broke.
+        TimeoutError: a process did not answer.
     """
     checked = check(config, verdict, world, dtype)
     if checked.problems:
@@ -49,11 +63,11 @@ def at_start(
     for warning in checked.warnings:
         say(f"warning: {warning}")
     if checked.links is not None:
-        say(told(checked))
+        say(summary_line(checked))
 
 
 def check(config: Config, verdict: Agreement, world: World, dtype: torch.dtype) -> Checked:
-    """The run directory, the data, clocks, speeds and links of processes that agree."""
+    """Check run directory, data, clocks, speeds, links and disk of processes that agree."""
     facts, cost = verdict.facts, count(config.model, config.moe)
     problems, warnings = list(verdict.problems), list(verdict.warnings)
     links = None
@@ -65,7 +79,7 @@ def check(config: Config, verdict: Agreement, world: World, dtype: torch.dtype) 
 
 
 def refuse(verdict: Agreement) -> None:
-    """Raise ``ValueError`` with the first reason not to begin."""
+    """Raise ``ValueError`` with the first problem, if there is one."""
     if verdict.problems:
         raise ValueError(verdict.problems[0])
 
@@ -73,7 +87,12 @@ def refuse(verdict: Agreement) -> None:
 def _connected(
     config: Config, cost: Cost, dtype: torch.dtype, world: World, facts: list[Facts]
 ) -> tuple[Links, list[str]]:
-    """Links and shared folders; whoever fails or hangs there is named on every rank."""
+    """Measure the links and check the shared folders; return links and problems.
+
+    Raises:
+        ConnectionError: a rank failed; it is named on every rank.
+        TimeoutError: a rank hangs; it is named on every rank.
+    """
     assert world.meeting is not None
     result: tuple[Links, list[str]] | None = None
     failed = ""
@@ -83,15 +102,15 @@ def _connected(
     except RuntimeError as error:
         failed = f"{facts[world.rank].host} (rank {world.rank}): {reason(error)}"
     timeout = _AFTER_FAILURE if failed else None
-    failed = world.meeting.exchange("links", failed, lambda said: max(said, key=len), timeout)
+    failed = world.meeting.exchange("links", failed, lambda texts: max(texts, key=len), timeout)
     if failed or result is None:
         raise ConnectionError(f"the processes lost one another while links were timed: {failed}")
     return result
 
 
 def _short_of_disk(config: Config, cost: Cost, facts: list[Facts]) -> list[str]:
-    """Every host is taken to write to the disk that rank 0 does."""
-    kept = config.checkpoint.keep_last + 2  # the best one, and the one being written
+    """Return a warning if rank 0's disk is too small; all hosts are assumed to write there."""
+    kept = config.checkpoint.keep_last + 2  # with the best one and the one being written
     needed = STATE * cost.parameters * kept
     if facts[0].disk >= needed:
         return []
@@ -105,8 +124,8 @@ def _size(count: float) -> str:
     return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 
 
-def told(checked: Checked) -> str:
-    """The one line of a start at which all is well."""
+def summary_line(checked: Checked) -> str:
+    """Return the line of a start without problems."""
     facts, links = checked.facts, checked.links
     assert links is not None
     hosts = len({fact.host for fact in facts})
@@ -130,4 +149,4 @@ def to_json(checked: Checked) -> str:
     return json.dumps(asdict(checked), indent=1)
 
 
-__all__ = ["Checked", "agree", "at_start", "check", "refuse", "timing_text", "to_json", "told"]
+__all__ = ["Checked", "at_start", "check", "refuse", "summary_line", "timing_text", "to_json"]

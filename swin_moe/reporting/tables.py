@@ -37,6 +37,7 @@ def header(
     table.add_column(style="bold")
     table.add_column(overflow="fold")
     table.add_row("run", cell(folder))
+    table.add_row("task", config.task.name)
     table.add_row("model", _model(config.model, config.moe))
     table.add_row(
         "parameters",

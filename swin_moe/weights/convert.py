@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-from ..common.terminal import cell
+from ..common.terminal import cell, print_line
 from ..common.text import plain
 from ..config import Architecture, refuse_dense, validate_architecture
 from ..config.variants import default_moe_blocks
@@ -40,9 +40,9 @@ from .pretrained import (
 )
 from .transfer import Fit, fit, upcycle
 
-# What each dialect's own programs look for in a .pth; the others take the weights to be all of it.
+# Key of the weights in a .pth of each dialect's programs; without one, it holds only the weights.
 _WRAPPER = {"swin_moe": "model", "official": "model", "timm": "state_dict", "mmseg": "state_dict"}
-_FOLDERS = ("huggingface", "timm")  # whose programs open a folder
+_FOLDERS = ("huggingface", "timm")  # dialects of programs that open a folder
 Overrides = dict[str, dict[str, Any]]
 
 
@@ -60,7 +60,7 @@ class Upcycle:
         """Read ``key=value`` words.
 
         Raises:
-            ValueError: a word that is none of the four.
+            ValueError: a word is none of the four.
         """
         kinds = {"experts": int, "top_k": int, "noise": float, "gate": str}
         values: dict[str, Any] = {}
@@ -95,16 +95,22 @@ def convert(
     overwrite: bool = False,
     network: str = "",
 ) -> Architecture:
-    """Read, translate, fit to a model, write, and print what became of each tensor.
+    """Read, translate, fit to a model, write, and print a table of the tensors.
 
     Args:
-        output: ``.safetensors``, ``.pth``, or without a suffix a folder for Hugging Face and timm
-            and safetensors for all others.
-        model_name: the model to fit to; empty = the one that the file holds.
+        source_path: see :func:`.files.read`.
+        output: ``.safetensors`` or ``.pth``; without a suffix, a folder for Hugging Face and timm,
+            and a ``.safetensors`` for all others.
+        console: for the table and notes.
+        source_dialect: of the source's names; ``auto`` = detect it.
+        dialect: of the output's names.
+        model_name: the model to fit to; empty = the file's own.
         overrides: keys of ``model`` and ``moe``, e.g. another window or number of classes.
         allow_missing: write although tensors are left over or missing.
-        ranks: files over which an official Swin-MoE ``.pth`` spreads its experts.
-        network: which one to take of a file that holds several.
+        upcycling: make the dense model a mixture of experts.
+        ranks: number of files for the experts of an official Swin-MoE ``.pth``.
+        overwrite: replace existing files.
+        network: its name in a file that holds several.
 
     Returns:
         the model that was written.
@@ -117,31 +123,26 @@ def convert(
         raise ValueError(f"{plain(found[0])} exists: choose another name, or add --overwrite")
     overrides = _checked(overrides or {})
     source = read_pretrained(source_path, source_dialect, network)
-    config = _target(source, model_name, overrides)
-    state = source.state
+    config, state = _target(source, model_name, overrides), source.state
     if upcycling:
-        config = _with_experts(config, upcycling, overrides.get("moe", {}))
-        random_gate = upcycling.gate == "random"
-        state = upcycle(
-            state, config.model, config.moe, noise=upcycling.noise, random_gate=random_gate
-        )
+        config, state = _upcycled(config, state, upcycling, overrides.get("moe", {}))
     refuse_dense(config, {**overrides, "model": {"name": model_name}}, {}, "convert")
     target = _shapes(config)
     result = _fitted(source, state, target, config, allow_missing)
     console.print(_table(source.translation, result, target))
-    complete = result.state | _fresh(config, result.missing)
+    complete = result.state | _initial(config, result.missing)
     stated = {"window_size", "img_size"} <= overrides.get("model", {}).keys()
     known = source.window_known or stated or bool(model_name)
     notes = [*source.notes, *filter(None, [not_finite(result.state)])]
     about = _about(source, config, result, dialect, notes)
     _write(output, complete, config, dialect, ranks, known, about, notes)
     for line in (*_closing(output, config, dialect, known), *notes):
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
+        print_line(console, line)
     return config
 
 
 def _named(output: Path, dialect: str) -> Path:
-    """The name to write to; raises ``WeightsError`` where its suffix says none of the formats."""
+    """Return the path to write to; raise ``WeightsError`` for a suffix of no known format."""
     if output.suffix not in ("", ".safetensors", *PICKLED):
         folder = " or no suffix for a folder" if dialect in _FOLDERS else ""
         raise WeightsError(
@@ -156,7 +157,7 @@ def _named(output: Path, dialect: str) -> Path:
 def _fitted(
     source: Pretrained, state: State, target: State, config: Architecture, allow_missing: bool
 ) -> Fit:
-    """Raises ``WeightsError``, with file and model, where the weights are not the model's."""
+    """Fit the weights to the model; raise ``WeightsError`` that names both if they do not fit."""
     try:
         result = fit(state, target, source.config.model.token_grid, config.model.token_grid)
     except WeightsError as error:
@@ -176,7 +177,7 @@ def _fitted(
 def _about(
     source: Pretrained, config: Architecture, result: Fit, dialect: str, notes: list[str]
 ) -> Described:
-    """Class names and preparation of images for the file to write; adds lines to ``notes``."""
+    """Return class names and image preparation for the output; add lines to ``notes``."""
     classes, images = source.class_names, source.images
     if classes is not None and (result.head or config.model.num_classes == 0):
         notes.append("the class names are not kept: the head is another one")
@@ -203,7 +204,7 @@ def _checked(overrides: Overrides) -> Overrides:
 
 
 def _target(source: Pretrained, model_name: str, overrides: Overrides) -> Architecture:
-    """The config to write: a named model, or the file's own, with overrides."""
+    """Return the config to write: a named model, or the file's own, with overrides."""
     found = source.config
     if model_name:
         classes = {"num_classes": found.model.num_classes} if not found.model.num_classes else {}
@@ -219,20 +220,25 @@ def _target(source: Pretrained, model_name: str, overrides: Overrides) -> Archit
     return config.model_copy(update={"model": adopt_pretrained_window(config.model, source)})
 
 
-def _with_experts(config: Architecture, upcycling: Upcycle, stated: dict[str, Any]) -> Architecture:
+def _upcycled(
+    config: Architecture, state: State, upcycling: Upcycle, stated: dict[str, Any]
+) -> tuple[Architecture, State]:
     moe = config.moe.model_dump() | {
         "blocks": config.moe.blocks or default_moe_blocks(config.model.depths),
         "num_experts": upcycling.experts,
         "top_k": upcycling.top_k,
-        # The function stays what it was: gates sum to one, and nothing is dropped.
+        # The function stays the same: gates sum to one, and nothing is dropped.
         "normalize_gate": True,
         "eval_capacity_factor": 0.0,
-        # Else the norm after the experts would take the gate, and the router would not learn.
+        # Otherwise the norm after the experts would cancel the gate, and the router not learn.
         "gate_after_norm": config.model.family == "swinv2",
         "fc2_bias": config.model.mlp_fc2_bias,
     }
     model = config.model.model_dump()
-    return validate_architecture({"model": model, "moe": moe | stated}, source="--upcycle")
+    config = validate_architecture({"model": model, "moe": moe | stated}, source="--upcycle")
+    random_gate, noise = upcycling.gate == "random", upcycling.noise
+    state = upcycle(state, config.model, config.moe, noise=noise, random_gate=random_gate)
+    return config, state
 
 
 def _shapes(config: Architecture) -> State:
@@ -241,8 +247,8 @@ def _shapes(config: Architecture) -> State:
     return _state(built)
 
 
-def _fresh(config: Architecture, names: list[str]) -> State:
-    """Initial values of tensors that the file does not have."""
+def _initial(config: Architecture, names: list[str]) -> State:
+    """Return initial values of tensors that the file lacks."""
     if not names:
         return {}
     with torch.random.fork_rng(devices=[]):
@@ -306,7 +312,7 @@ def _write_folder(
     about: Described,
     notes: list[str],
 ) -> None:
-    """Weights, and the files beside them by which the other program opens the folder."""
+    """Write weights, and the files by which the other program opens the folder."""
     model, images = config.model, about.images
     if images is None:
         assumed = (
@@ -336,7 +342,7 @@ def _write_folder(
 
 
 def _write_ranks(output: Path, state: State, ranks: int, about: Described) -> None:
-    """Official Swin-MoE files: ``.master``, and each rank's experts in ``.rank<r>``."""
+    """Write official Swin-MoE files: ``.master``, and each rank's experts in ``.rank<r>``."""
     experts = {name: tensor for name, tensor in state.items() if ".experts." in name}
     num_experts = len(next(iter(experts.values())))
     if ranks < 1 or num_experts % ranks:
@@ -350,17 +356,17 @@ def _write_ranks(output: Path, state: State, ranks: int, about: Described) -> No
         path = output.with_name(f"{output.name}.rank{rank}")
         write(path, held | counts, wrapper="model")
         stale = [old for old in stale if old != path]
-    for old in stale:  # of another number of ranks: they would be read along
+    for old in stale:  # of another number of ranks: they would be read too
         if not old.name.endswith(".master"):
             old.unlink()
 
 
 # --------------------------------------------------------------------------------------------
-# Telling
+# Reporting
 
 
 def _table(translation: Translation, result: Fit, target: State) -> Table:
-    """What became of each tensor; what was only copied is counted, the rest is listed."""
+    """Tabulate the tensors: count those that were only copied, list the others."""
     table = Table(title="tensors", title_justify="left")
     for column in ("what", "number", "which"):
         table.add_column(column, overflow="fold")
@@ -394,7 +400,7 @@ def _shape(shape: Any) -> str:
 
 
 def _kinds(names: dict[str, Tensor]) -> list[str]:
-    """Last parts of names, each once: buffers come once per block."""
+    """Return the last parts of names, each once: every block has the same buffers."""
     return sorted({name.rpartition(".")[2] for name in names})
 
 

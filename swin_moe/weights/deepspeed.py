@@ -1,8 +1,8 @@
-"""Folders that ``DeepSpeedEngine.save_checkpoint`` wrote: fp32 weights out of every rank's parts.
+"""Folders of ``DeepSpeedEngine.save_checkpoint``: fp32 weights joined from every rank's parts.
 
-ZeRO 1 and 2 keep, of each parameter group, the concatenation of its parameters cut into as many
-parts as there are ranks; ZeRO-3 keeps of each rank the concatenation of its parts of all of them.
-Experts of DeepSpeed's own MoE layers have files of their own and become Tutel's stacked ones.
+ZeRO 1 and 2 concatenate the parameters of each group and cut the result into one part per rank.
+ZeRO-3 cuts each parameter, and a rank's file has the concatenation of its parts. Experts of
+DeepSpeed's own MoE layers have separate files and become Tutel's stacked ones.
 """
 
 from __future__ import annotations
@@ -28,17 +28,16 @@ _TAG_LIMIT = 4096  # bytes
 _PARTITIONS = "single_partition_of_fp32_groups"
 
 
-def found(path: Path) -> bool:
-    """Whether a folder is one of these, or the one above that names the last of them."""
+def is_deepspeed_folder(path: Path) -> bool:
+    """Return whether a folder is such a checkpoint, or holds ``latest``, which names one."""
     return (path / "latest").is_file() or _model_file(path) is not None
 
 
-def read(path: Path) -> State:
-    """The weights: fp32 masters if the folder has them, else what the module had.
+def read_deepspeed_folder(path: Path) -> State:
+    """Read the weights: fp32 masters if the folder has them, otherwise the module's.
 
     Raises:
-        WeightsError: a file is missing, damaged or could run code; or the model was cut by tensor
-            parallelism.
+        WeightsError: a file is missing, damaged or could run code; or the model is tensor-parallel.
     """
     folder = _newest(path)
     model_file = _model_file(folder)
@@ -88,7 +87,7 @@ def _model_file(folder: Path) -> Path | None:
 
 
 def _sorted_by_rank(files: Any) -> list[Path]:
-    """Raises ``WeightsError`` where one is missing in the row."""
+    """Sort files by rank; raise ``WeightsError`` if a rank's is missing."""
     by_rank = {int(re.findall(r"zero_pp_rank_(\d+)_", file.name)[0]): file for file in files}
     for rank in range(max(by_rank, default=-1) + 1):
         if rank not in by_rank:
@@ -98,7 +97,7 @@ def _sorted_by_rank(files: Any) -> list[Path]:
 
 
 def _masters(model: dict[str, Any], ranks: list[dict[str, Any]]) -> State:
-    """fp32 weights by name, out of what each rank's optimizer held."""
+    """Return fp32 weights by name from the states of all ranks' optimizers."""
     stage, count = int(ranks[0]["zero_stage"]), ranks[0]["partition_count"]
     count = max(count) if isinstance(count, list) else count
     if count != len(ranks):
@@ -125,7 +124,7 @@ def _masters(model: dict[str, Any], ranks: list[dict[str, Any]]) -> State:
 
 
 def _stack_experts(state: State) -> State:
-    """Single experts under Tutel's stacked names, and its gate's."""
+    """Stack single experts under Tutel's names, and rename the gate."""
     stacked: dict[str, dict[int, Tensor]] = {}
     result: State = {}
     for name, tensor in state.items():

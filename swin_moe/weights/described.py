@@ -1,4 +1,4 @@
-"""Reads and writes what a file states beside its tensors: model, classes, preparation of images."""
+"""The description of a model in a file of weights: config, classes, preparation of images."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ _MODEL, _CLASSES, _IMAGES = "swin_moe", "classes", "images"  # keys of our files
 
 @dataclass
 class Described:
-    """None where a file does not say it.
+    """The description that a file contains; None for absent parts.
 
     Attributes:
-        config: the model that the file says it is, as ours do.
-        classes: names by label; whether they fit the head is not checked yet.
-        images: how they were prepared for the model.
-        foreign: content of a ``config.json`` beside the weights (Hugging Face, timm).
-        notes: lines on what there is and cannot be used.
+        config: of the model, in our own files.
+        classes: names by label, not yet checked against the head.
+        images: their preparation for the model.
+        foreign: content of a ``config.json`` in the same folder (Hugging Face, timm).
+        notes: lines on parts that cannot be used.
     """
 
     config: Architecture | None = None
@@ -39,7 +39,7 @@ class Described:
 
 
 def metadata(config: Architecture | None, about: Described) -> dict[str, str]:
-    """These facts for a file of ours, as JSON texts by key."""
+    """Return the metadata of our files: JSON texts by key."""
     texts: dict[str, str] = {}
     if config is not None:
         sections = {"model": config.model.model_dump(), "moe": config.moe.model_dump()}
@@ -52,7 +52,7 @@ def metadata(config: Architecture | None, about: Described) -> dict[str, str]:
 
 
 def from_metadata(texts: Mapping[Any, Any], path: Path) -> Described:
-    """What :func:`metadata` wrote; a foreign file may have other things under its keys.
+    """Read the result of :func:`metadata`; foreign files may use the same keys for other data.
 
     Raises:
         WeightsError: the model cannot be read.
@@ -77,8 +77,8 @@ def from_metadata(texts: Mapping[Any, Any], path: Path) -> Described:
     return about
 
 
-def from_config(config: Config) -> Images:
-    """How a run of ours prepares images for evaluation."""
+def images_of(config: Config) -> Images:
+    """Return how a run of ours prepares images for evaluation."""
     return Images(config.data.mean, config.data.std, config.augment.eval_crop)
 
 
@@ -92,11 +92,11 @@ def _value(text: object) -> Any:
 
 
 # --------------------------------------------------------------------------------------------
-# Files of other programs beside the weights
+# Files of other programs in the weights' folder
 
 
-def beside(folder: Path) -> Described:
-    """What ``config.json`` and ``preprocessor_config.json`` say, as transformers and timm write."""
+def from_folder(folder: Path) -> Described:
+    """Read ``config.json`` and ``preprocessor_config.json`` of transformers and timm."""
     about = Described()
     about.foreign = config = _json_file(folder / "config.json", about.notes)
     processor = _json_file(folder / "preprocessor_config.json", about.notes)
@@ -119,10 +119,10 @@ def beside(folder: Path) -> Described:
 
 
 def timm_model(stated: dict[str, Any]) -> dict[str, Any]:
-    """Window and image size of the model that timm's ``config.json`` names."""
+    """Return window and image size of the model that timm's ``config.json`` names."""
     name = str(stated.get("architecture", "")).partition(".")[0]
     known = (f"{name}{suffix}" for suffix in ("", "_22k", "_22kto1k"))
-    variant = next((VARIANTS[one]["model"] for one in known if one in VARIANTS), {})
+    variant = next((VARIANTS[variant]["model"] for variant in known if variant in VARIANTS), {})
     keys = ("img_size", "window_size", "pretrained_window_sizes")
     model = {key: variant[key] for key in keys if key in variant}
     arguments = stated.get("model_args")
@@ -146,7 +146,7 @@ def _json_file(path: Path, notes: list[str]) -> dict[str, Any]:
 
 
 def _by_number(names: object) -> list[object] | None:
-    """``{"0": "cat", "1": "dog"}`` as a list; None if a number is missing."""
+    """Return ``{"0": "cat", "1": "dog"}`` as a list; None if a number is missing."""
     if not isinstance(names, dict):
         return None
     by_number = {str(number): name for number, name in names.items()}
@@ -174,7 +174,7 @@ def _images(mean: object, std: object, crop: object) -> Images | None:
 
 
 def _ratio(crop: object, size: object) -> float | None:
-    """The share of the shorter side that a crop keeps."""
+    """Return a crop's share of the shorter side."""
     try:
         return float(crop["height"]) / float(size["shortest_edge"])  # type: ignore[index]
     except (KeyError, TypeError, ValueError, ZeroDivisionError):

@@ -1,4 +1,4 @@
-"""Finds what a file is by its first bytes, before anything reads it as weights."""
+"""Detection of a file's format by its first bytes, before it is read as weights."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from ..common.reading import check_regular
 from ..common.text import plain
 
 Kind = Literal["safetensors", "zip", "legacy"]
-"""safetensors, torch.save's zip, or what torch.save wrote before version 1.6."""
+"""safetensors, torch.save's zip, or torch.save's format before version 1.6."""
 
-_HEAD = 4096  # bytes that are looked at
-_HEADER_LIMIT = 100_000_000  # bytes of a safetensors header, as the safetensors library has it
+_HEAD = 4096  # bytes that are read
+_HEADER_LIMIT = 100_000_000  # bytes of a safetensors header, the safetensors library's limit
 _SMALL = 64 << 20  # bytes of a zip's lists and pickle: everything but the tensors
-_SHRUNK = 16  # a compressed zip may expand to this many times its size
-# The number that torch.save writes first, as pickle protocol 2 has it.
+_SHRUNK = 16  # times the size of a compressed zip that it may expand to
+# torch.save's magic number in pickle protocol 2.
 _LEGACY = bytes.fromhex("8a0a6cfc9c46f9206aa850192e")
 _AGAIN = "download or copy it again"
 
-# How a file begins -> what it is and what to do.
+# First bytes of a file -> its format, and the remedy.
 _KNOWN: dict[bytes, str] = {
     b"version https://git-lfs.github.com/spec/": "a git-lfs pointer, not the file that it stands "
     "for: run `git lfs pull` in the clone that it is in",
@@ -51,18 +51,18 @@ class WeightsError(ValueError):
 
 
 class ZipFacts(NamedTuple):
-    """What a zip of torch.save holds: sizes of the records, and whether any is compressed."""
+    """Sizes of the records in a zip of torch.save, and whether any is compressed."""
 
     sizes: set[int]
     compressed: bool
 
 
 def kind_of(path: Path) -> Kind:
-    """How a file of weights is to be read, whatever its suffix.
+    """Return the format of a file of weights, whatever its suffix.
 
     Raises:
-        WeightsError: it is no regular file, cannot be read, or is none of weights; the line says
-            what it is.
+        WeightsError: it is no regular file, cannot be read, or has another format, which the line
+            names.
     """
     try:
         size = check_regular(path)
@@ -77,7 +77,7 @@ def kind_of(path: Path) -> Kind:
     if head[:1] == b"\x80" and _LEGACY in head[:20]:
         return "legacy"
     length = int.from_bytes(head[:8], "little")
-    # Blanks may pad a header at its end; any other first byte is no JSON object.
+    # A header may be padded at its end, but must begin with a JSON object.
     if head[8:9] == b"{":
         if length > min(_HEADER_LIMIT, size - 8):
             raise WeightsError(
@@ -102,7 +102,7 @@ def _what(head: bytes, path: Path) -> str:
 
 
 def _text(head: bytes) -> str:
-    """What a text is; empty if it is none."""
+    """Describe a text; return an empty string for other data."""
     try:
         text = head.decode("utf-8-sig", "strict" if len(head) < _HEAD else "ignore").strip()
     except UnicodeDecodeError:
@@ -138,7 +138,7 @@ def _binary(head: bytes, path: Path) -> str:
 
 
 def unreadable(path: Path, error: Exception) -> str:
-    """The message for a failure of torch's reader."""
+    """Return the message for a failure of torch's reader."""
     first = str(error).partition("\n")[0] or type(error).__name__
     if "mmap" in first:
         size = os.stat(path).st_size
@@ -151,7 +151,7 @@ def unreadable(path: Path, error: Exception) -> str:
 
 
 class _Bounded(io.BufferedReader):
-    """A file that refuses a read larger than a zip's list of entries may be."""
+    """A file that refuses reads larger than a zip's list of entries may be."""
 
     def read(self, size: int | None = -1, /) -> bytes:
         if size is not None and size > _SMALL:
@@ -160,10 +160,10 @@ class _Bounded(io.BufferedReader):
 
 
 def check_zip(path: Path) -> ZipFacts:
-    """Look at a zip's list of entries before torch allots memory for them.
+    """Check a zip's list of entries before torch allocates memory for them.
 
     Raises:
-        WeightsError: it is cut off or of something else, or its entries claim more than they have.
+        WeightsError: it is truncated or holds other data, or its entries claim too many bytes.
     """
     size = os.stat(path).st_size
     try:
@@ -192,7 +192,8 @@ def check_zip(path: Path) -> ZipFacts:
     small = [e for e in entries if not re.search(r"(^|/)data/\d+$", e.filename)]
     if (most := max(entry.file_size for entry in small)) > _SMALL:
         raise WeightsError(
-            f"{plain(path)}: holds {most:,} bytes beside its tensors; at most {_SMALL:,} are read"
+            f"{plain(path)}: holds {most:,} bytes in addition to its tensors; at most {_SMALL:,} "
+            "are read"
         )
     return ZipFacts({entry.file_size for entry in entries}, compressed)
 

@@ -1,4 +1,4 @@
-"""Read and write files of weights, whatever wrote them; nothing in a file is ever executed."""
+"""Reading and writing files of weights of any program, without executing anything in them."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ from torch import Tensor
 from .. import checkpoint
 from ..common.reading import openable, read_json
 from ..common.text import plain
+from ..common.writing import replacing
 from ..config import Architecture, load_config
-from . import deepspeed
 from .adapters import State
-from .described import Described, beside, from_config, from_metadata, metadata
+from .deepspeed import is_deepspeed_folder, read_deepspeed_folder
+from .described import Described, from_folder, from_metadata, images_of, metadata
 from .file_kind import WeightsError, kind_of, unreadable
 from .safe_pickle import load_pickled, read_pickled, tensors_of
 from .wrappers import take_network
@@ -26,26 +27,27 @@ from .wrappers import take_network
 PICKLED = (".pth", ".pt", ".bin", ".ckpt", ".tar")
 _RANK_FILE = re.compile(r"\.(rank\d+|master|global)$")
 _ADDRESS = re.compile(r"\w{2,}:/|hf-hub:")
-_EXPANDED = 1 << 30  # bytes of tensors that repeat few numbers, and so make a small file large
+_EXPANDED = 1 << 30  # bytes of tensors that are larger than their storage in the file
 # Hugging Face's lists of shards.
 _INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 
 
 @dataclass
 class Weights:
-    """Tensors as a file names them, and what else it states."""
+    """Tensors by a file's names, and its description of the model."""
 
     state: State
     about: Described = field(default_factory=Described)
 
 
 def read(path: Path, network: str = "") -> Weights:
-    """Read a ``.pth``, a ``.safetensors``, a folder of shards, our checkpoint or run directory,
-    DeepSpeed's, or an official Swin-MoE checkpoint (``X.pth`` for ``X.pth.master`` and
-    ``X.pth.rank*``).
+    """Read weights from a file or a folder.
 
     Args:
-        network: which one to take of a file that holds several, see :func:`take_network`.
+        path: a ``.pth``, a ``.safetensors``, a folder of shards, our checkpoint or run directory,
+            DeepSpeed's folder, or an official Swin-MoE checkpoint (``X.pth`` for ``X.pth.master``
+            and ``X.pth.rank*``).
+        network: its name in a file that holds several, see :func:`take_network`.
 
     Raises:
         WeightsError: the file is missing, damaged, or holds something other than weights.
@@ -62,7 +64,7 @@ def read(path: Path, network: str = "") -> Weights:
 
 
 def _check_plain(state: State, path: Path) -> None:
-    """Refuse what is not a plain tensor on the CPU."""
+    """Raise ``WeightsError`` for any other than plain tensors on the CPU."""
     expanded = 0
     for name, tensor in state.items():
         if not name.isprintable():
@@ -75,7 +77,7 @@ def _check_plain(state: State, path: Path) -> None:
                 "the checkpoint's folder"
             )
         size = tensor.numel() * tensor.element_size()
-        if size > (held := tensor.untyped_storage().nbytes()):  # as `expand` makes them
+        if size > (held := tensor.untyped_storage().nbytes()):  # made by `expand`
             expanded += size
             if expanded > _EXPANDED:
                 raise WeightsError(
@@ -98,16 +100,16 @@ def _read(path: Path) -> Weights:
             raise WeightsError(
                 f"{plain(stem)}.rank*: the experts cannot be put together ({error})"
             ) from None
-    # Only these names stand for the model that a config.json beside them is about.
-    about = beside(path.parent) if path.stem in ("model", "pytorch_model") else None
+    # A config.json in the folder describes only files of these names.
+    about = from_folder(path.parent) if path.stem in ("model", "pytorch_model") else None
     return _read_file(path, about)
 
 
 def _read_file(path: Path, about: Described | None = None) -> Weights:
-    """One file, by what it is and not by its suffix.
+    """Read one file, by its content and not by its suffix.
 
     Args:
-        about: what files beside it say; what it says itself counts first.
+        about: from other files in its folder; the file's own description takes precedence.
     """
     if kind_of(path) == "safetensors":
         state, texts = _read_safetensors(path)
@@ -141,40 +143,37 @@ def write(
     wrapper: str = "",
     about: Described | None = None,
 ) -> None:
-    """Write ``.safetensors``, or for tools that read nothing else a ``.pth``.
+    """Write a ``.safetensors`` or, for tools that read nothing else, a ``.pth``.
 
     Args:
-        config: kept in the file, so that it knows its model; a bare ``.pth`` has no place for it.
-        wrapper: key of the ``.pth`` under which the weights stand; empty = they are all of it.
-        about: whose names of classes and preparation of images are kept in the same way.
+        config: of the model, stored in the file unless it is a bare ``.pth``.
+        wrapper: key of the weights in the ``.pth``; empty = the file holds only the weights.
+        about: with class names and preparation of images, stored in the same way.
 
     Raises:
         WeightsError: the name ends in neither.
     """
-    # Each with its own storage: views and tied tensors would bring their whole storage along.
+    # Each with its own storage: views and tied tensors would be saved with their whole storage.
     tensors = {name: tensor.detach().clone().contiguous() for name, tensor in state.items()}
     pickled = path.suffix in PICKLED or bool(_RANK_FILE.search(path.name))
     if path.suffix != ".safetensors" and not pickled:
         raise WeightsError(f"{plain(path)}: the name must end in .safetensors or .pth")
     if path.is_dir():
         raise WeightsError(f"{plain(path)} is a folder")
-    partial = path.with_name(f".partial-{path.name}")
     path.parent.mkdir(parents=True, exist_ok=True)
     texts = metadata(config, about or Described())
     try:
-        if pickled:
-            torch.save({wrapper: tensors, **texts} if wrapper else tensors, partial)
-        else:
-            partial.touch()  # takes the umask's mode, which safetensors does not
-            mode = partial.stat().st_mode
-            save_file(tensors, partial, metadata={"format": "pt", **texts})
-            partial.chmod(mode)
-        partial.replace(path)
+        with replacing(path) as partial:
+            if pickled:
+                torch.save({wrapper: tensors, **texts} if wrapper else tensors, partial)
+            else:
+                partial.touch()  # with the umask's mode, which safetensors ignores
+                mode = partial.stat().st_mode
+                save_file(tensors, partial, metadata={"format": "pt", **texts})
+                partial.chmod(mode)
     except (OSError, RuntimeError, SafetensorError) as error:
         first = str(error).splitlines()[0]
         raise WeightsError(f"{plain(path)}: cannot be written ({first:.100})") from None
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 # --------------------------------------------------------------------------------------------
@@ -191,12 +190,12 @@ def _read_folder(path: Path) -> Weights:
         checkpoint.verify(path)
         reader = checkpoint.Reader(path)
         config = load_config(path / "config.yaml")
-        about = Described(config, reader.class_names, from_config(config))
+        about = Described(config, reader.class_names, images_of(config))
         return Weights({name: reader.tensor(name) for name in reader.names()}, about)
-    if deepspeed.found(path):
-        return Weights(deepspeed.read(path))
+    if is_deepspeed_folder(path):
+        return Weights(read_deepspeed_folder(path))
     first, *more = _files(path)
-    weights = _read_file(first, beside(path))
+    weights = _read_file(first, from_folder(path))
     for file in more:
         state = _read_file(file).state
         if both := weights.state.keys() & state.keys():
@@ -206,14 +205,14 @@ def _read_folder(path: Path) -> Weights:
 
 
 def _files(folder: Path) -> list[Path]:
-    """The files that an index names; without an index the one there is, or a complete set."""
+    """Return the files that an index names, or the only file, or a complete set."""
     for index in (folder / name for name in _INDEXES):
         if index.exists():
             return _indexed(index)
-    here = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
-    shards = [path for path in here if path.suffix == ".safetensors"]
-    shards = shards or [path for path in here if re.match(r"pytorch_model.*\.bin$", path.name)]
-    if folder / "model.safetensors" in shards:  # the one that every program takes
+    files = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    shards = [path for path in files if path.suffix == ".safetensors"]
+    shards = shards or [path for path in files if re.match(r"pytorch_model.*\.bin$", path.name)]
+    if folder / "model.safetensors" in shards:  # the name that every program reads
         return [folder / "model.safetensors"]
     if len(shards) > 1 and not _complete(shards):
         raise WeightsError(
@@ -221,18 +220,18 @@ def _files(folder: Path) -> list[Path]:
             "one to read"
         )
     if not shards:
-        what = _what_there_is(folder)
+        hint = _hint(folder)
         raise WeightsError(
-            f"{plain(folder)}: no *.safetensors and no checkpoint in this folder{what}"
+            f"{plain(folder)}: no *.safetensors and no checkpoint in this folder{hint}"
         )
     return shards
 
 
-def _what_there_is(folder: Path) -> str:
-    """What another program's folder is, or the file in it that can be named."""
+def _hint(folder: Path) -> str:
+    """Describe another program's folder, or name a file in it that can be read."""
     if (folder / ".metadata").exists():
         return (
-            "; it is one of torch.distributed.checkpoint: make a file of it by `python -m "
+            "; torch.distributed.checkpoint wrote it: convert it by `python -m "
             "torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER FILE.pth`"
         )
     if (folder / "saved_model.pb").exists():
@@ -254,7 +253,7 @@ def _indexed(index: Path) -> list[Path]:
 
 
 def _complete(shards: list[Path]) -> bool:
-    """Whether names end in -00001-of-00003 and so on, and none is missing."""
+    """Return whether the names end in -00001-of-00003 and so on, and none is missing."""
     found = [re.search(r"^(.*)-(\d+)-of-(\d+)$", shard.stem) for shard in shards]
     sets = {(match[1], match[3]) for match in found if match}
     return all(found) and len(sets) == 1 and int(sets.pop()[1]) == len(shards)
@@ -265,7 +264,7 @@ def _complete(shards: list[Path]) -> bool:
 
 
 def _read_ranks(stem: Path) -> Weights:
-    """Official Swin-MoE: dense weights in ``.master``, each rank's experts in ``.rank<r>``."""
+    """Read official Swin-MoE files: dense weights of ``.master``, experts of each ``.rank<r>``."""
     whole = stem.with_name(f"{stem.name}.global")
     if whole.exists():
         return _read_file(whole)
@@ -290,20 +289,20 @@ def _read_ranks(stem: Path) -> Weights:
             raise WeightsError(f"{plain(stem)}.rank*: '{name}' is not in every rank's file")
         state[name] = _join_experts(parts, int(experts), f"{plain(stem)}: {name}")
     for name in [name for name in state if name.endswith("batched_fc2_bias")]:
-        # Shards of a bias are rounded up.
+        # Ranks' parts of a bias are rounded up.
         width = state[name.replace("batched_fc2_bias", "batched_fc2_w")].shape[2]
         state[name] = state[name][:, :width]
     return weights
 
 
 def rank_files(stem: Path) -> list[Path]:
-    """The files of an official Swin-MoE checkpoint ``X.pth`` that are there."""
+    """Return the existing files of an official Swin-MoE checkpoint ``X.pth``."""
     found = stem.parent.glob(f"{glob.escape(stem.name)}.*") if stem.parent.is_dir() else ()
     return sorted(path for path in found if _RANK_FILE.sub("", path.name) == stem.name)
 
 
 def _join_experts(parts: list[Tensor], num_experts: int, what: str) -> Tensor:
-    """Ranks' [E_local, ...] to [E, ...]; k consecutive ranks may hold slices of one expert."""
+    """Join ranks' [E_local, ...] to [E, ...]; k consecutive ranks may hold slices of an expert."""
     held = sum(part.shape[0] for part in parts)
     slices, rest = divmod(held, num_experts)
     if rest or slices == 0 or (slices > 1 and parts[0].shape[0] != 1):

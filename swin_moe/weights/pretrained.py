@@ -1,4 +1,4 @@
-"""Start from weights that someone else trained: read, translate, fit, load."""
+"""Pretrained weights: read, translate, fit and load them."""
 
 from __future__ import annotations
 
@@ -28,22 +28,25 @@ log = logging.getLogger("swin_moe")
 
 EXPERT_BIAS = "choice_bias.rises"
 MASK_TOKEN = "mask_token"  # SimMIM adds it to the backbone
-# Buffers of other programs that are computed here, and biases that are not there.
+# Buffers of other programs that are computed here, and biases that our layers lack.
 _COMPUTED = ("relative_position_index", "relative_coords_table", "attn_mask",
              "_num_global_experts", "batched_fc2_bias")  # fmt: skip
 
 
 @dataclass
 class Pretrained:
-    """Weights under our names, and what is known of their model.
+    """Weights under our names, and the facts about their model.
 
     Attributes:
-        config: what the file tells of its model, defaults elsewhere.
-        window_known: whether the file tells its window.
-        own: whether the file is ours and knows its routing, too.
-        class_names: of the head's classes, by label; None where the file does not say them.
-        images: how they were prepared for the model, where the file says it.
-        notes: lines on what else the file holds, and what of it cannot be used.
+        translation: of the names and tensors.
+        dialect: of the file.
+        config: of the file's model, with defaults for unknown keys.
+        window_known: whether the file states its window.
+        own: whether the file is ours and also states its routing.
+        path: of the file.
+        class_names: of the head's classes, by label; None if the file does not state them.
+        images: their preparation for the model, None if the file does not state it.
+        notes: lines on other content of the file, and on parts that cannot be used.
     """
 
     translation: Translation
@@ -65,10 +68,12 @@ def read_pretrained(path: Path, dialect: str = "auto", network: str = "") -> Pre
     """Read weights of any dialect.
 
     Args:
-        network: which one to take of a file that holds several, by the prefix of its names.
+        path: see :func:`.files.read`.
+        dialect: of the names; ``auto`` = detect it.
+        network: prefix of its names in a file that holds several.
 
     Raises:
-        ValueError: one line for the user: the file is damaged, of another dialect, or no Swin.
+        ValueError: the file is damaged, of another dialect, or no Swin; one line for the user.
     """
     weights = read(path, network)
     about = weights.about
@@ -85,12 +90,12 @@ def read_pretrained(path: Path, dialect: str = "auto", network: str = "") -> Pre
             model |= _huggingface_model(about.foreign) | timm_model(about.foreign)
     except ValueError as error:
         raise WeightsError(f"{plain(path)}: {error}") from None
-    model["pretrained"] = ""  # a run's own beginning is of no interest to who goes on from it
+    model["pretrained"] = ""  # the initial weights of the file's own run do not matter here
     config = validate_architecture({"model": model, "moe": moe}, source=plain(path))
     _check_positions(translation.state, config.model, path)
     parts = [name for name in translation.dropped if not name.endswith(_COMPUTED)]
     about.notes += not_read(parts, path)
-    if about.config is None and "img_size" in model:  # it states where it was trained
+    if about.config is None and "img_size" in model:  # it states the size of training
         about.notes += filter(None, [computes_otherwise(dialect, config.model)])
     return Pretrained(
         translation,
@@ -118,9 +123,9 @@ def _check_positions(state: State, model: ModelConfig, path: Path) -> None:
     positions, grid = state["absolute_pos_embed"].shape[1], math.prod(model.token_grid)
     if positions == grid:
         return
-    why = "; only a file that tells its image size can have a rectangle's"
+    why = "; for rectangular images, the file must state their size"
     if positions == grid + 1 and model.family == "swinv2":
-        why = ": one is for a class token, as transformers' Swinv2 has it, which cannot run so"
+        why = ": one is for a class token, with which transformers' Swinv2 itself cannot run"
     height, width = model.image_sides
     raise WeightsError(
         f"{plain(path)}: absolute_pos_embed has {positions} positions, images of {height} x "
@@ -129,7 +134,7 @@ def _check_positions(state: State, model: ModelConfig, path: Path) -> None:
 
 
 def not_finite(state: State) -> str:
-    """A line on weights that are NaN or infinite, else empty."""
+    """Return a note on weights that are NaN or infinite, or ``""``."""
     found = [name for name, tensor in state.items() if not _is_finite(tensor)]
     if not found:
         return ""
@@ -144,9 +149,9 @@ def _is_finite(tensor: Tensor) -> bool:
 
 
 def _names_of_head(about: Described, classes: int, path: Path) -> list[str] | None:
-    """The file's names where they are as many as the head's classes.
+    """Return the file's class names if they are as many as the head's classes.
 
-    A run's own may be fewer: ``model.num_classes`` may leave room.
+    A run of ours may have fewer, if ``model.num_classes`` leaves room.
     """
     names = about.classes
     if names is None or len(names) == classes or (about.config and len(names) < classes):
@@ -159,10 +164,10 @@ def _names_of_head(about: Described, classes: int, path: Path) -> list[str] | No
 
 
 def _huggingface_model(stated: dict[str, object]) -> dict[str, object]:
-    """Take from ``config.json`` what tensors do not show.
+    """Return the keys of ``model`` that ``config.json`` states and tensors do not show.
 
     Raises:
-        WeightsError: it asks for what the family does not have.
+        WeightsError: it has a value that the family does not support.
     """
     for key, value in (("hidden_act", "gelu"), ("layer_norm_eps", 1e-5)):
         if stated.get(key, value) != value:
@@ -176,16 +181,16 @@ def _huggingface_model(stated: dict[str, object]) -> dict[str, object]:
 
 
 def adopt_pretrained_window(model: ModelConfig, source: Pretrained) -> ModelConfig:
-    """V2 at another window than the file's is asked for the coordinates that it was trained with.
+    """Set ``pretrained_window_sizes`` of a V2 model whose window differs from the file's.
 
-    Where the config leaves ``pretrained_window_sizes`` empty, they become the file's windows, or
-    those of the config's variant if the file does not state its own (timm's files do not).
+    If the config leaves them empty, they become the file's windows, or those of the config's
+    variant if the file does not state its own (timm's files do not).
     """
     theirs = source.config.model
     if model.family not in ("swinv2", "swin_moe") or model.pretrained_window_sizes:
         return model
     if len(theirs.depths) != len(model.depths):
-        return model  # the weights will not fit, and that is told
+        return model  # the weights will not fit, which is reported later
     if not source.window_known:
         name = model.name if model.name in VARIANTS else ""
         theirs = validate_architecture({"model": {"name": name}}, name).model if name else model
@@ -205,7 +210,7 @@ def adopt_pretrained_window(model: ModelConfig, source: Pretrained) -> ModelConf
 
 
 def built_windows(model: ModelConfig) -> list[int]:
-    """Window of each stage, clipped to the grid."""
+    """Return the window of each stage, clipped to the grid."""
     stages = range(len(model.depths))
     grids = [min(-(-side // 2**stage) for side in model.token_grid) for stage in stages]
     return [min(grid, model.window_size) for grid in grids]
@@ -215,20 +220,20 @@ def built_windows(model: ModelConfig) -> list[int]:
 def load_pretrained(
     model: SwinTransformer, source: Pretrained, classes: list[str] | None = None
 ) -> str:
-    """Copy weights into a model; of the experts what this rank holds.
+    """Copy weights into a model, and of the experts this rank's share.
 
-    Args:
-        classes: names of the model's classes: where the file names its own, the head's rows go by
-            name, and a head that lacks one of them is left as the model initialised it.
-
-    The bias on the choice of experts is taken along where both have one, see
+    The bias on the choice of experts is copied if both have one, see
     ``moe.expert_bias_update_rate``.
 
+    Args:
+        classes: names of the model's classes. If the file has names too, the head's rows are
+            matched by name; a head that lacks a class keeps the model's initialisation.
+
     Returns:
-        what happened, in one line.
+        the result, in one line.
 
     Raises:
-        WeightsError: the file has too much or too little, other than a head.
+        WeightsError: the file has too many or too few tensors, apart from a head.
     """
     try:
         return "; ".join([_load(model, source, classes), *source.notes])
@@ -237,7 +242,7 @@ def load_pretrained(
 
 
 def misfit(source: Pretrained, model: ModelConfig, why: str) -> str:
-    """One line on weights that do not fit a model: which file, which model, and how they differ."""
+    """Return one line on weights that do not fit: which file and model, and how they differ."""
     theirs = source.config.model
     keys = ("family", "embed_dim", "depths", "num_heads")
     other = [
@@ -279,7 +284,7 @@ def _load(model: SwinTransformer, source: Pretrained, classes: list[str] | None)
     notes = [f"{len(result.state)} tensors of {source.dialect} names"]
     if result.resized:
         notes.append(f"{len(result.resized)} resized")
-    if HEAD[0] in state and result.head:  # else its reason is why it was dropped
+    if HEAD[0] in state and result.head:  # otherwise `head` says why it was dropped
         few = f"re-initialised for {model.config.num_classes} classes (the data name {{}} of them)"
         head = few.format(len(classes or ())) if head.endswith("by name") else result.head
     elif HEAD[0] in target and HEAD[0] not in state:
@@ -296,8 +301,12 @@ def head_by_name(
 ) -> tuple[State, str]:
     """Order the head's rows as our classes; drop the head if it lacks one of them.
 
+    Args:
+        theirs: the file's class names by label.
+        ours: the model's.
+
     Returns:
-        the weights, and what became of the head; empty if names are unknown or the same.
+        the weights, and a text on the head; empty if names are unknown or equal.
     """
     if theirs == ours or HEAD[0] not in state:
         return state, ""
@@ -306,7 +315,7 @@ def head_by_name(
         return state, f"taken by number{unlike}" if unlike else ""
     without = {name: tensor for name, tensor in state.items() if name not in HEAD}
     if (len(theirs), len(ours)) == (21841, 1000):
-        return state, ""  # their official map of rows knows one class more than the names
+        return state, ""  # the official map of rows has one class more than the names
     rows = list(map(finder(theirs), ours))
     if unknown := [name for name, row in zip(ours, rows, strict=True) if row < 0]:
         way = "; data.match_classes=number takes it as it is" * (len(theirs) == len(ours))
@@ -321,10 +330,10 @@ def head_by_name(
 
 
 def as_it_is(model: nn.Module) -> Callable[[str, str, int, int], Tensor]:
-    """A reader of the model's weights as they are now, and of moments that are zero.
+    """Return a reader of the model's current weights, with moments of zero.
 
-    ``Engine.load`` reads masters from it. DeepSpeed makes them from weights that it has rounded to
-    bf16 before.
+    ``Engine.load`` reads masters from it. DeepSpeed itself makes them from weights that it has
+    already rounded to bf16.
     """
     weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
 
@@ -337,7 +346,7 @@ def as_it_is(model: nn.Module) -> Callable[[str, str, int, int], Tensor]:
 
 
 def _warn_of_other_routing(model: SwinTransformer, source: Pretrained) -> None:
-    """Our files know how their mixtures route; another way computes something else."""
+    """Warn if the model routes differently from our file, which records its routing."""
     theirs = source.config.moe
     if not (source.own and theirs.enabled and model.moe.enabled):
         return
@@ -352,7 +361,7 @@ def _warn_of_other_routing(model: SwinTransformer, source: Pretrained) -> None:
 
 
 def explain_difference(missing: list[str], extra: list[str]) -> str:
-    """One line on tensors that the file lacks or the model does not know."""
+    """Return one line on tensors that the file or the model lacks."""
     parts = []
     if missing:
         parts.append(f"{len(missing)} tensors of the model are not in the file ({missing[0]} …)")

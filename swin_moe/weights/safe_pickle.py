@@ -1,7 +1,6 @@
 """``.pth`` files, read by torch's weights-only unpickler with a list of harmless classes.
 
-Some files carry their configuration or a scaler's state beside the weights, which become plain
-dicts.
+Some files also hold a configuration or a scaler's state, whose objects become plain dicts.
 """
 
 from __future__ import annotations
@@ -26,20 +25,19 @@ from ..common.text import plain
 from .adapters import State
 from .file_kind import WeightsError, check_zip, kind_of, unreadable
 
-_LEVELS = 8  # of dictionaries within each other; no program needs as many
+_LEVELS = 8  # of nested dictionaries, more than any program writes
 
 
 class _PlainDict:
-    """What an object of another program becomes: its items, with none of its code."""
+    """A stand-in for an object of another program: its items, without its code."""
 
     def __new__(cls, *arguments: Any) -> Any:
-        return OrderedDict()  # of the mappings that the unpickler fills, the one with attributes
+        return OrderedDict()  # the unpickler can fill its items and its attributes
 
 
 # Their module changed its name in numpy 2.
 _NUMPY_SCALAR, _NUMPY_ARRAY = np.float64(0).__reduce__()[0], np.ones(1).__reduce__()[0]
-# Modules of Python's own whose objects programs keep beside weights. What else is Python's own has
-# no business there.
+# Modules of the standard library whose objects programs save with weights; others are refused.
 _HARMLESS = {"pathlib", "datetime", "collections", "types", "uuid", "decimal", "typing"}
 _ALLOWED: list[Any] = [
     (_PlainDict, "yacs.config.CfgNode"),  # official files
@@ -65,7 +63,7 @@ _ALLOWED: list[Any] = [
 
 
 def load_pickled(path: Path) -> Any:
-    """The content of a ``.pth``; objects become plain dicts, and what may run code is refused.
+    """Read a ``.pth``; make objects plain dicts, and refuse content that may run code.
 
     Raises:
         WeightsError: the file is missing, damaged, or could run code.
@@ -74,7 +72,7 @@ def load_pickled(path: Path) -> Any:
     if kind == "safetensors":
         raise WeightsError(f"{plain(path)} is a safetensors file: name it .safetensors")
     facts = check_zip(path) if kind == "zip" else None
-    misnamed = path.suffix == ".safetensors"  # torch would go by the name
+    misnamed = path.suffix == ".safetensors"  # torch would trust the name
     mapped = facts is not None and not facts.compressed and not misnamed
     with torch.serialization.safe_globals(_ALLOWED):
         others = _other_programs_classes(path) if kind == "zip" else []
@@ -83,7 +81,7 @@ def load_pickled(path: Path) -> Any:
                 content = _load(path, misnamed, mapped)
         except pickle.UnpicklingError as error:
             raise WeightsError(_refusal(path, error)) from None
-        except Exception as error:  # whatever a damaged file makes the reader stumble over
+        except Exception as error:  # a damaged file may raise anything
             raise WeightsError(unreadable(path, error)) from None
     if facts and mapped:
         _check_records(content, facts.sizes, path)
@@ -95,7 +93,7 @@ def _load(path: Path, misnamed: bool, mapped: bool) -> Any:
         path.open("rb") if misnamed else openable(path) as source,
         warnings.catch_warnings(),
     ):
-        warnings.simplefilter("ignore")  # on how torch checks sparse tensors
+        warnings.simplefilter("ignore")  # about torch's checks of sparse tensors
         return torch.load(source, map_location="cpu", weights_only=True, mmap=mapped)
 
 
@@ -110,15 +108,15 @@ def _refusal(path: Path, error: Exception) -> str:
 
 
 def _other_programs_classes(path: Path) -> list[Any]:
-    """Stand-ins for classes that a zip names beside its weights, as in hyper-parameters.
+    """Return stand-ins for the classes that a zip names, as in hyper-parameters.
 
-    The classes themselves are neither imported nor called. What remains of Python and PyTorch is
-    left to the unpickler's list, so that a file that means harm is refused.
+    The classes themselves are neither imported nor called. Python's and PyTorch's own stay with the
+    unpickler's list, which refuses harmful files.
     """
     try:
         with path.open("rb") as file:
             names = torch.serialization.get_unsafe_globals_in_checkpoint(file)
-    except Exception:  # a damaged file's reader will tell
+    except Exception:  # the reader will report the damage
         return []
     return [(_PlainDict, name) for name in names if _is_harmless(name)]
 
@@ -127,14 +125,16 @@ def _is_harmless(name: str) -> bool:
     module, _, rest = name.partition(".")
     if module == "builtins":
         return isinstance(getattr(builtins, rest, None), type)
-    # pickle writes some modules by their names in Python 2.
+    # pickle may write Python 2's names of modules.
     pythons = {*sys.stdlib_module_names, *(old.partition(".")[0] for old in IMPORT_MAPPING)}
     return module in _HARMLESS or module not in pythons | {"torch"}
 
 
 def _check_records(content: Any, sizes: set[int], path: Path) -> None:
-    """Check memory-mapped tensors, which torch does not: a tensor that claims more bytes than its
-    record has would be read from its neighbour's."""
+    """Check the sizes of memory-mapped tensors, which torch does not.
+
+    A tensor that claims more bytes than its record has would read from the next record.
+    """
     for name, tensor in flatten(content).items():
         if tensor.device.type == "cpu" and tensor.layout == torch.strided:
             held = tensor.untyped_storage().nbytes()
@@ -146,7 +146,7 @@ def _check_records(content: Any, sizes: set[int], path: Path) -> None:
 
 
 def read_pickled(path: Path) -> State:
-    """All tensors in a ``.pth``, see :func:`flatten`.
+    """Read all tensors of a ``.pth``, see :func:`flatten`.
 
     Raises:
         WeightsError: there are none, or the file cannot be used.
@@ -155,7 +155,7 @@ def read_pickled(path: Path) -> State:
 
 
 def tensors_of(content: Any, path: Path) -> State:
-    """The same of what :func:`load_pickled` returned."""
+    """Return all tensors of a result of :func:`load_pickled`."""
     state = flatten(content)
     if not state:
         held = [plain(str(key)) for key in content] if isinstance(content, dict) else []
@@ -165,7 +165,7 @@ def tensors_of(content: Any, path: Path) -> State:
 
 
 def flatten(content: Any) -> State:
-    """Tensors in dictionaries and lists within each other, under dotted names."""
+    """Collect the tensors of nested dictionaries and lists under dotted names."""
     state: State = {}
     for name, tensor in _tensors(content, "", _LEVELS, set()):
         while name in state:  # a dot in a key made two names one
@@ -180,7 +180,7 @@ def _tensors(
     if isinstance(content, Tensor):
         yield prefix[:-1], content
     elif isinstance(content, (Mapping, list, tuple)) and levels and id(content) not in seen:
-        seen.add(id(content))  # shared values count once, and a cycle ends
+        seen.add(id(content))  # visits shared values once, and ends cycles
         items = content.items() if isinstance(content, Mapping) else enumerate(content)
         for key, value in items:
             yield from _tensors(value, f"{prefix}{key}.", levels - 1, seen)

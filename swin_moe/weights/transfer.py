@@ -1,4 +1,4 @@
-"""From one model's weights to another's: other image size, window, classes, or experts."""
+"""Fitting weights to a model of another image size, window, number of classes or experts."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ HEAD = ("head.weight", "head.bias")
 
 @dataclass
 class Fit:
-    """How weights fit a model.
+    """Weights fitted to a model.
 
     Attributes:
         state: the tensors in the model's shapes.
         resized: name to the shape in the file.
-        head: what became of a head that the file has for other classes, empty if it fits.
+        head: a text on a head for other classes, empty if it fits.
         missing: tensors of the model that the file lacks.
         left_over: tensors of the file that the model lacks.
     """
@@ -41,15 +41,16 @@ Grid = tuple[int, int]  # rows and columns of tokens
 def fit(state: State, target: State, source_grid: Grid, target_grid: Grid) -> Fit:
     """Bring weights into the shapes of ``target`` (on any device, meta included).
 
-    V1's bias tables and position embeddings are resized bicubically (timm resizes the patch
-    embedding to other channels); a 22K head gives its rows to a 1K one; a head for other classes is
-    left to the model's own initialisation. V2 has nothing to resize: its coordinates are computed.
+    V1's bias tables and position embeddings are resized bicubically; the patch embedding is adapted
+    to other channels as in timm. A 1K head takes its rows of a 22K one; a head for other classes
+    keeps the model's initialisation. V2 has nothing to resize: its coordinates are computed.
 
     Args:
-        source_grid, target_grid: of the absolute position embeddings.
+        source_grid: (rows, columns) of the file's absolute position embeddings.
+        target_grid: of the model's.
 
     Raises:
-        WeightsError: a tensor of a shape that cannot be mapped.
+        WeightsError: a tensor's shape cannot be mapped.
     """
     result = Fit(left_over=[name for name in state if name not in target and name not in HEAD])
     for name, wanted in target.items():
@@ -84,7 +85,7 @@ def _resize(name: str, tensor: Tensor, wanted: Tensor, source: Grid, target: Gri
 
 
 def _other_channels(weight: Tensor, channels: int) -> Tensor:
-    """A patch embedding [O, I, p, p] for other channels: a grey image in all gives the same."""
+    """Adapt a patch embedding [O, I, p, p]; a grey image in all channels gives the same result."""
     if channels == 1:
         return weight.sum(1, keepdim=True)
     repeated = weight.repeat(1, -(-channels // weight.shape[1]), 1, 1)[:, :channels]
@@ -108,9 +109,9 @@ def _fit_head(state: State, target: State, result: Fit) -> None:
         result.left_over += [name for name in HEAD if name in state]
         return
     wanted = target[HEAD[0]].shape
-    if len(there := [name for name in HEAD if name in state]) == 1:
-        raise WeightsError(f"the file has {there[0]} and not the other half of the head")
-    found = state[HEAD[0]].shape if there else None
+    if len(held := [name for name in HEAD if name in state]) == 1:
+        raise WeightsError(f"the file has {held[0]} and not the other half of the head")
+    found = state[HEAD[0]].shape if held else None
     if found == wanted:
         result.state |= {name: state[name] for name in HEAD}
     elif found and (found[0], wanted[0]) == (21841, 1000) and found[1] == wanted[1]:
@@ -124,10 +125,10 @@ def _fit_head(state: State, target: State, result: Fit) -> None:
 
 
 def rows_22k_to_1k() -> Tensor:
-    """Row of the official 22K head for each ImageNet-1K class, [1000] int64.
+    """Return the row of the official 22K head for each ImageNet-1K class, [1000] int64.
 
-    It is the class's place in the sorted list of all synsets. One class, teddy bear, is not among
-    them; the official ``map22kto1k`` gives it row 5564.
+    It is the class's place in the sorted list of all synsets. Teddy bear is not among them; the
+    official ``map22kto1k`` gives it row 5564.
     """
     from timm.data import ImageNetInfo  # imports all of timm
 
@@ -138,17 +139,18 @@ def rows_22k_to_1k() -> Tensor:
 
 
 # --------------------------------------------------------------------------------------------
-# What a file says of its model
+# Config keys from tensors
 
 
 def infer_model(state: State, dropped: State) -> tuple[dict[str, object], dict[str, object]]:
-    """Keys of the sections ``model`` and ``moe`` that weights of our names tell.
+    """Infer keys of the sections ``model`` and ``moe`` from weights in our names.
 
     Args:
-        dropped: the file's buffers, which alone tell the window of V2.
+        dropped: the file's buffers, from which alone V2's window follows.
 
-    What nothing tells is left out: ``window_size`` of V2 files without buffers. The image size is
-    the smallest at which windows are as they are.
+    Returns:
+        the known keys of both sections, without ``window_size`` for V2 files without buffers. The
+        image size is the smallest that gives these windows.
 
     Raises:
         WeightsError: the names or shapes are not those of a Swin model.
@@ -158,7 +160,7 @@ def infer_model(state: State, dropped: State) -> tuple[dict[str, object], dict[s
     except (LookupError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
         if isinstance(error, WeightsError):
             raise
-        raise WeightsError("the tensors have shapes that those of no Swin model have") from None
+        raise WeightsError("the tensors' shapes are not those of a Swin model") from None
 
 
 def _infer_model(state: State, dropped: State) -> tuple[dict[str, object], dict[str, object]]:
@@ -187,14 +189,14 @@ def _infer_model(state: State, dropped: State) -> tuple[dict[str, object], dict[
     windows = _stage_windows(state, dropped)
     if windows:
         model["window_size"] = max(windows.values())
-        # The last stage is one window: the smallest grid that does not clip it.
+        # The smallest grid that does not clip the window: the last stage is one window.
         grid = min(windows.values()) * 2 ** (len(depths) - 1)
         model["img_size"] = grid * patch_size
         for stage, window in windows.items():
             if window != min(max(windows.values()), grid >> max(stage, 0)):
                 sizes = [size for _, size in sorted(windows.items())]
                 raise WeightsError(f"its stages have windows {sizes}: no single window_size fits")
-    if "absolute_pos_embed" in state:  # a rectangle's size is the file's to tell
+    if "absolute_pos_embed" in state:  # a square, unless the file states its size
         model["img_size"] = math.isqrt(state["absolute_pos_embed"].shape[1]) * patch_size
     if pretrained := _pretrained_windows(dropped, len(depths)):
         model["pretrained_window_sizes"] = pretrained
@@ -227,7 +229,7 @@ def _infer_feed_forward(state: State, embed_dim: int) -> dict[str, object]:
     if low == 0:
         raise WeightsError("a Swin model has a feed-forward in each block")
     ratio = (low + high) / 2
-    for digits in range(12):  # the shortest number that will do
+    for digits in range(12):  # the shortest number in the interval
         short = math.ceil(low * 10**digits) / 10**digits
         if low <= short < high:
             ratio = short
@@ -255,7 +257,7 @@ def _infer_moe(state: State, depths: list[int]) -> dict[str, object]:
 
 
 def _stage_windows(state: State, dropped: State) -> dict[int, int]:
-    """Stage to the side of the window that a table, a grouped layer or a buffer tells."""
+    """Return each stage's window side from a table, a grouped layer or a buffer."""
     found: dict[int, int] = {}
     for name, tensor in {**dropped, **state}.items():
         if name.endswith("relative_position_bias_table"):
@@ -276,7 +278,7 @@ def _stage_windows(state: State, dropped: State) -> dict[int, int]:
 
 
 def _stage_of(name: str) -> int:
-    """The stage in anyone's names; torchvision counts patch embedding and merging as well."""
+    """Return the stage of any dialect's name; torchvision also counts embedding and merging."""
     if match := re.search(r"features\.(\d+)\.", name):
         return (int(match[1]) - 1) // 2
     match = re.search(r"(?:layers|stages)\.(\d+)\.", name)
@@ -284,7 +286,7 @@ def _stage_of(name: str) -> int:
 
 
 def _pretrained_windows(dropped: State, stages: int) -> list[int]:
-    """Windows for which an official file's coordinates were scaled; empty if for its own."""
+    """Return the windows that scaled an official file's coordinates; empty if its own."""
     found = [0] * stages
     for name, table in dropped.items():
         match = re.search(r"layers\.(\d+)\..*relative_coords_table$", name)
@@ -310,15 +312,15 @@ def upcycle(
 ) -> State:
     """Copy the dense feed-forward of each MoE block into all of its experts.
 
-    As in Sparse Upcycling, https://arxiv.org/abs/2212.05055. With normalised gates and free
-    capacity the function is unchanged, for every expert computes the same.
+    See Sparse Upcycling, https://arxiv.org/abs/2212.05055. With normalised gates and free capacity
+    the function is unchanged, since every expert computes the same.
 
     Args:
-        noise: standard deviation of what is added to the copies, relative to the weight's own.
+        noise: standard deviation of the noise on the copies, relative to the weight's own.
         random_gate: draw the linear router's weights (0.02) instead of setting them to zero.
 
     Raises:
-        WeightsError: a block that is to be MoE has no dense feed-forward in the file.
+        WeightsError: a block of ``moe.blocks`` has no dense feed-forward in the file.
     """
     if moe.router != "linear":
         raise WeightsError("--upcycle makes a linear router: moe.router=cosine cannot be used")

@@ -1,4 +1,4 @@
-"""The launchers that take a hostfile: DeepSpeed's over a real sshd on loopback, and mpirun."""
+"""The launchers with a hostfile: DeepSpeed's over a real sshd on loopback, and mpirun."""
 
 import shutil
 import socket
@@ -30,7 +30,7 @@ def free_port():
 
 @pytest.fixture(scope="module")
 def shells():
-    """An sshd that listens on loopback alone, and an ``ssh`` that goes there with a key of its own.
+    """An sshd that listens on loopback only, and an ``ssh`` that enters it with its own key.
 
     Returns:
         the folder to put before PATH.
@@ -58,7 +58,7 @@ def shells():
         wrapper.parent.mkdir()
         wrapper.write_text(f'#!/bin/sh\nexec {shutil.which("ssh")} -F {folder}/ssh_config "$@"\n')
         wrapper.chmod(0o755)
-        Path("/run/sshd").mkdir(exist_ok=True)  # where sshd parts with its rights
+        Path("/run/sshd").mkdir(exist_ok=True)  # where sshd drops its rights
         daemon = subprocess.Popen([shutil.which("sshd", path="/usr/sbin"), "-D", "-e", "-f",
                                    folder / "sshd_config"], stderr=subprocess.DEVNULL)  # fmt: skip
         try_it = [wrapper, HOSTS[1], "true"]

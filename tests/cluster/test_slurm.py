@@ -25,7 +25,7 @@ from tests.cluster.tools import (
     write_config,
 )
 
-# Nodes are called by addresses, which resolve everywhere.
+# The names of nodes are addresses, which resolve everywhere.
 NODES = ("127.0.0.21", "127.0.0.22")
 SETTINGS = """\
 ClusterName=loopback
@@ -100,7 +100,7 @@ class Slurm:
         return done.stdout if done.returncode == 0 else ""
 
     def submit(self, *options):
-        """Returns the job's number."""
+        """Submit a job and return its number."""
         done = subprocess.run(
             ["sbatch", "--parsable", *map(str, options)],
             env=self.env, capture_output=True, text=True, check=False, cwd=self.folder,
@@ -112,14 +112,14 @@ class Slurm:
         return self.say("squeue", "-h", "-t", "all", "-j", job, "-o", "%T").strip()
 
     def tell(self, job, log):
-        """Why a job may not have got on: the last words of its log and of the daemons."""
+        """Return the ends of the logs of a job and the daemons, and the states of job and nodes."""
         paths = [log, *sorted(self.folder.glob("slurm*.log"))]
-        told = [f"--- {path.name}\n{tail(path)}" for path in paths if path.exists()]
-        asked = (("scontrol", "show", "job", job), ("sinfo",), ("sinfo", "-R"))
-        return "\n".join([*told, *(self.say(*command) for command in asked)])
+        logs = [f"--- {path.name}\n{tail(path)}" for path in paths if path.exists()]
+        commands = (("scontrol", "show", "job", job), ("sinfo",), ("sinfo", "-R"))
+        return "\n".join([*logs, *(self.say(*command) for command in commands)])
 
     def close(self):
-        """End all jobs, then the daemons, and what they may have left."""
+        """End all jobs, then the daemons and their leftovers."""
         self.say("scancel", "--me")
         with contextlib.suppress(AssertionError):
             until(lambda: not self.say("squeue", "-h").strip(), "no jobs", 60)
@@ -156,7 +156,7 @@ def free_ports(count):
 @pytest.fixture(scope="module")
 def slurm():
     need("munged", "slurmctld", "slurmd", "sbatch", "srun")
-    # munge wants a folder that only root can write, and sockets a short path.
+    # munge needs a folder that only root can write, and sockets need a short path.
     folder = Path(tempfile.mkdtemp(prefix="slurm-", dir="/run"))
     folder.chmod(0o755)
     cluster = Slurm(folder)
@@ -169,7 +169,7 @@ def slurm():
 
 
 def test_two_nodes_are_preempted_and_go_on_from_the_checkpoint(slurm, tmp_path):
-    """Up to a minute: Slurm ends, queues and starts the job again in its own time."""
+    """Up to a minute: Slurm takes its time to end, queue and restart the job."""
     config, run = write_config(tmp_path), run_of(tmp_path)
     script = LAUNCH / "slurm.sbatch"
     low = slurm.submit(
@@ -193,7 +193,7 @@ def test_two_nodes_are_preempted_and_go_on_from_the_checkpoint(slurm, tmp_path):
     wait(lambda: slurm.state(high) == "COMPLETED", "the job of the higher partition")
     stopped_at = last_step(run)
     wait(lambda: slurm.state(low) == "PENDING", "the job has queued again")
-    # Slurm would wait for 2 min; within the second of the requeue it refuses its own credential.
+    # Slurm waits for 2 min; within the second of the requeue it refuses its own credential.
     slurm.say("scontrol", "update", f"jobid={low}", "StartTime=now+5")
     assert "stopped by a signal" in log.read_text()
     wait(lambda: last_step(run) > stopped_at + 5, "the requeued job goes on")

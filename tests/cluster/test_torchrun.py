@@ -56,7 +56,7 @@ class Hosts:
         return self.jobs[-1]
 
     def listen(self, host, port):
-        """Something else at a port."""
+        """Start another program that listens at a port."""
         code = (
             "import socket, time\n"
             f"s = socket.create_server(('', {port}))\nprint(flush=True)\ntime.sleep(600)"
@@ -102,13 +102,13 @@ def train_without_end(hosts, tmp_path, *overrides):
 
 
 def stop_and_save(jobs):
-    """As a scheduler would, on one node alone."""
+    """Send a signal on one node only, as a scheduler may."""
     jobs[0].process.send_signal(signal.SIGTERM)
     assert [job.wait() for job in jobs] == [75, 75], [job.text for job in jobs]
 
 
 def test_a_short_cut_only_delays_and_a_long_one_restarts(hosts, tmp_path):
-    """One training for both. Most of the time is two waits: a cut link, and the hang it causes."""
+    """One training for both. Most of the time is two waits: a cut link, and the hang after it."""
     jobs, run = train_without_end(hosts, tmp_path, "faults.hang_timeout_s=15")
     hosts.link("down")
     stood_at = until_it_stands(run)
@@ -129,7 +129,7 @@ def test_a_short_cut_only_delays_and_a_long_one_restarts(hosts, tmp_path):
 
 
 def test_a_run_grows_by_a_node_and_goes_on_without_one_that_dies(hosts, tmp_path):
-    """Over a minute: it waits for a hang to be found, and for torch to end a process that hangs."""
+    """Over a minute: a hang must be found, and torch must end a process that hangs."""
     changes = ["train.max_steps=0", "parallel.expert_parallel_size=1", "faults.hang_timeout_s=30"]
     words = options(write_config(tmp_path), *changes, nodes="1:2")
     run = run_of(tmp_path)
@@ -152,7 +152,7 @@ def test_a_run_grows_by_a_node_and_goes_on_without_one_that_dies(hosts, tmp_path
 
 
 def until_it_stands(run):
-    """The step at which the other host is missed: nothing is logged for some seconds."""
+    """Return the step after which nothing is logged for some seconds: the other host is gone."""
     last, since = last_step(run), time.monotonic()
     while time.monotonic() < since + 5.0:
         time.sleep(0.2)
@@ -170,7 +170,7 @@ def one_line(job, code, *parts):
 
 
 def test_nodes_that_do_not_meet_are_one_line(hosts, tmp_path):
-    """Four mistakes at once. Up to 20 seconds, which is as long as the longest of them may wait."""
+    """Four mistakes at once. Up to 20 seconds, the time-out of the longest."""
     config = write_config(tmp_path)
     listener = hosts.listen(0, 29507)
     try:
@@ -182,7 +182,7 @@ def test_nodes_that_do_not_meet_are_one_line(hosts, tmp_path):
         one_line(nobody, 1, f"{A}:29501 cannot be reached within 3 s", "Connection refused")
         one_line(port, 2, "port 29507 of this machine, the master, is taken by python")
         one_line(name, 2, "--master no-such-host.invalid: this machine does not know that name")
-        # Who comes second sees that the first was told another number; the first waits for its own.
+        # The second node sees that the first has another --nodes; the first waits for its number.
         codes = sorted([alone.wait(), more.wait()])
         assert codes == [1, 2], alone.text + more.text
         both = "\n".join(alone.errors + more.errors)

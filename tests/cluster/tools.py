@@ -1,4 +1,4 @@
-"""What the tests on real engines share: a training that is nearly all imports, and patience."""
+"""Shared tools of the tests on real engines: a tiny training, and waits."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from PIL import Image
 
 ROOT = Path(__file__).parent.parent.parent
 LAUNCH = ROOT / "launch"
-PATIENCE = 480.0  # seconds: as long as anything here may take on a slow machine
+PATIENCE = 480.0  # seconds that a test may take on a slow machine
 
 CONFIG = """\
 model: {name: swinv2_moe, img_size: 16, patch_size: 4, in_chans: 1, num_classes: 2, embed_dim: 8,
@@ -38,7 +38,7 @@ log: {every_steps: 1, tensorboard: false}
 
 
 def need(*programs: str) -> None:
-    """Skip where this machine cannot be several."""
+    """Skip the test if this machine cannot stand for several."""
     if os.geteuid() != 0:
         pytest.skip("needs root, to make a cluster of this machine")
     missing = [name for name in programs if shutil.which(name, path=search_path()) is None]
@@ -51,7 +51,7 @@ def search_path() -> str:
 
 
 def environment(**extra: str) -> dict[str, str]:
-    """Without ranks or a scheduler's word of an outer launcher."""
+    """Return an environment without variables of an outer launcher or scheduler."""
     outer = ("RANK", "LOCAL_", "WORLD_", "MASTER_", "SLURM", "OMPI_", "PET_", "TORCHELASTIC")
     env = {key: value for key, value in os.environ.items() if not key.startswith(outer)}
     env |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHON": sys.executable}
@@ -59,7 +59,7 @@ def environment(**extra: str) -> dict[str, str]:
 
 
 def write_config(folder: Path) -> Path:
-    """A config in ``folder``, with 32 + 8 images of two classes; the run is ``folder/run``."""
+    """Write a config into ``folder``, with 32 + 8 images in two classes; the run is ``run``."""
     draw = random.Random(0)
     for split, count in (("train", 16), ("val", 4)):
         for label in ("dark", "light"):
@@ -92,7 +92,7 @@ def starts(run: Path) -> int:
 
 
 def worlds(run: Path) -> list[int]:
-    """Processes of each start."""
+    """Return the number of processes of each start."""
     path = run / "starts.jsonl"
     lines = path.read_text().splitlines() if path.exists() else []
     return [len(json.loads(line)["hosts"]) for line in lines]
@@ -104,7 +104,7 @@ def until(
     patience: float = PATIENCE,
     tell: Callable[[], str] = str,
 ) -> None:
-    """Wait for ``done()``; at the end of patience fail with ``what`` and ``tell()``."""
+    """Wait for ``done()``; after ``patience`` seconds fail with ``what`` and ``tell()``."""
     deadline = time.monotonic() + patience
     while not done():
         assert time.monotonic() < deadline, f"not within {patience:.0f} s: {what}\n{tell()}"
@@ -138,7 +138,7 @@ class Job:
         return self.process.wait(PATIENCE)
 
     def stop(self) -> None:
-        """End the command at once, and all that it started, which have sessions of their own."""
+        """Kill the command and its descendants, which are in other sessions."""
         if self.alive():
             root = psutil.Process(self.process.pid)
             for process in (root, *root.children(recursive=True)):

@@ -9,7 +9,7 @@ from .helpers import OPENED
 
 @pytest.fixture(autouse=True)
 def _loaders_are_closed():
-    """Otherwise the collector waits for their workers, seconds each, in some other test."""
+    """Close loaders after each test; otherwise the collector waits for their workers later."""
     yield
     while OPENED:
         OPENED.pop().close()
@@ -17,7 +17,7 @@ def _loaders_are_closed():
 
 @pytest.fixture
 def generator_states():
-    """A function that returns the state of every global CPU generator, comparable."""
+    """Return a function that returns the comparable state of every global CPU generator."""
 
     def read():
         name, keys, *rest = np.random.get_state()

@@ -23,7 +23,7 @@ FORMATS = {"jpg": "JPEG"}
 
 
 def encode(seed: int, size: int = 12, extension: str = "png") -> bytes:
-    """A random colour image."""
+    """Encode a random colour image."""
     pixels = np.random.default_rng(seed).integers(0, 256, (size, size, 3), dtype=np.uint8)
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, FORMATS.get(extension, extension.upper()))
@@ -31,12 +31,12 @@ def encode(seed: int, size: int = 12, extension: str = "png") -> bytes:
 
 
 def samples(count: int, start: int = 0) -> list[tuple[str, bytes, int]]:
-    """Samples whose label is their number, so that a label names its sample."""
+    """Make samples whose label is their number, so that a label identifies its sample."""
     return [(f"key{i:04d}", encode(i), i) for i in range(start, start + count)]
 
 
 def make_shards(root: Path, count: int, split: str = "train", shards: int = 2) -> Path:
-    """Plain shards ``split-0.tar``… of ``count`` samples, numbered through."""
+    """Write plain shards ``split-0.tar``… of ``count`` samples, numbered consecutively."""
     root.mkdir(exist_ok=True)
     cuts = np.linspace(0, count, shards + 1).astype(int).tolist()
     for shard, (start, stop) in enumerate(pairwise(cuts)):
@@ -52,7 +52,7 @@ def add_member(tar: tarfile.TarFile, name: str, data: bytes) -> None:
 
 
 def make_folder(root: Path, classes: Iterable[str], per_class: int = 2) -> Path:
-    """An ImageFolder layout."""
+    """Write images in class folders."""
     for number, name in enumerate(classes):
         (root / name).mkdir(parents=True)
         for i in range(per_class):
@@ -80,7 +80,7 @@ def open_loader(
     classes: list[str] | None = None,
     **values: Any,
 ) -> Loader:
-    """A loader that the end of the test closes, see ``conftest.py``."""
+    """Open a loader that is closed at the end of the test, see ``conftest.py``."""
     loader = build_loader(
         data_config(path, **values),
         augment,

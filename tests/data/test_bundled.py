@@ -21,7 +21,7 @@ def test_split_is_complete_and_balanced(split, per_class):
     source = open_shards(paths, None)
     assert np.bincount(source.labels).tolist() == [per_class] * 10
     contents = {source.read(index) for index in range(len(source))}
-    assert len(contents) > 0.98 * len(source)  # Fashion-MNIST itself has a few doubles
+    assert len(contents) > 0.98 * len(source)  # Fashion-MNIST itself has a few duplicates
     for index in range(0, len(source), 50):
         assert EncodedImage(source.read(index), "L").pixels().shape == (28, 28, 1)
     read = webdataset.WebDataset([str(path) for path in paths], shardshuffle=False).decode("pil")

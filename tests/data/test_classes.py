@@ -1,4 +1,4 @@
-"""Labels follow the names of classes, not their places in a sorted list."""
+"""Labels are matched by the names of classes, not by their places in a sorted list."""
 
 import pytest
 
@@ -18,7 +18,7 @@ def test_a_held_out_set_that_lacks_a_class_keeps_the_labels_of_the_others(tmp_pa
     assert labels(loader) == [1, 1, 2, 2]
     assert loader.class_names == ["cat", "dog", "fox"]
     assert loader.missing_classes == ["cat"]
-    assert "no sample of 1 of the 3 classes that the model knows ('cat')" in caplog.text
+    assert "no sample of 1 of the 3 classes of the model ('cat')" in caplog.text
 
 
 def test_another_order_is_mapped(tmp_path):
@@ -31,8 +31,8 @@ def test_another_order_is_mapped(tmp_path):
 def test_unknown_classes_are_refused_by_name(tmp_path):
     make_folder(tmp_path / "val", ["[cat]", "dog"])
     message = (
-        r"data\.path=.*, data\.val=val: the model does not know 1 of its classes: '\[cat\]'\. "
-        r"It knows 2: 'cat', 'dog'\. Rename .* data\.match_classes=number"
+        r"data\.path=.*, data\.val=val: the model lacks 1 of its classes: '\[cat\]'\. "
+        r"It has 2: 'cat', 'dog'\. Rename .* data\.match_classes=number"
     )
     with pytest.raises(ValueError, match=message):
         open_loader(tmp_path, training=False, classes=["cat", "dog"])
@@ -46,7 +46,7 @@ def test_two_classes_of_one_name_cannot_be_matched(tmp_path):
         open_loader(tmp_path, training=False, classes=["crane", "crane", "dog"])
 
 
-def test_data_without_names_keep_their_numbers_and_say_so(tmp_path, caplog):
+def test_data_without_names_keep_their_numbers_with_a_warning(tmp_path, caplog):
     make_folder(tmp_path / "a", ["x", "y"])
     (tmp_path / "val").write_text("a/y/0.png\t1\na/x/0.png\t0\n")
     loader = open_loader(tmp_path, training=False, classes=["cat", "dog"])
@@ -54,7 +54,7 @@ def test_data_without_names_keep_their_numbers_and_say_so(tmp_path, caplog):
     assert "its classes have no names" in caplog.text
 
 
-def test_a_list_of_names_beside_numbers_may_rename_some(tmp_path, caplog):
+def test_a_list_of_names_for_numbers_may_rename_some(tmp_path, caplog):
     make_shards(tmp_path, 3, split="val", shards=1)
     names = tmp_path / "classes.txt"
     names.write_text("[/cat]\ndog\nfox\n")
@@ -63,7 +63,7 @@ def test_a_list_of_names_beside_numbers_may_rename_some(tmp_path, caplog):
     assert loader.class_names == ["[cat]", "dog", "fox"]
     assert "calls 1 of the 3 classes differently ('[cat]'); its labels are numbers" in caplog.text
     names.write_text("dog\ncow\nfox\n")  # a name of the model's at another place
-    with pytest.raises(ValueError, match="does not know 1 of its classes: 'cow'"):
+    with pytest.raises(ValueError, match="lacks 1 of its classes: 'cow'"):
         open_loader(tmp_path, training=False, classes=["[cat]", "dog", "fox"])
 
 
@@ -88,7 +88,7 @@ def test_held_out_folders_must_be_those_of_training_where_numbers_count(tmp_path
         open_loader(tmp_path, training=False, classes=["x", "y", "z"], match_classes="number")
 
 
-def test_a_list_shorter_than_the_labels_is_said(tmp_path):
+def test_a_list_shorter_than_the_labels_is_refused(tmp_path):
     make_shards(tmp_path, 3, split="val", shards=1)
     (tmp_path / "classes.txt").write_text("a\nb\n")
     with pytest.raises(ValueError, match="2 class names, but a label is 2"):
@@ -101,7 +101,7 @@ def test_a_file_as_data_path_is_called_a_file(tmp_path):
         open_loader(tmp_path / "d.zip")
 
 
-def test_names_for_a_model_that_knows_only_numbers_are_told(tmp_path, caplog):
+def test_names_for_a_model_with_only_numbers_are_reported(tmp_path, caplog):
     make_folder(tmp_path / "val", ["0", "1", "10", "2"])
     (tmp_path / "train").write_text("val/0/0.png\t0\n")
     open_loader(tmp_path, training=False)
@@ -109,7 +109,7 @@ def test_names_for_a_model_that_knows_only_numbers_are_told(tmp_path, caplog):
     assert "4 classes: label 2 is class '10'" in caplog.text
 
 
-def test_numbers_for_classes_named_by_numbers_in_another_order_are_told(tmp_path, caplog):
+def test_numbers_for_classes_named_by_numbers_in_another_order_are_reported(tmp_path, caplog):
     make_folder(tmp_path / "a", ["0", "1", "10", "2"])
     (tmp_path / "val").write_text("a/2/0.png\t2\n")
     open_loader(tmp_path, training=False, classes=["0", "1", "10", "2"])
@@ -122,7 +122,7 @@ def test_accents_that_macos_writes_apart_are_the_same_name(tmp_path):
     assert labels(loader) == [1, 1, 0, 0]
 
 
-def test_two_classes_that_look_alike_are_told(tmp_path, caplog):
+def test_two_classes_that_look_alike_are_reported(tmp_path, caplog):
     make_folder(tmp_path / "train", ["caf\u00e9", "cafe\u0301"])
     open_loader(tmp_path, num_classes=2)
     assert "two classes look alike, 'caf" in caplog.text

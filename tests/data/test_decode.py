@@ -1,4 +1,4 @@
-"""Whatever people keep as images, decoded as a viewer shows them."""
+"""Images of many formats, decoded as a viewer shows them."""
 
 import io
 
@@ -21,7 +21,7 @@ def _save(image: Image.Image, kind: str, **options) -> bytes:
 
 
 def _photo(width=50, height=37) -> Image.Image:
-    """Smooth, so that the formats with losses keep it."""
+    """Make a smooth image, which lossy formats preserve."""
     rows, columns = np.mgrid[:height, :width]
     return Image.fromarray(np.stack([rows * 5, columns * 4, rows + columns], -1).astype(np.uint8))
 
@@ -39,7 +39,7 @@ def _pixels(data: bytes, mode="RGB") -> np.ndarray:
 def test_each_format_as_pillow_reads_it(kind, mode):
     data = _save(_photo(), kind)
     expected = np.asarray(Image.open(io.BytesIO(data)).convert(mode)).reshape(37, 50, -1)
-    # From a JPEG, libjpeg takes the grey that it holds, and Pillow mixes it from the colours.
+    # libjpeg reads a JPEG's own grey channel, and Pillow mixes it from the colours.
     atol = 2 if (kind, mode) == ("JPEG", "L") else 0
     np.testing.assert_allclose(_pixels(data, mode).astype(int), expected, rtol=0, atol=atol)
 
@@ -137,7 +137,7 @@ def test_truncated_images_are_refused(extension, share):
     (b"", "not an image"), (b"<html>404</html>", "not an image"), (b"\xff\xd8\xff", "not an image"),
     (b"%!PS-Adobe-3.0 EPSF-3.0", "not an image"),
 ])  # fmt: skip
-def test_what_is_no_image(data, kind):
+def test_data_that_is_no_image(data, kind):
     with pytest.raises(UnreadableImage) as error:
         EncodedImage(data, "RGB").pixels()
     assert error.value.kind == kind

@@ -1,3 +1,4 @@
+import multiprocessing
 import os
 import pickle
 import random
@@ -88,8 +89,8 @@ def test_datasets_survive_spawn(tmp_path):
     make_shards(tmp_path, 8)
     loader = open_loader(tmp_path, HEAVY)
     expected = next(loader.epoch(0))
-    copy = pickle.loads(pickle.dumps(loader._loader.dataset))
-    first = next(iter(loader._sampler))
+    copy = pickle.loads(pickle.dumps(loader.dataset))
+    first = next(iter(loader.sampler))
     assert torch.equal(
         collate([copy[p] for p in first]).inputs["images"], expected.inputs["images"]
     )
@@ -115,7 +116,7 @@ def test_workers_outlive_the_signals_of_a_preempted_job(tmp_path):
     loader = open_loader(tmp_path, num_workers=1)
     batches = loader.epoch(0)
     next(batches)
-    (worker,) = loader._loader._iterator._workers
+    (worker,) = multiprocessing.active_children()
     for name in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         os.kill(worker.pid, name)
     assert len(list(batches)) == 9
@@ -153,7 +154,7 @@ def _with_faults(tmp_path, bad, split="train"):
     content = [
         (key, b"no image" if n in bad else png, n) for n, (key, png, _) in enumerate(samples(12))
     ]
-    if 5 in bad:  # one that breaks off half-way
+    if 5 in bad:  # truncated half-way
         content[5] = ("key0005", encode(5, size=64, extension="jpg")[:900], 5)
     write_shard(tmp_path / f"{split}-0.tar", content)
     return tmp_path
@@ -166,7 +167,7 @@ def test_training_replaces_unreadable_images(tmp_path, workers, caplog):
     loader = open_loader(tmp_path, num_workers=workers)
     whole = list(loader.epoch(0))
     assert loader.bad.total == len(bad)
-    order = [index for batch in loader._sampler for _, index, _ in batch]
+    order = [index for batch in loader.sampler for _, index, _ in batch]
     for number, batch in enumerate(whole):
         wanted = order[4 * number : 4 * number + 4]
         for place in range(4):
@@ -303,7 +304,7 @@ def test_more_classes_than_the_model(tmp_path):
     _raises(r"train-0\.tar:key0003 is 3, not in \[0, 3\)", tmp_path / "tar", num_classes=3)
 
 
-def test_empty_classes_are_told(tmp_path, caplog):
+def test_empty_classes_are_reported(tmp_path, caplog):
     folder = make_folder(tmp_path / "train", ["a", "b", "c"], per_class=4)
     (folder / "yak").mkdir()
     open_loader(tmp_path, num_classes=4)

@@ -21,14 +21,14 @@ def _keys(loader, epoch, start=0):
 
 
 def _whole(loaders, epoch):
-    """The job's order: of each step, the ranks' batches in turn."""
+    """Return the job's order: in each step, the ranks' batches in turn."""
     steps = zip(*(_keys(loader, epoch) for loader in loaders), strict=True)
     return [key for step in steps for batch in step for key in batch]
 
 
 @pytest.fixture(scope="module")
 def expected(shards):
-    """All keys of each epoch in the order of one process with batches of one."""
+    """Return all keys of each epoch, as one process with batches of one reads them."""
     loader = open_loader(shards, batch_size=1)
     return [[key for (key,) in _keys(loader, epoch)] for epoch in range(EPOCHS)]
 
@@ -70,7 +70,7 @@ def test_order(shards, expected, world, workers, window):
 
 @pytest.mark.parametrize(("before", "after"), itertools.permutations(WORLDS, 2))
 def test_resume_on_another_world(shards, expected, before, after):
-    """With the global batch kept, another number of processes goes on with the same samples."""
+    """With the same global batch, another number of processes continues with the same samples."""
     batch = 12
     steps = SAMPLES // batch
     taken = []

@@ -64,15 +64,15 @@ def test_a_class_is_named_like_its_tar():
     assert [class_of(Path(name)) for name in names] == ["v1.3", "b", "c"]
 
 
-def test_images_beside_the_class_folders_are_counted(tmp_path):
+def test_images_next_to_the_class_folders_are_counted(tmp_path):
     root = make_folder(tmp_path / "train", ["a", "b"])
     (root / "stray.png").write_bytes(encode(1))
     (root / "classes.csv").write_text("a")
     with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
         for path in sorted(root.rglob("*")):
             archive.write(path, path.relative_to(root))
-    said = "2 files passed over: 1 .csv, 1 images in no class folder"
-    assert open_folder(root).passed_over == said
+    note = "2 files passed over: 1 .csv, 1 images in no class folder"
+    assert open_folder(root).passed_over == note
     assert ZipSource(tmp_path / "x.zip", None).passed_over.startswith("2 files passed over")
 
 
@@ -183,15 +183,15 @@ def test_an_entry_that_claims_more_than_the_table_holds(tmp_path):
     with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
         archive.writestr("a/1.png", encode(1))
     source = ZipSource(tmp_path / "x.zip", None)
-    from swin_moe.data.readers.zipped import _table, array
+    from swin_moe.data.readers.zipped import array, pack_records
 
-    record = _table(array("Q", [0, 2**33 + 5, 2**33 + 5, 0, 0]))
-    source._table[0] = record[0]
+    record = pack_records(array("Q", [0, 2**33 + 5, 2**33 + 5, 0, 0]))
+    source.table[0] = record[0]
     with pytest.raises(UnreadableImage, match=r"data\.max_pixels"):
         source.read(0)
 
 
-def test_an_unreadable_image_is_told_once(caplog, tmp_path):
+def test_an_unreadable_image_is_logged_once(caplog, tmp_path):
     bad = BadSamples()
     for _ in range(3):
         bad.add([Skipped("x.png", "damaged", "why"), Skipped("x.png", "damaged", "why")])
@@ -239,7 +239,7 @@ def a_tar(path, *names):
     return path
 
 
-def test_what_follows_after_the_end_of_a_tar_is_not_lost(tmp_path):
+def test_data_after_the_end_of_a_tar_is_an_error(tmp_path):
     first, second = (a_tar(tmp_path / f"{n}.tar", f"{n}.png", f"{n}.cls") for n in "ab")
     second.write_bytes(first.read_bytes() + second.read_bytes())
     first.unlink()
@@ -258,7 +258,7 @@ def test_a_link_in_a_tar_per_class_is_not_lost(tmp_path, kind):
         open_path(tmp_path)
 
 
-def test_a_shard_beside_its_compressed_copy_does_not_count_twice(tmp_path):
+def test_a_shard_with_its_compressed_copy_does_not_count_twice(tmp_path):
     shard = a_tar(tmp_path / "train-0.tar", "a.png", "a.cls")
     (tmp_path / "train-0.tar.gz").write_bytes(gzip.compress(shard.read_bytes()))
     with pytest.raises(ValueError, match=r"train-0\.tar and train-0\.tar\.gz are one shard twice"):
@@ -268,7 +268,7 @@ def test_a_shard_beside_its_compressed_copy_does_not_count_twice(tmp_path):
 def test_a_stray_tar_does_not_take_the_place_of_class_folders(tmp_path):
     make_folder(tmp_path, ["a", "b"])
     a_tar(tmp_path / "a.tar", "1.png")  # the class that was unpacked
-    with pytest.raises(ValueError, match=r"holds a\.tar beside the class folder 'b'"):
+    with pytest.raises(ValueError, match=r"holds a\.tar next to the class folder 'b'"):
         open_path(tmp_path)
     a_tar(tmp_path / "b.tar", "1.png")
     assert open_path(tmp_path).class_names == ["a", "b"]
@@ -310,10 +310,10 @@ def test_parquet_shards_must_agree_on_their_classes(tmp_path):
 
     for number, names in enumerate([["a", "b"], ["b", "a"]]):
         table = pa.table({"image": [encode(number)], "label": [0]})
-        told = {"info": {"features": {"label": {"names": names}}}}
-        table = table.replace_schema_metadata({"huggingface": json.dumps(told)})
+        features = {"info": {"features": {"label": {"names": names}}}}
+        table = table.replace_schema_metadata({"huggingface": json.dumps(features)})
         pq.write_table(table, tmp_path / f"train-{number}.parquet")
-    with pytest.raises(ValueError, match=r"train-1\.parquet names its classes otherwise"):
+    with pytest.raises(ValueError, match=r"train-1\.parquet names its classes differently"):
         open_path(tmp_path / "train")
 
 
@@ -322,7 +322,7 @@ def test_a_grey_image_of_16_bits_is_read_as_pnm_too():
     assert EncodedImage(data, "L").pixels().ravel().tolist() == [0, 128]
 
 
-def test_what_may_not_be_read_is_not_called_damaged(tmp_path, monkeypatch):
+def test_files_without_permission_are_not_called_damaged(tmp_path, monkeypatch):
     def refused(*_args, **_kwargs):
         raise PermissionError(13, "Permission denied", "x")
 

@@ -1,4 +1,4 @@
-"""From any data set to shards, killed and gone on with, and what the index then holds."""
+"""From any data set to shards: after kills too, and with a correct index."""
 
 import io
 import json
@@ -40,7 +40,7 @@ def _refused(pattern, path, output, **options):
 
 
 def _small_shards(monkeypatch, size=3000):
-    """As if a megabyte were less."""
+    """Make a megabyte smaller."""
     settings = prepare.Settings
 
     def make(**values):
@@ -64,7 +64,7 @@ def test_a_folder_becomes_shards(tmp_path, monkeypatch):
     loader = open_loader(tmp_path / "out", num_classes=3, num_workers=2)
     assert len({i for batch in loader.epoch(0) for i in batch.indices.tolist()}) == 20
     _refused("holds shards already", folder, tmp_path / "out")
-    (tmp_path / "out" / "train.json").unlink()  # as if they were another's
+    (tmp_path / "out" / "train.json").unlink()  # as if another program had written them
     _refused("holds shards already", folder, tmp_path / "out")
 
 
@@ -106,7 +106,7 @@ def test_classes_are_chosen_and_numbered_by_a_file(tmp_path):
     (tmp_path / "twice.txt").write_text("ant\nant\n")
     _refused("'ant' is listed twice", folder, tmp_path / "o", classes=tmp_path / "twice.txt")
     (tmp_path / "none.txt").write_text("yak\n")
-    _refused("none of the 1 listed classes is in the data, first listed 'yak', first there 'ant'",
+    _refused("none of the 1 listed classes is in the data, first listed 'yak', first in the data",
              folder, tmp_path / "o", classes=tmp_path / "none.txt")  # fmt: skip
 
 
@@ -133,7 +133,7 @@ def test_larger_images_are_resized(tmp_path):
     np.testing.assert_allclose(np.asarray(image)[15, 10].astype(int), (200, 10, 60), atol=4)
 
 
-def test_what_cannot_be_read_is_left_out_and_listed(tmp_path):
+def test_unreadable_samples_are_left_out_and_listed(tmp_path):
     folder = make_folder(tmp_path / "train", ["ant", "bee"], per_class=4)
     (folder / "ant" / "2.png").write_bytes(b"<html>")
     (folder / "bee" / "3.png").write_bytes(encode(3, size=64)[:500])
@@ -148,19 +148,17 @@ def test_what_cannot_be_read_is_left_out_and_listed(tmp_path):
 def test_a_source_that_goes_away_ends_the_run(tmp_path, monkeypatch):
     folder = make_folder(tmp_path / "train", ["ant", "bee"], per_class=4)
     _small_shards(monkeypatch)
-    plan = prepare._plan
+    usage = prepare.shutil.disk_usage(tmp_path)
 
-    def unplugged(*arguments):
-        samples = plan(*arguments)
+    def unplugged(_path):  # called at the end of the plan
         folder.rename(tmp_path / "away")
-        return samples
+        return usage
 
-    monkeypatch.setattr(prepare, "_plan", unplugged)
+    monkeypatch.setattr(prepare.shutil, "disk_usage", unplugged)
     with pytest.raises(FileNotFoundError, match=r"\.png"):
         _prepare(folder, tmp_path / "out")
     assert not (tmp_path / "out" / "train.json").exists()
     (tmp_path / "away").rename(folder)
-    monkeypatch.setattr(prepare, "_plan", plan)
     assert len(_prepare(folder, tmp_path / "out")["train"]) == 8
     for path in folder.rglob("*.png"):
         path.write_bytes(b"<html>")
@@ -197,7 +195,7 @@ def test_splits_are_no_classes_and_are_named_if_left_out(tmp_path, caplog):
     assert "train and val are read, but not valid: rename it to val" in caplog.text
 
 
-def test_a_file_that_a_list_names_and_that_is_not_there_is_left_out(tmp_path):
+def test_a_missing_file_of_a_list_is_left_out(tmp_path):
     make_folder(tmp_path, ["ant"])
     (tmp_path / "x_map.txt").write_text("ant/0.png\t0\nant/gone.png\t0\nant/1.png\t0\n")
     assert len(_prepare(tmp_path / "x_map.txt", tmp_path / "out")["train"]) == 2
@@ -231,11 +229,11 @@ SLOW = """
 import sys, time
 from swin_moe.cli import main as cli
 from swin_moe.data.tools import commands, prepare
-write, settings = prepare._write_shard, prepare.Settings
-def slowly(shard):
-    time.sleep(0.5)
-    return write(shard)
-prepare._write_shard = slowly
+digest, settings = prepare.sha256, prepare.Settings
+def slowly(path):
+    time.sleep(0.5)  # in each shard
+    return digest(path)
+prepare.sha256 = slowly
 commands.Settings = lambda **values: settings(**{**values, "shard_bytes": 3000})
 sys.exit(cli.main(sys.argv[1:]))
 """
@@ -260,7 +258,7 @@ def test_killed_and_gone_on_with(tmp_path, how, monkeypatch):
     ]
     program = subprocess.Popen(
         command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
-        # A shell that put the tests into the background has told them to ignore it.
+        # A shell that runs the tests in the background makes them ignore it.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     records = output / prepare.WORK
@@ -268,9 +266,9 @@ def test_killed_and_gone_on_with(tmp_path, how, monkeypatch):
         assert program.poll() is None, program.stderr.read()
         time.sleep(0.02)
     program.send_signal(how)
-    told = program.communicate(timeout=PATIENCE)[1]
+    printed = program.communicate(timeout=PATIENCE)[1]
     if how == signal.SIGINT:
-        assert "interrupted; the same command goes on" in told
+        assert "interrupted; the same command goes on" in printed
     assert not (output / "train.json").exists()
     deadline = time.monotonic() + PATIENCE  # its processes end with it
     while any(str(output).encode() in _command(p) for p in os.listdir("/proc") if p.isdigit()):
@@ -320,7 +318,7 @@ def test_an_index_that_does_not_match_its_shards(prepared):
     table = prepared / "train.index.npy"
     kept = table.read_bytes()
     np.save(table, np.zeros(3, index.RECORD))
-    refused(r"train\.json: train\.index\.npy beside it is not its table: remove train\.json")
+    refused(r"train\.json: train\.index\.npy is not its table: remove train\.json")
     table.write_bytes(kept[:50])
     refused(r"train\.json: the index is damaged or incomplete")
     table.write_bytes(b"")
@@ -379,7 +377,7 @@ def test_the_index_of_anyones_shards_is_kept(tmp_path, monkeypatch, readonly):
     assert len(scans) == 2
     again = open_splits(tmp_path / "in")["train"]
     assert len(scans) == 2
-    assert isinstance(again._table, np.memmap)
+    assert isinstance(again.table, np.memmap)
     assert (tmp_path / "home").exists() == readonly
     assert _contents(again) == _contents(first) == {encode(i): i for i in range(8)}
     write_shard(tmp_path / "in" / "train-1.tar", samples(4, 20))

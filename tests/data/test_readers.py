@@ -1,4 +1,4 @@
-"""The formats that people hold ImageNet in, beside shards and folders; all by one interface."""
+"""Formats of ImageNet other than shards and folders, all with one interface."""
 
 import json
 import multiprocessing
@@ -16,11 +16,11 @@ from swin_moe.data.source import open_path, open_splits
 from swin_moe.data.tools.bundle import write_shard
 
 from .helpers import encode, make_folder, open_loader, samples
-from .test_shards import _write_members
+from .test_shards import write_members
 
 FILES = [f"n0{i % 3}/n0{i % 3}_{i}.JPEG" for i in range(12)] + ["n01/Größe.png"]
 LABELS = [int(name[2]) for name in FILES]
-WALKED = sorted(range(len(FILES)), key=FILES.__getitem__)  # as a folder of them is walked
+WALKED = sorted(range(len(FILES)), key=FILES.__getitem__)  # in the order of a folder's walk
 
 
 def _content(index: int) -> bytes:
@@ -53,7 +53,7 @@ def _read_all(source):
 
 
 def _check_in_processes(source, expected):
-    """Forked processes share an open file; spawned ones get a pickled copy."""
+    """Check that forked processes share an open file and spawned ones get a pickled copy."""
     source.read(0)
     with multiprocessing.get_context("fork").Pool(2) as pool:
         assert pool.map(source.read, range(len(source))) == expected
@@ -82,7 +82,7 @@ def test_zip_with_its_map(tmp_path, compression, end):
 
 def test_zip_without_a_map_is_of_class_folders(tmp_path):
     source = ZipSource(_make_zip(tmp_path / "train.zip"), None)
-    assert source.class_names == ["empty", "n00", "n01", "n02"]  # as a folder would have it
+    assert source.class_names == ["empty", "n00", "n01", "n02"]  # in the order of a folder
     assert source.labels.tolist() == [LABELS[i] + 1 for i in WALKED]
     assert _read_all(source) == [_content(i) for i in WALKED]
 
@@ -97,7 +97,7 @@ def test_folders_around_the_classes_of_a_zip(tmp_path):
     assert one.class_names == ["cat"]
 
 
-def test_the_folder_around_the_classes_of_a_zip_is_said(tmp_path):
+def test_the_folder_around_the_classes_of_a_zip_is_reported(tmp_path):
     with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
         for name in ("cat/a/1.jpg", "cat/b/2.jpg"):  # folders of one class, or a folder of classes?
             archive.writestr(name, encode(0))
@@ -133,7 +133,7 @@ def test_a_list_may_begin_with_a_mark(tmp_path):
 
 
 def test_zip64_and_many_chunks(tmp_path, monkeypatch):
-    """Above 65,535 entries an archive has the large form of its directory."""
+    """Archives of more than 65,535 entries have the zip64 form of the directory."""
     monkeypatch.setattr(zipped, "CHUNK", 1000)
     names = [f"a/{i:05d}.jpg" for i in range(66_000)]
     with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
@@ -150,7 +150,7 @@ def test_large_numbers_of_an_entry():
     extra = struct.pack("<2HI", 7, 4, 1) + struct.pack("<2H2Q", 1, 16, 5 << 32, 6 << 32)
     fields = (b"PK\x01\x02", 20, 20, 0, 0, 0, 0, 9, 0xFFFFFFFF, 7, 1, len(extra), 0, 0, 0, 0)
     entry = zipped.DIRECTORY.pack(*fields, 0xFFFFFFFF) + b"a" + extra
-    parsed, used = zipped._parse_entry(entry, 0, "x.zip")
+    parsed, used = zipped.parse_entry(entry, 0, "x.zip")
     assert parsed == ("a", 6 << 32, 5 << 32, 7, 9, 0)
     assert used == len(entry)
 
@@ -181,8 +181,8 @@ def test_a_damaged_entry_is_refused_when_it_is_read(tmp_path, compression):
     archive = _make_zip(tmp_path / "train.zip", compression)
     source = ZipSource(archive, None)
     content = bytearray(archive.read_bytes())
-    content[int(source._table["offset"][2]) + 30 + len(FILES[WALKED[2]]) + 2] ^= 255
-    content[int(source._table["offset"][4])] ^= 255
+    content[int(source.table["offset"][2]) + 30 + len(FILES[WALKED[2]]) + 2] ^= 255
+    content[int(source.table["offset"][4])] ^= 255
     archive.write_bytes(content)
     for index, reason in ((2, "damaged"), (4, "no entry of the archive begins")):
         with pytest.raises(ValueError, match=reason):
@@ -247,13 +247,13 @@ def test_faulty_lists(tmp_path, text, message):
 
 def test_a_list_far_from_its_files(tmp_path):
     _refused(
-        r"m\.txt: its first file, .*n00_0\.JPEG, is not there",
+        r"m\.txt: its first file, .*n00_0\.JPEG, is missing",
         open_list,
         _make_map(tmp_path / "m.txt"),
     )
     path = tmp_path / "latin.txt"
     path.write_bytes("Größe.jpg\t0\n".encode("latin-1"))
-    _refused(r"latin\.txt: its first file, .*Gr\\xf6\\xdfe\.jpg, is not there", open_list, path)
+    _refused(r"latin\.txt: its first file, .*Gr\\xf6\\xdfe\.jpg, is missing", open_list, path)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -293,7 +293,7 @@ def test_parquet(tmp_path):
     _check_in_processes(source, [encode(i) for i in range(15)])
     loader = open_loader(tmp_path, num_classes=2, num_workers=2)
     assert sorted(i for b in loader.epoch(0) for i in b.indices.tolist()) == sorted(
-        i for batch in loader._sampler for _, i, _ in batch
+        i for batch in loader.sampler for _, i, _ in batch
     )
 
 
@@ -305,7 +305,7 @@ def test_parquet_keeps_few_files_open(tmp_path, monkeypatch):
     source = open_splits(tmp_path)["train"]
     for index in (*range(12), 0, 5):
         assert source.read(index) == encode(index)
-    assert len(source._files) == 2
+    assert len(source.open_files) == 2
 
 
 def test_parquet_keeps_few_row_row_groups(tmp_path, monkeypatch):
@@ -313,7 +313,7 @@ def test_parquet_keeps_few_row_row_groups(tmp_path, monkeypatch):
     monkeypatch.setattr("swin_moe.data.readers.parquet.KEPT_BYTES", 9 * len(encode(0)))
     for index in (0, 4, 8, 0, 9, 5):
         assert source.read(index) == encode(index)
-    assert len(source._kept) == 2
+    assert len(source.row_groups) == 2
 
 
 def test_parquet_of_repeated_values(tmp_path):
@@ -348,14 +348,14 @@ def test_faulty_parquet(tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------
-# What is there is told by looking
+# Detection of the format
 
 
 def test_tars_of_one_class_each(tmp_path):
     for label, name in enumerate(("n01440764", "n01443537")):
         members = [(f"{name}_{i}.JPEG", encode(10 * label + i, extension="jpg")) for i in range(3)]
         (tmp_path / "train").mkdir(exist_ok=True)
-        _write_members(tmp_path / "train" / f"{name}.tar", members)
+        write_members(tmp_path / "train" / f"{name}.tar", members)
     source = open_splits(tmp_path)["train"]
     assert source.class_names == ["n01440764", "n01443537"]
     assert source.labels.tolist() == [0, 0, 0, 1, 1, 1]
@@ -367,31 +367,31 @@ def test_tars_of_one_class_each(tmp_path):
 def test_odd_members_do_not_hide_the_labels(tmp_path):
     (tmp_path / "train").mkdir()
     members = [("._a.jpg.txt", b"?"), ("README", b"?"), ("a.png", encode(0)), ("a.cls", b"7")]
-    _write_members(tmp_path / "train" / "000.tar", members)
+    write_members(tmp_path / "train" / "000.tar", members)
     assert open_splits(tmp_path)["train"].labels.tolist() == [7]
     plain = [("b.1.png", encode(1)), ("b.2.png", encode(2))]
-    _write_members(tmp_path / "train" / "001.tar", plain)
+    write_members(tmp_path / "train" / "001.tar", plain)
     _refused(r"001\.tar: 2 images, but none with a \.cls", open_splits, tmp_path)
 
 
-def test_what_a_tar_of_one_class_holds_besides_is_counted(tmp_path):
-    _write_members(tmp_path / "ant.tar", [("README", b"?"), ("a.heic", b"?"), ("b.png", encode(0))])
-    _write_members(tmp_path / "bee.tar", [("c.png", encode(1))])
+def test_other_files_in_a_tar_of_one_class_are_counted(tmp_path):
+    write_members(tmp_path / "ant.tar", [("README", b"?"), ("a.heic", b"?"), ("b.png", encode(0))])
+    write_members(tmp_path / "bee.tar", [("c.png", encode(1))])
     source = open_path(tmp_path)
     assert source.passed_over == "2 files in the tars passed over: they are not named like images"
     assert source.labels.tolist() == [0, 1]
 
 
 def test_a_tar_that_is_called_like_a_split_is_no_class(tmp_path):
-    _write_members(tmp_path / "train.tar", [("cat/a.png", encode(0)), ("dog/b.png", encode(1))])
+    write_members(tmp_path / "train.tar", [("cat/a.png", encode(0)), ("dog/b.png", encode(1))])
     _refused(r"train\.tar has no labels .* unpack it", open_path, tmp_path)
 
 
 def test_tars_of_one_class_keep_every_name(tmp_path):
     names = ["x.1.jpg", "x.2.jpg", "x.2.png"]
-    _write_members(tmp_path / "ant.tar", [(n, encode(i)) for i, n in enumerate(names)])
+    write_members(tmp_path / "ant.tar", [(n, encode(i)) for i, n in enumerate(names)])
     assert len(open_path(tmp_path)) == 3
-    _write_members(tmp_path / "bee.tar", [("y.png", encode(1)), ("y.cls", b"1")])
+    write_members(tmp_path / "bee.tar", [("y.png", encode(1)), ("y.cls", b"1")])
     _refused(r"bee\.tar: it has labels", open_path, tmp_path)
 
 
@@ -400,7 +400,7 @@ def test_validation_tars_with_other_classes(tmp_path):
         (tmp_path / split / ".swin_moe_index").mkdir(parents=True)
         for name in classes:
             members = [(f"{i}.png", encode(i)) for i in range(4)]
-            _write_members(tmp_path / split / f"{name}.tar", members)
+            write_members(tmp_path / split / f"{name}.tar", members)
     message = r"differ in 2 class folders, first 'a'"
     _refused(message, lambda: open_loader(tmp_path, training=False, num_classes=3))
 

@@ -52,7 +52,7 @@ def test_order_depends_on_seed_and_epoch_only():
 
 
 def test_order_is_fixed_for_good():
-    """A checkpoint of today must resume with the libraries of tomorrow."""
+    """A checkpoint of today must resume with later versions of the libraries."""
     batch = next(iter(_sampler(10, 10)))
     assert [index for _, index, _ in batch] == [0, 8, 9, 3, 7, 5, 1, 2, 6, 4]
 
@@ -69,7 +69,7 @@ def test_a_window_reads_few_runs_at_a_time(runs, window):
         assert sorted(order) == list(range(40))
         run_of = np.repeat(np.arange(len(runs)), runs)
         windows = [set(run_of[order[i : i + window]]) for i in range(0, 40, window)]
-        for run in set(run_of):  # each is read in one go
+        for run in set(run_of):  # each is read in one run
             where = [number for number, part in enumerate(windows) if run in part]
             assert where == list(range(where[0], where[-1] + 1))
         for this, following in itertools.pairwise(windows):
@@ -120,4 +120,4 @@ def test_repeated_augmentation(repeats):
     plain = [p.place for batch in _at(_sampler(50, 4), 1, 0) for p in batch]
     assert len(positions) == 48
     assert [p.place for p in positions] == np.repeat(plain, repeats)[:48].tolist()
-    assert len(set(positions)) == 48  # each with an augmentation of its own
+    assert len(set(positions)) == 48  # each with its own augmentation

@@ -11,7 +11,7 @@ from swin_moe.data.tools.bundle import write_shard
 from .helpers import encode, make_shards, samples
 
 
-def _write_members(path, members):
+def write_members(path, members):
     with tarfile.open(path, "w") as tar:
         for name, content in members:
             info = tarfile.TarInfo(name)
@@ -44,7 +44,7 @@ def test_compressed_equals_plain(tmp_path):
 
 
 def test_members_in_folders_other_extensions_and_cases(tmp_path):
-    path = _write_members(
+    path = write_members(
         tmp_path / "x.tar",
         [
             ("n01/a.JPEG", encode(0, extension="jpg")),
@@ -82,7 +82,7 @@ def test_more_shards_than_open_files(tmp_path):
     source = open_shards(find_shards(str(tmp_path / "t")), None)
     for index in (*range(count), 0, 1):
         assert source.read(index) == bytes([index % 256])
-    assert len(source._files) == MAX_OPEN
+    assert len(source.open_files) == MAX_OPEN
 
 
 PNG = encode(0)
@@ -106,7 +106,7 @@ FAULTS = {
 
 @pytest.mark.parametrize("message", FAULTS)
 def test_faulty_samples_name_the_shard(tmp_path, message):
-    path = _write_members(tmp_path / "bad.tar", FAULTS[message])
+    path = write_members(tmp_path / "bad.tar", FAULTS[message])
     with pytest.raises(ValueError, match=rf"bad\.tar: .*{message}") as error:
         open_shards([path], None)
     assert "\n" not in str(error.value)
@@ -127,7 +127,7 @@ def test_truncated_shard(tmp_path, name, kept):
 
 
 def test_truncated_at_every_block(tmp_path):
-    """Also between two samples, where tarfile sees nothing wrong."""
+    """Truncation between two samples counts too, where tarfile raises no error."""
     path = tmp_path / "bad.tar"
     write_shard(path, samples(2))
     content = path.read_bytes()

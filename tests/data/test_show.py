@@ -57,10 +57,10 @@ def test_labels_of_mixed_images():
 def test_a_slow_loader_is_named_once(monkeypatch):
     monkeypatch.setattr("os.sched_getaffinity", lambda process: range(8))
     watch = LoaderWatch()
-    told = [watch.check(share, workers=2) for share in [0.9, 0.9, 0.1] + [0.5] * (IN_A_ROW + 3)]
-    assert [bool(line) for line in told] == [False] * 5 + [True] + [False] * 3
-    assert "50% of the time" in told[5]
-    assert "raise data.num_workers from 2, this process may use 8 cores" in told[5]
+    lines = [watch.check(share, workers=2) for share in [0.9, 0.9, 0.1] + [0.5] * (IN_A_ROW + 3)]
+    assert [bool(line) for line in lines] == [False] * 5 + [True] + [False] * 3
+    assert "50% of the time" in lines[5]
+    assert "raise data.num_workers from 2, this process may use 8 cores" in lines[5]
     full = LoaderWatch()
     *_, line = (full.check(0.5, workers=8) for _ in range(IN_A_ROW))
     assert "swin-moe prepare-data --resize" in line

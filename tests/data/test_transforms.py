@@ -21,7 +21,7 @@ POLICIES = ["rand-m9-mstd0.5-inc1", "rand-m9", "original", "v0", "3a", "augmix-m
 
 
 def _image(in_chans: int, size=(40, 30)) -> tuple[Image.Image, bytes]:
-    """An image and its PNG."""
+    """Return an image and its PNG."""
     pixels = np.random.default_rng(0).integers(0, 256, (*size[::-1], 3), dtype=np.uint8)
     image = Image.fromarray(pixels).convert(image_mode(in_chans))
     buffer = io.BytesIO()
@@ -36,7 +36,7 @@ def test_training_shapes(in_chans, policy):
     transform = build_transform(augment, (32, 24), in_chans, [0.5] * in_chans, True)
     _, data = _image(in_chans)
     seen = set()
-    for draw in range(60):  # enough that each operation of a policy has its turn
+    for draw in range(60):  # enough for each operation of a policy to occur
         with seeded(draw):
             out = transform(data)
         assert out.shape == (32, 24, in_chans)
@@ -58,7 +58,7 @@ def test_evaluation_is_what_timm_does(in_chans, sides):
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
 @pytest.mark.parametrize("size", [(300, 220), (40, 30)])
 def test_training_is_what_timm_does(size, interpolation):
-    """Same draws, same crop, flip and policy; resized within a level or two."""
+    """Draws, crop, flip and policy are timm's; pixels differ by a level or two from resizing."""
     image, data = _image(3, size)
     settings = {"auto_augment": "rand-m9-mstd0.5-inc1", "interpolation": interpolation}
     mine = build_transform(AugmentConfig(**settings), (64, 64), 3, [0.5] * 3, True)
@@ -72,7 +72,7 @@ def test_training_is_what_timm_does(size, interpolation):
         with seeded(draw):
             expected = theirs(image).permute(1, 2, 0).numpy()
         differences.append(np.abs(ours - expected).mean())
-    # Equalize and its like make much of a level.
+    # Equalize and similar operations amplify a difference of one level.
     assert np.median(differences) < 0.02
     assert max(differences) < 2
 
@@ -123,7 +123,7 @@ def test_normalise(in_chans):
 
 
 def test_posterize_survives_extreme_magnitudes():
-    """Pillow 13 refuses the 0 bits that timm asks for at magnitudes from 10 on; 12 does not."""
+    """Pillow 13 refuses the 0 bits of timm's magnitudes from 10 on; 12 does not."""
     with seeded(0):
         for _ in range(2000):
             operation = AugmentOp("PosterizeIncreasing", 1.0, random.uniform(8, 12))
@@ -162,7 +162,7 @@ def test_unsupported_channels():
     ],
 )  # fmt: skip
 def test_a_policy_is_read_to_its_end(policy, known):
-    """timm passes over what has no number."""
+    """timm ignores parts without a number."""
     augment = AugmentConfig(auto_augment=policy)
     with nullcontext() if known else pytest.raises(ValueError, match="is not a policy of timm"):
         build_transform(augment, (32, 32), 3, (0.5, 0.5, 0.5), training=True)

@@ -41,7 +41,7 @@ def test_companions_at_any_depth(path):
 
 
 def untidy(root):
-    """Class folders with many files that are not samples, and one empty class."""
+    """Write class folders with many files that are not samples, and one empty class."""
     make_folder(root, ["ant", "bee"], per_class=2)
     (root / "cow").mkdir()
     for name in ("ant/._0.png", "ant/.DS_Store", "@eaDir/ant/0.png", "ant/@eaDir/0.png",
@@ -75,7 +75,7 @@ def test_folder_and_zip_have_the_same_samples_classes_and_rest(tmp_path):
         assert source.passed_over == "4 files passed over: 2 .txt, 1 .csv, 1 without a suffix"
 
 
-def test_what_is_passed_over_is_said_once_a_start(tmp_path, caplog):
+def test_files_passed_over_are_reported_once_a_start(tmp_path, caplog):
     untidy(tmp_path / "train")
     open_loader(tmp_path, num_classes=3)
     assert (
@@ -106,7 +106,7 @@ def test_links(tmp_path):
         "5 files passed over: 3 links to a folder above, 1 pipes or devices, 1 links to nothing"
     )
     (root / "c").symlink_to("not mounted")
-    with pytest.raises(ValueError, match=r"/c is a link to not mounted, which is not there"):
+    with pytest.raises(ValueError, match=r"/c is a link to not mounted, which does not exist"):
         class_folders(root)
 
 
@@ -129,12 +129,14 @@ def test_shards_without_labels_are_not_a_tar_per_class(tmp_path):
         with tarfile.open(tmp_path / "train" / f"{shard:05d}.tar", "w") as tar:
             for end in ("jpg", "json", "txt"):
                 add_member(tar, f"000.{end}", encode(1))
-    with pytest.raises(ValueError, match=r"images have \.json and \.txt beside them, but no label"):
+    with pytest.raises(
+        ValueError, match=r"images have \.json and \.txt next to them, but no label"
+    ):
         open_path(tmp_path / "train")
 
 
 @pytest.mark.parametrize("name", ["[v1] flowers", "x{old}", "what?", "a*b", "$HOME"])
-def test_a_path_that_is_there_is_no_pattern(tmp_path, name):
+def test_an_existing_path_is_no_pattern(tmp_path, name):
     root = make_shards(tmp_path / name, 6, shards=2)
     assert [path.name for path in find_shards(str(root / "train"))] == [
         "train-0.tar",
@@ -159,7 +161,7 @@ def test_a_zip_entry_that_claims_gigabytes_is_not_unpacked(tmp_path):
     with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
         archive.writestr("a/1.png", encode(1))
     source = ZipSource(tmp_path / "x.zip", None)
-    source._table["size"] = 3_500_000_000
+    source.table["size"] = 3_500_000_000
     with pytest.raises(ValueError, match=r"3,500,000,000 bytes; at most"):
         source.read(0)
 

@@ -1,4 +1,4 @@
-"""A disk that fills up: told, training goes on, and the checkpoint before stays whole."""
+"""A full disk is reported, training goes on, and the former checkpoint stays whole."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""A rank that stands still: found in time, stacks in the logs, and the launcher starts anew."""
+"""A rank that hangs is found in time, the logs have the stacks, and the launcher restarts."""
 
 import os
 import signal
@@ -11,7 +11,7 @@ from tests.parallel import ranks
 
 
 def test_a_stopped_rank_is_found_and_the_run_goes_on(tmp_path, monkeypatch):
-    """A minute: the limit of the hang, and the 30 seconds that torch gives a process to end."""
+    """A minute: the limit of a hang, and the 30 seconds that torch gives a process to end."""
     limit = 15.0
     monkeypatch.setattr(test_signals, "RECIPE", [
         *test_signals.RECIPE, f"faults.hang_timeout_s={limit}", "checkpoint.every_steps=5",
@@ -19,7 +19,7 @@ def test_a_stopped_rank_is_found_and_the_run_goes_on(tmp_path, monkeypatch):
     folder = tmp_path / "run"
     process = start(folder, 2, "--max-restarts", "3")
     wait_for_step(process, folder, 8)
-    os.kill(ranks(process.pid)[1].pid, signal.SIGSTOP)  # it cannot even tell
+    os.kill(ranks(process.pid)[1].pid, signal.SIGSTOP)  # it cannot report anything
     printed, errors = process.communicate(timeout=240)
     assert process.returncode == 0, errors
     assert "nothing went on for 15 s while an update was made, at " in errors
@@ -33,7 +33,7 @@ def test_a_stopped_rank_is_found_and_the_run_goes_on(tmp_path, monkeypatch):
 
 
 def test_every_rank_dumps_its_stack_when_one_sleeps(tmp_path):
-    """The one that hangs in Python tells where, and so do those that wait for it."""
+    """The rank that hangs in Python reports its place, as do those that wait for it."""
     done = run(tmp_path, [(1, 6)], "faults.hang_timeout_s=12", how="sleep")
     assert done.returncode != 0
     for rank in (0, 1):

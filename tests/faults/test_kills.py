@@ -1,4 +1,4 @@
-"""``kill -9`` of any rank at any moment: the launcher starts anew and nothing committed is lost.
+"""``kill -9`` of any rank at any moment: the launcher restarts and nothing committed is lost.
 
 ``make test`` kills a few times, ``make test-all`` a hundred.
 """
@@ -24,11 +24,11 @@ RECIPE = ["precision.dtype=fp32", "zero.stage=1", "log.every_steps=2", "data.bat
 
 
 def kill_at_random(process, folder, kills, generator):
-    """Kill a rank some time after training went on; returns the lost steps after each kill."""
+    """Kill a rank some time after training went on; return the lost steps after each kill."""
     lost = []
     before = steps_done(folder)
     while len(lost) < kills:
-        while steps_done(folder) <= before:  # until it has gone on from where it was
+        while steps_done(folder) <= before:  # until it makes new steps
             assert process.poll() is None, f"ended by itself after {len(lost)} kills"
             time.sleep(0.01)
         time.sleep(generator.uniform(0.0, 0.4))
@@ -50,12 +50,12 @@ def kill_at_random(process, folder, kills, generator):
 
 
 def committed(folder):
-    """The step of the newest checkpoint, which must be whole."""
+    """Return the step of the newest checkpoint, which must be whole."""
     for path in list_checkpoints(folder / "checkpoints"):
         try:
             verify(path)
         except (CheckpointError, FileNotFoundError):
-            if path.exists():  # else it was pruned meanwhile
+            if path.exists():  # otherwise it was pruned meanwhile
                 raise
             continue
         return json.loads((path / "state.json").read_text())["step"]
@@ -87,7 +87,7 @@ def check(tmp_path, monkeypatch, kills, steps):
 
 
 def test_a_few_kills_change_nothing(tmp_path, monkeypatch):
-    """Half a minute: a training undisturbed, and the same with three restarts."""
+    """Half a minute: an undisturbed training, and the same with three restarts."""
     check(tmp_path, monkeypatch, kills=3, steps=60)
 
 

@@ -1,4 +1,4 @@
-"""NaN in some images of one rank: left out, told, and survived as the config says."""
+"""NaN in some images of one rank is left out, reported, and survived as configured."""
 
 import json
 import re
@@ -26,7 +26,7 @@ def last_state(folder):
     return json.loads((folder / "run/checkpoints/last/state.json").read_text())
 
 
-def test_a_bad_update_is_left_out_and_told(tmp_path):
+def test_a_bad_update_is_left_out_and_reported(tmp_path):
     done = run(tmp_path, [(1, 6)], "optimizer.base_lr=1e-4")
     assert done.returncode == 0, done.stderr
     warnings = re.findall(r"warning at step \d+: non-finite .*", done.stdout)
@@ -39,14 +39,14 @@ def test_a_bad_update_is_left_out_and_told(tmp_path):
     assert (position["step"], position["skipped"]) == (12, 1)
     records = [r for r in read_metrics(tmp_path / "run") if "train/loss" in r]
     assert [r.get("train/skipped_updates", 0) for r in records] == [0] * 5 + [1] * 7
-    # Every rank lists what it had, by the names that the data gives them.
+    # Every rank lists its samples by name.
     for rank in (0, 1):
         log = (tmp_path / f"run/logs/rank-{rank}.log").read_text()
         assert len(re.search(r"samples of step 6: (.*)", log)[1].split()) == 50
 
 
-def test_a_run_that_ends_with_a_bad_update_saves_its_end(tmp_path):
-    """The evaluation before it shows that the weights are well."""
+def test_a_run_whose_last_update_is_bad_saves_its_weights(tmp_path):
+    """The evaluation before the save shows that the weights are finite."""
     done = run(tmp_path, [(1, 12)], "optimizer.base_lr=1e-4")
     assert done.returncode == 0, done.stderr
     position = last_state(tmp_path)["position"]
@@ -70,16 +70,16 @@ def test_it_goes_back_and_on_with_later_samples(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "went back to step-00000004 (epoch 1, step 7)" in done.stdout
     position = last_state(tmp_path)["position"]
-    # Of 12 steps, 4 were made before the checkpoint and 5 after the roll-back.
+    # 4 of the 12 steps were made before the checkpoint, and 5 after the roll-back.
     assert (position["step"], position["skipped"], position["update"]) == (12, 3, 12)
     steps = [r["step"] for r in read_metrics(tmp_path / "run") if "train/loss" in r]
-    assert steps == [1, 2, 3, 4, 5, 6, 8, 9, 10, 11, 12]  # the one that led back is in no curve
+    assert steps == [1, 2, 3, 4, 5, 6, 8, 9, 10, 11, 12]  # the step that led back is in no curve
     reader = Reader(tmp_path / "run/checkpoints/last")
     assert all(reader.tensor(name).isfinite().all() for name in reader.names())
 
 
 def test_it_goes_back_from_the_end_of_an_epoch(tmp_path):
-    """Of five updates an epoch, the last two are bad."""
+    """The last two of the five updates of an epoch are bad."""
     done = run(
         tmp_path, [(0, 4), (0, 5)], "faults.nonfinite=rollback", "faults.max_nonfinite=2",
         "data.batch_size=1000", "checkpoint.every_steps=2", "schedule.epochs=2",
@@ -91,7 +91,7 @@ def test_it_goes_back_from_the_end_of_an_epoch(tmp_path):
     assert (position["step"], position["epoch"], position["update"]) == (7, 1, 2)
 
 
-def test_what_it_goes_back_to_at_the_very_end_is_evaluated_and_saved(tmp_path):
+def test_weights_after_a_roll_back_at_the_very_end_are_evaluated_and_saved(tmp_path):
     poison = [(0, update) for update in (11, 12)]
     done = run(tmp_path, poison, "faults.nonfinite=rollback", "faults.max_nonfinite=2")
     assert done.returncode == 0, done.stderr
@@ -101,8 +101,8 @@ def test_what_it_goes_back_to_at_the_very_end_is_evaluated_and_saved(tmp_path):
     assert (position["step"], position["skipped"], position["best_step"]) == (12, 4, 12)
 
 
-def test_a_checkpoint_that_leads_nowhere_is_passed_over(tmp_path):
-    """What was saved after the weights went wrong and before it showed is no way back."""
+def test_a_checkpoint_with_bad_weights_is_skipped(tmp_path):
+    """It was saved after the weights went wrong and before an update showed it."""
     poison = [(0, update) for update in (9, 10)]
     done = run(tmp_path, poison, "faults.nonfinite=rollback", "faults.max_nonfinite=1")
     assert done.returncode == 0, done.stderr
@@ -111,21 +111,21 @@ def test_a_checkpoint_that_leads_nowhere_is_passed_over(tmp_path):
     assert (tmp_path / "run/checkpoints/damaged-step-00000008").is_dir()
 
 
-def test_without_any_way_back_it_says_so(tmp_path):
+def test_a_missing_checkpoint_for_the_roll_back_is_reported(tmp_path):
     poison = [(0, update) for update in range(2, 12)]
     done = run(tmp_path, poison, "faults.nonfinite=rollback", "faults.max_nonfinite=1")
     assert done.returncode == 2
     assert "there is no checkpoint left to go back to" in one_error(done)
 
 
-def test_a_jump_of_the_loss_is_told_with_its_samples(tmp_path):
-    """So few sigmas that noise is a jump, once there is something to compare with."""
+def test_a_jump_of_the_loss_is_reported_with_its_samples(tmp_path):
+    """The threshold is so low that noise is a jump, after some steps to compare with."""
     done = run(tmp_path, [], "faults.spike_sigmas=0.5", "train.max_steps=60",
                "optimizer.base_lr=1e-9", "schedule.min_lr=0",
                "checkpoint.every_steps=0")  # fmt: skip
     assert done.returncode == 0, done.stderr
-    told = re.findall(r"warning at step (\d+): the loss jumped to [\d.]+ from", done.stdout)
-    assert told
-    assert min(map(int, told)) > 50
+    jumps = re.findall(r"warning at step (\d+): the loss jumped to [\d.]+ from", done.stdout)
+    assert jumps
+    assert min(map(int, jumps)) > 50
     log = (tmp_path / "run/logs/rank-1.log").read_text()
-    assert f"samples of step {told[0]}: " in log
+    assert f"samples of step {jumps[0]}: " in log

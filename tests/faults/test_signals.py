@@ -1,4 +1,4 @@
-"""Signals to the launcher: the ranks save and end with a code that says whether to go on."""
+"""Signals to the launcher: the ranks save, and the exit code asks for a restart or not."""
 
 import json
 import signal
@@ -41,7 +41,7 @@ def wait_for_step(process, folder, step, patience=PATIENCE):
 
 
 @pytest.mark.parametrize(
-    ("number", "code", "told"),
+    ("number", "code", "message"),
     [
         (signal.SIGTERM, 75, "stopped by a signal at step {}; the checkpoint is written: "
          "start again to go on"),
@@ -50,7 +50,7 @@ def wait_for_step(process, folder, step, patience=PATIENCE):
     ],
 )  # fmt: skip
 def test_a_signal_saves_and_the_next_start_goes_on_exactly(
-    undisturbed, tmp_path, number, code, told
+    undisturbed, tmp_path, number, code, message
 ):
     folder = tmp_path / "run"
     process = start(folder, 2, "--max-restarts", "3")
@@ -58,12 +58,12 @@ def test_a_signal_saves_and_the_next_start_goes_on_exactly(
     sent = time.monotonic()
     process.send_signal(number)
     printed, errors = process.communicate()
-    assert time.monotonic() - sent < 30  # what schedulers allow at least
+    assert time.monotonic() - sent < 30  # schedulers allow at least as much
     assert process.returncode == code, errors
     assert "started again" not in printed
     step = json.loads((latest(folder / "checkpoints") / "state.json").read_text())["step"]
     assert 5 <= step < 60
-    assert errors == f"swin-moe: error: {told.format(step)} from it\n"
+    assert errors == f"swin-moe: error: {message.format(step)} from it\n"
     done = train(folder, *RECIPE, processes=2)
     assert done.returncode == 0, done.stderr
     assert f"resumed from step-{step:08d}" in done.stdout
@@ -80,7 +80,7 @@ def test_one_process_without_a_launcher(tmp_path):
     assert latest(folder / "checkpoints") is not None
 
 
-def test_a_launcher_that_is_told_to_stop_while_it_starts_asks_to_be_started_again(tmp_path):
+def test_a_launcher_that_is_stopped_while_it_starts_asks_for_a_restart(tmp_path):
     process = start(tmp_path / "run", 2)
     while not ranks(process.pid) and process.poll() is None:
         time.sleep(0.01)

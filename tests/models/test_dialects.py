@@ -1,4 +1,4 @@
-"""Other implementations' weights compute the same here, and ours the same there."""
+"""Other implementations' weights compute the same here, and ours the same in them."""
 
 import json
 
@@ -45,7 +45,7 @@ def config(family, **changes):
 
 
 def redraw(model):
-    """Every parameter from a normal distribution: norms that start at zero would hide blocks."""
+    """Draw every parameter from a normal distribution: norms of zero would hide blocks."""
     torch.manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -93,7 +93,7 @@ def logits(model, images):
 
 
 def load_into_peer(dialect, family, state, folder, **changes):
-    """A fresh peer with a written state: loaded strictly, by its own loader where it has one."""
+    """Load a written state strictly into a new peer, by its own loader if it has one."""
     if dialect != "huggingface":
         peer = build_peer(dialect, family, **changes)
         peer.load_state_dict(state, strict=True)
@@ -133,7 +133,7 @@ def test_peer_computes_the_same(dialect, family, changes, tmp_path):
     torch.testing.assert_close(logits(again, images), expected, atol=1e-6, rtol=1e-5)
     for name, tensor in again.state_dict().items():
         if name.endswith("qkv.bias") and dialect == "torchvision" and family == "swinv2":
-            theirs[name].view(3, -1)[1] = 0  # k's, which torchvision itself zeroes at each call
+            theirs[name].view(3, -1)[1] = 0  # of k, which torchvision sets to zero at each call
         if name.endswith("relative_coords_table"):
             torch.testing.assert_close(tensor, theirs[name], atol=1e-6, rtol=0)
         else:
@@ -192,7 +192,7 @@ def test_official_round_trip(name):
 
 
 def test_a_missing_fc2_bias_of_experts():
-    """All zero means none only beside dense blocks without one."""
+    """A zero bias means none only if dense blocks have none."""
     weights = Golden("swin_moe_official_cosine").weights
     biases = {name for name in weights if name.endswith("batched_fc2_bias")}
     translation = to_swin_moe(weights, "official")
@@ -262,7 +262,7 @@ def test_dense_names_without_buffers_are_both_official_and_ours():
 
 
 class UnfoldMerging(nn.Module):
-    """Patch merging as OpenMMLab has it: nn.Unfold over [B, C, H, W]."""
+    """OpenMMLab's patch merging: nn.Unfold over [B, C, H, W]."""
 
     def __init__(self, dim, post_norm):
         super().__init__()
@@ -348,7 +348,7 @@ def test_names_of_openmmlab(known, dropped):
     assert len(translation.state) == len(known)
 
 
-def test_names_that_nobody_knows_are_told():
+def test_unknown_names_are_reported():
     state = from_swin_moe(ours("swin").state_dict(), "huggingface", config("swin"))
     del state["swin.encoder.layers.0.blocks.0.attention.self.key.weight"]
     state["swin.encoder.layers.0.blocks.0.adapter.weight"] = torch.zeros(1)
@@ -356,23 +356,25 @@ def test_names_that_nobody_knows_are_told():
     block = "swin.encoder.layers.0.blocks.0."
     assert set(translation.unknown) == {
         block + "adapter.weight",
-        block + "attention.self.query.weight",  # of no use without the key's
+        block + "attention.self.query.weight",  # useless without the key's
         block + "attention.self.value.weight",
     }
     assert "layers.0.blocks.0.attn.qkv.weight" not in translation.state
 
 
-@pytest.mark.parametrize("there", ["official", "timm", "huggingface", "torchvision", "mmseg"])
+@pytest.mark.parametrize("actual", ["official", "timm", "huggingface", "torchvision", "mmseg"])
 @pytest.mark.parametrize("named", DIALECTS)
-def test_wrong_dialect(there, named):
-    state = from_swin_moe(ours("swin").state_dict(), there, config("swin"))
-    if named == there or {named, there} == {"official", "swin_moe"}:
+def test_wrong_dialect(actual, named):
+    state = from_swin_moe(ours("swin").state_dict(), actual, config("swin"))
+    if named == actual or {named, actual} == {"official", "swin_moe"}:
         return
-    with pytest.raises(DialectError, match=f"these look like {there} names; use --from {there} or"):
+    with pytest.raises(
+        DialectError, match=f"these look like {actual} names; use --from {actual} or"
+    ):
         to_swin_moe(state, named)
 
 
-def test_experts_tell_official_files_from_ours():
+def test_experts_distinguish_official_files_from_ours():
     model = ours("swin_moe", {"blocks": [[1]], "num_experts": 2})
     state = model.state_dict()
     with pytest.raises(DialectError, match="look like swin_moe names"):
@@ -409,7 +411,7 @@ def test_no_dialect(state):
         ("huggingface", "swinv2", {"img_size": 62}, "multiple of patch_size=4"),
     ],
 )
-def test_what_a_target_does_not_have(dialect, family, changes, message):
+def test_options_that_a_target_lacks(dialect, family, changes, message):
     with torch.device("meta"):
         model = SwinTransformer(config(family, **changes))
     with pytest.raises(DialectError, match=message):
@@ -427,7 +429,7 @@ def test_experts_only_where_there_are_experts(dialect, family):
         from_swin_moe(model.state_dict(), dialect, model.config)
 
 
-def test_what_cannot_be_written_or_read():
+def test_states_that_cannot_be_written_or_read():
     state = {**ours("swin").state_dict(), "layers.0.blocks.0.adapter.weight": torch.zeros(1)}
     with pytest.raises(DialectError, match=r"adapter.weight' \(1 such names\) has no counterpart"):
         from_swin_moe(state, "timm", config("swin"))

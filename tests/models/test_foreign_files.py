@@ -1,4 +1,4 @@
-"""Damaged and foreign files as weights: one line says what each is, before anything reads it."""
+"""Damaged and foreign files as weights: one line names each one's format before it is read."""
 
 import gzip
 import io
@@ -41,7 +41,7 @@ def zipped(members, compression=zipfile.ZIP_STORED):
 
 
 def edited(change, compression=zipfile.ZIP_STORED):
-    """A ``.pth`` of the weights whose records went through ``change(name, data)``."""
+    """Write a ``.pth`` of the weights whose records are changed by ``change(name, data)``."""
     with zipfile.ZipFile(io.BytesIO(saved(STATE))) as archive:
         members = {name: change(name, archive.read(name)) for name in archive.namelist()}
     return zipped(members, compression)
@@ -61,7 +61,7 @@ def tarred():
 
 
 def claiming(size):
-    """A zip whose list of entries claims this many bytes for one entry."""
+    """Write a zip whose list of entries claims this many bytes for one entry."""
     data = bytearray(saved(STATE))
     entry = data.rindex(b"PK\x01\x02")
     data[entry + 20 : entry + 28] = size.to_bytes(4, "little") * 2
@@ -126,7 +126,7 @@ FILES = {
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_one_line_says_what_a_file_is(tmp_path, name):
+def test_one_line_names_the_format_of_a_file(tmp_path, name):
     content, message = FILES[name]
     path = tmp_path / name
     path.write_bytes(content)
@@ -135,10 +135,10 @@ def test_one_line_says_what_a_file_is(tmp_path, name):
         return
     with pytest.raises(ValueError, match=re.escape(message)) as error:
         read_pretrained(path)
-    said = str(error.value)
-    assert str(path) in said
-    assert len(said.splitlines()) == 1
-    assert "weights_only=False" not in said
+    text = str(error.value)
+    assert str(path) in text
+    assert len(text.splitlines()) == 1
+    assert "weights_only=False" not in text
 
 
 def test_tensors_that_were_expanded_are_read(tmp_path):
@@ -149,19 +149,19 @@ def test_tensors_that_were_expanded_are_read(tmp_path):
     )
 
 
-def test_weights_that_are_not_finite_are_told(tmp_path):
+def test_weights_that_are_not_finite_are_reported(tmp_path):
     model = SwinTransformer(config("swin"))
     name, state = "layers.0.blocks.0.norm1.bias", model.state_dict()
     for number in (0.0, float("nan"), float("-inf")):
         state[name][1] = number
         (tmp_path / "x.pth").write_bytes(saved(state))
-        told = load_pretrained(model, read_pretrained(tmp_path / "x.pth"))
-        assert (f"tensors hold NaN or infinity, first '{name}'" in told) == (number != 0)
+        note = load_pretrained(model, read_pretrained(tmp_path / "x.pth"))
+        assert (f"tensors hold NaN or infinity, first '{name}'" in note) == (number != 0)
 
 
 @pytest.mark.parametrize("sides", [[64, 128], [64, 64]])
 def test_a_rectangles_position_embedding(tmp_path, sides):
-    """A rectangle's is read where ``config.json`` tells the image size."""
+    """It is read if ``config.json`` states the image size."""
     model = config("swin", ape=True, img_size=sides)
     state = from_swin_moe(SwinTransformer(model).state_dict(), "huggingface", model)
     save_file(state, tmp_path / "model.safetensors")

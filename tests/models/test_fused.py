@@ -39,18 +39,18 @@ def small(family):
 def calls(monkeypatch):
     """Record which calls of the op used its kernels."""
     served = []
-    fits = op._fits_kernel
+    fits = op.fits_kernel
 
     def counted(qkv, windows):
         served.append(fits(qkv, windows))
         return served[-1]
 
-    monkeypatch.setattr(op, "_fits_kernel", counted)
+    monkeypatch.setattr(op, "fits_kernel", counted)
     return served
 
 
 def on_the_reference(monkeypatch):
-    monkeypatch.setattr(op, "_fits_kernel", lambda qkv, windows: False)
+    monkeypatch.setattr(op, "fits_kernel", lambda qkv, windows: False)
 
 
 @needs_library

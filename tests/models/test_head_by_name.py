@@ -1,4 +1,4 @@
-"""The head of a pretrained file: its classes go by name, and what becomes of it is said."""
+"""The head of a pretrained file: its classes are matched by name, and a note reports the result."""
 
 import pytest
 import torch
@@ -13,31 +13,31 @@ NAMES = ["cat", "dog", "fox"]
 
 
 def test_rows_follow_the_names():
-    state, said = head_by_name(STATE, NAMES, ["fox", "cat"])
+    state, note = head_by_name(STATE, NAMES, ["fox", "cat"])
     assert state["head.bias"].tolist() == [2, 0]
     assert state["head.weight"].tolist() == [[4, 5], [0, 1]]
-    assert said == "of 3 classes, 2 taken by name"
+    assert note == "of 3 classes, 2 taken by name"
 
 
-def test_the_same_or_unknown_names_leave_the_head_as_it_is():
+def test_the_same_or_unknown_names_leave_the_head_unchanged():
     for theirs, ours in [(NAMES, NAMES), (None, NAMES), (NAMES, None)]:
-        state, said = head_by_name(STATE, theirs, ours)
+        state, note = head_by_name(STATE, theirs, ours)
         assert state is STATE
-        assert said == ""
+        assert note == ""
 
 
 def test_accents_written_either_way_are_the_same_class():
-    state, said = head_by_name(STATE, ["cat", "caf\u00e9", "fox"], ["cafe\u0301", "fox"])
+    state, note = head_by_name(STATE, ["cat", "caf\u00e9", "fox"], ["cafe\u0301", "fox"])
     assert state["head.bias"].tolist() == [1, 2]
-    assert said == "of 3 classes, 2 taken by name"
+    assert note == "of 3 classes, 2 taken by name"
 
 
 def test_numbers_as_names_are_not_taken_for_places_in_silence():
     numbers = ["1", "10", "2"]
     for theirs, ours in [(None, numbers), (numbers, None)]:
-        state, said = head_by_name(STATE, theirs, ours)
+        state, note = head_by_name(STATE, theirs, ours)
         assert state is STATE
-        assert said == "taken by number: label 0 is class '1'"
+        assert note == "taken by number: label 0 is class '1'"
 
 
 def test_data_with_fewer_names_than_the_model_has_classes(tmp_path):
@@ -46,23 +46,23 @@ def test_data_with_fewer_names_than_the_model_has_classes(tmp_path):
     source = read_pretrained(tmp_path / "x.pth")
     classes = model.config.num_classes
     source.class_names = [f"c{number}" for number in range(classes)]
-    said = load_pretrained(model, source, ["c1"])
-    assert said.endswith(f"head re-initialised for {classes} classes (the data name 1 of them)")
+    note = load_pretrained(model, source, ["c1"])
+    assert note.endswith(f"head re-initialised for {classes} classes (the data name 1 of them)")
 
 
 def test_a_head_that_lacks_a_class_is_not_taken():
-    state, said = head_by_name({**STATE, "norm.bias": torch.zeros(2)}, NAMES, ["cat", "cow", "dog"])
+    state, note = head_by_name({**STATE, "norm.bias": torch.zeros(2)}, NAMES, ["cat", "cow", "dog"])
     assert set(state) == {"norm.bias"}
-    assert said == (
+    assert note == (
         "re-initialised for 3 classes (the file's 3 lack 1 of them, first 'cow'; "
         "data.match_classes=number takes it as it is)"
     )
-    state, said = head_by_name(STATE, ["cat", "cat", "fox"], ["fox", "cat"])
+    state, note = head_by_name(STATE, ["cat", "cat", "fox"], ["fox", "cat"])
     assert state == {}
-    assert "the file names two alike" in said
+    assert "the file names two alike" in note
 
 
-def test_a_head_that_is_absent_or_another_one_is_said(tmp_path):
+def test_a_head_that_is_absent_or_another_one_is_reported(tmp_path):
     model = SwinTransformer(config("swinv2", depths=[1, 1], num_heads=[2, 4]))
     weights = model.state_dict()
     body = {name: tensor for name, tensor in weights.items() if not name.startswith("head.")}
@@ -72,8 +72,8 @@ def test_a_head_that_is_absent_or_another_one_is_said(tmp_path):
         return load_pretrained(model, read_pretrained(tmp_path / "x.pth"))
 
     assert loaded(body).endswith("head re-initialised (the file has none)")
-    said = loaded(body | {"head.1.weight": weights["head.weight"]})
-    assert said.endswith("head re-initialised (the file has another one: head.1.weight …)")
+    note = loaded(body | {"head.1.weight": weights["head.weight"]})
+    assert note.endswith("head re-initialised (the file has another one: head.1.weight …)")
     with pytest.raises(WeightsError, match=r"not in the model \(head.norm.weight"):
         loaded(weights | {"head.norm.weight": torch.ones(1)})
     assert "head" not in loaded(weights)

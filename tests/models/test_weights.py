@@ -1,4 +1,4 @@
-"""Files of weights: every form is read, nothing in them is executed, damage is told in one line."""
+"""Files of weights: every form is read, none is executed, damage is reported in one line."""
 
 import argparse
 import collections
@@ -36,7 +36,7 @@ class Evil:
 
 
 class Reduced:
-    """Pickled as the call of a function."""
+    """An object that is pickled as the call of a function."""
 
     def __init__(self, *call):
         self.call = call
@@ -69,7 +69,7 @@ def test_records_of_other_programs_become_plain(tmp_path, monkeypatch, name):
 
 @pytest.fixture
 def config_class(monkeypatch):
-    """A class as yacs has it, known only while the file is written."""
+    """Make a class like yacs', importable only while the file is written."""
 
     class CfgNode(dict):
         def __init__(self, items=()):
@@ -134,8 +134,8 @@ def test_code_in_a_pickle_never_runs(tmp_path):
     assert not mark.exists()
 
 
-def test_objects_of_other_programs_beside_the_weights_are_left_out(tmp_path):
-    """Lightning keeps whatever its user's hyper-parameters are; their code is not called."""
+def test_objects_of_other_programs_are_left_out(tmp_path):
+    """Lightning stores any hyper-parameters; their code is not called."""
     mark = tmp_path / "it-ran"
     parameters = {
         "path": pathlib.PurePosixPath("/data"),
@@ -251,7 +251,7 @@ def test_views_are_written_without_their_storage(tmp_path):
 
 
 def split(state, ranks):
-    """As Tutel keeps the experts on ``ranks`` ranks; more ranks than experts share one each."""
+    """Split experts over ``ranks`` ranks as Tutel does; with more ranks, several share one."""
     experts = {n: t for n, t in state.items() if ".experts." in n}
     counts = {n: t for n, t in state.items() if n.endswith("_num_global_experts")}
     num_experts = 4
@@ -274,14 +274,14 @@ def split(state, ranks):
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4, 8, 12])
-@pytest.mark.parametrize("asked", ["", ".master", ".rank0"])
-def test_official_rank_files(tmp_path, ranks, asked):
+@pytest.mark.parametrize("suffix", ["", ".master", ".rank0"])
+def test_official_rank_files(tmp_path, ranks, suffix):
     state = Golden("swin_moe_official").weights
     dense, files = split(state, ranks)
     torch.save({"model": dense}, tmp_path / "c.pth.master")
     for rank, held in enumerate(files):
         torch.save({"model": held}, tmp_path / f"c.pth.rank{rank}")
-    same(read(tmp_path / f"c.pth{asked}").state, state)
+    same(read(tmp_path / f"c.pth{suffix}").state, state)
     if ranks > 1:
         (tmp_path / "c.pth.rank1").unlink()
         with pytest.raises(WeightsError, match=r"rank1 is missing|ranks hold|not in every"):

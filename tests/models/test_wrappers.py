@@ -1,4 +1,4 @@
-"""One network's weights out of what training programs save around it; the rest is named."""
+"""Selecting one network's weights from a training program's file; the rest is named."""
 
 import itertools
 from pathlib import Path
@@ -27,12 +27,12 @@ def named(prefix, state=STATE):
 
 
 def check(content, *notes, wanted=""):
-    """The content's network is ``STATE``, and the notes are these lines."""
-    state, said = take_network(content, PATH, wanted)
+    """Check that ``STATE`` is taken from the content, and that the notes are these lines."""
+    state, found = take_network(content, PATH, wanted)
     assert state.keys() == STATE.keys()
     assert all(torch.equal(state[name], STATE[name]) for name in state)
-    assert len(said) == len(notes)
-    assert all(note in line for note, line in zip(notes, said, strict=True))
+    assert len(found) == len(notes)
+    assert all(note in line for note, line in zip(notes, found, strict=True))
 
 
 WRAPPERS = ["module.", "_orig_mod.", "model.", "net.", "_forward_module.", "encoder.", "trunk."]
@@ -57,8 +57,8 @@ def test_prefixes_on_some_names_only():
 
 
 def test_of_two_networks_the_one_in_training_is_taken():
-    said = "x.pth holds 2 networks: 'model' is taken, not 'model_ema.module'"
-    check(named("model_ema.module.", ZEROS) | named("model."), said)
+    note = "x.pth holds 2 networks: 'model' is taken, not 'model_ema.module'"
+    check(named("model_ema.module.", ZEROS) | named("model."), note)
     check(named("model.", ZEROS) | named("model_ema.module."), "is taken", wanted="model_ema")
     check(named("student.") | named("teacher.backbone.", ZEROS), "not 'teacher.backbone'")
     check(named("model.", ZEROS) | STATE, "one without a prefix is taken, not 'model'")
@@ -67,7 +67,7 @@ def test_of_two_networks_the_one_in_training_is_taken():
         take_network(named("model.") | named("model_ema."), PATH, "ema")
 
 
-def test_what_is_beside_is_named():
+def test_other_tensors_are_named():
     average = torch.optim.swa_utils.AveragedModel(MODEL).state_dict()
     check(average, "not read from x.pth: n_averaged")
     check(named("ema_model.") | {"initted": ONE, "step": ONE}, "not read from x.pth: initted, step")
@@ -85,18 +85,18 @@ def save_and_load(tmp_path, content):
     return load_pretrained(MODEL, read_pretrained(tmp_path / "x.pth"))
 
 
-def test_what_may_matter_is_refused(tmp_path):
+def test_tensors_that_may_matter_are_refused(tmp_path):
     for name in ("adapter.weight", "layers.0.blocks.0.lora.weight"):
         with pytest.raises(WeightsError, match=rf"x.pth does not fit swinv2: .*{name}"):
             save_and_load(tmp_path, STATE | {name: ONE})
 
 
-def test_a_training_says_what_it_has_not_read(tmp_path):
-    odd = torch.eye(2).to_sparse()  # none of the network's business
+def test_a_training_reports_tensors_that_it_has_not_read(tmp_path):
+    odd = torch.eye(2).to_sparse()  # not the network's
     content = {"model": STATE, "optimizer": [{"exp_avg": ONE}], "extra": odd, "epoch": 3}
     content["itself"] = content
-    said = save_and_load(tmp_path, content)
-    assert "tensors of official names; not read from" in said
-    assert said.endswith("x.pth: optimizer, extra")
-    said = save_and_load(tmp_path, STATE | {"neck.fc.weight": ONE})
-    assert said.endswith("not read from " + str(tmp_path / "x.pth") + ": neck")
+    note = save_and_load(tmp_path, content)
+    assert "tensors of official names; not read from" in note
+    assert note.endswith("x.pth: optimizer, extra")
+    note = save_and_load(tmp_path, STATE | {"neck.fc.weight": ONE})
+    assert note.endswith("not read from " + str(tmp_path / "x.pth") + ": neck")

@@ -1,4 +1,4 @@
-"""On a machine with a GPU these tests are what verifies the CUDA kernels: there they are on."""
+"""Unverified CUDA kernels are on in these tests, which verify them on a machine with a GPU."""
 
 import torch
 

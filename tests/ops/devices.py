@@ -1,4 +1,4 @@
-"""Where the tests of an op run, and why not where they do not."""
+"""Marks of the devices on which an op's tests run."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from swin_moe.ops import _library
 
 
 def needs_library(op: str) -> pytest.MarkDecorator:
-    """Skips where the op has no compiled CPU kernel."""
+    """Skip tests if the op has no compiled CPU kernel."""
     return pytest.mark.skipif(
         not ops.status()[op].startswith("fused (cpu"),
         reason=f"the compiled library is not built; {_library.BUILD_HINT}",
@@ -20,13 +20,13 @@ def needs_library(op: str) -> pytest.MarkDecorator:
 
 
 def needs_cuda(op: str) -> pytest.MarkDecorator:
-    """Skips where the op has no CUDA kernel, or nothing to run it on."""
+    """Skip tests if the op has no CUDA kernel, or without a GPU."""
     return pytest.mark.skipif(
-        not torch.cuda.is_available() or not _library._compiled_for(op, "cuda"),
+        not torch.cuda.is_available() or not _library.compiled_for(op, "cuda"),
         reason="no GPU, or the CUDA kernels are not built",
     )
 
 
 def devices(op: str) -> list[Any]:
-    """Values for a parameter ``device``."""
+    """Return values for a parameter ``device``."""
     return ["cpu", pytest.param("cuda", marks=needs_cuda(op))]

@@ -1,4 +1,4 @@
-"""CUDA kernels on the CPU: builds their sources for ``tests/cuda_emulation`` and guards tensors."""
+"""CUDA kernels on the CPU: their build with ``tests/cuda_emulation``, and guarded tensors."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ KERNELS = ROOT / "swin_moe" / "csrc" / "cuda"
 
 
 def build_emulation(folder: Path, name: str, *more: str) -> ctypes.CDLL:
-    """The library of all ``csrc/cuda/<name>*.cu`` and of the launchers of these names."""
+    """Build a library of all ``csrc/cuda/<name>*.cu`` and the launchers of these names."""
     compiler = shutil.which("g++")
     if compiler is None:
         pytest.skip("no g++")
@@ -34,7 +34,7 @@ def build_emulation(folder: Path, name: str, *more: str) -> ctypes.CDLL:
 
 
 class Guarded:
-    """A tensor of NaNs, or of large integers, between two margins that nobody may write to."""
+    """A tensor of NaNs, or of large integers, between two margins that must not be written."""
 
     def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, offset: int = 0) -> None:
         size = math.prod(shape)

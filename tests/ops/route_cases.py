@@ -1,4 +1,4 @@
-"""What the tests of the routing share: inputs, options, and the comparison with fp64."""
+"""Inputs and options for the tests of the routing, and the comparison with fp64."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ class Inputs:
 def clear_inputs(
     tokens: int, experts: int, sigmoid: bool, noise: bool, bias: bool, seed: int = 0
 ) -> Inputs:
-    """Numbers whose order no rounding changes: equal ones are equal exactly, others far apart.
+    """Return inputs whose order no rounding changes: equal exactly, or far apart.
 
-    Tokens are drawn from a few rows, in quarters, so many tie with one another, and experts too.
+    Tokens are drawn from a few rows with values in quarters, so that many tokens and experts tie.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -60,7 +60,7 @@ def clear_inputs(
 
 
 def gradients(inputs: Inputs, function: Callable[..., Route], options: RouteOptions) -> Tensor:
-    """Of all three results that have one, weighted so that no two elements count alike."""
+    """Return the gradient of all three results, with a different weight for each element."""
     leaf = inputs.logits.detach().requires_grad_()
     route = function(leaf, inputs.noise, inputs.bias, options)
     generator = torch.Generator().manual_seed(1)
@@ -76,7 +76,7 @@ def check(
     device: str = "cpu",
     function: Callable[..., Route] = moe_route,
 ) -> None:
-    """A routing, forward and backward, against the reference in fp64."""
+    """Compare a routing, forward and backward, with the reference in fp64."""
     exact = inputs.to(torch.float64).route(moe_route_reference, options)
     ours = inputs.to(device).route(function, options)
     for name in INTEGERS:
@@ -96,7 +96,7 @@ def check(
 def some_options(
     experts: int, top_k: int, number: int
 ) -> list[tuple[int, bool, bool, RouteOptions]]:
-    """Tokens, noise, bias and options: a sample of all combinations, always the same one."""
+    """Return a fixed sample of combinations of tokens, noise, bias and options."""
     flags = (False, True)
     capacities = [
         (0, False),

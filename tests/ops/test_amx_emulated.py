@@ -1,5 +1,7 @@
-"""The AMX kernels of the window attention, on processors without AMX: ``tests/cpu_emulation`` does
-what the tile instructions do, and ends the process where the processor would fault.
+"""The AMX kernels of the window attention, on processors without AMX.
+
+``tests/cpu_emulation`` emulates the tile instructions, and ends the process where the processor
+would fault.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ SEED = torch.tensor([-(2**40) - 12345])
 
 
 def why_not() -> str:
-    """Why nothing can be tested here; the vectors beside the tiles are the processor's."""
+    """Return why nothing can be tested here; the processor must have the vector instructions."""
     if shutil.which("g++") is None:
         return "no g++"
     flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
@@ -64,7 +66,7 @@ def spans(units: int, threads: int) -> list[tuple[ctypes.c_int64, ctypes.c_int64
 def emulated(
     library: ctypes.CDLL, case: Case, inputs: list[Tensor], weight: Tensor, threads: int = 2
 ) -> list[Tensor]:
-    """Output and all three gradients; the heads together are two, so that the last may be alone."""
+    """Return output and gradients; the kernel takes heads in pairs, so the last may be alone."""
     qkv, bias, scale = inputs
     H, W = case.size
     shape = Shape(case.batch, H, W, case.heads, case.head_dim, *case.window, *case.shift)
@@ -101,7 +103,7 @@ def gradient_of(case: Case) -> Tensor:
 
 
 def expected(case: Case, inputs: list[Tensor], weight: Tensor) -> list[Tensor]:
-    """The same by the reference and autograd, in fp64."""
+    """Return the same by the reference and autograd, in fp64."""
     inputs = [x.double().requires_grad_() for x in inputs]
     out = attention_reference(*inputs, SEED, case.windows)
     out.backward(weight.double())
@@ -140,7 +142,7 @@ OPTIONS = [
             (2.3, True, 0.3),
             (2.3, False, 0.2),
             (4.6, True, 0.0),
-            (4.65, True, 0.0),  # of three heads, one is clamped
+            (4.65, True, 0.0),  # one of three heads is clamped
             (9.0, True, 0.0),
         )
     ),
@@ -158,7 +160,7 @@ def test_parity(library: ctypes.CDLL, case: Case) -> None:
 
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 def test_threads_change_nothing(library: ctypes.CDLL, dropout: float) -> None:
-    """Nor does what they find in their scratch, which is spoilt before every call."""
+    """The scratch memory of the threads is filled with garbage before every call."""
     case = Case((7, 7), (3, 3), (28, 21), 2, 3, 32, dropout=dropout)
     inputs, weight = case.inputs(torch.bfloat16), gradient_of(case)
     first = emulated(library, case, inputs, weight, threads=1)
@@ -174,10 +176,10 @@ def test_threads_change_nothing(library: ctypes.CDLL, dropout: float) -> None:
 def test_numbers_that_are_none(
     library: ctypes.CDLL, cosine: bool, window: tuple[int, int], where: str, value: float
 ) -> None:
-    """They come out where the reference has them, and other heads keep every bit.
+    """NaN appears where the reference has it; every bit of other heads stays.
 
-    Of the head's own bias and scale less is asked, as of all kernels: what padding would add in
-    the reference is never computed here.
+    The head's own bias and scale are compared less strictly, as in all kernels, which do not
+    compute the reference's contribution of padding.
     """
     shift = (window[0] // 2, window[1] // 2)
     case = Case(window, shift, (13, 14), 1, 2, cosine=cosine)
@@ -213,7 +215,7 @@ def test_zero_rows(library: ctypes.CDLL) -> None:
 
 
 def process(library_path: Path, code: str, isa: str | None = None) -> subprocess.CompletedProcess:
-    """Runs code with the library as L in a process of its own."""
+    """Run code in a new process, with the library as L."""
     code = f"import ctypes; L = ctypes.CDLL({str(library_path)!r})\n{code}"
     environment = {k: v for k, v in os.environ.items() if k != "SWIN_MOE_ISA"}
     if isa is not None:
@@ -267,7 +269,7 @@ def test_emulated_product(library: ctypes.CDLL, rows: int, words: int, columns: 
     a = torch.randn(rows, 2 * words, generator=generator).bfloat16()
     b = torch.randn(2 * words, columns, generator=generator).bfloat16()
     c = torch.randn(rows, columns, generator=generator)
-    a[0, 0] = c[0, 1] = 1e-39  # taken for zero
+    a[0, 0] = c[0, 1] = 1e-39  # treated as zero
     b[0, 0] = 1e30
     a[0, 1:] = 0
     row_bytes = [4 * columns, 4 * words, 4 * columns]

@@ -63,7 +63,7 @@ def test_only_a_chunk_of_matrices_is_kept_for_the_backward_pass():
 
 
 def test_the_key_reaches_the_op(monkeypatch):
-    for package in ("pydantic", "fairscale"):  # the other tests of this folder do without them
+    for package in ("pydantic", "fairscale"):  # the other tests of this folder run without them
         pytest.importorskip(package)
     from swin_moe import build_model
     from swin_moe.config import load_config

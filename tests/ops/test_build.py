@@ -1,4 +1,4 @@
-"""Kernels know nothing of torch or Python. `.ci/run` compiles each CUDA source by itself."""
+"""Kernels include no headers of torch or Python. `.ci/run` compiles each CUDA source by itself."""
 
 from pathlib import Path
 

@@ -110,7 +110,7 @@ def make_inputs(case: Case) -> Inputs:
 
 
 def regions(length: int, window: int, shift: int) -> Tensor:
-    """Of the positions of a shifted, padded axis; -1 is padding."""
+    """Return the region of each position of a shifted, padded axis; -1 is padding."""
     padded = -(-length // window) * window
     shifted = torch.arange(padded)
     ids = (shifted >= padded - window).long() + (shifted >= padded - shift).long()
@@ -127,7 +127,7 @@ def mix(x: Tensor) -> Tensor:
 
 
 def dropout_factors(case: Case, seed: int) -> Tensor:
-    """[windows, heads, N, N]"""
+    """Return the factors [windows, heads, N, N]."""
     windows = case.batch * case.grid[0] * case.grid[1]
     row = torch.arange(windows * case.heads * case.tokens)
     key = mix((row ^ seed) & MASK)
@@ -140,7 +140,7 @@ def dropout_factors(case: Case, seed: int) -> Tensor:
 
 
 def reference(case: Case, inputs: Inputs, dtype: torch.dtype = torch.float64) -> Expected:
-    """By autograd, with matrix products in ``dtype`` and all else at least in fp32."""
+    """Compute by autograd, with matrix products in ``dtype`` and the rest in fp32 or wider."""
     wide = torch.promote_types(dtype, torch.float32)
     qkv = inputs.qkv.to(dtype).requires_grad_()
     bias = inputs.bias.to(wide).requires_grad_()
@@ -232,7 +232,7 @@ def kernels(library: ctypes.CDLL) -> Kernels:
 
 
 def errors(got: Outputs, expected: Expected) -> dict[str, float]:
-    """Largest error of each tensor relative to its largest number, NaN if there is a NaN."""
+    """Return each tensor's largest error relative to its largest number, NaN if it has a NaN."""
     result = {}
     pairs = zip(got.items(), expected.outputs.items(), strict=True)
     for (name, x), (_, y) in pairs:
@@ -251,7 +251,7 @@ def check(case: Case, kernels: Kernels, inputs: Inputs | None = None) -> None:
     assert all(error < tolerance for error in found.values()), found
     if case.dtype != torch.float32:
         plain = errors(reference(case, inputs, case.dtype).outputs, expected)
-        # Of few numbers one or the other has the luckier rounding.
+        # With few numbers, either may have the smaller rounding error.
         worse = {name for name in found if found[name] > 2 * plain[name] + tolerance / 4}
         assert not worse, (found, plain)
 
@@ -310,13 +310,13 @@ def test_largest_window(kernels: Kernels) -> None:
 
 
 def test_groups_of_windows(kernels: Kernels) -> None:
-    """So many windows and heads that a block sums the bias gradients of several windows."""
+    """There are enough windows and heads that a block sums several windows' bias gradients."""
     case = Case(batch=3, size=(8, 6), window=(3, 6), shift=(1, 3), heads=128, cosine=False)
     check(replace(case, dtype=torch.bfloat16), kernels)
 
 
 def test_logits_beyond_the_mask(kernels: Kernels) -> None:
-    """Where logits exceed 100, the additive mask lets keys of other regions through."""
+    """With logits above 100, the additive mask lets keys of other regions through."""
     case = Case(size=(8, 8), window=(8, 8), shift=(4, 4), log_scale=6.0)
     inputs = make_inputs(case)
     q, k, _ = inputs.qkv.unbind(3)
@@ -328,7 +328,7 @@ def test_logits_beyond_the_mask(kernels: Kernels) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 def test_zero_and_long_rows(kernels: Kernels, dtype: torch.dtype) -> None:
-    """Gradients of normalised rows stay in the range of fp16 on their way to the others."""
+    """Intermediate gradients of normalised rows stay in the range of fp16."""
     case = Case(size=(4, 4), dtype=dtype)
     inputs = make_inputs(case)
     inputs.qkv[0, 0, 0, :2] = 0  # q and k
@@ -353,7 +353,7 @@ def test_zero_and_long_rows(kernels: Kernels, dtype: torch.dtype) -> None:
 def test_numbers_that_are_none(
     kernels: Kernels, dtype: torch.dtype, cosine: bool, where: str, value: float
 ) -> None:
-    """They come out where the reference has them, and nowhere else."""
+    """NaN appears where the reference has it, and nowhere else."""
     case = Case(size=(7, 8), shift=(2, 2), heads=2, cosine=cosine, dtype=dtype)
     inputs = make_inputs(case)
     if where in "qkv":
@@ -375,7 +375,7 @@ def test_numbers_that_are_none(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name_of)
 def test_order_does_not_matter(kernels: Kernels, library: ctypes.CDLL, dtype: torch.dtype) -> None:
-    """Neither of blocks nor of threads between barriers: every bit stays."""
+    """The order of blocks, and of threads between barriers, changes no bit."""
     case = Case(
         batch=2, size=(13, 12), window=(12, 12), shift=(6, 6), heads=3, head_dim=32,
         dropout=0.3, dtype=dtype,

@@ -33,7 +33,7 @@ SHAPES = [
 
 
 def make_plan(tokens: int, top_k: int, slots: int, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """A random plan in which about a tenth of the assignments that would fit are dropped."""
+    """Return a random plan that drops about a tenth of the assignments that would fit."""
     generator = torch.Generator().manual_seed(seed)
     count = int(0.9 * min(tokens * top_k, slots))
     assignment = torch.randperm(tokens * top_k, generator=generator)[:count]
@@ -56,7 +56,7 @@ def make_inputs(shape: tuple[int, int, int, int], dtype=torch.float32, device="c
 
 
 def run(dispatch, combine, x, y, gate, source, destination) -> list[Tensor]:
-    """Both outputs and all three gradients, for gradients that vary from element to element."""
+    """Return both outputs and all three gradients, for gradients that vary by element."""
     x, y, gate = (tensor.detach().requires_grad_() for tensor in (x, y, gate))
     slots, out = dispatch(x, source, destination), combine(y, gate, source, destination)
     generator = torch.Generator().manual_seed(2)
@@ -92,7 +92,7 @@ def test_reference_gradcheck(shape):
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_parity_forward_and_backward(shape, dtype, device):
-    """Holds without the library too: then it compares the op's own formula with autograd's."""
+    """Without the library, the op's own formula is compared with autograd's."""
     inputs = make_inputs(shape, dtype, device)
     ours = run(ops.moe_dispatch, ops.moe_combine, *inputs)
     reference = run(ops.moe_dispatch_reference, ops.moe_combine_reference, *inputs)
@@ -105,7 +105,7 @@ def test_parity_forward_and_backward(shape, dtype, device):
 @needs_library
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_kernels_accumulate_in_fp32(dtype):
-    """Against fp64: no error beyond rounding the result to its dtype."""
+    """Compared with fp64, the only error is the rounding of the result to its dtype."""
     x, y, gate, source, destination = make_inputs((64, 3, 180, 333), dtype)
     half_ulp = {torch.float32: 1e-6, torch.bfloat16: 2**-8}[dtype]
     tolerance = {"rtol": half_ulp, "atol": 1e-6}
@@ -147,8 +147,8 @@ def test_strided_and_expanded_tensors(device):
     torch.testing.assert_close(y.grad, rows[:, None].expand(24, 32).bfloat16())
 
 
-def test_what_is_nowhere_never_shows():
-    """Values that no slot or token refers to must not leak, not even as NaN."""
+def test_unused_values_never_show():
+    """Values that no slot or token refers to must not appear, not even as NaN."""
     x, y, gate, source, destination = make_inputs((16, 2, 40, 24))
     y[source < 0] = float("nan")
     gate[destination < 0] = float("inf")
@@ -183,7 +183,7 @@ def test_dtypes_without_a_kernel_use_the_reference():
         assert all(torch.equal(a, b) for a, b in zip(ours, reference, strict=True))
 
 
-def test_wrong_arguments_name_what_is_wrong():
+def test_errors_name_the_wrong_argument():
     x, y, gate, source, destination = make_inputs((8, 2, 12, 4))
     for call, message in [
         (lambda: ops.moe_dispatch(x, source.long(), destination), "int32"),
@@ -239,7 +239,7 @@ def test_index_out_of_range_is_an_error(bad):
 @needs_library
 @pytest.mark.parametrize("wrong_map", ["source", "destination"])
 def test_maps_that_are_not_inverse_are_an_error(wrong_map):
-    """Else two threads write one gate gradient, or nobody writes it."""
+    """Otherwise two threads, or none, would write a gate's gradient."""
     x, y, gate, source, destination = make_inputs((16, 1, 12, 4))
     index = source if wrong_map == "source" else destination.view(-1)
     index[(index < 0).nonzero()[0]] = index[(index >= 0).nonzero()[0]]
@@ -285,7 +285,7 @@ def test_status_and_require_fused(monkeypatch):
     assert not any(name.endswith("_backward") for name in ops.status())
     with pytest.raises(ValueError, match="no kernels exist for device 'xpu'"):
         ops.require_fused("xpu")
-    monkeypatch.setattr(_library, "_compiled_for", lambda op, device: device == "cpu")
+    monkeypatch.setattr(_library, "compiled_for", lambda op, device: device == "cpu")
     assert set(ops.status().values()) == {"fused (cpu)"}
     ops.require_fused("cpu")
     with pytest.raises(ValueError, match=r"not compiled for cuda.*pip install"):
@@ -293,7 +293,7 @@ def test_status_and_require_fused(monkeypatch):
 
 
 def test_unverified_kernels_are_off_until_they_are_allowed(monkeypatch):
-    monkeypatch.setattr(_library, "_compiled_for", lambda op, device: True)
+    monkeypatch.setattr(_library, "compiled_for", lambda op, device: True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     monkeypatch.setattr(_library, "VERIFIED", {"moe_dispatch": {(9, 0)}})
@@ -316,8 +316,8 @@ def test_a_broken_library_is_announced(tmp_path, caplog):
     assert "pip install" in caplog.text
 
 
-def test_without_the_library_the_reference_runs_and_says_so(tmp_path):
-    """A copy of the package that was never built, in a process of its own."""
+def test_without_the_library_the_reference_runs_with_a_warning(tmp_path):
+    """A process of its own imports a copy of the package that was never built."""
     package = tmp_path / "swin_moe"
     shutil.copytree(
         Path(ops.__file__).parent, package / "ops", ignore=shutil.ignore_patterns("__pycache__")

@@ -40,7 +40,7 @@ class Case:
 
     @property
     def filled(self) -> Tensor:
-        """Whether each row is used."""
+        """Return whether each row is used."""
         filled = torch.zeros(self.rows, dtype=torch.bool)
         row = 0
         for count in self.used:
@@ -112,7 +112,7 @@ def numbers(case: Case) -> tuple[Tensor | None, int, float]:
 
 
 def run(case: Case, inputs: Inputs, method: int = CHOOSE) -> dict[str, Tensor]:
-    """The output and all gradients by the op, without what is in empty rows."""
+    """Return the op's output and all gradients, without the empty rows."""
     weights = {name: t.detach().requires_grad_() for name, t in inputs.differentiable().items()}
     arguments = {"fc2_bias": None, **weights}
     rows = arguments.pop("rows")
@@ -193,7 +193,7 @@ def test_reference_gradcheck(dropout):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.used}-{case.stride}")
 def test_parity_forward_and_backward(case, dtype, method, device):
-    """With NaN in every empty row of rows and gradient. Without the library: the op's formulas."""
+    """Empty rows and their gradients are NaN. Without the library, the op's formulas run."""
     case = replace(case, dtype=dtype)
     if method == GROUPED and (case.stride or case.width % 8 or case.hidden % 8):
         pytest.skip("torch's grouped product takes packed rows of whole 16 bytes")
@@ -218,7 +218,7 @@ def test_dropout_drops_the_same_everywhere(stride, dtype, method, device):
 
 @needs_library
 def test_dropout_rate_and_seed():
-    """Drawn from torch's generator: repeatable, and other each time."""
+    """Seeds come from torch's generator: repeatable, and different in each call."""
     case = Case(used=(500, 500), width=1, hidden=64)
     inputs = make_inputs(case)
     weights = {k: v for k, v in vars(inputs).items() if k not in ("grad",)}
@@ -237,7 +237,7 @@ def test_dropout_rate_and_seed():
 @needs_library
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_activation_of_every_size(dtype):
-    """Against fp64, relative to each value: tails, zero, and what is not finite."""
+    """Each value is compared with fp64: tails, zero, and non-finite numbers."""
     x = torch.cat(
         [torch.linspace(-12, 12, 4999), torch.tensor([0.0, -0.0, 1e-30, -1e-30, 1e4, -1e30])]
     )
@@ -257,7 +257,7 @@ def test_activation_of_every_size(dtype):
 
     special = torch.tensor([torch.nan, torch.inf, -torch.inf], dtype=dtype)[:, None]
     found = ops.moe_experts(special, torch.tensor([3]), one, zero, one, None)[:, 0]
-    assert found.isnan().tolist() == [True, False, True]  # −inf · 0, as torch's formula has it
+    assert found.isnan().tolist() == [True, False, True]  # −inf · 0, as in torch's formula
     assert found[1] == torch.inf
 
 
@@ -278,8 +278,8 @@ def test_a_row_that_is_not_finite_spoils_no_other(dtype, method):
 @needs_library
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
-def test_what_lies_between_the_products_does_not_depend_on_threads(dropout, dtype):
-    """The products themselves are torch's. Widths are such that those are the same, too."""
+def test_steps_between_the_products_do_not_depend_on_threads(dropout, dtype):
+    """The widths are such that torch's products do not depend on threads either."""
     case = Case(used=(700, 3, 0, 290), width=32, hidden=128, dropout=dropout, dtype=dtype)
     inputs = make_inputs(case)
     threads = torch.get_num_threads()
@@ -334,7 +334,7 @@ def test_keeps_rows_and_hidden_rows_only(dtype):
         assert torch.equal(ops.moe_experts(used=inputs.used, **weights), out)
 
 
-def test_wrong_arguments_name_what_is_wrong():
+def test_errors_name_the_wrong_argument():
     case = Case(used=(3, 5))
     good = {k: v for k, v in vars(make_inputs(case)).items() if k != "grad"}
     for change, message in [

@@ -1,6 +1,7 @@
 """The CUDA kernels between the experts' products, run on the CPU by ``tests/cuda_emulation``.
 
-Against a loop in fp64. Buffers start as NaNs between margins that nobody may write to.
+They are compared with a loop in fp64. Buffers start as NaNs between margins that must not be
+written.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ class Case:
         return Shape(self.rows, len(self.used), self.width, self.hidden, self.stride)
 
     def slices(self) -> Iterator[tuple[int, slice, slice]]:
-        """Expert, its rows, and the empty ones that belong to it."""
+        """Yield each expert, its rows, and its empty rows."""
         row = 0
         for expert, count in enumerate(self.used):
             end = row + (self.stride or count)
@@ -173,7 +174,7 @@ def test_activation(call: Call, case: Case, dtype: torch.dtype, dropout: float) 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.used}-{case.stride}")
 def test_rows(call: Call, case: Case, dtype: torch.dtype) -> None:
-    """The bias of the result, its gradient, and copies without what is in empty rows."""
+    """It covers the bias of the result, its gradient, and copies without empty rows."""
     case = replace(case, dtype=dtype)
     D, E = case.width, len(case.used)
     bias, rows = normal(case, E, D, seed=2), normal(case, case.rows, D)

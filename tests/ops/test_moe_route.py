@@ -33,7 +33,7 @@ DEVICES = devices.devices("moe_route")
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(("experts", "top_k"), SIZES)
 def test_parity(experts: int, top_k: int, device: str) -> None:
-    """Holds without the library too: then it compares precisions."""
+    """Without the library, precisions are compared."""
     for tokens, noise, bias, options in some_options(experts, top_k, 24):
         inputs = clear_inputs(tokens, experts, options.sigmoid, noise, bias)
         check(inputs, options, device)
@@ -42,7 +42,7 @@ def test_parity(experts: int, top_k: int, device: str) -> None:
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("sigmoid", [False, True])
 def test_many_tokens(sigmoid: bool, device: str) -> None:
-    """Several chunks of sums and passes of the sort."""
+    """There are several chunks of sums and passes of the sort."""
     options = RouteOptions(2, sigmoid, True, True, 1, 700, load_sigma=0.125)
     check(clear_inputs(5003, 8, sigmoid, True, False), options, device)
     check(clear_inputs(5004, 8, sigmoid, False, True), options._replace(groups=3), device)
@@ -64,7 +64,7 @@ def test_continuous_numbers(experts: int, device: str) -> None:
 
 
 def expected_queues(route: Route, options: RouteOptions, priority: Tensor) -> None:
-    """Every integer of a route from its choices alone, by plain loops."""
+    """Return every integer of a route from its choices, by plain loops."""
     T, k = route.expert.shape
     E = len(route.counts)
     size = T // options.groups
@@ -141,7 +141,7 @@ def test_equal_scores_go_by_index(device: str) -> None:
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("sigmoid", [False, True])
 def test_extreme_logits(sigmoid: bool, device: str) -> None:
-    """Scores of 0 and 1, denormals, and differences beyond fp32."""
+    """Scores are 0 and 1, denormal, or differ beyond fp32."""
     rows = [
         [3e38, -3e38, 0, 1], [-100, -101, -102, -103], [90, 89, -90, -95], [1e-40, 0, -1e-40, 5],
     ]  # fmt: skip
@@ -173,7 +173,7 @@ def test_only_tokens_that_are_not_finite_are_lost(sigmoid: bool, value: float, d
         assert int(route.scalars[4]) == 4
         assert bool((route.slot[bad] == -1).all() and (route.destination[bad] == -1).all())
         assert bool((route.gate[bad] == 0).all() and (route.gate[~bad] > 0).all())
-        # The others queue as if these were not there: in groups of the same size, all the same.
+        # The others queue as if these were absent, in groups of the same size.
         gone = bad.to(device)
         rest = Inputs(inputs.logits[~bad], inputs.noise[~bad], inputs.bias).to(device)
         alone = rest.route(moe_route, options)
@@ -226,7 +226,7 @@ def test_gate_of_one_choice_learns_as_its_logarithm() -> None:
 
 
 @pytest.mark.parametrize("missing", [("gate",), ("sums",), ("scalars",), ("gate", "sums")])
-def test_gradients_that_nobody_wants(missing: tuple[str, ...]) -> None:
+def test_gradients_that_are_not_needed(missing: tuple[str, ...]) -> None:
     options = RouteOptions(2, sigmoid=True, normalize=True, load_sigma=0.3)
     results = []
     for function, dtype in ((moe_route, torch.float32), (moe_route_reference, torch.float64)):
@@ -239,7 +239,7 @@ def test_gradients_that_nobody_wants(missing: tuple[str, ...]) -> None:
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
 
 
-def test_what_has_no_gradient() -> None:
+def test_results_without_a_gradient() -> None:
     logits = torch.randn(8, 4, requires_grad=True)
     route = moe_route(logits, None, None, RouteOptions(2))
     assert all(getattr(route, name).requires_grad for name in FLOATS)
@@ -313,12 +313,12 @@ def test_other_dtypes_use_the_reference(dtype: torch.dtype) -> None:
         ({"padded": True}, "padded rows need a capacity"),
     ],
 )
-def test_wrong_options_name_what_is_wrong(change: dict, message: str) -> None:
+def test_errors_name_the_wrong_option(change: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         moe_route(torch.zeros(8, 4), None, None, RouteOptions()._replace(**change))
 
 
-def test_wrong_tensors_name_what_is_wrong() -> None:
+def test_errors_name_the_wrong_tensor() -> None:
     logits = torch.zeros(8, 4)
     for inputs, message in [
         (Inputs(logits[0]), "logits must be"),
@@ -367,7 +367,7 @@ def test_opcheck(full: bool) -> None:
 
 
 def test_the_formula_of_the_gradient() -> None:
-    """What serves the op's backward where no kernel does, against autograd."""
+    """The formula of the op's backward, for devices without a kernel, equals autograd."""
     for tokens, noise, bias, options in some_options(5, 2, 40):
         inputs = clear_inputs(tokens, 5, options.sigmoid, noise, bias).to(torch.float64)
         leaf = inputs.logits.clone().requires_grad_()

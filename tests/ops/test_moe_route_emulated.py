@@ -49,7 +49,7 @@ def structures(logits: Tensor, options: RouteOptions) -> list[Any]:
 
 @pytest.fixture
 def route(library: ctypes.CDLL) -> Routing:
-    """As ``moe_route``, with gradients."""
+    """Run the kernels with the interface of ``moe_route``, with gradients."""
 
     def succeed(error: int) -> None:
         assert error == 0, (error, library.emulation_error().decode())
@@ -104,7 +104,7 @@ def test_parity(route: Routing, experts: int, top_k: int) -> None:
 
 
 def test_several_tiles(route: Routing) -> None:
-    """And in groups whose last tile is not full."""
+    """Some groups have a last tile that is not full."""
     options = RouteOptions(2, False, True, True, 1, 700, load_sigma=0.125)
     check(clear_inputs(2500, 8, False, True, False), options, function=route)
     inputs = clear_inputs(2600, 3, True, False, True)
@@ -114,7 +114,7 @@ def test_several_tiles(route: Routing) -> None:
 
 
 def test_many_experts(route: Routing, library: ctypes.CDLL) -> None:
-    """So many that a block has fewer warps; one more is too many."""
+    """With so many, a block has fewer warps; one more is refused."""
     options = RouteOptions(2, normalize=True, prioritized=True, load_sigma=0.1)
     generator = torch.Generator().manual_seed(0)
     check(Inputs(torch.randn(70, 1024, generator=generator)), options, function=route)
@@ -145,7 +145,7 @@ def test_equal_scores_go_by_index(route: Routing) -> None:
 
 
 def test_order_does_not_matter(route: Routing, library: ctypes.CDLL) -> None:
-    """Neither of blocks nor of threads between barriers: every bit stays."""
+    """The order of blocks, and of threads between barriers, changes no bit."""
     generator = torch.Generator().manual_seed(1)
     inputs = Inputs(*torch.randn(2, 1500, 9, generator=generator))
     options = RouteOptions(2, normalize=True, prioritized=True, capacity=200, load_sigma=0.1)

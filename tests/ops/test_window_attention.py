@@ -33,7 +33,7 @@ PLACES = [("cpu", dtype) for dtype in DTYPES] + [
     pytest.param("cuda", dtype, marks=needs_cuda) for dtype in _library.KERNEL_DTYPES["cuda"]
 ]
 RESULTS = ("out", "grad_qkv", "grad_bias", "grad_scale")
-# Largest error, relative to the largest number of the tensor, that is never held against a kernel.
+# Largest error, relative to the largest number of the tensor, that is always accepted.
 FLOOR = {torch.float32: 5e-6, torch.float16: 3e-3, torch.bfloat16: 1.5e-2}
 SCALE_FLOOR = {torch.float32: 2e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}  # terms cancel
 
@@ -67,7 +67,7 @@ class Case:
         return self.window[0] * self.window[1]
 
     def inputs(self, dtype=torch.float32, device="cpu") -> list[Tensor]:
-        """qkv in the dtype, bias as large as V2 makes it, scale from head to head another."""
+        """Return qkv in the dtype, a bias as large as V2's, and a different scale for each head."""
         generator = torch.Generator().manual_seed(1)
         shape = (self.batch, *self.size, 3, self.heads, self.head_dim)
         qkv = torch.randn(shape, generator=generator).to(dtype)
@@ -95,7 +95,7 @@ class Case:
 
 
 def run(function, inputs: list[Tensor]) -> list[Tensor]:
-    """Output and all three gradients, for a gradient that varies from element to element."""
+    """Return output and all three gradients, for a gradient that varies by element."""
     inputs = [x.detach().requires_grad_() for x in inputs]
     out = function(*inputs)
     weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(2))
@@ -104,7 +104,7 @@ def run(function, inputs: list[Tensor]) -> list[Tensor]:
 
 
 def floor(name: str, dtype: torch.dtype, case: Case) -> float:
-    """What rounding may do; at the clamp logits are near 100 and lose that many more digits."""
+    """Return the error of rounding; logits near 100, at the clamp, lose two more digits."""
     sharp = case.cosine and case.scale > 4
     if name == "grad_scale":
         return SCALE_FLOOR[dtype] * (4 if sharp else 1)
@@ -119,10 +119,10 @@ def error(actual: Tensor, exact: Tensor) -> float:
 
 
 def check_parity(case: Case, dtype=torch.float32, device="cpu") -> None:
-    """No result of the op is further from fp64 than rounding explains.
+    """Check that each result of the op differs from fp64 only by rounding.
 
-    In fp32 that is what the reference loses, in the same dtype. In half precision the reference
-    rounds unit vectors and the kernels do not: they are held to a bound of their own.
+    In fp32 the bound is the reference's error in the same dtype. In half precision the reference
+    rounds unit vectors and the kernels do not: their bound is fixed.
     """
     inputs = case.inputs(dtype, device)
     fused = run(case.fused, inputs)
@@ -137,7 +137,7 @@ def check_parity(case: Case, dtype=torch.float32, device="cpu") -> None:
 
 
 def plain_loop(qkv: Tensor, bias: Tensor, scale: Tensor, windows: Windows) -> Tensor:
-    """The definition, cell by cell, in Python numbers."""
+    """Compute the definition cell by cell, in Python numbers."""
     (B, H, W, _, heads, d), data = qkv.shape, qkv.tolist()
     (wh, ww), (sh, sw) = windows.size, windows.shift
     padded_h, padded_w = math.ceil(H / wh) * wh, math.ceil(W / ww) * ww
@@ -152,7 +152,7 @@ def plain_loop(qkv: Tensor, bias: Tensor, scale: Tensor, windows: Windows) -> Te
 
     tops, lefts = range(0, padded_h, wh), range(0, padded_w, ww)
     for b, top, left, h in itertools.product(range(B), tops, lefts, range(heads)):
-        # A cell is where it was before the shift, and whether the shift took it round the edge.
+        # A cell is its place before the shift, and whether the shift moved it across the edge.
         cells = []
         for y, x in itertools.product(range(top, top + wh), range(left, left + ww)):
             place = ((y + sh) % padded_h, (x + sw) % padded_w)
@@ -192,7 +192,7 @@ def plain_loop(qkv: Tensor, bias: Tensor, scale: Tensor, windows: Windows) -> Te
 def test_reference_equals_a_plain_loop(window, shift, size, cosine):
     case = Case(window, shift, size, heads=2, head_dim=3, scale=1.5, cosine=cosine)
     inputs = [x.double() for x in case.inputs()]
-    inputs[1] -= 80.0 * (inputs[1] > 8)  # as far as the mask goes: other regions show through
+    inputs[1] -= 80.0 * (inputs[1] > 8)  # as large as the mask: other regions show through
     expected = plain_loop(*inputs, case.windows)
     torch.testing.assert_close(case.reference(*inputs), expected, rtol=1e-10, atol=1e-12)
 
@@ -214,7 +214,7 @@ def test_fp64_gradcheck(cosine, dropout):
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
 @pytest.mark.parametrize("cosine", [True, False])
 def test_backward_reference_equals_autograd(cosine, dropout, scale):
-    """The formulas of the kernels, as the op runs them where there is no kernel."""
+    """The kernels' formulas, which the op runs without a kernel, equal autograd."""
     case = Case((2, 3), (1, 2), (3, 5), 2, 3, 5, scale, cosine, dropout)
     inputs = [x.double() for x in case.inputs()]
     torch.manual_seed(5)
@@ -247,7 +247,7 @@ CASES = [
     Case((8, 8), (4, 4), (24, 20), 0, 1, 16, cosine=False, dropout=0.5),
     Case((12, 12), (6, 6), (24, 20), 1, 3, 32),
     Case((12, 12), (0, 0), (12, 24), 1, 3, 16, scale=4.6),
-    Case((16, 16), (8, 8), (32, 16), 1, 3, 32, scale=4.65),  # of three heads, one is clamped
+    Case((16, 16), (8, 8), (32, 16), 1, 3, 32, scale=4.65),  # one of three heads is clamped
     Case((16, 16), (8, 8), (20, 16), 1, 1, 64, cosine=False, dropout=0.1),
     Case((24, 24), (12, 12), (48, 24), 1, 1, 32, scale=4.6),
     Case((24, 24), (0, 0), (24, 24), 1, 2, 16),
@@ -258,7 +258,7 @@ CASES = [
 @pytest.mark.parametrize(("device", "dtype"), PLACES, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_parity_forward_and_backward(case, dtype, device):
-    """Holds without the library too: then it compares the op's own formulas with autograd's."""
+    """Without the library, the op's own formulas are compared with autograd's."""
     check_parity(case, dtype, device)
 
 
@@ -285,7 +285,7 @@ def test_statistics_are_those_of_the_reference(cosine):
     out, lse = torch.ops.swin_moe.window_attention(qkv, bias, scale.flatten(), None, *numbers)
     expected, expected_lse = forward_reference(qkv, bias, scale, None, case.windows)
     real = case.windows.split(torch.ones(2, *case.size, 1)).flatten(0, 1).view(-1, 1, case.tokens)
-    real = real.bool().expand_as(lse)  # what is kept of a padded query has no use
+    real = real.bool().expand_as(lse)  # a padded query's number is unused
     torch.testing.assert_close(lse[real], expected_lse[real], rtol=1e-6, atol=1e-5)
     torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
 

@@ -1,4 +1,4 @@
-"""Window attention as an op: arguments, layouts, autograd, compilation, what it keeps."""
+"""Window attention as an op: arguments, layouts, autograd, compilation, saved tensors."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from swin_moe import ops
 from swin_moe.ops import _library
-from swin_moe.ops.window_attention import _fits_kernel
+from swin_moe.ops.window_attention import fits_kernel
 from tests.ops.test_window_attention import DEVICES, DTYPES, Case, needs_library, run
 
 
@@ -74,7 +74,7 @@ def test_strided_and_expanded_gradients(dtype, device):
         assert all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
 
 
-def test_only_the_gradients_that_are_asked_for():
+def test_only_the_required_gradients():
     case = Case((4, 4), (2, 2))
     inputs = case.inputs()
     expected = run(case.fused, inputs)
@@ -98,7 +98,7 @@ def test_bias_and_scale_may_have_the_dtype_of_qkv(dtype):
     assert mine[2].dtype == mine[3].dtype == dtype
 
 
-# A case that the kernels serve, and one that the reference does.
+# A case of the kernels, and one of the reference.
 BAD = [
     (lambda q, b, s: (q[0], b, s), {}, "qkv has shape"),
     (lambda q, b, s: (q[:, :, :, :2], b, s), {}, "qkv has shape"),
@@ -128,7 +128,7 @@ BAD = [
 
 @pytest.mark.parametrize("head_dim", [16, 20], ids=["kernel", "reference"])
 @pytest.mark.parametrize(("spoil", "options", "message"), BAD)
-def test_wrong_arguments_name_what_is_wrong(spoil, options, message, head_dim):
+def test_errors_name_the_wrong_argument(spoil, options, message, head_dim):
     inputs = Case(head_dim=head_dim).inputs()
     with pytest.raises(ValueError, match=message):
         ops.window_attention(*spoil(*inputs), **{"window_size": 4} | options)
@@ -173,20 +173,20 @@ def test_the_kernels_check_for_themselves():
     [(torch.float64, 32), (torch.float16, 32), (torch.float32, 20), (torch.bfloat16, 128)],
     ids=str,
 )
-def test_what_has_no_kernel_uses_the_reference(dtype, head_dim):
+def test_calls_without_a_kernel_use_the_reference(dtype, head_dim):
     case = Case((4, 4), (2, 2), (10, 8), head_dim=head_dim, dropout=0.2)
     inputs = case.inputs(dtype)
-    assert not _fits_kernel(inputs[0], case.windows)
+    assert not fits_kernel(inputs[0], case.windows)
     ours, reference = run(case.fused, inputs), run(case.reference, inputs)
     assert all(torch.equal(a, b) for a, b in zip(ours, reference, strict=True))
 
 
 def test_windows_too_large_for_the_kernels_use_the_reference():
     qkv = torch.empty(1, 8, 8, 3, 1, 16)
-    assert _fits_kernel(qkv, Case((32, 32)).windows) == (
+    assert fits_kernel(qkv, Case((32, 32)).windows) == (
         _library.has_kernel("window_attention", qkv)
     )
-    assert not _fits_kernel(qkv, Case((32, 33)).windows)
+    assert not fits_kernel(qkv, Case((32, 33)).windows)
 
 
 def test_autocast():
@@ -212,7 +212,7 @@ OP_CASES = [
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", OP_CASES, ids=str)
 def test_opcheck(case, dtype):
-    """Schema, fake shapes, autograd and tracing, of the op and of its backward."""
+    """Schema, fake shapes, autograd and tracing are checked, for the op and its backward."""
     qkv, bias, scale = case.inputs(dtype)
     scale = scale.flatten()
     seed = seed_of(case)
@@ -320,7 +320,7 @@ def test_activation_checkpointing_draws_the_same_dropout(dropout):
 @needs_library
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_backward_keeps_no_attention_matrix(dtype):
-    """But qkv, the output and one number per query; probabilities would be ten times as much."""
+    """Only qkv, the output and one number per query are saved, a tenth of the probabilities."""
     case = Case((16, 16), (8, 8), (96, 96), 1, 3, 32, dropout=0.1)
     inputs = [x.requires_grad_() for x in case.inputs(dtype)]
     saved: dict[int, Tensor] = {}

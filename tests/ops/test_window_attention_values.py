@@ -1,5 +1,6 @@
-"""Window attention where numbers are odd: NaN, infinity, logits of any size, dropout; and all of
-that, with parity, for every instruction set.
+"""Window attention with NaN, infinity, logits of any size and dropout.
+
+All of these, and parity, are tested for every instruction set.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from tests.ops.test_window_attention import (
 
 
 def same_window(case: Case, row: int, column: int) -> Tensor:
-    """[H, W] where a token's own window is, for maps without padding."""
+    """Return [H, W] masks of each token's own window, for maps without padding."""
     number = torch.arange(case.size[0] * case.size[1]).view(1, *case.size, 1)
     windows = case.windows.split(number).squeeze(-1)  # [1, nW, N]
     own = windows[(windows == number[0, row, column]).any(-1)]
@@ -38,7 +39,7 @@ def same_window(case: Case, row: int, column: int) -> Tensor:
 
 
 def check_nan_places(cosine: bool, dtype: torch.dtype, device: str = "cpu") -> None:
-    """A NaN shows where it must and nowhere else, and everything else keeps every bit."""
+    """Check that NaN appears only where it must, and that all other bits stay."""
     for case in (
         Case((4, 4), (2, 2), (8, 12), cosine=cosine),
         Case((7, 7), (3, 3), (14, 14), cosine=cosine, dropout=0.2),
@@ -108,7 +109,7 @@ def test_non_finite_bias_and_scale(cosine, window, dtype, device):
 @pytest.mark.parametrize("window", [4, 7])
 @pytest.mark.parametrize("cosine", [True, False])
 def test_a_bias_of_minus_infinity_is_a_mask(cosine, window, dtype, device):
-    """As if the key were not there: its own gradients are zero, and its value does not matter."""
+    """The key's own gradients are zero, and its value does not matter."""
     case = Case((window, window), (1, 1), (2 * window, window), cosine=cosine)
     qkv, bias, scale = case.inputs(dtype, device)
     bias[:, :, 2::3] = float("-inf")
@@ -129,7 +130,7 @@ def test_a_bias_of_minus_infinity_is_a_mask(cosine, window, dtype, device):
 @pytest.mark.parametrize("window", [4, 7, 12])
 @pytest.mark.parametrize("cosine", [True, False])
 def test_large_logits(cosine, window, dtype, device):
-    """Bias in steps of 16 at the largest scale, and dot products in the hundreds."""
+    """The bias has steps of 16 at the largest scale, and dot products are in the hundreds."""
     case = Case((window, window), (2, 2), (2 * window, window), 1, 2, 32, 5.0, cosine)
     qkv, bias, scale = case.inputs(dtype, device)
     bias = 16.0 * bias.round()
@@ -146,7 +147,7 @@ def test_large_logits(cosine, window, dtype, device):
 @pytest.mark.parametrize("cosine", [True, False])
 @pytest.mark.parametrize("level", [-1000.0, -180.0, -100.0, 100.0, 1000.0])
 def test_all_logits_of_a_query_may_be_moved_together(level, cosine, window, dtype, device):
-    """Softmax does not see it; fp32 loses a few bits of the logits."""
+    """Softmax is invariant; fp32 loses a few bits of the logits."""
     case = Case((window, window), (0, 0), (window, window), 1, 2, 16, 1.0, cosine)
     qkv, bias, scale = case.inputs(dtype, device)
     fused = run(case.fused, [qkv, bias / 8 + level, scale])
@@ -164,12 +165,12 @@ def test_rows_of_zeros_have_no_direction(device):
     exact = run(case.reference, [x.double() for x in (qkv, bias, scale)])
     for name, mine, wanted in zip(RESULTS, fused, exact, strict=True):
         assert error(mine, wanted) <= 1e-5, name
-    moderate = exact[1].abs() < 1e6  # beside gradients of 10^12 nothing else shows
+    moderate = exact[1].abs() < 1e6  # gradients of 10^12 hide all others
     assert error(fused[1][moderate], exact[1][moderate]) <= 1e-5
 
 
 def dropout_mask(case: Case, dtype=torch.float32, device="cpu", function=None) -> Tensor:
-    """[B, H, W, heads, N]: what each probability was multiplied by, shown by values of e_j."""
+    """Return each probability's factor [B, H, W, heads, N], read with values of e_j."""
     qkv, bias, scale = case.inputs(dtype, device)
     unit = torch.eye(case.tokens).view(case.tokens, 1, case.tokens)
     one_window = unit.expand(-1, case.heads, -1).unflatten(0, case.window)
@@ -189,7 +190,7 @@ def test_dropout_drops_what_the_reference_drops(p, device):
     kept = mask != 0
     torch.testing.assert_close(mask[kept], torch.full_like(mask[kept], 1 / (1 - p)))
     assert abs(kept.float().mean() - (1 - p)) < 0.015  # five standard deviations
-    # Heads, images, windows, queries and keys have draws of their own.
+    # Each head, image, window, query and key has its own draw.
     halves = [x.chunk(2, dim) for dim, x in enumerate((kept,) * 4) if dim < 3]
     halves += [(kept[:, :, :, 0], kept[:, :, :, 1]), (kept[..., 1:], kept[..., :-1])]
     halves += [(kept[:, :, 1:], kept[:, :, :-1])]
@@ -231,7 +232,7 @@ ISA_CASES = [
 
 
 def with_isa(isa: str, function: Callable[[], str]) -> str:
-    """Runs a function where the kernels, which are chosen once per process, are those of `isa`."""
+    """Run a function in a process whose kernels, chosen once, are those of `isa`."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])  # imports take longer than the work
     with ProcessPoolExecutor(1, context, initializer=_ask_for, initargs=(isa,)) as pool:
@@ -244,7 +245,7 @@ def _ask_for(isa: str) -> None:
 
 
 def check_instruction_set() -> str:
-    """The set in use; the checks are run if it is the one that was asked for."""
+    """Return the set in use; run the checks if it is the requested one."""
     used = torch.ops.swin_moe.cpu_instruction_set(True)
     if used == os.environ["SWIN_MOE_ISA"]:
         for_fp32 = {"amx_bf16": "avx512", "avx512_bf16": "avx512"}.get(used, used)

@@ -1,4 +1,4 @@
-"""The closed formulas equal what torch counts on the real model with reference ops."""
+"""The closed formulas equal torch's count on the real model with reference ops."""
 
 import pytest
 import torch
@@ -31,7 +31,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_flops_are_those_that_torch_counts(name):
+def test_flops_equal_torch_s_count(name):
     model, moe = CASES[name]
     config = validate_architecture(
         {"model": {**SMALL, **model, "name": model["family"]}, "moe": moe}, source=name

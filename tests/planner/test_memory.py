@@ -1,4 +1,4 @@
-"""Predicted memory against the allocator's own account of real training steps."""
+"""Predicted memory compared with the allocator's statistics of real training steps."""
 
 import json
 
@@ -6,7 +6,7 @@ from tests.parallel import start
 
 
 def test_predictions_are_within_ten_percent(tmp_path):
-    """A few cells of the benchmark, which holds all of them to the same bound."""
+    """Three cells of the benchmark, which has the same bound for all."""
     path = tmp_path / "cells.json"
     done = start("benchmarks.planner", "--quick", "--json", str(path)).finish(timeout=600)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]

@@ -1,4 +1,4 @@
-"""The command: what it prints, writes and refuses; and that the large recipes pass it."""
+"""The command's output, files and refusals; the large recipes pass it."""
 
 import json
 import re
@@ -10,7 +10,7 @@ from rich.console import Console
 from swin_moe.config import load_config
 from swin_moe.models.cost import count
 from swin_moe.planner import Cluster, DoesNotFit, command, plan
-from swin_moe.planner.choices import Planner, _to_take, fits
+from swin_moe.planner.choices import Planner, fits, recommend
 from tests.parallel import MICRO, ROOT, SMALL, one_error, swin_moe
 
 
@@ -27,7 +27,7 @@ def planned(tmp_path, config, overrides, cluster, **more):
     return json.loads((tmp_path / "plan.json").read_text()), console.export_text(), found
 
 
-def test_plan_says_that_there_are_too_few_images(tmp_path):
+def test_plan_reports_too_few_images(tmp_path):
     overrides = [*SMALL, "data.batch_size=8"]
     text = planned(tmp_path, MICRO, overrides, Cluster("h100", 1, 2), images=15)[1]
     assert "15 images of an epoch (--images) do not fill a batch of 16: lower data.batch" in text
@@ -48,7 +48,7 @@ def test_plan_ranks_layouts_of_the_same_global_batch(tmp_path):
     for layout in figures["layouts"]:
         keys = dict(part.split("=") for part in layout["overrides"])
         assert int(keys["data.batch_size"]) * int(keys["train.gradient_accumulation_steps"]) == 8
-        # Ready to paste: the config takes them.
+        # The config accepts the overrides.
         load_config(MICRO, [*SMALL, *layout["overrides"]])
     assert "GPU-hours" in text
     assert "all_reduce" in text
@@ -75,18 +75,18 @@ def test_speed_hours_and_cost(tmp_path, price):
 
 
 def laid_out(**times):
-    """Layouts on one GPU that take so many seconds by ZeRO stage: `z1=1.0`."""
+    """Layouts on one GPU with the given seconds by ZeRO stage: `z1=1.0`."""
     planner = Planner(load_config(MICRO, SMALL), Cluster("h100", 1, 1), fused=True)
-    some = planner.lay_out(planner.asked())
+    layout = planner.lay_out(planner.configured())
     return [
-        replace(some, choice=replace(some.choice, stage=int(name[1])), compute=seconds,
+        replace(layout, choice=replace(layout.choice, stage=int(name[1])), compute=seconds,
                 exposed={}, update=0.0)
         for name, seconds in sorted(times.items(), key=lambda item: item[1])
     ]  # fmt: skip
 
 
 @pytest.mark.parametrize(
-    ("times", "asked", "taken"),
+    ("times", "configured", "taken"),
     [
         ({"z3": 1.0, "z1": 1.04, "z2": 1.02}, 2, 2),  # the config as it is
         ({"z3": 1.0, "z1": 1.04, "z2": 1.06}, 2, 1),  # the lowest stage
@@ -94,17 +94,17 @@ def laid_out(**times):
         ({"z3": 1.0, "z2": 1.01}, 0, 2),
     ],
 )
-def test_what_is_about_as_fast_is_not_worth_a_higher_stage(times, asked, taken):
+def test_a_slight_gain_is_not_worth_a_higher_stage(times, configured, taken):
     ranked = laid_out(**times)
-    choice = replace(ranked[0].choice, stage=asked)
-    assert _to_take(ranked, choice, Cluster("h100", 1, 1)).choice.stage == taken
+    choice = replace(ranked[0].choice, stage=configured)
+    assert recommend(ranked, choice, Cluster("h100", 1, 1)).choice.stage == taken
 
 
-def test_of_one_stage_what_changes_least_is_taken():
+def test_among_layouts_of_a_stage_the_fewest_changes_win():
     (plain,) = laid_out(z1=1.0)
     moved = replace(plain, choice=replace(plain.choice, checkpoint=True), compute=0.99)
     choice = replace(plain.choice, stage=3)
-    assert _to_take([moved, plain], choice, Cluster("h100", 1, 1)) == plain
+    assert recommend([moved, plain], choice, Cluster("h100", 1, 1)) == plain
 
 
 def test_a_small_model_stays_as_it_is(tmp_path):
@@ -113,9 +113,9 @@ def test_a_small_model_stays_as_it_is(tmp_path):
     assert "take the config as it is: it is within 5 % of the fastest that fits" in text
 
 
-def test_no_more_is_recomputed_than_must_be(tmp_path):
-    """Where keeping all does not fit, one layout recomputes so many blocks as make it fit."""
-    batch = 2 * 29009  # a prime: no middling micro-batch is a way out
+def test_no_more_blocks_are_recomputed_than_necessary(tmp_path):
+    """If nothing fits without recomputation, a layout recomputes the fewest blocks that suffice."""
+    batch = 2 * 29009  # twice a prime: no smaller micro-batch avoids recomputation
     overrides = [*SMALL, "model.depths=[2, 4]", "model.img_size=64", f"data.batch_size={batch}"]
     cluster = Cluster("rtx4090", 1, 1)
     figures, text, _ = planned(tmp_path, MICRO, overrides, cluster)
@@ -124,14 +124,14 @@ def test_no_more_is_recomputed_than_must_be(tmp_path):
     assert isinstance(counts, list)
     assert f"{sum(counts)} blocks" in text
     planner = Planner(best, cluster, fused=False)
-    assert fits(planner.lay_out(planner.asked()), cluster)
+    assert fits(planner.lay_out(planner.configured()), cluster)
     stage = 1 if counts[1] else 0
     fewer = [count - (place == stage) for place, count in enumerate(counts)]
-    one_less = replace(planner.asked(), checkpoint=fewer)
+    one_less = replace(planner.configured(), checkpoint=fewer)
     assert not fits(planner.lay_out(one_less), cluster)
 
 
-def test_what_cannot_fit_says_by_how_much_and_what_would(tmp_path):
+def test_a_config_that_is_too_large_is_refused_with_its_excess_and_a_layout_that_fits(tmp_path):
     large = ["data.batch_size=4096", "model.img_size=224", "model.embed_dim=64"]
     figures, _, error = planned(tmp_path, MICRO, [*SMALL, *large], Cluster("v100", 1, 2))
     assert error is not None
@@ -141,7 +141,7 @@ def test_what_cannot_fit_says_by_how_much_and_what_would(tmp_path):
     assert "what fits: zero.stage=" in error
 
 
-def test_scaling_keeps_its_promises(tmp_path, monkeypatch):
+def test_scaling_has_plausible_efficiencies(tmp_path, monkeypatch):
     monkeypatch.setattr(command, "PUBLISHED", command.PUBLISHED[:1])  # the others are larger
     figures, text, _ = planned(
         tmp_path, MICRO, [*SMALL, "data.batch_size=8", "model.img_size=32"],
@@ -157,7 +157,7 @@ def test_scaling_keeps_its_promises(tmp_path, monkeypatch):
 @pytest.mark.parametrize("run", command.PUBLISHED, ids=lambda run: run.title)
 def test_published_runs_are_layouts_of_recipes(run):
     config = load_config(ROOT / "configs" / run.config, list(run.overrides))
-    choice = Planner(config, run.cluster, fused=True).asked()
+    choice = Planner(config, run.cluster, fused=True).configured()
     assert run.cluster.size == 32
     assert run.cluster.size % choice.expert_parallel_size == 0
 
@@ -173,12 +173,12 @@ LIKE_THE_100B = {"swin_moe_13b", "swin_moe_1b"}
     ],
 )
 def test_large_recipes_pass(recipe, tmp_path):
-    """Each is laid out; the roads to what fits are the planner's business."""
+    """Each is laid out, though not each fits."""
     config = load_config(recipe)
     size = config.parallel.expert_parallel_size
     nodes = 1 if size == "auto" else max(1, size // 8)
     planner = Planner(config, Cluster("h100", nodes * 4, 8), fused=True)
-    layout = planner.lay_out(planner.asked())
+    layout = planner.lay_out(planner.configured())
     assert layout.memory.total < 3 * planner.cluster.memory
     assert layout.seconds > 0
 

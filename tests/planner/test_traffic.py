@@ -1,4 +1,4 @@
-"""Predicted bytes of each collective equal those that two processes hand to gloo."""
+"""Predicted bytes of each collective equal those that two processes pass to gloo."""
 
 import json
 from typing import Any
@@ -10,7 +10,7 @@ from tests.parallel import run_worker
 
 MODEL = {"name": "swinv2", "img_size": 32, "num_classes": 10, "embed_dim": 64, "depths": [2, 2],
          "num_heads": [2, 4], "window_size": 4}  # fmt: skip
-# Places enough for every choice, so that what travels does not depend on the router.
+# The capacity holds every token, so that the messages do not depend on the router.
 MOE = {"blocks": [[], [1]], "num_experts": 4, "capacity_factor": 4.0}
 
 
@@ -32,7 +32,7 @@ def _config(stage: int, dtype: str, group: int, steps: int) -> dict[str, Any]:
     }
 
 
-def test_bytes_are_those_handed_to_gloo(tmp_path):
+def test_bytes_equal_those_passed_to_gloo(tmp_path):
     configs = [_config(*case) for case in CASES]
     (tmp_path / "configs.json").write_text(json.dumps(configs))
     run_worker("traffic", tmp_path, 2)
@@ -40,6 +40,6 @@ def test_bytes_are_those_handed_to_gloo(tmp_path):
     for case, raw, sent in zip(CASES, configs, counted, strict=True):
         planner = Planner(validate(raw), Cluster("cpu", 1, 2), fused=True)
         expected: dict[str, int] = {}
-        for message in planner.messages(planner.asked()):
+        for message in planner.messages(planner.configured()):
             expected[message.kind] = expected.get(message.kind, 0) + message.sent
         assert sent == expected, case

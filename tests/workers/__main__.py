@@ -1,4 +1,4 @@
-"""``python -m tests.workers NAME FOLDER``: a rank of a worker, which writes to the folder."""
+"""``python -m tests.workers NAME FOLDER`` runs a rank of a worker, which writes to the folder."""
 
 import sys
 from importlib import import_module

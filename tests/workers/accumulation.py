@@ -1,4 +1,4 @@
-"""Count the reductions of gradients in a micro-step that does not update."""
+"""Counts the reductions of gradients in a micro-step that does not update."""
 
 from collections import Counter
 from pathlib import Path
@@ -11,13 +11,13 @@ from swin_moe import distributed
 from swin_moe.config import OptimizerConfig, ZeroConfig
 from tests.workers.equivalence import MICRO_BATCH, MODEL, MOE, batch
 
-# Collectives of gradients; the all-to-all carries rows of experts in every micro-step.
+# Collectives of gradients; every micro-step also sends rows to the experts by the all-to-all.
 REDUCTIONS = ("allreduce_", "allreduce_coalesced_", "reduce_", "reduce_scatter_",
               "_reduce_scatter_base_", "reduce_scatter_tensor_coalesced_")  # fmt: skip
 
 
 class Collectives(TorchDispatchMode):
-    """Count all collectives, which pass this mode."""
+    """A count of all collectives by name."""
 
     def __init__(self):
         super().__init__()
@@ -48,10 +48,10 @@ def work(folder: Path) -> None:
                 engine.backward(F.cross_entropy(output.predictions, labels) + output.aux_loss)
                 engine.step()
             reductions = sum(seen.calls[name] for name in REDUCTIONS)
-            report = f"stage {stage}, micro-step {micro}: {dict(seen.calls)}"
-            # ZeRO-2 keeps only a part of the gradients and reduces in every micro-step.
-            assert (reductions > 0) == (micro == 2 or stage == 2), report
-            assert seen.calls["alltoall_base_"] > 0, report
+            place = f"stage {stage}, micro-step {micro}: {dict(seen.calls)}"
+            # ZeRO-2 keeps only a part of the gradients, so it reduces them in every micro-step.
+            assert (reductions > 0) == (micro == 2 or stage == 2), place
+            assert seen.calls["alltoall_base_"] > 0, place
         engine.close()
     if world.is_main:
         (folder / "passed").touch()

@@ -1,4 +1,4 @@
-"""Train a step and save it in DeepSpeed's format and in ours."""
+"""Trains a step and saves it by DeepSpeed, and by our writer."""
 
 from pathlib import Path
 

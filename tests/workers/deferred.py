@@ -1,4 +1,4 @@
-"""A training imports no compiler and no foreign models; they can be imported later as usual."""
+"""A training imports no compiler and no foreign models; an explicit import works as usual."""
 
 import json
 import sys
@@ -35,7 +35,7 @@ def work(folder: Path) -> None:
 
     assert torch.compile(double, backend="eager")(torch.ones(1)) == 2
     assert "torch._dynamo.eval_frame" in sys.modules
-    # Functions from before dynamo's import are disabled by their first call after it.
+    # Functions that ran before dynamo was imported are disabled by the first call after that.
     zero_grad = torch.optim.Optimizer.zero_grad
     optimizer.zero_grad()
     assert zero_grad.__wrapped__.__dict__["__dynamo_disable"] is not zero_grad.__wrapped__

@@ -1,4 +1,4 @@
-"""Train a few steps in every legal way on any number of processes; write losses, norms, weights.
+"""Trains a few steps in every legal way on any number of processes; writes losses and weights.
 
 An update is of as many images in every cell. With w processes and a micro-steps they come as the
 w·a micro-batches that one process with w·a micro-steps sees, with the same capacities and queues.
@@ -20,8 +20,8 @@ from swin_moe.config import ModelConfig, MoEConfig, OptimizerConfig, ZeroConfig
 from swin_moe.distributed.expert_placement import ExpertLayout, expert_share
 
 STEPS = 5
-IMAGES = 32  # per update
-MICRO_BATCH = 4  # for tests of single parts
+IMAGES = 32  # of an update
+MICRO_BATCH = 4  # images, in tests of single parts
 MODEL = ModelConfig(
     img_size=16, patch_size=2, in_chans=1, num_classes=5, embed_dim=8, depths=[1, 2],
     num_heads=[1, 2], window_size=4, drop_path_rate=0.0,
@@ -36,8 +36,8 @@ SHARDED = MOE.model_copy(
 # Every step is clipped; eps is large enough to hide the rounding of near-zero gradients,
 # and small enough to show a wrong scale of the gradients.
 OPTIMIZER = OptimizerConfig(base_lr=0.5, clip_norm=0.2, eps=1e-4)
-# For bf16: at the rate above, rounding changes routes by the third step, and results are
-# arbitrary; at this rate the routes stay, and the bound can be tight.
+# For bf16: at the rate above, rounding changes routes by the third step, and any figure may come
+# out. At this rate the routes stay, and a bound can be tight.
 GENTLE = OPTIMIZER.model_copy(update={"base_lr": 0.1})
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -61,7 +61,7 @@ class Cell(NamedTuple):
 
     @property
     def parts(self) -> int:
-        """Micro-batches per update."""
+        """The micro-batches of an update."""
         return self.world * self.accumulation
 
     @property
@@ -93,7 +93,7 @@ def legal_cells(world: int) -> list[Cell]:
 
 
 def edges(cells: list[Cell]) -> list[Cell]:
-    """Return a cell per group and ZeRO stage, other settings in turn, and all special cells."""
+    """Return a cell of each expert group and ZeRO stage, and all special ones."""
     special = [c for c in cells if c.sharded or c.offload != "none" or c.recompute == "offload"]
     usual = [cell for cell in cells if cell not in special]
     chosen = []
@@ -120,25 +120,25 @@ def layout_of(model, world) -> ExpertLayout:
 def write_checkpoint(folder: Path, engine, world, step: int = STEPS) -> None:
     from swin_moe.checkpoint import Writer
 
-    reports = []
-    writer = Writer(folder, world, reports.append)
+    results = []
+    writer = Writer(folder, world, results.append)
     layout = layout_of(engine.model, world)
     writer.save(step, engine.fragments(), layout, state={}, config_text="", keep_last=100)
-    assert writer.wait(), reports
+    assert writer.wait(), results
 
 
 def make_engine(
     world, cell: Cell, prepare=lambda model: None, shape=MODEL, nvme_path="", moments="fp32",
     weights="none",
 ):  # fmt: skip
-    """Build the engine of a cell; ``prepare`` gets the model before DeepSpeed does."""
+    """Make the engine of a cell; ``prepare`` may change the model before DeepSpeed gets it."""
     from swin_moe.models import build
     from swin_moe.training.engine import Engine
 
     distributed.seed_everything(0)
     moe = SHARDED if cell.sharded else MOE
     model = build(shape.model_copy(update={"use_checkpoint": cell.recompute}), moe, world.expert)
-    for parameter in model.parameters():  # block norms start at zero and hide the blocks
+    for parameter in model.parameters():  # block norms start at zero, which would disable paths
         if parameter.ndim == 1:
             torch.nn.init.ones_(parameter)
     prepare(model)
@@ -161,7 +161,7 @@ def make_engine(
 
 
 def resume_engine(world, cell: Cell, checkpoint: Path, first: int, **options):
-    """Build the engine of a cell and load a checkpoint of update ``first``."""
+    """Return the engine of a cell, loaded from the checkpoint of update ``first``."""
     from swin_moe.checkpoint import Reader, load_weights
 
     reader = Reader(checkpoint)
@@ -180,7 +180,7 @@ def resume_engine(world, cell: Cell, checkpoint: Path, first: int, **options):
 
 
 def train_between(engine, world, cell: Cell, folder: Path, first: int, last: int) -> list[float]:
-    """Make updates [first, last) and a checkpoint; return losses and gradient norms."""
+    """Make updates [first, last) and a checkpoint; return loss and gradient norm, alternating."""
     engine.train()
     figures = []
     for step in range(first, last):
@@ -196,10 +196,10 @@ def write_figures(folder: Path, figures: list[float]) -> None:
 
 def train_step(engine, world, cell: Cell, step: int) -> float:
     """Make an update; return the mean loss of all micro-batches of all ranks."""
-    from swin_moe.moe import update_expert_bias
+    from swin_moe.moe import num_experts, update_expert_bias
 
     model = engine.model
-    total, counts = torch.zeros(()), torch.zeros(1, MOE.num_experts)
+    total, counts = torch.zeros(()), torch.zeros(1, num_experts(model))
     for micro in range(cell.accumulation):
         part = world.rank * cell.accumulation + micro
         images, labels = batch(step, part, cell.micro_batch)
@@ -228,7 +228,7 @@ def work(folder: Path) -> None:
     size = ranks.environment_rank()[2]
     wanted = json.loads((folder / "cells.json").read_text())
     cells = [cell for cell in map(Cell._make, wanted) if cell.world == size]
-    # ZeRO-3 last: it replaces PyTorch's linear function for the rest of the process.
+    # ZeRO-3 comes last: it replaces PyTorch's linear function for good.
     cells.sort(key=lambda cell: (cell.stage == 3, cell.expert_parallel))
     for (_, n), some in itertools.groupby(cells, lambda c: (c.stage == 3, c.expert_parallel)):
         world = distributed.init(expert_parallel_size=n)

@@ -31,7 +31,7 @@ def loss_of(output, labels):
 
 
 def plain(parts: int, rates: list[float]) -> dict[str, torch.Tensor]:
-    """Train on this process alone, with all experts and one group per parameter."""
+    """Return the reference: this process alone, with all experts and one group per parameter."""
     from swin_moe.models import build
     from swin_moe.training.optim import decays
 
@@ -74,10 +74,12 @@ def check(world: distributed.World, stage: int) -> None:
     schedule = build_schedule(engine.optimizer, SCHEDULE, 3, MICRO_BATCH * world.size)
     engine.train()
     share = MICRO_BATCH * world.size / 512
-    rates = [share * (0.1 + step / 3 * 0.4) for step in range(2)]  # of the warm-up, unscaled
+    rates = [
+        share * (0.1 + step / 3 * 0.4) for step in range(2)
+    ]  # of the warm-up, before the layers' factors
     for step, rate in enumerate(rates):
         schedule.step_update(step)
-        assert abs(engine.lr - rate) < 1e-12  # what is logged
+        assert abs(engine.lr - rate) < 1e-12  # the logged rate
         images, labels = batch(step, world.rank)
         engine.backward(loss_of(engine.forward({"images": images}), labels))
         engine.step()

@@ -1,4 +1,4 @@
-"""Each rank runs the MoE layer on its tokens, and on one process all ranks' tokens one by one.
+"""Each rank runs the MoE layer on its tokens; one process runs all ranks' tokens one by one.
 
 Outputs, input gradients and the sum of the ranks' weight gradients must be equal: the reference
 backend in fp64, the fused one in the fp32 that its kernels have. That every collective finds its
@@ -25,7 +25,7 @@ from swin_moe.moe.all_to_all import AllToAll
 DIM, HIDDEN = 8, 12
 BASE = MoEConfig(num_experts=4, gate_noise=0.0, balance="gshard", normalize_gate=True)
 DROPLESS = {"capacity_factor": 0.0}
-# Images of few tokens, each routed on its own
+# Images of few tokens, each routed separately
 MODES = {
     "apart": {"route_per_image": True, "top_k": 2},
     "experts choose": {"routing": "expert_choice", "capacity_factor": 1.5, "gate_noise": 0.0},
@@ -34,12 +34,12 @@ MODES = {
 
 
 class Case(NamedTuple):
-    """A case; ``moe`` has changes of the config, ``tokens`` is their distribution over ranks."""
+    """A case: how the tokens are spread over ranks, and changes of the config."""
 
     moe: dict[str, Any]
     tokens: str = "equal"
     padded: bool = False
-    flat: bool = False  # one all-to-all over two nodes
+    flat: bool = False  # one all-to-all, though the group spans two nodes
     recompute: bool = False
     frozen_input: bool = False
 
@@ -63,7 +63,7 @@ def cases(processes: int) -> list[Case]:
         found.append(Case({**chunked, "num_shared_experts": 1}, "unequal"))
         found.append(Case({**chunked, "top_k": 2}, recompute=True))
         found.append(Case(chunked, frozen_input=True))
-    # More ranks than experts: each expert is cut in two, or in one part per rank.
+    # More ranks than experts: each expert is cut in two, or in as many parts as there are ranks.
     for experts in {processes // 2, 1}:
         sharded: dict[str, Any] = {"num_experts": experts}
         found += [Case({**sharded, **DROPLESS}, tokens) for tokens in spreads]
@@ -100,7 +100,7 @@ def build(case: Case, moe: MoEConfig, group: Group | None) -> MoELayer:
                 shape = (moe.num_experts, HIDDEN if "fc1" in name else DIM)
                 whole = torch.randn(shape, generator=generator)
                 parameter.copy_(layer.experts.share.of(name, whole))
-        if case.tokens == "one expert":  # all tokens are positive and prefer the last expert
+        if case.tokens == "one expert":  # positive tokens all choose the last expert
             weight = torch.arange(moe.num_experts)[:, None].float()
             layer.router.weight.copy_(weight.expand(-1, DIM))
     return layer.double() if moe.backend == "reference" else layer
@@ -171,7 +171,7 @@ def check_order(world: World) -> None:
 
 
 def check_tuning(world: World) -> None:
-    """All ranks choose the same; layers and generators do not change."""
+    """All ranks choose the same degree; layers and generators do not change."""
     case = Case({"overlap_degree": "auto"})
     layers = [
         build(case, MoEConfig(**{**BASE.model_dump(), **case.moe}), world.expert) for _ in range(2)

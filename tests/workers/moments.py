@@ -1,4 +1,4 @@
-"""bf16 moments at each ZeRO stage: train, save, load, convert to fp32 and back."""
+"""bf16 moments at each ZeRO stage: trained, saved, loaded, and converted to fp32 and back."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ HALF, STEPS = 2, 4
 
 
 def train(world, cell: Cell, folder: Path, moments: str, first: int, last: int) -> list[float]:
-    """Make updates [first, last), from the checkpoint of ``first`` unless that is 0."""
+    """Make updates [first, last), from the checkpoint of ``first`` if that is not 0."""
     if first:
         engine = resume_engine(world, cell, folder / f"step-{first:08d}", first, moments=moments)
     else:
@@ -40,7 +40,7 @@ def work(folder: Path) -> None:
         halves = train(world, cell, place / "halves", "bf16", 0, HALF)
         saved = Reader(place / "halves" / f"step-{HALF:08d}")
         assert saved.tensor("head.weight", "exp_avg").dtype == torch.bfloat16
-        # Resume bf16 in fp32, and in bf16 with the same result.
+        # From bf16 on in fp32, and in bf16 without a break.
         mixed = train(world, cell, place / "halves", "fp32", HALF, STEPS)
         assert close(halves + mixed, wide), (cell, halves + mixed, wide)
         halves += train(world, cell, place / "halves", "bf16", HALF, STEPS)

@@ -48,7 +48,7 @@ def work(folder: Path) -> None:
                 checked += 1
             for name, value in state_of(engine).items():
                 assert torch.equal(value, before[name]), f"{stage} {dtype} {name}"
-            # The bad update does not change the next one.
+            # The next update equals one without the bad one before it.
             loss = F.cross_entropy(engine.forward({"images": images}).predictions, labels)
             engine.backward(loss)
             engine.step()

@@ -20,7 +20,7 @@ FILES = ("nvme", "nvme")  # also weights
 def train(
     world, cell: Cell, folder: Path, first: int, last: int, weights: str = "none", **options: str
 ) -> list[float]:
-    """Make updates [first, last), from the checkpoint of ``first`` unless that is 0."""
+    """Make updates [first, last), from the checkpoint of ``first`` if that is not 0."""
     options |= {"shape": WIDE, "nvme_path": str(folder.parent / "nvme"), "weights": weights}
     if first:
         engine = resume_engine(world, cell, folder / f"step-{first:08d}", first, **options)

@@ -1,4 +1,4 @@
-"""ZeRO-3 of a model that was cut module by module equals ZeRO-3 of a whole model."""
+"""ZeRO-3 trains a model that was cut module by module as one that was built whole."""
 
 from functools import partial
 from pathlib import Path

@@ -37,7 +37,7 @@ def work(folder: Path) -> None:
         nonlocal update
         first = epoch * len(self) + start_batch + 1
         for number, batch in enumerate(epoch_of(self, epoch, start_batch), first):
-            update = number if self._sampler.training else 0
+            update = number if self.sampler.training else 0
             yield batch
 
     def prepare(self, batch, step, training):

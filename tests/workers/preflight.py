@@ -1,7 +1,8 @@
-"""Two processes that differ in one thing, named by the folder; each writes its result."""
+"""Two processes that differ in one thing, named by the folder; each writes its results."""
 
 import dataclasses
 import json
+import os
 import time
 from pathlib import Path
 
@@ -34,20 +35,12 @@ def work(folder: Path) -> None:
         overrides.append("optimizer.base_lr=0.5")
     if rank and case == "expert_parallel":
         overrides.append("parallel.expert_parallel_size=1")
+    if case == "folder":  # one path, two folders
+        overrides.append("train.output=mine")
+        place = folder / ("elsewhere" if rank else "here")
+        place.mkdir()
+        os.chdir(place)
     config = load_config(MICRO, overrides)
-    if rank and case == "folder":
-        elsewhere = folder / "elsewhere"
-        elsewhere.mkdir()
-        config.train.output = str(elsewhere / "mine")
-        agreement._flat = lambda section, prefix="": {}
-        facts = another
-
-        def same(config):  # one path, two file systems
-            config = config.model_copy(deep=True)
-            config.train.output = f"{folder}/runs/mine"
-            return facts(config)
-
-        agreement.collect = same
     if rank and case == "clock":
         now = time.time
         links.time.time = lambda: now() + 7.0

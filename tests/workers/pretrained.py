@@ -1,4 +1,4 @@
-"""Masters of a training from ``model.pretrained``, before the first update, against the file."""
+"""Compares the masters of ``model.pretrained``, before the first update, with the file."""
 
 import contextlib
 from functools import partial
@@ -15,7 +15,7 @@ from swin_moe.models import build
 from swin_moe.weights.files import write
 from tests.parallel import MICRO, SMALL
 
-CELLS = [  # processes that share the experts, and settings; ZeRO-3 last
+CELLS = [  # ranks of an expert group, and settings; ZeRO-3 comes last
     (2, ["zero.stage=0"]),
     (2, ["zero.stage=2", "optimizer.moments=bf16"]),
     (1, ["zero.stage=1"]),
@@ -25,11 +25,11 @@ CELLS = [  # processes that share the experts, and settings; ZeRO-3 last
 
 
 class Seen(Exception):
-    """The masters have been compared."""
+    """Raised after the masters have been compared, to end the training."""
 
 
 def compare(expected: dict[str, torch.Tensor], session, trainer) -> None:
-    """Replace the training: every element of every weight equals the file's, bit for bit."""
+    """Replace the training: check that every weight equals the file's bit for bit."""
     from swin_moe.training.checkpointer import expert_layout
 
     engine, world = trainer.engine, session.run.world

@@ -1,4 +1,4 @@
-"""Resume the first half of a training of two processes on any number of processes.
+"""Each world resumes a training that two processes began, in its middle.
 
 The first launch, on two processes, trains three updates with expert parallelism and ZeRO-2 and
 saves; every launch then goes on from there in its own way, and saves what it has loaded, too. One
@@ -28,7 +28,7 @@ ENDS = {
         Cell(2, 2, stage=2, dtype="bf16", accumulation=2),
         Cell(2, 2, stage=1, dtype="bf16", accumulation=2),
         Cell(2, 2, stage=0, accumulation=2, recompute=True),
-        # Last: DeepSpeed then replaces PyTorch's linear function.
+        # This comes last: DeepSpeed then replaces PyTorch's linear function.
         Cell(2, 1, stage=3, accumulation=2),
     ],
     4: [Cell(4, 4, stage=1), Cell(4, 2, stage=2)],
@@ -36,7 +36,7 @@ ENDS = {
 
 
 def go_on(world, cell: Cell, folder: Path, first: int, last: int) -> None:
-    """Make updates [first, last), from ``HALF`` on after those of ``BEGINNING``."""
+    """Train updates [first, last); from ``HALF`` on, resume the checkpoint of the beginning."""
     if first:
         source = folder.parent / BEGINNING._replace(dtype=cell.dtype).name
         engine = resume_engine(world, cell, source / f"step-{HALF:08d}", first)

@@ -1,4 +1,4 @@
-"""Count the bytes that a rank gives to collectives in one update, in PyTorch's dispatcher."""
+"""Counts the bytes that a rank passes to collectives in an update, in torch's dispatcher."""
 
 import gc
 import json
@@ -16,7 +16,7 @@ from swin_moe.models import build
 from swin_moe.training import engine as engine_module
 from swin_moe.training.engine import Engine
 
-# The argument whose bytes count: the whole gathered tensor, or the sent one.
+# The argument whose bytes count: the gathered whole, or the sent whole.
 KINDS = {
     "allreduce_": ("all_reduce", 0),
     "_allgather_base_": ("all_gather", 0),
@@ -40,7 +40,7 @@ class Counter(TorchDispatchMode):
         if namespace == "c10d" and name in KINDS:
             kind, place = KINDS[name]
             tensors = [t for t in tree_leaves(args[place]) if isinstance(t, torch.Tensor)]
-            # Integers and single numbers do not count: flags, norms and lengths of queues.
+            # Flags, norms and lengths of queues do not count: integers, or a single number.
             data = [t for t in tensors if t.is_floating_point() and t.numel() > 1]
             size = sum(t.numel() * t.element_size() for t in data)
             if size:
@@ -51,7 +51,7 @@ class Counter(TorchDispatchMode):
 
 
 def work(folder: Path) -> None:
-    engine_module.bucket_size = lambda model: 10_000_000
+    engine_module.BUCKET = 10_000_000
     sent = []
     for raw in json.loads((folder / "configs.json").read_text()):
         sent.append(count(validate(raw)))
@@ -64,7 +64,7 @@ def work(folder: Path) -> None:
 
 
 def count(config: Config) -> dict[str, int]:
-    """Return the bytes of an update by kind, after the first updates: the mean over ranks."""
+    """Return the bytes by kind of an update after the first ones, as the mean over ranks."""
     world = distributed.init(config.parallel.expert_parallel_size)
     torch.manual_seed(world.rank)
     images = torch.randn(config.data.batch_size, 3, *config.model.image_sides)
@@ -77,7 +77,7 @@ def count(config: Config) -> dict[str, int]:
         gradient_accumulation_steps=steps,
     )  # fmt: skip
     engine.train()
-    for _ in range(4):  # ZeRO-3 learns the order of the parameters in the first ones
+    for _ in range(4):  # ZeRO-3 learns the order of the parameters in the first updates
         with Counter() as counter:
             for _ in range(steps):
                 logits, aux_loss, _ = engine.forward({"images": images})
@@ -85,6 +85,6 @@ def count(config: Config) -> dict[str, int]:
                 engine.backward(loss if aux_loss is None else loss + aux_loss)
                 engine.step()
     engine.close()
-    # A rank sends back what it got: the mean over ranks equals that of even loads.
+    # A rank sends back as many rows as it got, so the mean over ranks equals that of even loads.
     ranks = distributed.gather_objects(counter.sent)
     return {kind: sum(sent[kind] for sent in ranks) // len(ranks) for kind in ranks[0]}

@@ -12,9 +12,8 @@
 
 namespace swin_moe::cpu {
 
-// Whether processor and kernel have what the AMX kernels need. The first call asks the kernel for
-// the tile data of this process, which makes the frames of its signals 8 KiB larger: only for those
-// who will use the kernels.
+// Whether processor and Linux kernel support the AMX kernels. The first call requests tile data for
+// this process, which makes its signal frames 8 KiB larger: call it only to use the kernels.
 bool amx_available();
 
 }  // namespace swin_moe::cpu

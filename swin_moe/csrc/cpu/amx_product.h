@@ -1,5 +1,5 @@
-// Products of whole matrices of bf16 by tiles, four of whose sums are worked on at a time: so many
-// are under way before the first is done, and each tile that is loaded is used twice.
+// Products of whole matrices of bf16 by tiles, with four tiles of sums at a time: four products are
+// in flight at once, and each loaded tile is used twice.
 #pragma once
 
 #include <utility>

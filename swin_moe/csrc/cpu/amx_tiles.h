@@ -19,7 +19,7 @@ namespace {
 constexpr int kRows = 16;   // of a tile
 constexpr int kWords = 16;  // in a row: fp32 sums, or pairs of bf16
 
-// What LDTILECFG reads.
+// The operand of LDTILECFG.
 struct alignas(64) Configuration {
   uint8_t palette = 1;
   uint8_t start_row = 0;
@@ -35,7 +35,7 @@ struct alignas(64) Configuration {
   }
 };
 static_assert(sizeof(Configuration) == 64, "the layout is the processor's");
-// A constant: GCC's intrinsic does not say that it reads all of it, so stores to it could go.
+// A constant: GCC does not see that its intrinsic reads all of it, and could drop stores to it.
 constexpr Configuration kConfiguration;
 
 // The tiles of this thread are set up while one lives; after that they cost its context switches
@@ -48,7 +48,7 @@ class Session {
   Session& operator=(const Session&) = delete;
 };
 
-// GCC's intrinsic does not say that it reads memory, and stores must not be moved past it. Those
+// GCC does not see that its intrinsic reads memory, and stores must not be moved past it. Those
 // that follow are held back by the stores of tiles, which every product ends with.
 inline void memory_is_read() { __asm__ volatile("" ::: "memory"); }
 

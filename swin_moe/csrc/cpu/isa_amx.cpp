@@ -13,7 +13,7 @@
 namespace swin_moe::cpu {
 namespace {
 
-// Of the kernel's interface; headers that are older than it lack them.
+// Constants of the Linux kernel's interface, which older headers lack.
 constexpr long kArchRequestPermission = 0x1023;  // ARCH_REQ_XCOMP_PERM
 constexpr long kTileData = 18;                   // XFEATURE_XTILEDATA
 

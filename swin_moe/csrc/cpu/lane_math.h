@@ -1,8 +1,8 @@
 // Elementary functions for loops over lanes, each right to about one part in 10^7 in its domain.
 //
-// Compilers turn a loop of them into vector code if it has no branch, and they make one of a float
-// comparison with a constant, to fold what follows from the constant. So numbers are clamped, and
-// chosen, as integers here: numbers of one sign are in the order of their bits.
+// Compilers vectorise a loop of them only if it has no branch, and they branch on a comparison of a
+// float with a constant, to fold the constant's results. So numbers are clamped and selected as
+// integers here: numbers of one sign are in the order of their bits.
 #pragma once
 
 #include <cstdint>
@@ -39,7 +39,7 @@ SWIN_MOE_INLINE float not_below(float x, float negative) {
 
 SWIN_MOE_INLINE float minus_abs(float x) { return float_of(bits_of(x) | 0x80000000u); }
 
-// a where x has a minus sign, else b.
+// a if x has a minus sign, otherwise b.
 SWIN_MOE_INLINE float by_sign(float x, float a, float b) {
   const uint32_t mask = 0u - (bits_of(x) >> 31);
   return float_of((bits_of(a) & mask) | (bits_of(b) & ~mask));

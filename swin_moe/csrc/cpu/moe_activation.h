@@ -1,6 +1,6 @@
-// What lies between the matrix products of the experts, on a CPU: bias, GELU and dropout, their
-// backward pass, and sums over rows. What the binding calls; the kernels are templates in
-// moe_activation_kernels.h, compiled once per instruction set in isa_*.cpp.
+// The ops between the matrix products of the experts, on a CPU: bias, GELU and dropout, their
+// backward pass, and sums over rows. The kernels are templates in moe_activation_kernels.h, which
+// is compiled once per instruction set in isa_*.cpp.
 #pragma once
 
 #include "../types.h"
@@ -14,11 +14,11 @@ struct ExpertUnit {
   int64_t expert;
   int64_t row;         // the first one
   int64_t count;
-  int64_t random_row;  // the number that dropout knows the first row by
+  int64_t random_row;  // the first row's number in dropout
 };
 constexpr int64_t kExpertUnitRows = 64;
 
-// T is the dtype that a call names, H the hidden width.
+// T is the dtype of a call, H the hidden width.
 struct ExpertActivation {
   int64_t hidden;
   const void* bias;     // T [E, H]

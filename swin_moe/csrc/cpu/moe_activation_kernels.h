@@ -1,9 +1,9 @@
 // Bias, exact GELU and dropout, forward and backward, on rows of fp32 or bf16; all of it in fp32.
 //
-//     gelu(x) = x F(x),  gelu'(x) = F(x) + x f(x),  of the normal distribution F and its density f.
+//     gelu(x) = x F(x),  gelu'(x) = F(x) + x f(x),  with the normal distribution F, density f.
 //
 // Both need exp(-x^2 / 2): the lower tail F(-|x|) is that times a polynomial in 1 / (1 + c |x|), so
-// that its error is relative, and the upper one is what is left of 1.
+// that its error is relative, and F(|x|) is 1 - F(-|x|).
 #pragma once
 
 #include "moe_activation.h"
@@ -48,7 +48,7 @@ SWIN_MOE_INLINE void normal(typename Isa::Float x, typename Isa::Float& below,
   density = e * 0.398942280f;
 }
 
-// Calls `body` with vectors of columns of a row, and with what is left of it in `kLanes` elements.
+// Calls `body` with vectors of columns of a row, and with its rest in `kLanes` elements.
 template <class Isa, class Body>
 SWIN_MOE_INLINE void for_columns(int64_t width, const Body& body) {
   int64_t column = 0;
@@ -197,7 +197,7 @@ void expert_add_units(DType dtype, int64_t width, const float* sums, int64_t uni
   });
 }
 
-// What isa_*.cpp name after their instruction set.
+// Named after the instruction set in isa_*.cpp.
 template <class Isa>
 constexpr ExpertKernels expert_kernels_of(const char* name) {
   return {name,

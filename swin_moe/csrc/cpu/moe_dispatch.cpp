@@ -17,7 +17,7 @@ namespace {
 
 // Columns summed at once: the fp32 accumulators of a block stay in registers or the first cache.
 constexpr int64_t kBlock = 64;
-// Independent partial sums of a dot product, in a fixed order whatever the vector width.
+// Independent partial sums of a dot product, in a fixed order for any vector width.
 constexpr int64_t kLanes = 32;
 
 struct BFloat16 {

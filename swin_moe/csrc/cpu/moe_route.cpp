@@ -77,7 +77,7 @@ SWIN_MOE_INLINE void add_scalars(int64_t experts, int64_t count, const float* cl
     sums.scalars[0][i] += weight[i] * lse[i] * lse[i];
     sums.scalars[1][i] += weight[i] * entropy[i];
   }
-  float away[kLanes];  // takes what does not count out of the extremes
+  float away[kLanes];  // excludes other lanes from the extremes
   for (int64_t i = 0; i < kLanes; ++i) away[i] = weight[i] > 0.0f ? 0.0f : kInfinity;
   for (int64_t e = 0; e < experts; ++e) {
     SWIN_MOE_EACH_LANE(i) {
@@ -135,7 +135,7 @@ SWIN_MOE_INLINE void write_part(int64_t experts, Sums& sums, float* part) {
   scalars[3] = *std::max_element(sums.scalars[3], sums.scalars[3] + kLanes);
 }
 
-// The matrices of a block, [E, kLanes] each; what is not needed is another's.
+// The matrices of a block, [E, kLanes] each; unneeded ones share memory.
 struct Blocks {
   Blocks(int64_t experts, int64_t number)
       : size(experts * kLanes), memory(new float[number * size]) {}

@@ -1,8 +1,8 @@
 // Routing on the CPU: from logits to row maps, in passes, and the gradient of the logits.
 //
 // A pass computes its range, so the caller chooses how to split it over threads; no two ranges
-// write the same memory, and what is summed over tokens is summed per chunk of fixed size first, so
-// that no bit depends on the split. The order is route_scores, then route_sums and route_queues,
+// write the same memory, and sums over tokens are first taken per chunk of fixed size, so that no
+// bit depends on the split. The order is route_scores, then route_sums and route_queues,
 // then route_plan, then route_rows. Everything is fp32; the semantics are in
 // swin_moe/ops/moe_route.py.
 #pragma once
@@ -28,7 +28,7 @@ struct RouteInputs {
   const float* bias;    // [E], or null; the gradient needs none
 };
 
-// What comes in to the gradient. Null: zeros.
+// Incoming gradients. Null: zeros.
 struct RouteGrads {
   const float* gate;     // [T, k]
   const float* sums;     // [3, E]
@@ -49,7 +49,7 @@ void route_queues(const RouteShape& shape, const RouteOptions& options, Range gr
                   const uint32_t* keys, const int64_t* expert, int32_t* slot, int64_t* queued,
                   int64_t* queued_first);
 
-// What the experts get, each [E], and the first row of each queue, [G, E].
+// The experts' numbers, each [E], and the first row of each queue, [G, E].
 void route_plan(const RouteShape& shape, const int64_t* queued, const int64_t* queued_first,
                 int64_t* counts, int64_t* first, int64_t* used, int64_t* first_row);
 

@@ -1,6 +1,6 @@
-// What the forward and the backward of the routing share: a block of tokens side by side, one per
-// lane, expert by expert. So no number is summed or compared across lanes, any number of experts
-// fills the vectors, and what a token gives does not depend on its neighbours.
+// Shared by the routing's forward and backward: a block of tokens, one per lane, expert by expert.
+// So no number is summed or compared across lanes, any number of experts fills the vectors, and the
+// result of a token does not depend on its neighbours.
 #pragma once
 
 #include "lane_math.h"
@@ -11,7 +11,7 @@ namespace {
 
 constexpr int64_t kLanes = 32;  // tokens in a block; matrices of a block are [E, kLanes]
 
-// Lanes do not depend on one another, whatever the pointers.
+// Lanes are independent, even if pointers alias.
 #define SWIN_MOE_EACH_LANE(i) _Pragma("GCC ivdep") for (int64_t i = 0; i < kLanes; ++i)
 
 // `count` rows of E numbers, zeros in the lanes that are left.
@@ -52,8 +52,8 @@ SWIN_MOE_INLINE void load_logits(int64_t experts, int64_t token, int64_t count,
 
 struct Scores {
   float* score;            // [E, kLanes]
-  float inverse[kLanes];   // what makes probabilities of scores: 1 for a softmax
-  float open[kLanes];      // 1 where the divisor is a sum that has a gradient, else 0
+  float inverse[kLanes];   // factor from scores to probabilities: 1 for a softmax
+  float open[kLanes];      // 1 if the divisor is a sum that has a gradient, otherwise 0
   float lse[kLanes];       // logsumexp of the logits; only of a softmax
   float entropy[kLanes];   // of the probabilities, in nats
 };

@@ -1,9 +1,9 @@
 // Vectors of fp32 lanes, and rows of elements packed into 32-bit words: one fp32, or a pair of bf16.
 //
 // `Simd<L>` is written in the compiler's vector extension and right on any processor; the
-// instruction sets in isa_*.cpp derive from it and hide what they do better. A file that includes
-// this one has first asked for its instruction set, and everything here is local to it: code for
-// one processor must never be linked into another's.
+// instruction sets in isa_*.cpp derive from it and hide functions that they do better. A file first
+// selects its instruction set, then includes this one. Everything here is local to that file: code
+// for one processor must never be linked into another's.
 #pragma once
 
 #include <cstdint>
@@ -50,7 +50,7 @@ struct Simd {
   static constexpr int kLanes = L;
   static constexpr bool kBf16Only = false;  // fp32 has kernels elsewhere
   static constexpr bool kTiles = false;     // it multiplies matrices, 16 by 16 results at a time
-  struct Session {};                        // what must live while kernels run
+  struct Session {};                        // must live while kernels run
   using Float = typename Lanes<L>::Float;
   using Int = typename Lanes<L>::Int;
   using Word = typename Lanes<L>::Word;
@@ -93,7 +93,7 @@ struct Simd {
     return (nan & 0x7fc00000u) | (~nan & rounded);
   }
 
-  // acc + a . b over the elements of each word; T says what the words hold.
+  // acc + a . b over the elements of each word, which have type T.
   template <typename T, typename Isa>
   static SWIN_MOE_INLINE Float dot(Float acc, Word a, Word b) {
     if constexpr (kPair<T> == 1) {

@@ -7,7 +7,7 @@ namespace swin_moe::cpu {
 namespace {
 
 constexpr float kLog2E = 1.44269504f;
-// Exponents are of base 2. What lies this low counts for nothing and is still a normal number.
+// Exponents are of base 2. The power of this one is negligible and still a normal number.
 constexpr float kLowest = -126.0f;
 
 // 2^x for x >= kLowest or NaN: the nearest power of two by adding a number that leaves no room for
@@ -57,7 +57,7 @@ struct Dropout {
     seed = static_cast<uint64_t>(*seed_pointer);
   }
 
-  // Of row `row` of all rows whose elements are dropped one by one.
+  // The random key of row `row`, whose elements are dropped one by one.
   uint32_t key(uint64_t row) const {
     const uint32_t low = mix(static_cast<uint32_t>(row) ^ static_cast<uint32_t>(seed));
     return mix(low ^ static_cast<uint32_t>(row >> 32) ^ static_cast<uint32_t>(seed >> 32));

@@ -1,4 +1,4 @@
-// Shifted-window attention on a CPU: what the binding calls. The kernels are templates in
+// Shifted-window attention on a CPU, for the binding. The kernels are templates in
 // window_attention_kernels.h, compiled once per instruction set in isa_*.cpp.
 #pragma once
 
@@ -60,9 +60,9 @@ struct WindowKernels {
 // Whether kernels exist for the head width and the dtype.
 bool window_attention_supported(DType dtype, const WindowShape& shape);
 
-// The kernels for a dtype on this processor, chosen when first asked. The environment variable
-// SWIN_MOE_ISA (amx_bf16, avx512_bf16, avx512, avx2, generic) asks for less than the processor has, or
-// for amx_bf16, which is used only if named; another name gives none.
+// The kernels for a dtype on this processor, chosen in the first call. The environment variable
+// SWIN_MOE_ISA (amx_bf16, avx512_bf16, avx512, avx2, generic) selects a lesser instruction set, or
+// amx_bf16, which is used only if named; another name selects none.
 const WindowKernels* window_kernels(DType dtype);
 
 }  // namespace swin_moe::cpu

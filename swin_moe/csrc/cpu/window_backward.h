@@ -1,4 +1,4 @@
-// Backward: probabilities anew, then the gradients of v, k, q and the bias.
+// Backward: recomputes the probabilities, then the gradients of v, k, q and the bias.
 //
 // With P from the saved statistics and delta_i = dO_i . O_i (FlashAttention-2, appendix B):
 //
@@ -239,7 +239,7 @@ class Backward {
     return penalty<Isa>(region, tokens_.region + lane);
   }
 
-  // dP to dS, in fp32 to the bias and rounded to what the products read.
+  // dP to dS, in fp32 for the bias and rounded for the products.
   template <int MR, int NV>
   SWIN_MOE_INLINE void grad_score(int64_t lane, int64_t first, int64_t j, Float (&acc)[MR][NV]) {
     constexpr int64_t kWidth = NV * kLanes;
@@ -315,7 +315,7 @@ class Backward {
     }
   }
 
-  // The same by matrices; what is zipped over keys stands on the right, and dq^ is turned later.
+  // The same by matrices; zipped operands are on the right, and dq^ is transposed later.
   void multiply_matrices(int64_t first, int64_t count) {
     const int64_t words = layout_.lane_depth() / 2, lanes = layout_.lanes;
     Isa::multiply({reinterpret_cast<const uint32_t*>(probabilities_), words, zipped_grads_, D,
@@ -344,8 +344,8 @@ class Backward {
     for (int v = 0; v < D / kLanes; ++v) Isa::store(acc[v], to + v * kLanes);
   }
 
-  // Gradients of unit rows to those of q (part 0) or k (part 1), for `count` rows. Returns
-  // what the factor's gradient needs, the sum of q^ . dq^ less the factor.
+  // Gradients of unit rows to those of q (part 0) or k (part 1), for `count` rows. Returns the sum
+  // of q^ . dq^ without the factor, for the factor's gradient.
   double finish(int64_t part, const uint32_t* rows, const float* norms, const float* grads,
                 int64_t count) {
     const int64_t width = shape_.heads * D;
@@ -424,7 +424,7 @@ class Backward {
   const L layout_;
   const Dropout dropout_;
 
-  // What is kept of each head of the group.
+  // The values kept for each head of the group.
   struct Head {
     int64_t index;
     float factor;        // of its scores

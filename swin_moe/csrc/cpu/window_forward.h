@@ -318,7 +318,7 @@ class Forward {
   const L layout_;
   const Dropout dropout_;
 
-  // What is kept of each head of the group.
+  // The values kept for each head of the group.
   struct Head {
     int64_t index;
     float factor;   // of its scores

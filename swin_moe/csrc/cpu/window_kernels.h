@@ -4,7 +4,7 @@
 // and v, D elements each, are packed into scratch that stays in the first two caches. The scores
 // are computed transposed: a *row* is a key j, the *lanes* are queries i. Softmax runs over keys,
 // so its sum and its largest value are plain vector operations, and so are the norms and
-// statistics of the queries; what belongs to a key is one broadcast.
+// statistics of the queries; a key's values are broadcast.
 //
 //     scores     S[j, i]  = k_j . q_i           rows: keys,    lanes: queries,  words of D
 //     output     O[i, d]  = sum_j P[j, i] v_j   rows: queries, lanes: elements, words of N
@@ -14,9 +14,9 @@
 // are worked on in blocks of kBlock queries, whose scores stay in registers until they have become
 // probabilities. Everything with lanes of queries is stored by blocks: [block][row][lanes].
 //
-// Neither a rolled or partitioned map nor a mask is ever made. Where a window holds several regions
-// of the image, or padding, the region numbers of key and query are compared in the score's
-// epilogue. Padded keys get -infinity.
+// No rolled or partitioned map and no mask is in memory. If a window holds several regions of the
+// image, or padding, the score's epilogue compares the region numbers of key and query. Padded keys
+// get -infinity.
 #pragma once
 
 #include "window_attention.h"

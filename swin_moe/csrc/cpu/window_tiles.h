@@ -22,7 +22,7 @@ constexpr float kSafeRange = 80.0f;
 
 SWIN_MOE_INLINE int64_t round_up(int64_t value, int64_t to) { return (value + to - 1) / to * to; }
 
-// What scores are multiplied by, from the parameter of a head.
+// The factor of scores, from the parameter of a head.
 SWIN_MOE_INLINE float score_factor(float scale, bool cosine) {
   return cosine ? __builtin_expf(scale > kMaxLogScale ? kMaxLogScale : scale) : scale;
 }
@@ -271,7 +271,7 @@ SWIN_MOE_INLINE typename Isa::Float log2(typename Isa::Float x) {
   return x == x ? Isa::fma(p, t, exponent) : x;
 }
 
-// What the mask adds to the score of a key of region `key` and queries of the lanes' regions.
+// The mask's addend to the score of a key of region `key` and queries of the lanes' regions.
 template <class Isa>
 SWIN_MOE_INLINE typename Isa::Float penalty(int32_t key, const int32_t* queries) {
   typename Isa::Int region;

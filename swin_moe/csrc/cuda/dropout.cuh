@@ -10,7 +10,7 @@ namespace swin_moe::cuda {
 struct Dropout {
   bool on;
   uint32_t threshold;
-  float scale;  // of what is kept
+  float scale;  // of kept elements
 };
 
 inline Dropout make_dropout(double p) {
@@ -27,13 +27,13 @@ __device__ __forceinline__ uint32_t mix(uint32_t x) {
   return x ^ (x >> 16);
 }
 
-// Of row `row` of all rows whose elements are dropped one by one.
+// The random key of row `row`, whose elements are dropped one by one.
 __device__ __forceinline__ uint32_t random_row(uint64_t row, uint64_t seed) {
   const uint32_t key = mix(static_cast<uint32_t>(row) ^ static_cast<uint32_t>(seed));
   return mix(key ^ static_cast<uint32_t>(row >> 32) ^ static_cast<uint32_t>(seed >> 32));
 }
 
-// What dropout multiplies element j of a row by.
+// The factor of element j of a row.
 __device__ __forceinline__ float kept(const Dropout& dropout, uint32_t random, int j) {
   const uint32_t u = mix(random + static_cast<uint32_t>(j) * 0x9E3779B9u);
   return u >= dropout.threshold ? dropout.scale : 0.0f;

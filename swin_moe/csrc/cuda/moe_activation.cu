@@ -3,8 +3,8 @@
 // in registers, until the warps add theirs in shared memory. The units of an expert are added by a
 // last kernel, in their order: nothing depends on which CTA is first.
 //
-// The host does not know how many rows an expert has. It launches as many units as there can be,
-// and a CTA finds its own by counting through `used`; those that are too many end there.
+// The host does not know the experts' numbers of rows. It launches the most units that may be
+// needed; a CTA finds its own by counting through `used`, and ends if there is none.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
@@ -69,7 +69,7 @@ __device__ __forceinline__ int64_t first_unit(const ExpertsShape& shape, const i
   return first;
 }
 
-// Unit `index`; of no rows if there are not so many.
+// Unit `index`; without rows if it does not exist.
 __device__ __forceinline__ Unit find_unit(const ExpertsShape& shape, const int64_t* used,
                                           int64_t index) {
   if (shape.stride > 0) {
@@ -141,7 +141,7 @@ __device__ __forceinline__ Place find_place(const ExpertsShape& shape, const int
           static_cast<int>(threadIdx.x) / kLanes};
 }
 
-// Adds what the warps have, and writes it to the unit's row of the workspace; for all threads.
+// Adds the warps' sums and writes them to the unit's row of the workspace; for all threads.
 template <typename V>
 __device__ __forceinline__ void write_sums(const Place& place, const float (&sums)[V::kSize],
                                            float* workspace) {

@@ -1,8 +1,8 @@
-// What lies between the matrix products of the experts, on CUDA: bias, GELU and dropout, their
+// The ops between the matrix products of the experts, on CUDA: bias, GELU and dropout, their
 // backward pass, and sums over rows. Pointers are device pointers to contiguous memory; every
-// launch goes to `stream` and nothing waits for it. Which rows belong to which expert is found on
-// the device, from `used`, int64 [E]; more than there is room for stops a kernel with a device-side
-// assertion. T is the dtype that a call names.
+// launch goes to `stream` and nothing waits for it. The device finds the rows of each expert from
+// `used`, int64 [E]; more rows than there is room for stop a kernel with a device-side assertion. T
+// is the dtype of a call.
 #pragma once
 
 #include <cuda_runtime_api.h>

@@ -60,13 +60,13 @@ __device__ int choose(const RouteShape& shape, bool normalize, int lane, bool fi
   return index;
 }
 
-// Adds probabilities to what this lane sums.
+// Adds probabilities to this lane's sums.
 __device__ void add_probabilities(int experts, int lane, const float* score, float inverse,
                                   float* sums) {
   for (int e = lane; e < experts; e += kWarp) sums[e] += score[e] * inverse;
 }
 
-// What a warp works with, in shared memory, and what its lanes keep for themselves.
+// A warp's shared memory, and its lanes' registers.
 struct Work {
   float* sums;    // [3, E], and room for the scalars
   float* noisy;   // [E], as are the next two
@@ -112,7 +112,7 @@ __device__ void add_token(const RouteOptions& options, int experts, int lane, co
   }
 }
 
-// Adds what the warps of a block have summed, in their order.
+// Adds the sums of a block's warps in their order.
 __device__ void write_part(int experts, int lane, Work& work, float* part) {
   work.scalars[2] = reduce(work.scalars[2], Smaller());
   work.scalars[3] = reduce(work.scalars[3], Larger());
@@ -192,7 +192,7 @@ __global__ void sums_kernel(int experts, int64_t blocks, const float* __restrict
 }
 
 // Gradient of the logits from that of the probabilities, or of the scores, in place. Every lane
-// reads what it alone wrote.
+// reads only its own writes.
 __device__ void through_probabilities(int experts, int lane, const Scores& scores,
                                       const float* score, float* grad) {
   float dot = 0.0f;

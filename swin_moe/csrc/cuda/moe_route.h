@@ -29,7 +29,7 @@ struct RouteOutputs {
   int64_t* used;
 };
 
-// What comes in to the gradient. Null: zeros.
+// Incoming gradients. Null: zeros.
 struct RouteGrads {
   const float* gate;     // [T, k]
   const float* sums;     // [3, E]

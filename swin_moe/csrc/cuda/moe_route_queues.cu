@@ -1,10 +1,9 @@
 // Queues by stable counting: a radix sort of the tokens of each group by their keys, eight bits at
 // a time, then one more pass of the same kind in which the digit is the expert.
 //
-// A pass goes tile by tile, a block each. How often each digit occurs in each tile is known before:
-// whoever writes an item for the next pass counts it there, at the tile where it lands. So a pass
-// is one launch: a block adds up the digits of the tiles before its own, and ranks its items by
-// warp.
+// A pass has a block per tile. The counts of each digit in each tile are known before it: the block
+// that writes an item for the next pass counts it at the tile where it lands. So a pass is one
+// launch: a block adds up the digits of the tiles before its own, and ranks its items by warp.
 #include "moe_route_queues.h"
 
 #include <utility>
@@ -126,7 +125,7 @@ __device__ void rank(const unsigned (&digit)[kRounds], int values, int32_t* coun
   __syncthreads();
 }
 
-// The sum of what the threads before this one bring.
+// The sum over the threads before this one.
 __device__ int32_t sum_before(int32_t value, int32_t* shared) {
   const int thread = static_cast<int>(threadIdx.x);
   int32_t sum = value;
@@ -176,8 +175,8 @@ __global__ void sort_kernel(Routing routing, int pass, Items from, Items to) {
   }
 }
 
-// One block, for what depends on all queues: turns counts into places within queues, and gives the
-// experts' numbers and the first row of each queue. `lengths` is [2, G, E]: first choices go there.
+// One block for all queues: turns counts into places within queues, and writes the experts' numbers
+// and the first row of each queue. `lengths` is [2, G, E]: first choices go there.
 __global__ void plan_kernel(Routing routing, int32_t* __restrict__ lengths,
                             int32_t* __restrict__ first_row, int64_t* __restrict__ counts,
                             int64_t* __restrict__ first, int64_t* __restrict__ used) {

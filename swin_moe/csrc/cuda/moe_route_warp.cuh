@@ -1,5 +1,5 @@
-// What the forward and the backward of the routing share: one warp per token, whose lanes take the
-// experts in turn. Lane l owns numbers l, l + 32 and so on of a row in shared memory.
+// Shared by the routing's forward and backward: one warp per token, whose lanes take the experts in
+// turn. Lane l owns numbers l, l + 32 and so on of a row in shared memory.
 #pragma once
 
 #include "device.cuh"
@@ -10,7 +10,7 @@ namespace {
 
 constexpr int kWarp = 32;
 constexpr int kTokensPerBlock = 64;      // their sums are added first
-constexpr size_t kSharedBytes = 48 * 1024;  // what a block gets without asking
+constexpr size_t kSharedBytes = 48 * 1024;  // the default of a block
 constexpr int kMaxWarps = 8, kMaxExperts = 1024;
 constexpr float kLeastExp = -104.0f;  // exp is 0 from here on
 
@@ -72,7 +72,7 @@ __device__ inline Token token_at(const RouteShape& shape, const RouteInputs& in,
 // Numbers about a token's scores.
 struct Scores {
   float best;
-  float inverse;  // what makes probabilities of scores: 1 for a softmax
+  float inverse;  // factor from scores to probabilities: 1 for a softmax
   bool open;      // the divisor is a sum that has a gradient
   float lse;      // logsumexp of the logits; only of a softmax
   float entropy;  // of the probabilities, in nats

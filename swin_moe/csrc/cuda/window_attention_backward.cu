@@ -8,7 +8,7 @@
 namespace swin_moe::cuda {
 namespace {
 
-// Registers are to be enough for so many threads of an SM: up to head_dim 32 three CTAs of 4 warps,
+// Threads of an SM for which the registers must suffice: up to head_dim 32 three CTAs of 4 warps,
 // beyond that one of 8.
 template <int D>
 constexpr int kRegisterThreads = D <= 32 ? 384 : 256;
@@ -27,13 +27,13 @@ struct Tensors {
 
 // Sums over a query's keys, of which each lane has its columns'. Slopes add up to nothing, but for
 // the rounding of `out` in delta. That error would grow with the mean of the products on its way to
-// the gradient of the scale, a sum in which most else cancels: it is taken out again.
+// the gradient of the scale, a sum in which most terms cancel: it is subtracted again.
 struct Means {
   float slopes[2] = {};
   float products[2] = {};  // weighted by probabilities
 };
 
-// What a thread knows of its two rows of scores, g and g + 8 of its warp's.
+// A thread's statistics of its two rows of scores, g and g + 8 of its warp's.
 struct Rows {
   Norm norm[2];
   float scale[2];
@@ -94,7 +94,7 @@ __device__ __forceinline__ void project(const Problem& p, float factor, const Ro
 
 // ---- queries own the rows ----------------------------------------------------------------------
 
-// What belongs to a warp's queries, which are in shared memory with their gradients. Leaves delta
+// The factors of a warp's queries, which are in shared memory with their gradients. Stores delta
 // for the keys.
 template <typename T, int D>
 __device__ __forceinline__ Rows describe_queries(const Problem& p, const Tensors<T>& tensors,
@@ -120,7 +120,7 @@ __device__ __forceinline__ Rows describe_queries(const Problem& p, const Tensors
   return result;
 }
 
-// Brings a block of keys and values to shared memory, and what normalises the keys.
+// Loads a block of keys and values to shared memory, and the factors that normalise the keys.
 template <typename T, int D>
 __device__ __forceinline__ void load_keys(const Problem& p, const Tensors<T>& tensors,
                                           const Task& task, const Shared<T, D>& shared, int first) {
@@ -165,7 +165,7 @@ __device__ __forceinline__ void query_slopes(const Problem& p, const Shared<T, D
   }
 }
 
-// Adds to the partial gradient of the bias: nobody else has these numbers.
+// Adds to the partial gradient of the bias; no other thread has these numbers.
 __device__ __forceinline__ void add_bias(float* partial, const Strip& slopes, int lane,
                                          bool fresh) {
 #pragma unroll
@@ -308,8 +308,8 @@ __device__ __forceinline__ void load_queries(const Problem& p, const Tensors<T>&
   __syncthreads();
 }
 
-// Probabilities as values are weighted by, in place of scores, and gradients of logits, times what
-// normalises the queries, in place of those of probabilities.
+// Replaces scores by the probabilities that weigh the values, and gradients of probabilities by
+// those of logits, times the factors that normalise the queries.
 template <typename T, int D>
 __device__ __forceinline__ void key_slopes(const Problem& p, const Shared<T, D>& shared,
                                            const Rows& rows, const Strip& bias, int first,

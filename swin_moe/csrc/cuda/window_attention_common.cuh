@@ -1,4 +1,4 @@
-// What the forward and the backward of the window attention share.
+// Shared by the window attention's forward and backward.
 //
 // Tiling. A warp owns 16 rows of a matrix of scores, and goes along it in strips of 32 columns that
 // never leave its registers (16 a thread), as FlashAttention-2 has it: online softmax in forward,
@@ -21,7 +21,7 @@
 // groups depends on the shape only, so the bits of a result do, too.
 //
 // Products are mma.m16n8k16 for 16-bit types. In fp32 they are plain FMAs, exact, with the operands
-// spread over the lanes in the very same way, so that all else is shared between the types. Rows in
+// spread over the lanes in the same way, so that the types share all other code. Rows in
 // shared memory are 16 bytes longer than head_dim: eight rows then start in different banks.
 //
 // Numbers. Scores are products of raw q and k; norms, factor, bias and mask are applied to the fp32
@@ -66,7 +66,7 @@ struct alignas(8) Place {
 
 // Numbers of a column of scores. Forward and the query kernel need the weight only.
 struct alignas(16) Column {
-  float weight;     // what the product is to be multiplied by
+  float weight;     // factor of the product
   float lse;        // +inf where no query is: its probabilities are 0
   float delta;      // <grad_out, out>
   uint32_t random;  // of its row of probabilities
@@ -87,7 +87,7 @@ struct Problem {
   Dropout dropout;
 };
 
-// What a CTA works on.
+// The work of a CTA.
 struct Task {
   int window;  // or the group of windows
   int block;
@@ -126,7 +126,7 @@ __device__ __forceinline__ Place place_of(const Problem& p, int window, int toke
                                region_of(column, padded_w, p.window_w, p.shift_w)};
 }
 
-// Fills the table of a window's places and says whether some logit is masked. A barrier.
+// Fills the table of a window's places; returns whether a logit is masked. A barrier.
 __device__ __forceinline__ bool list_places(const Problem& p, int window, Place* places) {
   const int region = place_of(p, window, 0).region;
   int masked = 0;
@@ -137,13 +137,13 @@ __device__ __forceinline__ bool list_places(const Problem& p, int window, Place*
   return __syncthreads_or(masked) != 0;
 }
 
-// What products are multiplied by. A NaN stays one.
+// The factor of products. A NaN stays one.
 __device__ __forceinline__ float factor_of(const Problem& p, float scale) {
   if (!p.cosine) return scale;
   return expf(scale > kMaxLogScale ? kMaxLogScale : scale);
 }
 
-// What the mask adds to a logit.
+// The mask's addend to a logit.
 __device__ __forceinline__ float mask_of(int query_region, int key_region) {
   if (key_region < 0) return -INFINITY;
   return query_region == key_region ? 0.0f : kMaskValue * kLog2E;

@@ -1,6 +1,6 @@
-// The few instructions of the window attention that C++ has no word for. Everything else is plain
-// C++, so that the tests can run the very same kernels on a CPU: they define the macro below and
-// bring these functions of their own.
+// The instructions of the window attention that C++ cannot express. All other code is plain C++, so
+// that the tests can run the same kernels on a CPU: they define the macro below and replace these
+// functions.
 #pragma once
 
 #include <cuda_bf16.h>

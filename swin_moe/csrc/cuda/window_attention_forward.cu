@@ -6,7 +6,7 @@
 namespace swin_moe::cuda {
 namespace {
 
-// What a thread knows of its two query rows, g and g + 8 of its warp's.
+// A thread's statistics of its two query rows, g and g + 8 of its warp's.
 struct Queries {
   float scale[2];
   int region[2];
@@ -15,7 +15,7 @@ struct Queries {
   float sum[2];      // of this thread's exponentials
 };
 
-// Brings a block of keys and values to shared memory, and what normalises the keys.
+// Loads a block of keys and values to shared memory, and the factors that normalise the keys.
 template <typename T, int D>
 __device__ __forceinline__ void load_block(const Problem& p, const Shared<T, D>& shared,
                                            const Matrix<const T>& keys,
@@ -100,7 +100,7 @@ __device__ __forceinline__ void drop(const Problem& p, const Queries& queries, i
   }
 }
 
-// What belongs to a warp's queries, which are in shared memory.
+// The factors of a warp's queries, which are in shared memory.
 template <typename T, int D>
 __device__ __forceinline__ Queries describe(const Problem& p, const Task& task, const Place* places,
                                             float scale, const int64_t* seed, int first, T* rows) {

@@ -13,7 +13,7 @@ constexpr int kReduceThreads = 256;
 constexpr int64_t kQueryCtas = 1024;
 constexpr int64_t kPartialBytes = 32 << 20;
 
-// What the kernels hand to one another.
+// Tensors from one kernel to the next.
 struct Partials {
   float* bias;   // [groups, heads, tiles, strips, kTiles, kWarp, 4]: as the threads hold it
   float* delta;  // [windows, heads, N]

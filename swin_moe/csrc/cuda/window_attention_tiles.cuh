@@ -316,7 +316,7 @@ struct Left<float, D> {
 };
 
 // sums += left times a strip of rows, the left factor rounded to T. Two neighbouring tiles of
-// accumulators hold exactly what a fragment of the left factor wants.
+// accumulators are exactly a fragment of the left factor.
 template <typename T, int D>
 __device__ __forceinline__ void accumulate(float (&sums)[D / 8][4], const Strip& left,
                                            const T* strip, int lane) {

@@ -1,5 +1,5 @@
-"""Readers of what holds images: folders, lists, zips, tar shards and Parquet.
+"""Readers of images in folders, lists of files, zips, tar shards and parquet files.
 
-Each is a ``Source`` (``data/source.py``): records by number, with a label each. Tables of records
-are kept in an index beside the data or in the cache.
+Each reader is a ``Source`` (``data/files.py``): encoded images by number, with labels. The index of
+tar shards is kept next to them or in the user's cache.
 """

@@ -19,37 +19,37 @@ from ..names import Names
 from ..which import is_companion
 from .index import MAX_CLASSES
 
-CHUNK = 1 << 20  # characters of a JSON list that are read at a time
+CHUNK = 1 << 20  # characters of a JSON list that are read at once
 MAX_ENTRY = 1 << 20  # characters of one entry of a JSON list
-TABBED = re.compile(r"\t *\d+\s*$")  # how a line ends: its path may begin like JSON
-GAP = re.compile(r"[ \t\r\n,]*")  # between two of them
+TABBED = re.compile(r"\t *\d+\s*$")  # the end of a line, whose path may begin like JSON
+GAP = re.compile(r"[ \t\r\n,]*")  # between two entries of a JSON list
 
 
 def open_list(listing: Path) -> FileSource:
-    """The files that a list names, relative to its folder.
+    """Open the files that a list names, relative to its folder.
 
     Args:
-        listing: lines of ``path<TAB>label``, or a JSON array of ``[path, label, …]``, as the
-            official ``ILSVRC2011fall_whole_map_train.txt`` is.
+        listing: lines of ``path<TAB>label``, or a JSON array of ``[path, label, …]``, like the
+            official ``ILSVRC2011fall_whole_map_train.txt``.
 
     Raises:
-        ValueError: one line naming the file and the line or entry, if the list is malformed, or
-            its first file is not there.
+        ValueError: the list is malformed, or its first file is missing; one line naming the file
+            and the line or entry.
     """
     names, labels, runs = Names(), array("i"), array("q")
     folder = None
     for name, label in read_list(listing):
         names.append(name)
         labels.append(label)
-        if (here := name.rpartition("/")[0]) != folder:
-            folder = here
+        if (parent := name.rpartition("/")[0]) != folder:
+            folder = parent
             runs.append(0)
         runs[-1] += 1
     names.freeze()
     root = listing.parent
     if len(labels) and not (root / names[0]).is_file():
         raise ValueError(
-            f"{plain(listing)}: its first file, {plain(root / names[0])}, is not there: the paths "
+            f"{plain(listing)}: its first file, {plain(root / names[0])}, is missing: the paths "
             "of a list are relative to its own folder"
         )
     kind = f"list of image files ({listing})"
@@ -57,10 +57,10 @@ def open_list(listing: Path) -> FileSource:
 
 
 def read_list(path: Path) -> Iterator[tuple[str, int]]:
-    """Relative paths and labels, one after the other: the lists are too long for Python objects.
+    """Yield relative paths and labels; the lists are too long for Python objects.
 
     Raises:
-        ValueError: one line naming the file and the line or entry.
+        ValueError: the list is malformed; one line naming the file and the line or entry.
     """
     check_regular(path)
     with _open(path) as file:
@@ -79,7 +79,7 @@ def read_list(path: Path) -> Iterator[tuple[str, int]]:
 
 
 def _open(path: Path) -> TextIO:
-    """A text in UTF-8, but names of files may be any bytes; Windows may put a mark first."""
+    """Open a UTF-8 text in which file names may be any bytes; skip a byte order mark."""
     return path.open(encoding="utf-8-sig", errors="surrogateescape")
 
 
@@ -131,7 +131,7 @@ def _json_entries(path: Path) -> Iterator[tuple[int, tuple[object, object]]]:
                     raise ValueError(f"{path}, entry {number + 1}: not a [path, label] pair")
             except (json.JSONDecodeError, RecursionError):
                 more = file.read(CHUNK)
-                # What is longer than any entry is damaged: do not gather the rest of the file.
+                # Text longer than any entry is damaged: do not read the rest of the file.
                 if not more or len(buffer) - at > MAX_ENTRY:
                     raise ValueError(
                         f"{path}, entry {number + 1}: the list is damaged or ends too early"
@@ -140,7 +140,7 @@ def _json_entries(path: Path) -> Iterator[tuple[int, tuple[object, object]]]:
                 continue
             number += 1
             yield number, (entry[0], entry[1])
-            at = end  # cutting the buffer instead would copy a megabyte for each entry
+            at = end  # cutting the buffer would copy a megabyte per entry
 
 
 def _after_gap(buffer: str, at: int) -> int:

@@ -1,4 +1,4 @@
-"""Samples as image files in one folder per class, as torchvision's ImageFolder has them."""
+"""Samples as image files in one folder per class, the layout of torchvision's ImageFolder."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from ..which import PassedOver, is_companion, is_image
 
 
 def class_folders(root: Path, passed: PassedOver | None = None) -> list[str]:
-    """Sorted names of the class folders; empty if there are none.
+    """Return the sorted names of the class folders; empty if there are none.
 
     Args:
-        passed: counts the files beside them.
+        passed: counts the files next to them.
 
     Raises:
-        ValueError: the folder cannot be read, or a link in it leads nowhere: it may be a class.
+        ValueError: the folder cannot be read, or a link in it is broken: it may be a class.
     """
-    here = os.path.realpath(root)
+    real = os.path.realpath(root)
     names = []
     for entry in _entries(str(root)):
-        if _is_class(entry, here):
+        if _is_class(entry, real):
             names.append(entry.name)
         elif passed is not None and not entry.is_dir():
             passed.add(entry.name)
@@ -42,22 +42,22 @@ def _is_class(entry: os.DirEntry[str], root: str) -> bool:
         if is_image(entry.name):
             return False
         raise ValueError(
-            f"{plain(entry.path)} is a link to {plain(os.readlink(entry.path))}, which is not "
-            "there: mend the link or remove it (it may be a class)"
+            f"{plain(entry.path)} is a link to {plain(os.readlink(entry.path))}, which does not "
+            "exist: mend the link or remove it (it may be a class)"
         )
     return entry.is_dir() and not _is_above(os.path.realpath(entry.path), root)
 
 
 def _is_above(folder: str, other: str) -> bool:
-    """Whether ``folder`` is ``other`` or contains it; both are real paths."""
+    """Return whether ``folder`` is ``other`` or contains it; both are real paths."""
     return other == folder or other.startswith(folder.rstrip("/") + "/")
 
 
 def open_folder(root: Path) -> FileSource:
-    """The ``root/class/…/image`` files.
+    """Open the ``root/class/…/image`` files.
 
-    The classes are numbered by sorted name, and their files come in sorted order, as in
-    torchvision, whose list of tuples would take a gigabyte per million images.
+    Classes are numbered by sorted name, and files are sorted, as in torchvision, whose list of
+    tuples takes a gigabyte per million images.
 
     Raises:
         ValueError: a folder cannot be read.
@@ -76,20 +76,20 @@ def open_folder(root: Path) -> FileSource:
 
 
 def _image_files(root: str, inside: str, passed: PassedOver, above: list[str]) -> Iterator[str]:
-    """Names below ``root`` of the images in its folder ``inside``, and in those in that.
+    """Yield names below ``root`` of the images in its folder ``inside`` and its sub-folders.
 
     Args:
-        above: the folders on the way, for a link to one of them would never end.
+        above: the folders on the way; a link to one of them would never end.
     """
     folders = []
-    way = [*above, f"{root}/{inside}"]
-    for entry in _entries(way[-1]):
+    parents = [*above, f"{root}/{inside}"]
+    for entry in _entries(parents[-1]):
         if entry.is_dir():
             if is_companion(entry.name):
                 continue
             if entry.is_symlink():
                 target = os.path.realpath(entry.path)
-                if any(_is_above(target, os.path.realpath(folder)) for folder in way):
+                if any(_is_above(target, os.path.realpath(folder)) for folder in parents):
                     passed.kinds["links to a folder above"] += 1
                     continue
             folders.append(entry.name)
@@ -101,7 +101,7 @@ def _image_files(root: str, inside: str, passed: PassedOver, above: list[str]) -
             broken = entry.is_symlink() and not os.path.exists(entry.path)
             passed.kinds["links to nothing" if broken else "pipes or devices"] += 1
     for name in folders:
-        yield from _image_files(root, f"{inside}/{name}", passed, way)
+        yield from _image_files(root, f"{inside}/{name}", passed, parents)
 
 
 def _entries(folder: str) -> list[os.DirEntry[str]]:

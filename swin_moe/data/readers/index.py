@@ -1,7 +1,7 @@
-"""Where each sample of tar shards lies: a manifest of the shards and a memory-mapped table.
+"""The index of tar shards: a manifest of the shards, and a memory-mapped table of their samples.
 
-Both are written once. Every process of a node maps the same table, so that 14 million samples cost
-a start neither time nor memory.
+Both are written once. Every process of a node maps the same table, so that a start with 14 million
+samples takes neither time nor memory.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import fcntl
 import hashlib
 import logging
 import os
-import secrets
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,21 +20,22 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationErr
 
 from ...common.reading import read_json
 from ...common.text import plain, reason
+from ...common.writing import replacing
 
 log = logging.getLogger(__name__)
 
 RECORD = np.dtype(
     [
         ("label", "<i4"),
-        ("shard", "<u4"),  # its place in the manifest
+        ("shard", "<u4"),  # place in the manifest
         ("offset", "<u8"),  # of the image in the shard, in bytes
         ("size", "<u4"),  # of the image, in bytes
-        ("header", "<u4"),  # how far before the image its member begins, in bytes
+        ("header", "<u4"),  # bytes from the start of the member to the image
     ]
 )
-MAX_CLASSES = 1 << 24  # what is beyond is no class number, but some other id
-RULE = "3"  # how shards are understood: indexes that were kept under another are not used
-CACHES = (".swin_moe_index", "~/.cache/swin_moe/index")  # beside the shards, or else there
+MAX_CLASSES = 1 << 24  # a larger number is some other id, not a class
+RULE = "3"  # the version of the scan; indexes of other versions are not used
+CACHES = (".swin_moe_index", "~/.cache/swin_moe/index")  # first in the shards' folder
 
 
 class Shard(BaseModel):
@@ -43,17 +43,17 @@ class Shard(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    name: Annotated[str, Field(pattern=r"^[^/\\]+$")]  # of a file beside the manifest
+    name: Annotated[str, Field(pattern=r"^[^/\\]+$")]  # of a file in the manifest's folder
     samples: NonNegativeInt
     bytes: NonNegativeInt
     sha256: str = ""
-    mtime_ns: NonNegativeInt = 0  # of shards of others, which may be written anew
+    mtime_ns: NonNegativeInt = 0  # of shards of other programs, which may be written again
 
 
 class DatasetManifest(BaseModel):
-    """``SPLIT.json``: the shards of a split beside it, and how many samples each class has.
+    """``SPLIT.json``: the shards of a split in its folder, and the samples of each class.
 
-    ``preparation`` tells the settings that wrote the shards; empty for shards of others.
+    ``preparation`` has the settings that wrote the shards; empty for shards of other programs.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -69,29 +69,29 @@ class DatasetManifest(BaseModel):
 
 
 def table_path(manifest: Path) -> Path:
-    """The table that belongs to a manifest."""
+    """Return the path of a manifest's table."""
     return manifest.with_name(manifest.name.removesuffix(".json") + ".index.npy")
 
 
 def is_manifest(path: Path) -> bool:
-    """Whether a ``.json`` is one of ours: many data sets have a ``train.json`` of annotations."""
+    """Return whether a ``.json`` is a manifest: other data sets have a ``train.json`` too."""
     with path.open("rb") as file:
         return table_path(path).is_file() or b'"shards"' in file.read(4096)
 
 
 def read_index(path: Path) -> tuple[DatasetManifest, np.ndarray]:
-    """A manifest and its table of ``RECORD`` [N], mapped and not read.
+    """Read a manifest, and map its table of ``RECORD`` [N].
 
     Raises:
-        ValueError: one line naming the file, if one is missing, damaged or of another version, or
-            the two do not belong together.
+        ValueError: one is missing, damaged or of another version, or they do not belong together;
+            one line naming the file.
     """
     try:
         manifest = DatasetManifest.model_validate_json(path.read_bytes())
         table = np.load(table_path(path), mmap_mode="r", allow_pickle=False)
-    except PermissionError:  # no damage
+    except PermissionError:
         raise
-    except (OSError, EOFError, ValueError) as error:  # pydantic's is a ValueError, of many lines
+    except (OSError, EOFError, ValueError) as error:  # pydantic's is a ValueError of many lines
         first = error.errors()[0] if isinstance(error, ValidationError) else None
         why = f"{'.'.join(map(str, first['loc']))}: {first['msg']}" if first else reason(error)
         raise ValueError(
@@ -100,19 +100,19 @@ def read_index(path: Path) -> tuple[DatasetManifest, np.ndarray]:
         ) from None
     if manifest.version != 1 or table.dtype != RECORD or len(table) != manifest.num_samples:
         raise ValueError(
-            f"{path}: {table_path(path).name} beside it is not its table: remove {path.name} to "
-            "have the shards indexed anew"
+            f"{path}: {table_path(path).name} is not its table: remove {path.name} to have the "
+            "shards indexed again"
         )
     return manifest, table
 
 
 def write_index(path: Path, manifest: DatasetManifest, tables: Iterable[np.ndarray]) -> None:
-    """Write the shards' tables as one, then the manifest, each beside and then renamed."""
+    """Write the shards' tables as one, then the manifest; replace each file at once."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(table_path(path)) as temporary:
         header = np.lib.format.header_data_from_array_1_0(np.empty(0, RECORD))
         header["shape"] = (manifest.num_samples,)
-        # Not through a mapping, which would kill the process on a full disk.
+        # A memory mapping would kill the process on a full disk.
         with temporary.open("wb") as file:
             np.lib.format.write_array_header_1_0(file, header)
             for table in tables:
@@ -121,28 +121,11 @@ def write_index(path: Path, manifest: DatasetManifest, tables: Iterable[np.ndarr
         temporary.write_text(manifest.model_dump_json(indent=1) + "\n", encoding="utf-8")
 
 
-@contextmanager
-def replacing(path: Path, folder: Path | None = None) -> Iterator[Path]:
-    """A path to write to, which takes the place of ``path`` when all went well.
-
-    Args:
-        folder: where it is, on the same file system; None = beside ``path``.
-    """
-    temporary = (folder or path.parent) / f".{path.name}.{secrets.token_hex(4)}.tmp"
-    try:
-        yield temporary
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def check_sizes(path: Path, manifest: DatasetManifest, paths: Sequence[Path]) -> None:
-    """Hold the shards' sizes against a manifest that came with them.
+    """Compare the shards' sizes with their manifest.
 
     Raises:
-        ValueError: one line naming the shard that is missing or of another size.
+        ValueError: a shard is missing or of another size; one line naming it.
     """
     for shard, file in zip(manifest.shards, paths, strict=True):
         try:
@@ -159,26 +142,26 @@ def check_sizes(path: Path, manifest: DatasetManifest, paths: Sequence[Path]) ->
 
 
 def cache_path(paths: Sequence[Path], kind: str, folder: str) -> Path:
-    """Where the index of these shards, so understood, is kept in a folder of ``CACHES``."""
+    """Return the path of these shards' index in a folder of ``CACHES``."""
     names = "\n".join([RULE, kind, *(str(path.resolve()) for path in paths)])
     root = paths[0].parent / os.path.expanduser(folder)
     return root / f"{hashlib.sha256(os.fsencode(names)).hexdigest()[:16]}.json"
 
 
 def _cache_paths(paths: Sequence[Path], kind: str) -> list[Path]:
-    """The cache folders that have a path: a user may have no home."""
+    """Return the paths of these shards' index, without the home folder's for users without one."""
     named = [folder for folder in CACHES if not os.path.expanduser(folder).startswith("~")]
     return [cache_path(paths, kind, folder) for folder in named]
 
 
 def read_cache(paths: Sequence[Path], kind: str) -> tuple[DatasetManifest, np.ndarray] | None:
-    """The kept index of these shards, if they have not changed since."""
+    """Read the cached index of these shards, None if there is none or they have changed."""
     for path in _cache_paths(paths, kind):
         if not os.path.isfile(path):
             continue
         try:
             manifest, table = read_index(path)
-        except (PermissionError, ValueError):  # the cache is written again
+        except (PermissionError, ValueError):  # it will be written again
             continue
         stats = [file.stat() for file in paths]
         if [(s.st_size, s.st_mtime_ns) for s in stats] == [
@@ -191,7 +174,7 @@ def read_cache(paths: Sequence[Path], kind: str) -> tuple[DatasetManifest, np.nd
 def write_cache(
     paths: Sequence[Path], kind: str, manifest: DatasetManifest, table: np.ndarray
 ) -> None:
-    """Keep the index beside the shards, or in the user's cache if that folder is read-only."""
+    """Write the index next to the shards, or to the user's cache if that folder is read-only."""
     for path in _cache_paths(paths, kind):
         try:
             write_index(path, manifest, [table])
@@ -204,7 +187,7 @@ def write_cache(
 
 @contextmanager
 def one_at_a_time(paths: Sequence[Path], kind: str) -> Iterator[None]:
-    """Of the processes that want the index of these shards, one makes it and the others wait."""
+    """Let one process at a time make the index of these shards; the others wait."""
     for path in _cache_paths(paths, kind):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -214,7 +197,7 @@ def one_at_a_time(paths: Sequence[Path], kind: str) -> Iterator[None]:
         with file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX)
-            except OSError:  # a file system without locks: every process makes its own
+            except OSError:  # a file system without locks: every process makes the index
                 log.info("no locks in %s", path.parent)
             yield
             return
@@ -222,10 +205,10 @@ def one_at_a_time(paths: Sequence[Path], kind: str) -> Iterator[None]:
 
 
 def read_timm_info(path: Path, split: str) -> list[str] | None:
-    """File names of a split in timm's ``_info.json``; None if that does not name the split.
+    """Read the file names of a split in timm's ``_info.json``; None if it lacks the split.
 
     Raises:
-        ValueError: the file is not such a file.
+        ValueError: the file has another content.
     """
     try:
         splits = read_json(path)["splits"]

@@ -1,4 +1,4 @@
-"""Parquet shards as Hugging Face writes image data sets (``imagenet-1k``)."""
+"""Parquet shards of images in Hugging Face's layout (``imagenet-1k``)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ...common.text import plain, reason
 from ..files import Bounded
 from .index import MAX_CLASSES
 
-KEPT_BYTES = 256 << 20  # of row groups
+KEPT_BYTES = 256 << 20  # of row groups in memory
 MAX_OPEN = 64
 THREADS = 8
 IMAGES, LABELS = ("image", "img", "jpg"), ("label", "labels", "fine_label", "cls")
@@ -28,15 +28,19 @@ IMAGES, LABELS = ("image", "img", "jpg"), ("label", "labels", "fine_label", "cls
 class ParquetSource(Bounded):
     """Samples of parquet shards; see :class:`~.source.Source`.
 
-    A read takes its whole row group, of which the last few are kept: shuffle in a window
-    (``data.shuffle_window``), or pack the set anew with ``swin-moe prepare-data``.
+    A read loads its whole row group, and the last few groups are kept: shuffle in a window
+    (``data.shuffle_window``), or rewrite the set with ``swin-moe prepare-data``.
 
     Args:
         paths: shards with a column of images (bytes, or a struct with ``bytes``) and of labels.
 
+    Attributes:
+        row_groups: the last ones read, at most ``KEPT_BYTES``, by number.
+        open_files: at most ``MAX_OPEN``, by number of the shard.
+
     Raises:
-        ValueError: one line naming the shard, if pyarrow is missing, the file is damaged, or
-            columns or labels are missing.
+        ValueError: pyarrow, columns or labels are missing, or the file is damaged; one line naming
+            the shard.
     """
 
     def __init__(self, paths: Sequence[str | Path]) -> None:
@@ -54,8 +58,8 @@ class ParquetSource(Bounded):
         self._ends = np.cumsum(self.runs)
         self.passed_over = ""
         self._bytes = sum(path.stat().st_size for path in self.paths)
-        self._kept: OrderedDict[int, list[bytes | None]] = OrderedDict()
-        self._files: OrderedDict[int, Any] = OrderedDict()
+        self.row_groups: OrderedDict[int, list[bytes | None]] = OrderedDict()
+        self.open_files: OrderedDict[int, Any] = OrderedDict()
         self._process = os.getpid()
 
     def _agreed_names(self, names: list[list[str] | None]) -> list[str] | None:
@@ -63,7 +67,7 @@ class ParquetSource(Bounded):
         for place in named[1:]:
             if names[place] != names[named[0]]:
                 raise ValueError(
-                    f"{plain(self.paths[place])} names its classes otherwise than "
+                    f"{plain(self.paths[place])} names its classes differently from "
                     f"{plain(self.paths[named[0]].name)}: give shards of one data set"
                 )
         return names[named[0]] if named else None
@@ -72,26 +76,27 @@ class ParquetSource(Bounded):
         return len(self.labels)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_files": OrderedDict(), "_kept": OrderedDict()}
+        return {**self.__dict__, "open_files": OrderedDict(), "row_groups": OrderedDict()}
 
     def describe(self) -> str:
-        """Format and size, for the log."""
+        """Return format and size for the log."""
         return (
             f"parquet ({len(self.paths):,} files, {decimal(self._bytes)}; read by row groups: "
             "swin-moe prepare-data makes faster shards of it)"
         )
 
     def key(self, index: int) -> str:
-        """Name of a sample: its shard and its row there."""
+        """Return a sample's name: its shard and its row there."""
         shard, within = self._groups[group := int(np.searchsorted(self._ends, index, "right"))]
         first = group - within
         return f"{self.paths[shard]}:{index - int(self._ends[first] - self.runs[first])}"
 
     def read(self, index: int) -> bytes:
-        """The encoded image of a sample.
+        """Read the encoded image of a sample.
 
         Raises:
-            OSError, ValueError: the shard cannot be read, or has no image there.
+            OSError: the shard cannot be read.
+            ValueError: the shard is damaged, or the row has no image.
         """
         group = int(np.searchsorted(self._ends, index, "right"))
         row = index - int(self._ends[group] - self.runs[group])
@@ -103,22 +108,22 @@ class ParquetSource(Bounded):
 
     def _row_group(self, group: int) -> list[bytes | None]:
         if self._process != os.getpid():  # forked: open files may not be shared
-            self._files, self._process = OrderedDict(), os.getpid()
-        if group in self._kept:
-            self._kept.move_to_end(group)
-            return self._kept[group]
+            self.open_files, self._process = OrderedDict(), os.getpid()
+        if group in self.row_groups:
+            self.row_groups.move_to_end(group)
+            return self.row_groups[group]
         shard, within = self._groups[group]
-        if shard not in self._files:
-            if len(self._files) >= MAX_OPEN:
-                self._files.popitem(last=False)[1].close()
-            self._files[shard] = _open(self.paths[shard])
+        if shard not in self.open_files:
+            if len(self.open_files) >= MAX_OPEN:
+                self.open_files.popitem(last=False)[1].close()
+            self.open_files[shard] = _open(self.paths[shard])
         with _naming(self.paths[shard]):
-            table = self._files[shard].read_row_group(within, columns=[self._images[shard]])
+            table = self.open_files[shard].read_row_group(within, columns=[self._images[shard]])
             values = table.column(0).to_pylist()
         images = [value.get("bytes") if isinstance(value, dict) else value for value in values]
-        self._kept[group] = images
-        while len(self._kept) > 1 and sum(map(_size, self._kept.values())) > KEPT_BYTES:
-            self._kept.popitem(last=False)
+        self.row_groups[group] = images
+        while len(self.row_groups) > 1 and sum(map(_size, self.row_groups.values())) > KEPT_BYTES:
+            self.row_groups.popitem(last=False)
         return images
 
 
@@ -127,7 +132,7 @@ def _size(images: list[bytes | None]) -> int:
 
 
 class _Shard(NamedTuple):
-    """What is read of a shard when the set is opened."""
+    """The parts of a shard that are read when the set is opened."""
 
     image: str  # its column of images
     labels: np.ndarray
@@ -171,16 +176,16 @@ def _look(path: Path) -> _Shard:
 
 @contextmanager
 def _naming(path: Path) -> Iterator[None]:
-    """Errors of pyarrow in a line that names the shard."""
+    """Turn pyarrow's errors into one line that names the shard."""
     import pyarrow
 
     try:
         yield
-    except PermissionError:  # no damage; pyarrow's own names no file
+    except PermissionError:  # pyarrow's own names no file
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path)) from None
     except (OSError, pyarrow.ArrowException) as error:
-        told = f"{plain(path)}: the shard is damaged ({reason(error)}): copy it again"
-        raise ValueError(told) from None
+        text = f"{plain(path)}: the shard is damaged ({reason(error)}): copy it again"
+        raise ValueError(text) from None
 
 
 def _open(path: Path) -> Any:
@@ -191,20 +196,20 @@ def _open(path: Path) -> Any:
             f"{path}: reading parquet needs pyarrow: pip install 'swin_moe[parquet]'"
         ) from None
     with _naming(path):
-        # pyarrow takes names of UTF-8 alone.
+        # pyarrow accepts only names in UTF-8.
         return pyarrow.parquet.ParquetFile(path if plain(path) == str(path) else path.open("rb"))
 
 
 def _column(path: Path, file: Any, names: Sequence[str]) -> str:
-    there = file.schema_arrow.names
+    present = file.schema_arrow.names
     for name in names:
-        if name in there:
+        if name in present:
             return name
-    raise ValueError(f"{path}: no column {' or '.join(names)}: it has {', '.join(there)}")
+    raise ValueError(f"{path}: no column {' or '.join(names)}: it has {', '.join(present)}")
 
 
 def _class_names(file: Any, label: str) -> list[str] | None:
-    """Names that Hugging Face's ``ClassLabel`` keeps in the schema."""
+    """Return the names that Hugging Face's ``ClassLabel`` stores in the schema."""
     metadata = file.schema_arrow.metadata or {}
     try:
         features = parse_json(metadata[b"huggingface"].decode(), "features")["info"]["features"]

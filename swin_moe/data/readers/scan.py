@@ -1,4 +1,4 @@
-"""Read the headers of a tar shard: which samples it holds, and where."""
+"""Scanning the headers of a tar shard for its samples and their offsets."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ from ..which import SUFFIXES, among_companions, suffix, walk_order
 from .index import MAX_CLASSES, RECORD
 
 KNOWN = SUFFIXES | {"cls"}
-LOOKED_AT = 20  # members of a tar, to tell what it is
-LABEL_BYTES = 64  # of a .cls: a number has fewer
-JSON_BYTES = 1 << 16  # of a .json that is looked into for a number
-MAX_SIZE = 0xFFFFFFFF  # bytes that the table can hold: more than any image has
-ZEROS_READ = 1 << 20  # bytes at a time after the end of a tar
+LOOKED_AT = 20  # members of a tar that decide its kind
+LABEL_BYTES = 64  # read of a .cls
+JSON_BYTES = 1 << 16  # read of a .json in search of a number
+MAX_SIZE = 0xFFFFFFFF  # bytes of an image in the table
+ZEROS_READ = 1 << 20  # bytes read at once after the end of a tar
 MAX_UNPACKED = 1 << 30  # bytes of one .gz shard
 
-_REMEDY = "mend the shard, or write the set anew with `swin-moe prepare-data`"
+_REMEDY = "mend the shard, or write the set again with `swin-moe prepare-data`"
 
 
 def base_plus_ext(path: str) -> tuple[str | None, str | None]:
-    """A member's key and extensions, cut at the first dot of its name, as webdataset cuts it.
+    """Return a member's key and extensions, cut at its name's first dot as in webdataset.
 
-    webdataset's own function would import torch. Returns (None, None) for a name without a dot,
-    or with one in front.
+    webdataset's own function would import torch. A name without a dot, or with one in front, gives
+    (None, None).
     """
     match = re.match(r"((?:.*/|)[^.]+)[.]([^/]*)$", path)
     return (match[1], match[2]) if match else (None, None)
@@ -47,9 +47,10 @@ class Scan:
     """The samples of one shard.
 
     Attributes:
+        table: ``RECORD`` [N].
         content: the unpacked archive, if it was compressed.
-        passed_over: how many images have no label of their key; in a tar per class, how many files
-            are not named like images.
+        passed_over: number of images without a label of their key; in a tar per class, number of
+            files that are not named like images.
     """
 
     table: np.ndarray
@@ -61,12 +62,12 @@ def scan_shard(path: Path, number: int, label: int | None = None) -> Scan:
     """Index a shard.
 
     Args:
-        number: what the table is to call it.
-        label: of all its images, in a tar per class; None = each has a ``.cls`` beside it.
+        number: of the shard in the table.
+        label: of all its images, in a tar per class; None = each has its own ``.cls``.
 
     Raises:
-        ValueError: one line naming the shard, if it is truncated or damaged, a key comes twice, a
-            sample lacks its image or label, or a label is no number.
+        ValueError: the shard is truncated or damaged, a key comes twice, a sample lacks its image
+            or label, or a label is no number; one line naming the shard.
     """
     content = None
     try:
@@ -86,7 +87,7 @@ def scan_shard(path: Path, number: int, label: int | None = None) -> Scan:
                 scanner.add(member)
             _check_end(path, stream, tar.offset)
             scanner.finish()
-    except PermissionError:  # no damage
+    except PermissionError:
         raise
     except (OSError, EOFError, zlib.error, tarfile.TarError) as error:
         raise ValueError(
@@ -96,10 +97,10 @@ def scan_shard(path: Path, number: int, label: int | None = None) -> Scan:
 
 
 def _check_end(path: Path, stream: IO[bytes], start: int) -> None:
-    """Where tarfile sees the end of an archive, there must be one, and nothing after it."""
+    """Raise an error unless the tar ends where tarfile stops, with nothing after it."""
     stream.seek(start)
     if stream.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-        # tarfile takes this for a quiet end; it is a lost tail or a damaged header.
+        # The tail is lost or a header damaged; tarfile ends here without an error.
         raise tarfile.ReadError("no end-of-archive block")
     while rest := stream.read(ZEROS_READ):
         if rest.count(0) < len(rest):
@@ -114,30 +115,30 @@ def is_compressed(path: Path) -> bool:
 
 
 def have_labels(paths: Sequence[Path]) -> bool:
-    """Whether the samples of tars have a ``.cls``; else each is a tar of one class.
+    """Return whether the samples of tars have a ``.cls``; otherwise each tar is one class.
 
-    The first tar with samples tells, for a class may be empty.
+    The first tar with samples decides, since a class may be empty.
 
     Raises:
         ValueError: see :func:`has_labels`.
     """
-    told = (has_labels(path) for path in paths)
-    return next((found for found in told if found is not None), True)
+    answers = (has_labels(path) for path in paths)
+    return next((answer for answer in answers if answer is not None), True)
 
 
 def has_labels(path: Path) -> bool | None:
-    """Whether a tar's samples have a ``.cls``; None if it has neither images nor labels.
+    """Return whether a tar's samples have a ``.cls``; None without images and labels.
 
     Raises:
-        ValueError: the tar cannot be read; or its images have other files beside them, as those of
-            img2dataset have texts, and no label.
+        ValueError: the tar cannot be read; or its images have other files of their key, such as the
+            texts of img2dataset, and no label.
     """
     try:
         with tarfile.open(path) as tar:
             found = list(itertools.islice(_members(tar), LOOKED_AT))
             names = [member.name for member in found]
             number = next((n for member in found if (n := _number_in(tar, member))), "")
-    except PermissionError:  # no damage
+    except PermissionError:
         raise
     except (OSError, EOFError, zlib.error, tarfile.TarError) as error:
         raise ValueError(f"{plain(path)}: not a tar file, or a damaged one ({error})") from None
@@ -147,17 +148,17 @@ def has_labels(path: Path) -> bool | None:
     if not kinds & SUFFIXES:
         return None
     images = {name.rpartition(".")[0] for name in names if suffix(name) in SUFFIXES}
-    beside = {suffix(n) for n in names if n.rpartition(".")[0] in images} - SUFFIXES
-    if beside:
+    others = {suffix(n) for n in names if n.rpartition(".")[0] in images} - SUFFIXES
+    if others:
         raise ValueError(
-            f"{plain(path)}: its images have .{' and .'.join(sorted(beside))} beside them, but no "
-            f"label: put a class number from 0 on into a .cls beside each image{number}"
+            f"{plain(path)}: its images have .{' and .'.join(sorted(others))} next to them, but no "
+            f"label: put a class number from 0 on into a .cls for each image{number}"
         )
     return False
 
 
 def _number_in(tar: tarfile.TarFile, member: tarfile.TarInfo) -> str:
-    """A hint on a label that a ``.json`` may hold."""
+    """Return a hint on a label that a ``.json`` may hold."""
     content = tar.extractfile(member) if suffix(member.name) == "json" else None
     if content is None:
         return ""
@@ -172,7 +173,7 @@ def _number_in(tar: tarfile.TarFile, member: tarfile.TarInfo) -> str:
 
 
 def _members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
-    """Files, and links named like images or labels, without the list of all that tarfile keeps."""
+    """Yield files, and links named like images or labels; do not keep tarfile's list of all."""
     while (member := tar.next()) is not None:
         tar.members.clear()  # type: ignore[attr-defined]
         linked = (member.islnk() or member.issym()) and suffix(member.name) in KNOWN
@@ -188,10 +189,10 @@ def _link(path: Path, member: tarfile.TarInfo) -> ValueError:
 
 
 def sample_key(member: tarfile.TarInfo) -> tuple[str, str]:
-    """Key and lower-case extension, as webdataset takes a name apart.
+    """Return key and lower-case extension, as webdataset splits a name.
 
-    A name with more dots that ends like an image or a label (``v1.3_a.jpg``) is taken apart at the
-    last one: its key has dots.
+    A name with more dots that ends like an image or a label (``v1.3_a.jpg``) is split at the last
+    one: its key has dots.
     """
     key, extension = base_plus_ext(member.name)
     extension = (extension or "").lower()
@@ -211,10 +212,10 @@ class _Group:
 
 @dataclass
 class _Scanner:
-    """Gathers neighbouring members of one key, as webdataset does; ignores other extensions.
+    """A scan that joins neighbouring members of one key, as webdataset does.
 
-    Names with more dots are gathered apart from the others, for ``a.mask.png`` may stand between
-    ``a.jpg`` and ``a.cls``. There, an image without a label is a field that is passed over.
+    Names with more dots are joined apart from the others, since ``a.mask.png`` may lie between
+    ``a.jpg`` and ``a.cls``. Among them, an image without a label is passed over.
     """
 
     path: Path
@@ -225,15 +226,15 @@ class _Scanner:
     group: _Group | None = None
     dotted: _Group | None = None
     names: list[str] = field(default_factory=list)  # of the images in a tar per class
-    # Typed: a million tuples would be 100 MB.
+    # A million tuples would take 100 MB.
     fields: tuple[array, ...] = field(default_factory=lambda: tuple(array("q") for _ in range(4)))
 
     def add(self, member: tarfile.TarInfo) -> None:
         key, extension = sample_key(member)
-        if self.class_label is not None:  # plain files, whose names may have dots and doubles
+        if self.class_label is not None:  # plain files, whose names may have dots and repeat
             key, extension = member.name, suffix(member.name)
             if extension == "cls":
-                raise self._wrong("it has labels (.cls), but others beside it do not")
+                raise self._wrong("it has labels (.cls), but other tars of the set have none")
         if extension not in KNOWN:
             if self.class_label is not None:
                 self._check_alone(member)
@@ -261,22 +262,22 @@ class _Scanner:
             group.label = self._parse(key, content.read(LABEL_BYTES))
 
     def _check_alone(self, member: tarfile.TarInfo) -> None:
-        """In a tar per class, an image has no text or JSON of its own beside it."""
+        """Raise an error if an image in a tar per class has a text or JSON of its own."""
         if self.group is None:
             return
         if self.group.key.rpartition(".")[0] == member.name.rpartition(".")[0]:
             raise self._wrong(
-                f"'{plain(self.group.key)}' has '{plain(member.name)}' beside it and no label "
+                f"'{plain(self.group.key)}' has '{plain(member.name)}' next to it and no label "
                 f"(.cls){_number_in(self.tar, member)}"
             )
 
     def finish(self) -> None:
-        """No more members follow."""
+        """End the last samples."""
         self._finish(self.group, dotted=False)
         self._finish(self.dotted, dotted=True)
 
     def _finish(self, group: _Group | None, dotted: bool) -> None:
-        """The members of a key are complete."""
+        """Check a key's members and add them to the table."""
         if group is None:
             return
         if dotted and group.label is None:
@@ -303,7 +304,7 @@ class _Scanner:
         table["shard"] = number
         for name, column in zip(("label", "offset", "size", "header"), self.fields, strict=True):
             table[name] = column
-        if self.names:  # as a folder of them is walked
+        if self.names:  # the order of the same files in a folder
             table = table[sorted(range(len(table)), key=lambda i: walk_order(self.names[i]))]
         return table
 

@@ -1,4 +1,4 @@
-"""Random access to tar shards of webdataset's layout: ``key.jpg`` beside ``key.cls``."""
+"""Random access to tar shards in webdataset's layout: ``key.jpg`` with ``key.cls``."""
 
 from __future__ import annotations
 
@@ -31,23 +31,22 @@ from .index import (
 from .scan import Scan, is_compressed, sample_key, scan_shard
 
 PER_CLASS = "a tar per class"
-PASSED_OVER = "passed_over"  # in the index that is kept
+PASSED_OVER = "passed_over"  # key of the cached index
 SUFFIXES = (".tar", ".tar.gz", ".tgz")
-MAX_COMPRESSED = 256 << 20  # bytes of .gz shards in one set, which are kept in memory
-MAX_OPEN = 256  # a set may have more shards than a process may open files
-INDEX_THREADS = 16  # on a network file system, reading the headers waits for latency
-INDEXED_BYTES = 16 << 20  # of a set, from which on its index is kept; less is scanned in no time
+MAX_COMPRESSED = 256 << 20  # bytes of a set's .gz shards, which are kept in memory
+MAX_OPEN = 256  # files: a set may have more shards than a process may open
+INDEX_THREADS = 16  # reading headers from a network file system waits for its latency
+INDEXED_BYTES = 16 << 20  # of the smallest set whose index is kept
 
 
 def find_shards(pattern: str) -> list[Path]:
-    """Paths of local shards, sorted by name.
+    """Return the paths of local shards, sorted by name.
 
     Args:
         pattern: with ``{``, ``*``, ``?`` or ``[``: brace ranges and wildcards
-            (``train-{000..127}.tar``); otherwise what comes before ``-*.tar``, ``-*.tar.gz`` or
-            ``-*.tgz``. Every path of a brace range must exist.
-
-    The part of the path that exists is no pattern, whatever its characters.
+            (``train-{000..127}.tar``); otherwise the text before ``-*.tar``, ``-*.tar.gz`` or
+            ``-*.tgz``. Every path of a brace range must exist. The part of the path that exists is
+            never taken as a pattern.
 
     Raises:
         ValueError: a brace range names a file that does not exist.
@@ -75,7 +74,7 @@ def find_shards(pattern: str) -> list[Path]:
 
 
 def find_parquets(pattern: str) -> list[Path]:
-    """The same for parquet files: a pattern, or what comes before ``-*.parquet``."""
+    """Return the paths of parquet files by a pattern, or by the text before ``-*.parquet``."""
     folder, rest = literal_part(pattern)
     found = glob(f"{escape(rest)}-*.parquet", root_dir=folder)
     if not found and has_wildcard(rest):
@@ -84,13 +83,13 @@ def find_parquets(pattern: str) -> list[Path]:
 
 
 def class_of(shard: Path) -> str:
-    """The class of a tar per class: its name without the suffix."""
+    """Return the class of a tar per class: its name without the suffix."""
     suffix = next(end for end in SUFFIXES if shard.name.endswith(end))
     return shard.name.removesuffix(suffix)
 
 
 def literal_part(pattern: str) -> tuple[Path, str]:
-    """The leading folders of the pattern that exist, and the rest of it."""
+    """Return the leading folders of the pattern that exist, and the rest of it."""
     folder = Path(pattern)
     parts: list[str] = []
     while folder.name and (not parts or not folder.is_dir()):
@@ -100,26 +99,29 @@ def literal_part(pattern: str) -> tuple[Path, str]:
 
 
 def has_wildcard(pattern: str) -> bool:
-    """Whether ``pattern`` is a brace range or has wildcards."""
+    """Return whether ``pattern`` has a brace range or wildcards."""
     return any(character in pattern for character in "{*?[")
 
 
 def is_pattern(path: str) -> bool:
-    """Whether the part of the path that does not exist is a pattern."""
+    """Return whether the part of the path that does not exist is a pattern."""
     return not os.path.exists(path) and has_wildcard(literal_part(path)[1])
 
 
 class ShardSource(Bounded):
     """Random access to the samples of tar shards; see :class:`~.source.Source`.
 
-    A plain ``.tar`` is read in place at the offsets of its members; a compressed one is unpacked
-    to memory once, before worker processes start, which then share it.
+    A plain ``.tar`` is read in place at the offsets of its members. A compressed one is unpacked to
+    memory once, before the worker processes start, which share it.
 
     Args:
         paths: the shards of ``manifest``.
         table: ``RECORD`` [N].
         contents: of compressed shards, by number.
-        kind: what to call them.
+        kind: for the log.
+
+    Attributes:
+        open_files: at most ``MAX_OPEN``, by number of the shard.
     """
 
     def __init__(
@@ -135,47 +137,47 @@ class ShardSource(Bounded):
         self.class_counts = np.array(manifest.class_counts, np.int64)
         self.runs = np.array([shard.samples for shard in manifest.shards], np.int64)
         self._bytes = sum(shard.bytes for shard in manifest.shards)
-        self._table, self._contents, self._kind = table, contents, kind
+        self.table, self._contents, self._kind = table, contents, kind
         self.numbered = kind != PER_CLASS
-        self._files: dict[int, IO[bytes]] = {}
-        self.manifest: Path | None = None  # that came with the shards
+        self.open_files: dict[int, IO[bytes]] = {}
+        self.manifest: Path | None = None  # the path of `prepare-data`'s manifest
         passed = int(manifest.preparation.get(PASSED_OVER) or 0)
         if self.numbered:
-            said = f"{passed:,} images passed over: no .cls has the same key"
+            note = f"{passed:,} images passed over: no .cls has the same key"
         else:
-            said = f"{passed:,} files in the tars passed over: they are not named like images"
-        self.passed_over = said if passed else ""
+            note = f"{passed:,} files in the tars passed over: they are not named like images"
+        self.passed_over = note if passed else ""
 
     @property
     def labels(self) -> np.ndarray:
-        return self._table["label"]
+        return self.table["label"]
 
     def __len__(self) -> int:
-        return len(self._table)
+        return len(self.table)
 
     def __getstate__(self) -> dict[str, Any]:
-        state = {**self.__dict__, "_files": {}}  # open files do not survive pickling
-        if isinstance(self._table, np.memmap):  # which pickles as a copy
-            state["_table"] = Path(str(self._table.filename))
+        state = {**self.__dict__, "open_files": {}}  # open files do not survive pickling
+        if isinstance(self.table, np.memmap):  # would be pickled as a copy
+            state["table"] = Path(str(self.table.filename))
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        if isinstance(state["_table"], Path):
-            state["_table"] = np.load(state["_table"], mmap_mode="r", allow_pickle=False)
+        if isinstance(state["table"], Path):
+            state["table"] = np.load(state["table"], mmap_mode="r", allow_pickle=False)
         self.__dict__.update(state)
 
     def describe(self) -> str:
-        """Format and size, for the log."""
+        """Return format and size for the log."""
         return f"{self._kind} ({len(self.paths):,} files, {decimal(self._bytes)})"
 
     def key(self, index: int) -> str:
-        """Name of a sample: its shard's path and its key."""
-        record = self._table[index]
+        """Return a sample's name: its shard's path and its key."""
+        record = self.table[index]
         shard, offset = int(record["shard"]), int(record["offset"])
         path, start = self.paths[shard], offset - int(record["header"])
         try:
             headers = self._bytes_at(shard, start, offset - start)
-            # One block, or before it those that tell a name of more than 100 bytes.
+            # One block, after those of a name of more than 100 bytes.
             with tarfile.open(fileobj=io.BytesIO(headers + bytes(1024)), mode="r:") as tar:
                 member = tar.next()
         except (OSError, tarfile.TarError):
@@ -183,13 +185,13 @@ class ShardSource(Bounded):
         return f"{path}:{sample_key(member)[0] if member else f'at byte {start}'}"
 
     def read(self, index: int) -> bytes:
-        """The encoded image of a sample.
+        """Read the encoded image of a sample.
 
         Raises:
             OSError: the shard cannot be read, or is shorter than when it was indexed.
             ValueError: the member is larger than any image.
         """
-        record = self._table[index]
+        record = self.table[index]
         size = self.checked_size(int(record["size"]))
         return self._bytes_at(int(record["shard"]), int(record["offset"]), size)
 
@@ -197,25 +199,25 @@ class ShardSource(Bounded):
         content = self._contents.get(shard)
         if content is not None:
             return content[offset : offset + size]
-        # pread leaves the file position alone, so that forked workers may share an open file.
+        # pread does not move the file position: forked workers may share the open file.
         data = os.pread(self._file(shard).fileno(), size, offset)
         if len(data) < size:
             raise OSError("the shard became shorter while it was in use")
         return data
 
     def _file(self, shard: int) -> IO[bytes]:
-        if shard not in self._files:
-            if len(self._files) >= MAX_OPEN:
-                self._files.pop(next(iter(self._files))).close()
-            self._files[shard] = self.paths[shard].open("rb", buffering=0)
-        return self._files[shard]
+        if shard not in self.open_files:
+            if len(self.open_files) >= MAX_OPEN:
+                self.open_files.pop(next(iter(self.open_files))).close()
+            self.open_files[shard] = self.paths[shard].open("rb", buffering=0)
+        return self.open_files[shard]
 
 
 def open_manifest(path: Path, class_names: list[str] | None) -> ShardSource:
-    """Shards that ``prepare-data`` wrote, by their ``SPLIT.json``.
+    """Open shards that ``prepare-data`` wrote, by their ``SPLIT.json``.
 
     Raises:
-        ValueError: one line, if index and shards do not belong together.
+        ValueError: index and shards do not belong together; one line.
     """
     manifest, table = read_index(path)
     paths = [path.parent / shard.name for shard in manifest.shards]
@@ -228,13 +230,13 @@ def open_manifest(path: Path, class_names: list[str] | None) -> ShardSource:
 def open_shards(
     paths: Sequence[Path], class_names: list[str] | None, labels: Sequence[int] | None = None
 ) -> ShardSource:
-    """Anyone's shards, indexed at the first time; the index is kept.
+    """Open any tar shards; index them at the first time, and keep the index.
 
     Args:
-        labels: of each shard, where each is of one class.
+        labels: of each shard, if each is one class.
 
     Raises:
-        ValueError: see :func:`.scan.scan_shard`; or too much is compressed.
+        ValueError: see :func:`.scan.scan_shard`; or the compressed shards are too large.
     """
     kind = "tar shards" if labels is None else PER_CLASS
     _check_doubles(paths)
@@ -245,7 +247,7 @@ def open_shards(
     if kept := read_cache(paths, kind):
         return ShardSource(paths, *kept, class_names, {}, kind)
     with one_at_a_time(paths, kind):
-        if kept := read_cache(paths, kind):  # of a process that was before us
+        if kept := read_cache(paths, kind):  # written by another process meanwhile
             return ShardSource(paths, *kept, class_names, {}, kind)
         return _scanned(paths, class_names, labels, kind, keep=True)
 
@@ -282,14 +284,14 @@ def _scanned(
     )
     if keep:
         write_cache(paths, kind, manifest, table)
-        if kept := read_cache(paths, kind):  # mapped, and so shared with the other processes
+        if kept := read_cache(paths, kind):  # mapped, and shared with the other processes
             return ShardSource(paths, *kept, class_names, {}, kind)
     contents = {n: scan.content for n, scan in enumerate(scans) if scan.content is not None}
     return ShardSource(paths, manifest, table, class_names, contents, kind)
 
 
 def _check_doubles(paths: Sequence[Path]) -> None:
-    """A shard may have been left beside its compressed copy."""
+    """Raise ``ValueError`` if a shard is next to its compressed copy."""
     seen: dict[Path, Path] = {}
     for path in paths:
         if (other := seen.setdefault(path.with_name(class_of(path)), path)) != path:

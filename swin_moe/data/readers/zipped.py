@@ -1,4 +1,4 @@
-"""Images in a zip archive with a list of labels beside it, as the official Swin code has them."""
+"""Images in a zip archive with class folders, or with the list of labels of the official Swin."""
 
 from __future__ import annotations
 
@@ -22,21 +22,23 @@ from ..which import PassedOver, among_companions, is_image
 from .file_list import read_list
 
 STORED, DEFLATED = 0, 8
-DOS = 0  # the system that an entry was made on
+DOS = 0  # the number of the system that made an entry
 DIRECTORY = struct.Struct("<4s6H3L5H2L")  # an entry of the central directory, without its name
 LOCAL = struct.Struct("<4s5H3L2H")  # header before an entry's data
-CHUNK = 4 << 20  # bytes of the directory that are read at a time
+CHUNK = 4 << 20  # bytes of the directory that are read at once
 MAX_ENTRY = DIRECTORY.size + 3 * 0xFFFF  # bytes: header, name, extra fields and comment
-END_SEARCHED = 66_000  # bytes at the end of an archive, where its directory is told
+END_SEARCHED = 66_000  # bytes at the end of an archive that are searched for the end record
 
 RECORD = np.dtype(
     [("offset", "<u8"), ("packed", "<u4"), ("size", "<u4"), ("crc", "<u4"), ("method", "<u4")]
 )
 
-MOST = [int(np.iinfo(RECORD[name]).max) for name in RECORD.names or ()]  # no image has more bytes
+MOST = [int(np.iinfo(RECORD[name]).max) for name in RECORD.names or ()]  # more than of any image
 
 
-class _Entry(NamedTuple):
+class Entry(NamedTuple):
+    """An entry of the central directory: name, offset, sizes in bytes, checksum and method."""
+
     name: str
     offset: int
     packed: int
@@ -48,15 +50,19 @@ class _Entry(NamedTuple):
 class ZipSource(Bounded):
     """Random access to images of a zip archive; see :class:`~.source.Source`.
 
-    Only the places of the entries are kept: the stdlib's ``zipfile`` holds a kilobyte for each.
+    A table holds the entries: ``zipfile`` of the standard library takes a kilobyte for each.
 
     Args:
         archive: the zip.
         listing: lines of ``path<TAB>label``, such as ``train_map.txt``; None = each image's folder
             in the archive is its class.
 
+    Attributes:
+        table: ``RECORD`` [N], the images' entries.
+
     Raises:
-        ValueError: one line naming the archive or list, the member or line, and the remedy.
+        ValueError: archive or list are damaged, or do not belong together; one line naming the
+            file, the member or line, and the remedy.
     """
 
     def __init__(self, archive: Path, listing: Path | None) -> None:
@@ -74,7 +80,7 @@ class ZipSource(Bounded):
         names, records, parents = Names(), array("Q"), array("i")
         number: dict[str, int] = {}
         folders, passed = set(), PassedOver()
-        last, in_order = _Entry("", 0, 0, 0, 0, 0), True
+        last, in_order = Entry("", 0, 0, 0, 0, 0), True
         for entry in _entries(self.archive):
             if (parent := _class_folder(entry.name)) is not None:
                 in_order = in_order and _follows(entry.name, last.name)
@@ -93,7 +99,7 @@ class ZipSource(Bounded):
         ranks = {name: rank for rank, name in enumerate(self.class_names)}
         label_of = np.array([ranks[name] for name in class_of], np.int32)
         places = np.array(parents, np.int64)
-        self._names, self._table, self.labels = names, _table(records), label_of[places]
+        self._names, self.table, self.labels = names, pack_records(records), label_of[places]
         if not in_order:
             order = _walk(names, places, list(number))
             self._names = Names()
@@ -101,7 +107,7 @@ class ZipSource(Bounded):
             for place in order.tolist():
                 self._names.append(names[place])
             self._names.freeze()
-            self._table, self.labels = self._table[order], self.labels[order]
+            self.table, self.labels = self.table[order], self.labels[order]
 
     def _by_list(self, listing: Path) -> None:
         self._names, labels = Names(), array("i")
@@ -109,7 +115,7 @@ class ZipSource(Bounded):
             self._names.append(name)
             labels.append(label)
         self._names.freeze()
-        # Hashes instead of names as keys: 16 bytes an image instead of 150.
+        # Hashes instead of names as keys: 16 bytes per image instead of 150.
         wanted = np.array([_hash(self._names[i]) for i in range(len(labels))], np.int64)
         order = np.argsort(wanted)
         ordered = wanted[order]
@@ -117,12 +123,12 @@ class ZipSource(Bounded):
             name = self._names[int(order[at])]
             if name == self._names[int(order[at + 1])]:
                 raise ValueError(f"{listing}: '{name}' is listed twice")
-        self._table = np.zeros(len(labels), RECORD)
+        self.table = np.zeros(len(labels), RECORD)
         found = np.zeros(len(labels), bool)
         for entry in _entries(self.archive):
             at = int(np.searchsorted(ordered, _hash(entry.name)))
             if at < len(order) and self._names[place := int(order[at])] == entry.name:
-                self._table[place] = tuple(map(min, entry[1:], MOST))
+                self.table[place] = tuple(map(min, entry[1:], MOST))
                 found[place] = True
         if not found.all():
             name = self._names[int(np.argmin(found))]
@@ -139,27 +145,27 @@ class ZipSource(Bounded):
         return {**self.__dict__, "_file": None}  # an open file does not survive pickling
 
     def describe(self) -> str:
-        """Format and size, for the log."""
+        """Return format and size for the log."""
         below = f", classes are the folders in {plain(self._around)}" * bool(self._around)
         return f"zip ({self.archive}, {decimal(self._bytes)}{below})"
 
     def key(self, index: int) -> str:
-        """Name of a sample: the archive and its member."""
+        """Return a sample's name: the archive and its member."""
         return f"{self.archive}:{self._names[index]}"
 
     def read(self, index: int) -> bytes:
-        """The encoded image of a sample.
+        """Read the encoded image of a sample.
 
         Raises:
             OSError: the archive cannot be read.
-            ValueError: it is damaged there.
+            ValueError: the entry is damaged.
         """
         if self._file is None:
             self._file = self.archive.open("rb", buffering=0)
-        record = self._table[index]
+        record = self.table[index]
         offset, packed, size = (int(record[name]) for name in ("offset", "packed", "size"))
         self.checked_size(max(packed, size))
-        # pread leaves the file position alone, so that forked workers may share the open file.
+        # pread does not move the file position: forked workers may share the open file.
         header = os.pread(self._file.fileno(), LOCAL.size, offset)
         if len(header) < LOCAL.size or header[:4] != b"PK\x03\x04":
             raise ValueError("no entry of the archive begins where its directory says")
@@ -177,7 +183,7 @@ class ZipSource(Bounded):
 
 
 def zipped_class_folders(archive: Path) -> list[str]:
-    """Sorted names of the class folders in an archive without a map."""
+    """Return the sorted names of the class folders in an archive without a list."""
     parents: dict[str, int] = {}
     folders = set()
     for entry in _entries(archive):
@@ -189,7 +195,7 @@ def zipped_class_folders(archive: Path) -> list[str]:
 
 
 def _class_folder(name: str) -> str | None:
-    """The folder of an image in an archive; None for what is no image in a folder."""
+    """Return the folder of an image in an archive; None for any other file."""
     parent, _, file = name.rpartition("/")
     if among_companions(name) or not is_image(file):
         return None
@@ -199,12 +205,13 @@ def _class_folder(name: str) -> str | None:
 def _class_names(
     parents: Iterable[str], folders: Iterable[str]
 ) -> tuple[list[str], list[str], str]:
-    """Each folder's class, all classes sorted by name, and the path of the folder they are in.
+    """Return each folder's class, all classes sorted by name, and their common folder's path.
 
-    The class is the first part of the path below what all folders of images have in common.
+    The class is the first part of the path below the common parent of all folders of images.
 
     Args:
-        folders: without images, for a class may be empty.
+        parents: folders of images.
+        folders: folders without images, since a class may be empty.
     """
     split = [parent.split("/") for parent in parents]
     shortest, common = min(map(len, split), default=0), 0
@@ -220,7 +227,7 @@ def _class_names(
 
 
 def _follows(name: str, former: str) -> bool:
-    """Whether a folder's walk comes to a file after another."""
+    """Return whether a folder's walk visits a file after another."""
     folder, _, file = name.rpartition("/")
     former_folder, _, former_file = former.rpartition("/")
     if folder == former_folder:
@@ -229,7 +236,7 @@ def _follows(name: str, former: str) -> bool:
 
 
 def _walk(names: Names, parents: np.ndarray, folders: list[str]) -> np.ndarray:
-    """The order that the same files have in a folder, as places in ``names``.
+    """Return the order of the same files in a folder, as places in ``names``.
 
     Args:
         parents: of each name, its place in ``folders``.
@@ -244,7 +251,7 @@ def _walk(names: Names, parents: np.ndarray, folders: list[str]) -> np.ndarray:
 
 
 def _last_of_each(names: Names, parents: np.ndarray, order: np.ndarray) -> np.ndarray:
-    """Which places of a walk to keep: an entry written again replaces the one before it."""
+    """Return a mask of a walk's last entry of each name; earlier ones are replaced."""
     keep = np.ones(len(order), bool)
     for at, (place, after) in enumerate(pairwise(order.tolist())):
         keep[at] = parents[place] != parents[after] or names[place] != names[after]
@@ -252,10 +259,11 @@ def _last_of_each(names: Names, parents: np.ndarray, order: np.ndarray) -> np.nd
 
 
 def _hash(name: str) -> int:
-    return hash(name)  # of this process; equal ones are compared by name
+    return hash(name)  # names of equal hashes are compared
 
 
-def _table(records: array) -> np.ndarray:
+def pack_records(records: array) -> np.ndarray:
+    """Return a table of ``RECORD`` from the numbers of all entries, one entry after the other."""
     columns = np.array(records, np.uint64).reshape(-1, len(RECORD.names or ()))
     table = np.empty(len(columns), RECORD)
     for place, (name, most) in enumerate(zip(RECORD.names or (), MOST, strict=True)):
@@ -263,8 +271,8 @@ def _table(records: array) -> np.ndarray:
     return table
 
 
-def _entries(archive: Path) -> Iterator[_Entry]:
-    """The files and folders of an archive, one after the other; a folder's name ends in a slash.
+def _entries(archive: Path) -> Iterator[Entry]:
+    """Yield the files and folders of an archive; a folder's name ends in a slash.
 
     Raises:
         ValueError: it is no zip, truncated, encrypted, or compressed in an unusual way.
@@ -279,12 +287,17 @@ def _entries(archive: Path) -> Iterator[_Entry]:
                 if not more:
                     raise _damaged(archive)
                 buffer, at, size = buffer[at:] + more, 0, size - len(more)
-            entry, used = _parse_entry(buffer, at, archive)
-            at += used  # cutting the buffer instead would copy megabytes for each entry
+            entry, used = parse_entry(buffer, at, archive)
+            at += used  # cutting the buffer would copy megabytes per entry
             yield entry
 
 
-def _parse_entry(buffer: bytes, start: int, archive: Path) -> tuple[_Entry, int]:
+def parse_entry(buffer: bytes, start: int, archive: Path) -> tuple[Entry, int]:
+    """Parse an entry of the central directory; return it and its size in bytes.
+
+    Raises:
+        ValueError: see :func:`_entries`.
+    """
     if len(buffer) - start < DIRECTORY.size:
         raise _damaged(archive)
     fields = DIRECTORY.unpack_from(buffer, start)
@@ -297,7 +310,7 @@ def _parse_entry(buffer: bytes, start: int, archive: Path) -> tuple[_Entry, int]
     name_end = start + DIRECTORY.size + name_size
     raw = buffer[start + DIRECTORY.size : name_end]
     name = _decoded(raw, flags & 0x800 != 0)
-    if fields[1] >> 8 == DOS:  # where some programs write folders so
+    if fields[1] >> 8 == DOS:  # some programs there separate folders by backslashes
         name = name.replace("\\", "/")
     name = name.removeprefix("./") or "/"
     if flags & 1 or method not in (STORED, DEFLATED):
@@ -313,18 +326,18 @@ def _parse_entry(buffer: bytes, start: int, archive: Path) -> tuple[_Entry, int]
             offset = next(extra) if offset == 0xFFFFFFFF else offset
         except (StopIteration, struct.error):
             raise _damaged(archive) from None
-    return _Entry(name, offset, packed, size, crc, method), used
+    return Entry(name, offset, packed, size, crc, method), used
 
 
 def _decoded(name: bytes, is_utf8: bool) -> str:
-    """Many programs write UTF-8 without saying so; the old code page hardly ever reads as that."""
+    """Decode a name as UTF-8, often unmarked, or as cp437, which is hardly ever valid UTF-8."""
     with contextlib.suppress(UnicodeDecodeError):
         return name.decode("utf-8")
     return name.decode("utf-8" if is_utf8 else "cp437", "surrogateescape")
 
 
 def _zip64(extra: bytes) -> Iterator[int]:
-    """The large numbers of an entry, from its extra fields."""
+    """Yield the large numbers of an entry from its extra fields."""
     while len(extra) >= 4:
         kind, size = struct.unpack_from("<2H", extra)
         if kind == 1:
@@ -333,7 +346,7 @@ def _zip64(extra: bytes) -> Iterator[int]:
 
 
 def _directory(file: IO[bytes], archive: Path) -> tuple[int, int]:
-    """Where the central directory begins, and its size in bytes."""
+    """Return the offset and size in bytes of the central directory."""
     total = file.seek(0, os.SEEK_END)
     file.seek(max(0, total - END_SEARCHED))
     tail = file.read()

@@ -1,5 +1,4 @@
-"""Commands on data: prepare shards, verify images, show what a model sees.
+"""The commands ``prepare-data`` and ``data verify``, and the writer of the bundled sample.
 
-They work on the same sources as training does. They run on many processes and can be stopped and
-started again.
+They read the same sources as training, on many processes. ``prepare-data`` goes on after a stop.
 """

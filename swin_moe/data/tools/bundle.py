@@ -1,7 +1,7 @@
-"""Writes the bundled sample: Fashion-MNIST as gzip-compressed webdataset shards.
+"""Writer of the bundled sample: Fashion-MNIST as gzip-compressed webdataset shards.
 
-``python -m swin_moe.data.tools.bundle --source DIR --output DIR`` makes
-``swin_moe/data/fashion_mnist`` again from the four IDX files of
+``python -m swin_moe.data.tools.bundle --source DIR --output DIR`` writes
+``swin_moe/data/fashion_mnist`` from the four IDX files of
 https://github.com/zalandoresearch/fashion-mnist (Debian:
 ``apt install dataset-fashion-mnist``). The same input and the same zlib give the same bytes.
 """
@@ -40,7 +40,7 @@ def read_idx(path: Path) -> np.ndarray:
     """Read one gzip-compressed IDX file of unsigned bytes: images [N, 28, 28] or labels [N].
 
     Raises:
-        ValueError: the file is missing or is not such a file.
+        ValueError: the file is missing, or no IDX file of unsigned bytes.
     """
     try:
         data = gzip.decompress(path.read_bytes())
@@ -54,7 +54,7 @@ def read_idx(path: Path) -> np.ndarray:
 
 
 def balanced_sample(labels: np.ndarray, count: int, seed: int = SEED) -> np.ndarray:
-    """Shuffled row numbers [count], the same number of each class, from ``labels`` [N]."""
+    """Return shuffled row numbers [count], equally many of each class of ``labels`` [N]."""
     rng = np.random.default_rng(seed)
     per_class = count // len(CLASSES)
     rows = [
@@ -65,7 +65,7 @@ def balanced_sample(labels: np.ndarray, count: int, seed: int = SEED) -> np.ndar
 
 
 def encode_png(pixels: np.ndarray) -> bytes:
-    """The smallest PNG that Pillow makes of grey ``pixels`` [H, W] uint8."""
+    """Encode grey ``pixels`` [H, W] uint8 as the smallest PNG that Pillow makes."""
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, format="PNG", optimize=True)
     return buffer.getvalue()
@@ -76,7 +76,7 @@ def write_shard(
 ) -> None:
     """Write ``(key, image, label)`` as ``key.png`` and ``key.cls`` with fixed metadata.
 
-    A name that ends in ``gz`` compresses: the 512-byte blocks of tar weigh more than small images.
+    A name that ends in ``gz`` compresses: tar's 512-byte blocks are larger than small images.
     """
     archive = io.BytesIO()
     with webdataset.TarWriter(archive, encoder=False, user="root", group="root", mtime=0) as tar:
@@ -95,7 +95,7 @@ def prepare_fashion_mnist(source: Path, output: Path) -> None:
 
     Args:
         source: folder with the four ``*-ubyte.gz`` files.
-        output: folder to write to; made if it is missing.
+        output: folder to write to; created if it is missing.
 
     Raises:
         ValueError: a source file is missing or damaged.

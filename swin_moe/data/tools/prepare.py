@@ -1,8 +1,8 @@
 """``swin-moe prepare-data``: any data set to shuffled tar shards with an index.
 
-The plan is written first; then each shard is a pure function of the plan, written beside and then
-renamed. So processes may write shards in any order, a kill loses the shards that were being
-written, and the same command goes on where it was.
+The plan is written first. Each shard is a pure function of the plan, written under a temporary name
+and then renamed. Processes may write shards in any order, a kill loses only unfinished shards, and
+the same command goes on from there.
 """
 
 from __future__ import annotations
@@ -22,29 +22,32 @@ import simplejpeg
 from rich.console import Console
 from rich.filesize import decimal
 
+from ...common.terminal import print_line
 from ...common.text import plain
+from ...common.writing import replacing
 from ..bad_samples import Skipped
 from ..decode import EncodedImage, UnreadableImage
 from ..files import Source
 from ..names import finder, write_classes
-from ..readers.index import DatasetManifest, Shard, replacing, write_index
+from ..readers.index import DatasetManifest, Shard, write_index
 from ..readers.scan import scan_shard
 from ..rng import permutation
 from .parallel import in_processes
 from .progress import sample_progress
 
 QUALITY = 95  # of a resized JPEG
-PROBED = 200  # images whose size is looked at, to find how many fill a shard
-WORK = ".prepare"  # folder of what is needed to go on
+PROBED = 200  # images whose mean size decides how many fill a shard
+WORK = ".prepare"  # folder of the plan and of the records of finished shards
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What decides the bytes of a split's shards.
+    """The settings that decide the bytes of a split's shards.
 
     Attributes:
-        source: what was prepared.
-        shard_bytes: wanted size of a shard.
+        source: path of the data set.
+        seed: of the order of samples.
+        shard_bytes: size of a shard.
         resize: shorter side in pixels to which larger images are resized; 0 = none.
         val_share: of each class, the samples that go to ``val``.
     """
@@ -57,10 +60,10 @@ class Settings:
 
 
 class _Shard(NamedTuple):
-    """A split to be written; processes inherit it by forking, so that nothing is copied."""
+    """A split to write; forked processes inherit it without a copy."""
 
     source: Source
-    labels: np.ndarray  # [N] as they are to be written
+    labels: np.ndarray  # [N] as written
     order: np.ndarray  # places in the source
     samples: int  # of a shard
     prefix: Path
@@ -77,11 +80,11 @@ class _Shard(NamedTuple):
         return self.prefix.with_name(f"{self.prefix.name}-{shard:06d}.tar")
 
     def record(self, shard: int) -> Path:
-        """What is known of a shard that is complete."""
+        """Return the path of the record of a complete shard."""
         return self.prefix.parent / WORK / f"{self.path(shard).name}.json"
 
 
-_JOB: list[_Shard] = []  # of this process, for the ones that it forks
+_JOB: list[_Shard] = []  # inherited by forked processes
 
 
 def prepare(
@@ -97,16 +100,16 @@ def prepare(
     """Write ``split-*.tar`` (and ``val-*.tar``), ``split.json`` with the index, ``classes.txt``.
 
     Args:
-        classes: the classes to keep, by name (or number, where the source has no names), in the
-            order of their new labels; None = all.
+        classes: the classes to keep, by name (or number, if the source has no names), in the order
+            of their new labels; None = all.
 
     Returns:
         the samples that could not be read; they are left out and listed in
         ``bad-samples-SPLIT.jsonl``.
 
     Raises:
-        ValueError: one line, if nothing is to be written, the folder holds something else, or the
-            disk is too small.
+        ValueError: there is nothing to write, the folder holds other data, or the disk is too
+            small; one line.
     """
     labels, names = _relabel(source, classes)
     parts = _split(labels, settings, split)
@@ -132,12 +135,12 @@ def prepare(
 
 
 def finish(output: Path) -> None:
-    """All splits are written: remove what was needed to go on."""
+    """Remove the records of a preparation whose splits are all written."""
     shutil.rmtree(output / WORK, ignore_errors=True)
 
 
 def _relabel(source: Source, classes: list[str] | None) -> tuple[np.ndarray, list[str] | None]:
-    """Labels [N] to be written, −1 for samples to be left out, and the classes' names."""
+    """Return the labels [N] to write, −1 for samples to leave out, and the class names."""
     if classes is None:
         return np.asarray(source.labels), source.class_names
     if len(set(classes)) < len(classes):
@@ -148,34 +151,34 @@ def _relabel(source: Source, classes: list[str] | None) -> tuple[np.ndarray, lis
     if (table < 0).all():
         raise ValueError(
             f"none of the {len(classes):,} listed classes is in the data, first listed "
-            f"'{classes[0]}', first there '{known[0]}'"
+            f"'{classes[0]}', first in the data '{known[0]}'"
         )
     return table[source.labels], classes
 
 
 def names_or_numbers(source: Source) -> list[str]:
-    """What ``--classes`` calls the classes of a source."""
+    """Return the names of a source's classes for ``--classes``."""
     return source.class_names or [str(number) for number in range(len(source.class_counts))]
 
 
 def _split(labels: np.ndarray, settings: Settings, split: str) -> dict[str, np.ndarray]:
-    """Which samples go to which split, shuffled: the first of each class to ``val``."""
+    """Return each split's samples, shuffled: the first of each class go to ``val``."""
     order = permutation(len(labels), settings.seed)
     order = order[labels[order] >= 0]
     if not settings.val_share:
         return {split: order}
-    mine = labels[order]
-    by_class = np.argsort(mine, kind="stable")
-    counts = np.bincount(mine)
+    chosen = labels[order]
+    by_class = np.argsort(chosen, kind="stable")
+    counts = np.bincount(chosen)
     place = np.arange(len(order)) - np.repeat(np.cumsum(counts) - counts, counts)
     rank = np.empty(len(order), np.int64)
     rank[by_class] = place
-    held_out = rank < np.round(settings.val_share * counts)[mine]
+    held_out = rank < np.round(settings.val_share * counts)[chosen]
     if len(order) and (held_out.all() or not held_out.any()):
         what, how = ("all", "smaller") if held_out.all() else ("none", "larger")
         raise ValueError(
-            f"--val={settings.val_share}: it would hold out {what} of {len(order):,} samples, for "
-            f"it counts in each class: give a {how} share"
+            f"--val={settings.val_share}: it would hold out {what} of {len(order):,} samples, as a "
+            f"share of each class: give a {how} share"
         )
     return {split: order[~held_out], "val": order[held_out]}
 
@@ -188,15 +191,15 @@ def _plan(
     settings: Settings,
     output: Path,
 ) -> int:
-    """Samples per shard: as a former start planned, or by the size of some images."""
+    """Return the samples per shard: from a former start's plan, or by the size of some images."""
     if path.exists():
         former = json.loads(path.read_text(encoding="utf-8"))
         samples = former.pop("samples_per_shard")
         if former != plan:
             key = next(key for key in plan if plan[key] != former.get(key))
-            told = "" if key == "classes" else f" ({former.get(key)!r}, now {plan[key]!r})"
+            values = "" if key == "classes" else f" ({former.get(key)!r}, now {plan[key]!r})"
             raise ValueError(
-                f"{output} holds an unfinished preparation with another '{key}'{told}: finish "
+                f"{output} holds an unfinished preparation with another '{key}'{values}: finish "
                 "that, or choose another folder"
             )
         return samples
@@ -230,8 +233,9 @@ def _write_split(job: _Shard, settings: Settings, console: Console, workers: int
     done = [shard for shard in range(job.num_shards) if _is_done(job, shard)]
     rest = sorted(set(range(job.num_shards)) - set(done))
     if done:
-        text = f"{plain(job.prefix.name)}: {len(done)} of {job.num_shards} shards are there"
-        console.print(text, highlight=False, markup=False)
+        print_line(
+            console, f"{plain(job.prefix.name)}: {len(done)} of {job.num_shards} shards are written"
+        )
     _JOB[:] = [job]
     with sample_progress(console, job.prefix.name, len(job.order)) as advance:
         advance(sum(len(job.members(shard)) for shard in done), 0)
@@ -260,7 +264,7 @@ def _write_shard(shard: int) -> tuple[int, int]:
                 try:
                     encoded = job.source.read(index)
                     data, extension = _encoded(encoded, job.resize, job.source.max_pixels)
-                # An OSError ends the run, which may go on later: the disk may be at fault.
+                # Another OSError ends the run, since the disk may be at fault; it may go on later.
                 except (FileNotFoundError, ValueError) as error:
                     if isinstance(error, FileNotFoundError) and not _is_missing(error, job, index):
                         raise
@@ -286,7 +290,7 @@ def _write_shard(shard: int) -> tuple[int, int]:
 
 
 def _is_missing(error: FileNotFoundError, job: _Shard, index: int) -> bool:
-    """Whether this image alone is not there, as a list may name it; else a disk went away."""
+    """Return whether only this image is missing; otherwise a disk may be gone."""
     key = job.source.key(index)
     return error.filename == key and Path(key).parent.is_dir()
 
@@ -298,17 +302,17 @@ def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
 
 
 def _key(source: Source, index: int) -> str:
-    """Unique, and still telling: the place in the source and the image's name there."""
+    """Return a unique key with the place in the source and the image's name there."""
     stem = source.key(index).replace("\\", "/").rsplit("/", 1)[-1].rsplit(":", 1)[-1]
     stem = stem.rsplit(".", 1)[0] if "." in stem else stem
     return f"{index:09d}-{plain(stem).replace('.', '_')}"
 
 
 def _encoded(data: bytes, shorter_side: int, max_pixels: int) -> tuple[bytes, str]:
-    """An image as it is to be stored, and its extension.
+    """Return an image as it is stored, and its extension.
 
     Raises:
-        UnreadableImage: it is none, or it was to be resized and cannot be decoded.
+        UnreadableImage: it is no image, or it cannot be decoded for resizing.
     """
     extension = image_extension(data)
     if extension is None:
@@ -330,7 +334,7 @@ def _encoded(data: bytes, shorter_side: int, max_pixels: int) -> tuple[bytes, st
 
 
 def image_extension(data: bytes) -> str | None:
-    """What an image file begins with, as an extension."""
+    """Return an image file's extension by its first bytes."""
     for start, extension in (
         (b"\xff\xd8\xff", "jpg"), (b"\x89PNG\r\n", "png"), (b"GIF8", "gif"), (b"BM", "bmp"),
         (b"II*\0", "tif"), (b"MM\0*", "tif"), (b"II+\0", "tif"), (b"MM\0+", "tif"),
@@ -345,7 +349,7 @@ def image_extension(data: bytes) -> str | None:
 
 
 def sha256(path: Path) -> str:
-    """Hexadecimal digest of a file."""
+    """Return the hexadecimal digest of a file."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):
@@ -354,7 +358,7 @@ def sha256(path: Path) -> str:
 
 
 def _index(job: _Shard, settings: Settings) -> list[Skipped]:
-    """Put the shards' tables together; returns what was left out of them."""
+    """Write the manifest and the joined table; return the samples left out."""
     shards, skipped, counts = [], [], np.zeros(int(job.labels.max()) + 1, np.int64)
     for shard in range(job.num_shards):
         state = json.loads(job.record(shard).read_text(encoding="utf-8"))

@@ -22,7 +22,7 @@ from ...common.text import plain
 def sample_progress(
     console: Console, name: str, total: int
 ) -> Iterator[Callable[[int, int], None]]:
-    """Yields a function to call with samples done and bytes moved; silent if piped to a file."""
+    """Yield a function of samples done and bytes moved; draw nothing if piped to a file."""
     with Progress(
         TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=None),

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from rich.console import Console
 
+from ...common.terminal import print_line
 from ...common.text import plain
 from ..bad_samples import Skipped
 from ..decode import EncodedImage, UnreadableImage
@@ -19,13 +20,13 @@ from .parallel import in_processes
 from .prepare import sha256
 from .progress import sample_progress
 
-PART = 500  # samples that a process takes at a time
+PART = 500  # samples that a process takes at once
 
-_SOURCE: list[Source] = []  # of this process, for the ones that it forks
+_SOURCE: list[Source] = []  # inherited by forked processes
 
 
 class ImageReport(NamedTuple):
-    """What was found: samples that cannot be read, and shards that are not what was written."""
+    """Samples that cannot be read, and paths of shards that have changed."""
 
     samples: int
     skipped: list[Skipped]
@@ -35,10 +36,10 @@ class ImageReport(NamedTuple):
 def verify(
     source: Source, manifest: Path | None, output: Path, console: Console, workers: int
 ) -> ImageReport:
-    """Decode every sample; hold every shard's digest against its manifest.
+    """Decode every sample, and compare every shard's digest with its manifest.
 
     Args:
-        output: where the bad samples are listed, a JSON object a line; written if there are any.
+        output: the list of bad samples, one JSON object per line; written if there are any.
     """
     skipped: list[Skipped] = []
     parts = [range(i, min(i + PART, len(source))) for i in range(0, len(source), PART)]
@@ -55,7 +56,7 @@ def verify(
     if skipped:
         lines = "".join(json.dumps(sample._asdict()) + "\n" for sample in skipped)
         output.write_text(lines, encoding="utf-8")
-    _tell(len(source), skipped, changed, output, console)
+    _print_report(len(source), skipped, changed, output, console)
     return ImageReport(len(source), skipped, changed)
 
 
@@ -92,25 +93,15 @@ def _digest(path: Path) -> tuple[Path, str]:
     return path, sha256(path)
 
 
-def _tell(
+def _print_report(
     count: int, skipped: list[Skipped], changed: list[str], output: Path, console: Console
 ) -> None:
     for name in changed:
-        console.print(
-            f"{plain(name)}: its content is not what was written: copy it again",
-            highlight=False,
-            markup=False,
-            soft_wrap=True,
-        )
+        print_line(console, f"{plain(name)}: its content is not what was written: copy it again")
     for kind, number in Counter(sample.kind for sample in skipped).most_common():
         first = next(sample for sample in skipped if sample.kind == kind)
-        console.print(
-            f"{number:,} {kind}, first {plain(first.key)} ({plain(first.reason)})",
-            highlight=False,
-            markup=False,
-            soft_wrap=True,
-        )
+        print_line(console, f"{number:,} {kind}, first {plain(first.key)} ({plain(first.reason)})")
     found = (
         f"{len(skipped):,} bad ones are listed in {plain(output)}" if skipped else "all can be read"
     )
-    console.print(f"{count:,} samples: {found}", highlight=False, markup=False, soft_wrap=True)
+    print_line(console, f"{count:,} samples: {found}")

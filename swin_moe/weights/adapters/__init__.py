@@ -1,7 +1,7 @@
-"""State dicts of other implementations in our names and back, one file per dialect.
+"""Translation of state dicts between our names and other implementations', one file per dialect.
 
-Nothing here reads files or builds models; what may stand in a file is in ``ours``, ``official``,
-``timm``, ``huggingface``, ``torchvision`` and ``mmseg``, each a table of names.
+Nothing here reads files or builds models. The modules ``ours``, ``official``, ``timm``,
+``huggingface``, ``torchvision`` and ``mmseg`` are tables of names.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ __all__ = [
 
 
 def detect(names: Iterable[str]) -> str:
-    """The dialect of a state dict's names; dense official files and ours alike are ``official``.
+    """Return the dialect of a state dict; ``official`` for dense official files and ours.
 
     Raises:
         DialectError: none fits.
     """
     names = list(names)
-    # Ours last: without experts its names are the official ones.
+    # Ours last: without experts, its names are official.
     for dialect in (HUGGINGFACE, MMSEG, TORCHVISION, TIMM, OFFICIAL, OURS):
         if dialect.recognises(names):
             return dialect.name
@@ -54,10 +54,10 @@ def detect(names: Iterable[str]) -> str:
 
 
 def to_swin_moe(state: State, dialect: str) -> Translation:
-    """A state dict in our names; tensors are shared with ``state`` where only names change.
+    """Translate a state dict into our names; renamed tensors are shared with ``state``.
 
     Raises:
-        DialectError: unknown dialect, names of another dialect or of none, or a tensor whose shape
+        DialectError: unknown dialect, names of another dialect or of none, or a tensor's shape
             does not fit its name.
     """
     spec = _dialect(dialect)
@@ -70,19 +70,19 @@ def to_swin_moe(state: State, dialect: str) -> Translation:
 
 
 def from_swin_moe(state: State, dialect: str, model: ModelConfig) -> State:
-    """Our state dict in another implementation's names, with the buffers that it needs.
+    """Translate our state dict into another implementation's names, and add its buffers.
 
-    Tensors are shared with ``state`` where only names change.
+    Renamed tensors are shared with ``state``.
 
     Raises:
         DialectError: unknown dialect, a name that is not ours, or a model that the other
-            implementation does not have or would compute otherwise.
+            implementation lacks or computes differently.
     """
     return write(_dialect(dialect), state, model)
 
 
 def computes_otherwise(dialect: str, model: ModelConfig) -> str:
-    """Why the other implementation's outputs differ at the model's image size, else empty."""
+    """Return why the other implementation's outputs differ at the image size, or ``""``."""
     spec = _dialect(dialect)
     if model.family not in spec.windows:
         return ""

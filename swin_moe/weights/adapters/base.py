@@ -1,4 +1,4 @@
-"""What describes a dialect, and reading and writing by such a description."""
+"""The description of a dialect, and reading and writing by it."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ class Translation(NamedTuple):
 
     Attributes:
         state: our name -> tensor.
-        sources: our name -> the names in the file it was made from.
-        dropped: known buffers and parts that a model of ours lacks, by the file's names.
-        unknown: names in the file that no rule knows.
+        sources: our name -> the file's names of the tensors that it was made from.
+        dropped: known buffers and parts that our models lack, by the file's names.
+        unknown: names in the file without a rule.
     """
 
     state: State
@@ -30,8 +30,10 @@ class Translation(NamedTuple):
 
 
 class Images(NamedTuple):
-    """How images are prepared: ``data.mean`` and ``data.std``, and ``augment.eval_crop`` of the
-    shorter side cut out of the centre. The defaults are ImageNet's."""
+    """Preparation of images: ``data.mean``, ``data.std`` and ``augment.eval_crop``.
+
+    The defaults are ImageNet's.
+    """
 
     mean: list[float] = [0.485, 0.456, 0.406]  # noqa: RUF012 - never changed
     std: list[float] = [0.229, 0.224, 0.225]  # noqa: RUF012
@@ -39,7 +41,7 @@ class Images(NamedTuple):
 
 
 class Kind(NamedTuple):
-    """What of a model decides its names: cosine attention (V2) or not, and the stages."""
+    """The properties of a model that decide its names: cosine attention (V2), and the stages."""
 
     v2: bool
     stages: int
@@ -53,17 +55,19 @@ class Dialect(NamedTuple):
     """One implementation's names.
 
     Attributes:
-        example: a name by which a person knows it.
+        name: of the dialect.
+        example: a typical name, for messages.
         looks_like: whether names, without their prefix, can be this dialect's.
-        rules: of a kind of model; where several give the same name of ours, the first one writes.
-        only: family -> options of ModelConfig that have but one value there; families that are
-            missing here are missing there. Empty: whatever we have.
+        rules: of a kind of model; if several give the same name of ours, the first one writes.
+        only: family -> options of ModelConfig that have only one value in this implementation,
+            which lacks the other families. Empty: everything that we have.
         windows: family -> the windows that it builds.
-        prefix: pattern of what may stand before every name.
-        body: family -> what is written before every name that does not start with ``outside``.
+        prefix: pattern of an optional prefix of every name.
+        body: family -> prefix to write before every name that does not start with ``outside``.
+        outside: see ``body``.
         dropped: pattern of names that no rule takes and nobody needs.
-        spare: names that are not to be read in a given state.
-        extras: what a written state needs besides, e.g. buffers.
+        spare: names in a given state that are not read.
+        extras: further tensors of a written state, e.g. buffers.
         moe: whether it has mixtures of experts, in the family ``swin_moe``.
     """
 
@@ -82,7 +86,7 @@ class Dialect(NamedTuple):
     moe: bool = False
 
     def plain(self, names: Iterable[str]) -> dict[str, str]:
-        """Name without prefix -> name; where two would be one, the second keeps its prefix."""
+        """Map names without prefix to names; if two would be equal, the second keeps its prefix."""
         plain: dict[str, str] = {}
         for name in names:
             short = re.sub(f"^{self.prefix}", "", name)
@@ -131,7 +135,7 @@ def write(dialect: Dialect, state: State, model: ModelConfig) -> State:
 
 
 def check(dialect: Dialect, model: ModelConfig, *, moe: bool = False) -> None:
-    """Raise :class:`DialectError` if the other implementation cannot compute what the model does.
+    """Raise :class:`DialectError` if the other implementation cannot compute the same function.
 
     Args:
         moe: whether the model has mixtures of experts.
@@ -152,7 +156,7 @@ def check(dialect: Dialect, model: ModelConfig, *, moe: bool = False) -> None:
 
 
 def check_sizes(dialect: Dialect, model: ModelConfig) -> None:
-    """Raise :class:`DialectError` if the other one pads or clips otherwise at the image size."""
+    """Raise :class:`DialectError` if padding or clipping differ at the image size."""
     if any(side % model.patch_size for side in model.image_sides):
         raise DialectError(
             f"{dialect.name} may not pad images: img_size={model.img_size} must be a multiple of "
@@ -162,16 +166,16 @@ def check_sizes(dialect: Dialect, model: ModelConfig) -> None:
         ours, theirs = shrinks(model, stage), dialect.windows[model.family](model, stage)
         where = f"{dialect.name} at img_size={model.img_size} would compute something else: stage"
         if ours != theirs:
-            raise DialectError(f"{where} {stage} has {_told(theirs)} there, {_told(ours)} here")
+            raise DialectError(f"{where} {stage} has {_text(theirs)} there, {_text(ours)} here")
         window, (height, width) = ours[0][0], sides(model, stage)
-        if height % window or width % window:  # zeros that fill up windows take part there
+        if height % window or width % window:  # padding takes part in the other's attention
             raise DialectError(
                 f"{where} {stage} has {height}×{width} tokens, which windows of {window} do not "
                 "divide; give an img_size that they divide"
             )
 
 
-def _told(windows: Windows) -> str:
+def _text(windows: Windows) -> str:
     size = "×".join(str(window) for window, _ in windows)
     shifted = "/".join("shifted" if shift else "unshifted" for _, shift in windows)
     return f"windows of {size} ({shifted})"

@@ -1,6 +1,6 @@
-"""transformers' names, as they stand in its files: SwinForImageClassification and Swinv2's.
+"""The names in transformers' files: SwinForImageClassification and Swinv2ForImageClassification.
 
-transformers 5 renames V1's modules on loading and names them back on saving; state dicts of its
+transformers 5 renames V1's modules on loading and reverses that on saving; state dicts of its
 modules are read too.
 """
 
@@ -92,7 +92,7 @@ HUGGINGFACE = Dialect(
     example="swin.encoder.layers.0.blocks.0.layernorm_before.weight",
     looks_like=_looks_like,
     rules=_rules,
-    # V2 makes room for a class token in its position embedding, which then cannot be added.
+    # V2's position embedding has room for a class token, and can then not be added.
     only={"swin": ONLY, "swinv2": {**ONLY, "ape": False}},
     windows={"swin": never_shrinks, "swinv2": shrinks_by_height},
     prefix=r"(module\.)?(swin\.|swinv2\.)?",
@@ -103,13 +103,13 @@ HUGGINGFACE = Dialect(
 
 
 def huggingface_config(model: ModelConfig, classes: list[str] | None = None) -> dict[str, Any]:
-    """The ``config.json`` that belongs beside a state dict written for ``huggingface``.
+    """Return the ``config.json`` for a state dict written for ``huggingface``.
 
     Args:
         classes: names by label.
 
     Raises:
-        DialectError: transformers cannot compute what the model does.
+        DialectError: transformers cannot compute the same function.
     """
     check(HUGGINGFACE, model)
     config: dict[str, Any] = {
@@ -149,13 +149,13 @@ def _labels(model: ModelConfig, classes: list[str] | None) -> dict[str, Any]:
 
 
 def huggingface_processor(model: ModelConfig, images: Images) -> dict[str, Any] | None:
-    """The ``preprocessor_config.json`` that prepares images as our evaluation does.
+    """Return a ``preprocessor_config.json`` that prepares images as our evaluation does.
 
-    In all versions, CLIP's processor resizes the shorter side and crops the centre. It may crop one
-    pixel beside ours: it rounds half an odd margin down.
+    In all versions, CLIP's processor resizes the shorter side and crops the centre. Its crop may
+    lie one pixel off ours: it rounds half an odd margin down.
 
     Returns:
-        None for rectangles, which no processor of theirs prepares so.
+        None for rectangles, which no processor of transformers prepares in this way.
     """
     height, width = model.image_sides
     if height != width:

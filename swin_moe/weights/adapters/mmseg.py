@@ -1,7 +1,7 @@
 """OpenMMLab's names: Swin in mmseg, mmdet and mmpretrain, and mmpretrain's SwinV2.
 
-Patch merging uses ``nn.Unfold`` there, whose channels come in another order; V1 merges at the end
-of a stage, V2 at the start of the next one.
+Their patch merging uses ``nn.Unfold``, whose channels have another order. V1 merges at the end of a
+stage, V2 at the start of the next one.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ PARTS = {
 
 
 def _from_unfold(tensors: list[Tensor]) -> list[Tensor]:
-    """Last dimension 4C in the order (channel, row, column) to ours, (column, row, channel)."""
+    """Reorder the last dimension 4C from (channel, row, column) to (column, row, channel)."""
     return [t.unflatten(-1, (-1, 2, 2)).transpose(-3, -1).flatten(-3) for t in tensors]
 
 
@@ -73,7 +73,7 @@ MMSEG = Dialect(
         "swin": {"mlp_fc2_bias": True, "extra_norm_every_n_blocks": 0},
         "swinv2": {"mlp_fc2_bias": True},
     },
-    # V2's windows are set stage by stage in its config.
+    # V2's config sets the window of each stage.
     windows={"swin": never_shrinks, "swinv2": shrinks},
     prefix=r"(module\.)?(backbone\.)?",
     body={"swin": "backbone.", "swinv2": "backbone."},

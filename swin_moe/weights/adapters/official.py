@@ -1,7 +1,6 @@
 """Microsoft's names: V1, V2, SwinMLP, Swin-MoE, SimMIM's encoders and detectors' backbones.
 
-Ours follow them; only experts differ, which are Tutel's layers there, and buffers, which official
-files hold.
+Ours follow them, except that official experts are Tutel's layers and official files hold buffers.
 """
 
 from __future__ import annotations
@@ -60,7 +59,7 @@ def _looks_like(names: Collection[str]) -> bool:
 
 
 def _absent_biases(state: State) -> set[str]:
-    """Tutel always has a bias of fc2: all zero beside dense fc2 without one, it means none."""
+    """Return Tutel's biases of fc2 that stand for none: all zero, with dense fc2 without bias."""
     biases = {name for name in state if name.endswith("._moe_layer.experts.batched_fc2_bias")}
     dense = any(name.endswith(".mlp.fc2.weight") for name in state)
     dense_bias = any(name.endswith(".mlp.fc2.bias") for name in state)
@@ -95,7 +94,7 @@ def _masks(model: ModelConfig) -> State:
 
 
 def _windows(model: ModelConfig, stage: int) -> Windows:
-    """As ours, but patch merging pads nothing there."""
+    """Return our windows; refuse sizes at which the official code cannot merge patches."""
     height, width = sides(model, stage)
     if stage < len(model.depths) - 1 and (height % 2 or width % 2):
         raise DialectError(

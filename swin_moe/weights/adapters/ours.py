@@ -24,7 +24,7 @@ EXPERTS = (
 
 
 def same(names: Collection[str]) -> dict[str, str]:
-    """Names that are the same on both sides."""
+    """Map each name to itself."""
     return {name: name for name in names}
 
 
@@ -45,8 +45,12 @@ def has(names: Collection[str], pattern: str) -> bool:
 
 
 def has_layers(names: Collection[str], *, merging_first: bool) -> bool:
-    """Whether blocks are named as official ones, patch merging being the end of a stage (ours,
-    official) or the start of the next one (timm, which also has ``head.fc``)."""
+    """Return whether blocks have official names, with patch merging at the given place.
+
+    Args:
+        merging_first: at the start of the next stage (timm, which also has ``head.fc``), not at the
+            end of a stage (ours, official).
+    """
     if has(names, r"layers\.\d+\.downsample\."):
         first = not has(names, r"layers\.0\.downsample\.")
     else:

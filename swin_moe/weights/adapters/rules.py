@@ -1,7 +1,7 @@
-"""Rename rules that work both ways: pairs of templates, with arithmetic where names do not do.
+"""Rename rules that work both ways: pairs of templates, with arithmetic where it is needed.
 
 A template is a name with fields: ``{s}`` stage, ``{b}`` block, ``{n}`` 1, 2 or 3, ``{p}`` weight
-or bias. ``{s+1}`` and ``{2s+1}`` stand for other implementations that count stages otherwise.
+or bias. ``{s+1}`` and ``{2s+1}`` are for implementations that count stages differently.
 """
 
 from __future__ import annotations
@@ -28,8 +28,10 @@ class Rule(NamedTuple):
     """Tensors of ours that are made of tensors of theirs, and back.
 
     Attributes:
-        ours, theirs: templates; all names of one side must be there for the rule to hold.
-        read: tensors of ``theirs`` to those of ``ours``. write: the reverse.
+        ours: templates, of which all names must be present to write.
+        theirs: templates, of which all names must be present to read.
+        read: from the tensors of ``theirs`` to those of ``ours``.
+        write: the reverse.
     """
 
     ours: tuple[str, ...]
@@ -39,7 +41,7 @@ class Rule(NamedTuple):
 
 
 def renames(pairs: Mapping[str, str], ours: str = "", theirs: str = "") -> list[Rule]:
-    """One rule per pair ``our template: their template``, each side behind its own prefix."""
+    """Return one rule per pair ``our template: their template``, each with its side's prefix."""
     return [Rule((ours + o,), (theirs + t,)) for o, t in pairs.items()]
 
 
@@ -54,7 +56,7 @@ def _pattern(template: str) -> re.Pattern[str]:
 
 
 def match(template: str, name: str) -> dict[str, str] | None:
-    """The values of a template's fields in a name; None if the name is none of it."""
+    """Return the values of a template's fields in a name; None if it does not match."""
     found = _pattern(template).fullmatch(name)
     if found is None:
         return None
@@ -70,7 +72,7 @@ def match(template: str, name: str) -> dict[str, str] | None:
 
 
 def fill(template: str, values: Mapping[str, str | int]) -> str:
-    """The name that a template stands for."""
+    """Return the name of a template with these values."""
 
     def value(field: re.Match[str]) -> str:
         if not (field["factor"] or field["offset"]):
@@ -82,7 +84,7 @@ def fill(template: str, values: Mapping[str, str | int]) -> str:
 
 
 class Translated(NamedTuple):
-    """New state, new name -> the old ones it was made from, and the old names no rule takes."""
+    """A new state, each new name's old names, and the old names without a rule."""
 
     state: State
     sources: dict[str, tuple[str, ...]]
@@ -90,13 +92,13 @@ class Translated(NamedTuple):
 
 
 def translate(rules: Iterable[Rule], state: State, *, write: bool = False) -> Translated:
-    """Apply to each name the first rule that holds: theirs to ours, or with ``write`` the reverse.
+    """Apply to each name the first matching rule: theirs to ours, or with ``write`` the reverse.
 
-    Tensors are passed on, not copied, where a rule does no arithmetic.
+    Tensors are not copied if a rule does no arithmetic.
     """
     rules = list(rules)
     out = Translated({}, {}, [])
-    used: set[str] = set()  # a rule of several names takes them all at the first one
+    used: set[str] = set()  # a rule of several names uses all of them at the first one
     for name in state:
         for rule in rules:
             old, new = (rule.ours, rule.theirs) if write else (rule.theirs, rule.ours)

@@ -1,4 +1,4 @@
-"""timm's names since 0.9 (older ones are official): patch merging starts a stage there."""
+"""timm's names since 0.9 (older ones are official): patch merging starts a stage."""
 
 from __future__ import annotations
 
@@ -45,14 +45,14 @@ TIMM = Dialect(
 def timm_config(
     model: ModelConfig, images: Images | None, classes: list[str] | None = None
 ) -> dict[str, Any]:
-    """The ``config.json`` beside ``model.safetensors`` that ``timm.create_model`` opens by
-    ``local-dir:FOLDER``.
+    """Return the ``config.json`` with which ``timm.create_model`` opens ``local-dir:FOLDER``.
 
     Args:
+        images: their preparation.
         classes: names by label.
 
     Raises:
-        DialectError: timm cannot compute what the model does.
+        DialectError: timm cannot compute the same function.
     """
     check(TIMM, model)
     arguments: dict[str, Any] = {
@@ -93,7 +93,7 @@ def timm_config(
 
 
 def _architecture(model: ModelConfig) -> str:
-    """timm's name of the model, or of one whose every size ``model_args`` replaces."""
+    """Return timm's name of the model, or a name whose every size ``model_args`` replaces."""
     import timm  # imports all its models
 
     known = model.name.removesuffix("_22kto1k").removesuffix("_22k")

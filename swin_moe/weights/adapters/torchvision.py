@@ -1,4 +1,4 @@
-"""torchvision's names: one list of modules, stages at odd places, patch merging at even ones."""
+"""torchvision's names: one list of modules, with stages at odd and patch merging at even places."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PARTS = {"norm{n}.{p}": "norm{n}.{p}", "mlp.fc1.{p}": "mlp.0.{p}", "mlp.fc2.{p}"
 
 
 def _read_bias(tensors: list[Tensor]) -> list[Tensor]:
-    """V2 has a full bias there whose k third is zeroed at each call, whatever the file says."""
+    """Split V2's full bias; torchvision sets its k third to zero at each call."""
     q, _, v = tensors[0].chunk(3)
     return [q.clone(), v.clone()]
 

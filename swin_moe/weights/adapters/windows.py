@@ -1,7 +1,7 @@
-"""Which windows an implementation builds at a model's resolution, and the buffers of them.
+"""The windows of each implementation at a model's resolution, and their buffers.
 
-Where a window is not smaller than the feature map, implementations part ways; a translation is
-refused where the other one would compute something else than the model does.
+Implementations differ where a window is not smaller than the feature map. A translation is refused
+if the other implementation would compute another function.
 """
 
 from __future__ import annotations
@@ -17,45 +17,49 @@ Windows = list[tuple[int, bool]]  # for height and width: the window, and whethe
 
 
 def sides(model: ModelConfig, stage: int) -> tuple[int, int]:
-    """(height, width) of a stage in tokens."""
+    """Return a stage's (height, width) in tokens."""
     height, width = model.token_grid
     return -(-height // 2**stage), -(-width // 2**stage)
 
 
 def shrinks(model: ModelConfig, stage: int) -> Windows:
-    """Ours and the official rule: one window, clipped to the smaller side, then never shifted."""
+    """Follow our and the official rule: clip to the smaller side; one window never shifts."""
     small = min(sides(model, stage))
     return [(min(small, model.window_size), small > model.window_size)] * 2
 
 
 def shrinks_by_axis(model: ModelConfig, stage: int) -> Windows:
-    """timm: each side by itself."""
+    """Follow timm: each side by itself."""
     size = model.window_size
     return [(min(side, size), side > size) for side in sides(model, stage)]
 
 
 def shrinks_by_height(model: ModelConfig, stage: int) -> Windows:
-    """transformers' V2: the height decides for both sides; stages are halved rounding down."""
+    """Follow transformers' V2: the height decides for both sides, halved rounding down."""
     height = (model.image_sides[0] // model.patch_size) >> stage
     return [(min(height, model.window_size), height > model.window_size)] * 2
 
 
 def never_shrinks(model: ModelConfig, stage: int) -> Windows:
-    """transformers' V1 and OpenMMLab's V1: the table is of the configured window in every stage.
+    """Follow transformers' and OpenMMLab's V1: each stage's table has the configured window.
 
-    mmseg, unlike mmpretrain, shifts even where one window covers the map; its images are larger.
+    mmseg, unlike mmpretrain, shifts even if one window covers the map; its images are larger.
     """
     return [(model.window_size, min(sides(model, stage)) > model.window_size)] * 2
 
 
 def never_shrinks_by_axis(model: ModelConfig, stage: int) -> Windows:
-    """torchvision: small maps are padded to the configured window, each side by itself."""
+    """Follow torchvision: pad small maps to the configured window, each side by itself."""
     return [(model.window_size, side > model.window_size) for side in sides(model, stage)]
 
 
 def position_buffers(model: ModelConfig, attention: str, *, flat_index: bool = False) -> State:
-    """``relative_position_index`` of each block and, where a network makes the position bias,
-    ``relative_coords_table``; ``attention`` is the template of the attention's name."""
+    """Return ``relative_position_index`` and, except for V1, ``relative_coords_table`` per block.
+
+    Args:
+        attention: template of the attention's name.
+        flat_index: flatten the index.
+    """
     state: State = {}
     pretrained = model.pretrained_window_sizes or [0] * len(model.depths)
     for stage, depth in enumerate(model.depths):
@@ -72,8 +76,10 @@ def position_buffers(model: ModelConfig, attention: str, *, flat_index: bool = F
 
 
 def attention_mask(height: int, width: int, window: int) -> Tensor:
-    """The official mask of a shifted block, [windows, N, N]: −100 between regions that the roll
-    brought together; the window divides both sides."""
+    """Return the official mask of a shifted block, [windows, N, N]; the window divides both sides.
+
+    It is −100 between regions that only the roll made neighbours, and 0 elsewhere.
+    """
     rows, cols = (_regions(side, window) for side in (height, width))
     regions = 3 * rows[:, None] + cols
     tiles = regions.unflatten(0, (-1, window)).unflatten(2, (-1, window))
