@@ -86,18 +86,9 @@ def train(
     """
     started = time.monotonic()
     fresh = fresh and not ranks.started_again()  # a restart resumes the fresh run
+    run = Run(Path(config.train.output), world, console)
     with StopSignal() as stop_signal:
-        _choose_ops(config, world)
-        task = build_task(config, world.rank)
-        task.check()
-        torch.set_flush_denormal(config.precision.flush_denormals)
-        run = Run(Path(config.train.output), world, console)
-        if note := share_global_batch(config, world.size):
-            run.say(note)
-        if verdict is not None:
-            dtype = resolve_precision(config.precision, world.device)
-            watchdog.enter("the links between the processes were timed", works=True)
-            preflight.at_start(config, verdict, world, dtype, run.say)
+        task = _prepare(run, config, watchdog, verdict)
         keep_former_defaults(run, config, fresh)
         watchdog.enter(f"data.path={plain(config.data.path)} was opened", works=True)
         resolve_micro_batch(run, task, fresh)
@@ -128,13 +119,27 @@ def train(
     return run.folder
 
 
-def _choose_ops(config: Config, world: World) -> None:
+def _prepare(
+    run: Run, config: Config, watchdog: Watchdog, verdict: preflight.Agreement | None
+) -> Task:
+    """Choose ops, build and check the task, share the global batch, and finish the preflight."""
+    world = run.world
     if not config.ops.fused:
         ops.use_references()
     if config.ops.allow_unverified:
         ops.allow_unverified()
     if config.ops.require_fused:
         ops.require_fused(world.device.type)
+    task = build_task(config, world.rank)
+    task.check()
+    torch.set_flush_denormal(config.precision.flush_denormals)
+    if note := share_global_batch(config, world.size):
+        run.say(note)
+    if verdict is not None:
+        dtype = resolve_precision(config.precision, world.device)
+        watchdog.enter("the links between the processes were timed", works=True)
+        preflight.at_start(config, verdict, world, dtype, run.say)
+    return task
 
 
 def _open_session(
@@ -284,7 +289,7 @@ def fit(session: Session, trainer: Trainer) -> Trainer:
             writer.wait()
         with session.watchdog.phase("an earlier checkpoint was read", works=True, limits=START):
             trainer.engine.close()
-            del trainer  # frees its model and optimizer before the next ones are built
+            vars(trainer).clear()  # the caller holds the trainer: free its model and optimizer
             gc.collect()
             if session.run.world.device.type == "cuda":
                 torch.cuda.empty_cache()

@@ -1,7 +1,7 @@
 """Read a typed configuration from strict YAML with ``base:`` inheritance and dotted overrides.
 
 Every mistake in a file or an override becomes a :class:`ConfigError`: one line that names the file
-and line or the override, the value, what was expected and the nearest valid key.
+and line or the override, the value, the expected type and the nearest valid key.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ class LinearRouter(nn.Module):
         nn.init.trunc_normal_(self.weight, std=std)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [T, dim] to logits [T, E]."""
+        """Return the logits [T, E] of tokens x [T, dim]."""
         wide = _wide(x)
         with torch.autocast(x.device.type, enabled=False):
             return F.linear(x.to(wide), self.weight.to(wide))
@@ -53,7 +53,7 @@ class CosineRouter(nn.Module):
         nn.init.normal_(self.sim_matrix, std=0.01)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [T, dim] to logits [T, E]."""
+        """Return the logits [T, E] of tokens x [T, dim]."""
         wide = _wide(x)
         with torch.autocast(x.device.type, enabled=False):
             projected = self.cosine_projector(x.to(self.cosine_projector.weight.dtype)).to(wide)
@@ -79,7 +79,7 @@ class SoftRouter(nn.Module):
         nn.init.ones_(self.scale)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [T, dim] to logits [T, slots]."""
+        """Return the logits [T, slots] of tokens x [T, dim]."""
         wide = _wide(x)
         with torch.autocast(x.device.type, enabled=False):
             weight = F.normalize(self.weight.to(wide), dim=1) * self.scale.to(wide)

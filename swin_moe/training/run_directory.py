@@ -325,7 +325,7 @@ def _last_config(run: Run) -> Config | None:
     for path in checkpoint.list_checkpoints(run.checkpoints):
         try:
             return load_config(path / "config.yaml")
-        except ValueError:  # the resume reports what is wrong with it
+        except ValueError:  # the resume reports the error
             continue
     return None
 
