@@ -30,7 +30,7 @@ def test_checkpoints_hold_the_names(trained):
     assert json.loads(path.read_text()) == CLASSES
 
 
-def test_a_resume_says_what_changed_and_keeps_the_old_config(trained, tmp_path):
+def test_a_resume_reports_changes_and_keeps_the_old_config(trained, tmp_path):
     shutil.copytree(trained / "run", tmp_path / "run", symlinks=True)
     here = tmp_path / "data"
     shutil.copytree(trained / "data", here)

@@ -65,7 +65,7 @@ def test_convert_writes_them(saved, tmp_path):
         ("model", r"no \*mp_rank_00_model_states.pt"),
     ],
 )
-def test_damage_is_told_in_one_line(saved, tmp_path, case, message):
+def test_damage_is_one_line(saved, tmp_path, case, message):
     folder = tmp_path / "copy"
     shutil.copytree(saved / "3-float32", folder)
     step = folder / "global_step1"

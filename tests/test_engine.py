@@ -17,7 +17,7 @@ def test_precision_follows_the_device(monkeypatch):
         assert precision.resolve_precision(PrecisionConfig(dtype="auto"), cpu) == dtype
 
 
-def test_a_gpu_without_bf16_says_so(monkeypatch):
+def test_a_gpu_without_bf16_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: False)
     cuda = torch.device("cuda")
     assert precision.resolve_precision(PrecisionConfig(dtype="auto"), cuda) == torch.float32

@@ -50,7 +50,7 @@ def test_resume_cuts_off_what_it_takes_back(tmp_path):
     assert "moe/layers.0.blocks.1/load/expert1" in events.Tags()["scalars"]
 
 
-def test_what_is_not_finite_is_null_in_strict_json(tmp_path):
+def test_nan_and_infinity_are_null_in_strict_json(tmp_path):
     def refuse(word):
         raise ValueError(word)
 
@@ -161,7 +161,7 @@ def test_garbage_among_the_records_is_left_out(tmp_path, caplog):
     assert "metrics.jsonl cannot be written (Is a directory)" in caplog.text
 
 
-def test_whatever_a_picture_raises_is_one_line(tmp_path, caplog):
+def test_an_error_of_a_picture_is_one_line(tmp_path, caplog):
     log = MetricLog(tmp_path, tensorboard=True, resume_step=None)
 
     def draw():

@@ -54,7 +54,7 @@ def test_bf16_in_which_onednn_runs_out_of_memory(available):
     assert size * steps == 512
 
 
-def test_too_little_memory_is_told():
+def test_too_little_memory_is_reported():
     with pytest.raises(ValueError, match="not even a micro-batch of 1 fits") as error:
         chosen(50 * MB, "zero.stage=1")  # DeepSpeed needs more for its buckets
     assert "model.use_checkpoint=true" in str(error.value)

@@ -73,7 +73,7 @@ def test_dense_on_purpose(tmp_path):
     assert not load_config(MICRO, ["model.name=swinv2", "moe={}"]).moe.enabled
 
 
-def test_what_a_dense_run_wrote_loads(tmp_path):
+def test_the_config_of_a_dense_run_loads(tmp_path):
     """A run's config states all keys. A run that was dense by mistake still loads."""
     plain = dump_config(loaded(tmp_path, ""))
     assert not loaded(tmp_path, plain).moe.enabled
@@ -102,7 +102,7 @@ def test_build_model_refuses_it_as_well(name, moe):
 NAME = "swinv2_moe_base_8expert_window12_192_22k"
 
 
-def test_what_is_set_is_what_the_user_stated(tmp_path):
+def test_only_stated_keys_are_set(tmp_path):
     """Defaults of a variant do not count as stated, which a resume needs."""
     config = loaded(tmp_path, f"model: {{name: {NAME}, window_size: 12}}")
     assert config.model.model_fields_set == {"name", "window_size"}
@@ -201,7 +201,7 @@ def test_a_run_keeps_the_defaults_that_it_began_with(tmp_path):
     )
 
 
-def test_what_the_user_states_wins_over_what_the_run_began_with(tmp_path):
+def test_stated_keys_win_over_former_defaults(tmp_path):
     recipe = f"model: {{name: {NAME}}}"
     stated = loaded(tmp_path, recipe, "moe.gate_after_norm=true", "model.drop_path_rate=0.3")
     config, message = kept(tmp_path, loaded(tmp_path, recipe, *OLD), stated)
@@ -227,7 +227,7 @@ def test_nothing_else_is_kept(tmp_path, before, now, fresh):
     assert not message
 
 
-def test_weights_of_a_gate_before_the_norm_are_told_apart(tmp_path, caplog):
+def test_weights_of_a_gate_before_the_norm_are_recognised(tmp_path, caplog):
     shape = {"img_size": 32, "window_size": 4, "num_classes": 3, "embed_dim": 8,
              "depths": [2], "num_heads": [1]}  # fmt: skip
     moe = {"blocks": [[1]], "num_experts": 2}

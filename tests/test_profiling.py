@@ -82,7 +82,7 @@ def test_a_run_writes_a_trace_of_each_rank(tmp_path):
     assert together == pytest.approx(records[0]["profile/update_ms"], rel=1e-3)
 
 
-def test_a_run_that_is_too_short_says_so(tmp_path):
+def test_too_short_a_run_is_reported(tmp_path):
     done = train(tmp_path / "run", "train.profile=true", "train.max_steps=2")
     assert done.returncode == 0, done.stderr
     assert "no trace, it takes 16 updates" in done.stdout

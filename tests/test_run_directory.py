@@ -84,7 +84,7 @@ def test_a_run_begins_beside_what_was_printed_to_a_file_and_beside_nothing_else(
     assert (folder / "slurm-12.out").read_text() == "printed"
 
 
-def test_a_file_system_without_locks_is_told_and_used(tmp_path, monkeypatch, caplog):
+def test_a_file_system_without_locks_is_a_warning(tmp_path, monkeypatch, caplog):
     def refuse(*_):
         raise OSError(errno.ENOSYS, "Function not implemented")
 

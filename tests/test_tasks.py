@@ -107,7 +107,7 @@ def test_masks_of_training_follow_step_and_rank_and_those_of_evaluation_the_samp
         (["task.mask_unit=2"], "multiple of model.patch_size=4"),
     ],
 )
-def test_what_simmim_cannot_use_is_one_line(overrides, message):
+def test_settings_that_simmim_cannot_use_are_one_line(overrides, message):
     with pytest.raises(ValueError, match=re.escape(message)) as caught:
         task_of(SIMMIM, *overrides).check()
     assert "\n" not in str(caught.value)
@@ -179,7 +179,7 @@ def test_simmim_trains_a_mixture_with_expert_parallelism(masked):
     assert loss == pytest.approx(value, abs=1.1e-4)
 
 
-def test_what_simmim_learned_starts_a_classification(masked):
+def test_weights_of_simmim_start_a_classification(masked):
     root, _, recipe = masked
     start = [*recipe, "parallel.expert_parallel_size=1", "train.max_steps=1"]
     done = train(root / "tuned", *start, f"model.pretrained={root / 'whole'}", config=MICRO)

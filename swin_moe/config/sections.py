@@ -202,9 +202,8 @@ class DataConfig(Section):
     val: kinds.RequiredPath = "val"
     # Match the samples' classes with the model's by their names or by their numbers.
     match_classes: Literal["name", "number"] = "name"
-    batch_size: kinds.Images = (
-        128  # per process and micro-step, see train.gradient_accumulation_steps
-    )
+    # Images per process and micro-step, see train.gradient_accumulation_steps.
+    batch_size: kinds.Images = 128
     # Images per update on any number of processes; it sets the micro-steps. 0 = not fixed.
     global_batch: kinds.ImagesOrNone = 0
     eval_batch_size: kinds.ImagesOrNone = 0  # 0 = batch_size

@@ -96,7 +96,7 @@ def parse(text: str, is_text: IsText | None = None) -> tuple[Any, dict[Key, int]
 
 
 class _Builder:
-    """Builds values from the parser's events one by one, which bounds the depth."""
+    """A builder of values from the parser's events, one by one, which bounds the depth."""
 
     def __init__(self, text: str, is_text: IsText | None) -> None:
         self.lines: dict[Key, int] = {}

@@ -21,7 +21,7 @@ from ..ops import ROUTING_OPS
 
 
 class _Record(TorchDispatchMode):
-    """Runs every op and keeps the results of the routing ops."""
+    """A mode that runs every op and keeps the results of the routing ops."""
 
     def __init__(self, kept: list[Any]) -> None:
         super().__init__()
@@ -35,7 +35,7 @@ class _Record(TorchDispatchMode):
 
 
 class _Replay(TorchDispatchMode):
-    """Runs every op except the routing ops, for which it returns the kept results."""
+    """A mode that runs every op except the routing ops, whose kept results it returns."""
 
     def __init__(self, kept: list[Any]) -> None:
         super().__init__()

@@ -126,7 +126,7 @@ class _Case:
 
 
 class RouterWatch:
-    """Warns, rarely, of layers whose totals show a symptom."""
+    """A source of rare warnings of layers whose totals show a symptom."""
 
     def __init__(self, names: list[str], layers: list[MoEConfig]) -> None:
         self.names, self.layers = names, layers

@@ -1,4 +1,4 @@
-"""The state of a run in its checkpoints: saved by one call and restored by another."""
+"""Save and restore the state of a run."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def global_batch(config: Config, world: World) -> int:
 
 @dataclass
 class Checkpointer:
-    """Saves and restores position, weights and moments of a run.
+    """The checkpoints of a run, with position, weights and moments.
 
     Attributes:
         writing: progress of a write, for the watchdog.

@@ -48,7 +48,7 @@ def test_a_token_that_is_not_finite_is_not_spread():
 
 
 @pytest.mark.parametrize("mode", sorted(set(MODES) - set(SUPPORTED) - {"dropout"}))
-def test_what_tutel_lacks_is_one_line(mode):
+def test_settings_that_tutel_lacks_are_refused(mode):
     with pytest.raises(ValueError, match=r"moe.backend=tutel has no moe\..*moe.backend=fused"):
         make(mode, "tutel")
 
