@@ -38,8 +38,9 @@ from .training.engine import Engine
 from .training.inputs import Inputs, list_bad_samples, open_inputs
 from .training.optim import build_schedule
 from .training.precision import resolve_precision
+from .training.progress import Position, TrainingPlan
 from .training.run_directory import Run, keep_former_defaults, prepare_folder, step_back
-from .training.trainer import Position, RollBack, Trainer, TrainingPlan
+from .training.trainer import RollBack, Trainer
 from .weights.pretrained import Pretrained
 
 log = logging.getLogger("swin_moe")

@@ -17,7 +17,7 @@ from swin_moe.checkpoint.folder import read_manifest
 from swin_moe.reporting.metric_log import read_metrics
 from swin_moe.reporting.tables import Result, closing
 from swin_moe.tasks import Metric
-from swin_moe.training.trainer import Position, TrainingPlan
+from swin_moe.training.progress import Position, TrainingPlan
 from tests.parallel import PATIENCE, one_error, start, swin_moe, train, training
 
 RECIPE = ["precision.dtype=fp32", "zero.stage=2", "log.every_steps=1", "train.max_steps=60",

@@ -22,8 +22,8 @@ from ..moe import num_experts
 from ..tasks import Task
 from .changes import data_facts
 from .engine import Engine
+from .progress import Position, TrainingPlan
 from .run_directory import Run
-from .trainer import Position, TrainingPlan
 
 log = logging.getLogger("swin_moe")
 

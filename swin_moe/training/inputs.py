@@ -12,8 +12,8 @@ from ..config import Config, load_config
 from ..data import Loader, loader_of
 from ..tasks import Task
 from ..weights.pretrained import Pretrained, adopt_pretrained_window, read_pretrained
+from .progress import TrainingPlan
 from .run_directory import Run
-from .trainer import TrainingPlan
 
 
 @dataclass(frozen=True)

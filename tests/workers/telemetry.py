@@ -52,7 +52,8 @@ def plain_task(config):
 def make_trainer(world, spoilt: int = -1, **changes):
     from swin_moe.models import build
     from swin_moe.training.engine import Engine
-    from swin_moe.training.trainer import Trainer, TrainingPlan
+    from swin_moe.training.progress import TrainingPlan
+    from swin_moe.training.trainer import Trainer
 
     distributed.seed_everything(0)
     moe = MOE.model_copy(update={"expert_bias_update_rate": 0.01, **changes})
