@@ -56,7 +56,8 @@ def test_a_task_trains_and_evaluates_by_its_contract(path):
     assert missing == []
     evaluator = task.evaluator(CPU)
     held_out = task.prepare(batch_of(task), 0, training=False)
-    evaluator.update(model.eval()(**held_out.inputs), held_out)
+    with torch.no_grad():
+        evaluator.update(model.eval()(**held_out.inputs), held_out)
     found = evaluator.compute()
     assert found.samples == 4
     assert {metric.key for metric in task.metrics} == found.metrics.keys()
