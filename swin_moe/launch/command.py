@@ -1,4 +1,4 @@
-"""``swin-moe launch``: checks what can be checked before anything starts, then runs a script.
+"""``swin-moe launch``: checks the request before anything starts, then runs a script.
 
 The scripts of ``launch/`` are the launchers; this only finds mistakes early and fills in options.
 """
@@ -32,7 +32,7 @@ ON_A_CPU = 2  # processes of launch/local.sh where there is no GPU
 _LARGEST = 1 << 20  # bytes of a file of hosts or experiments
 POD_TIMEOUT = 900  # seconds for all pods to be scheduled and to have their image
 
-# What each engine takes beside CONFIG and its overrides.
+# The options of each engine, in addition to CONFIG and its overrides.
 ENGINES = {
     "local": {"gpus_per_node", "cpu", "max_restarts"},
     "torchrun": {"nodes", "gpus_per_node", "cpu", "master", "max_restarts", "timeout"},
@@ -47,7 +47,7 @@ ON_THIS_MACHINE = ("local", "torchrun")  # engines whose processes run where the
 
 @dataclass(frozen=True)
 class Request:
-    """What the user asked for; None and empty where an option was not given.
+    """The request of the user; None and empty where an option was not given.
 
     Attributes:
         nodes: a number, or MIN:MAX with torchrun. gpus_per_node: processes of a node.
@@ -74,7 +74,7 @@ class Request:
 
     @property
     def words(self) -> list[str]:
-        """CONFIG and all that follows it."""
+        """CONFIG and the words after it."""
         return [
             self.config,
             *self.overrides,
@@ -83,7 +83,7 @@ class Request:
         ]
 
     def given(self) -> dict[str, Any]:
-        """The options of engines that were given."""
+        """The given options of engines."""
         every = set().union(*ENGINES.values())
         values = {name: getattr(self, name) for name in sorted(every)}
         return {name: value for name, value in values.items() if value not in ("", None, False)}
@@ -128,7 +128,7 @@ def _need_program(name: str, engine: str) -> None:
 
 
 def command(request: Request, dry_run: bool = False) -> list[str]:
-    """The script of ``launch/`` with its options, for every engine but Kubernetes.
+    """Return the script of ``launch/`` with its options, for every engine but Kubernetes.
 
     Args:
         dry_run: the script is to print what it would run; Slurm's would be run by sbatch.
@@ -165,7 +165,7 @@ def command(request: Request, dry_run: bool = False) -> list[str]:
 
 
 def check(request: Request) -> Config:
-    """Raise ``ValueError`` for what can be seen to be wrong from here; returns the config."""
+    """Return the config; raise ``ValueError`` for faults that are visible on this machine."""
     if not FOLDER.is_dir():
         raise ValueError(f"{FOLDER}: the launch scripts are missing; install the package again")
     for name in request.given():
@@ -195,7 +195,7 @@ def check(request: Request) -> Config:
 
 
 def _check_experiments(request: Request) -> None:
-    """Check each experiment's config, and that each has a run directory of its own."""
+    """Check the config of each experiment, and that no two share a run directory."""
     lines: dict[str, int] = {}
     for task, (number, words) in enumerate(read_experiments(Path(request.experiments)), start=1):
         place = f"{request.experiments}:{number}"
@@ -240,7 +240,7 @@ def _data_is_here(config: Config) -> bool:
 
 
 def _worlds(request: Request) -> list[int]:
-    """The numbers of processes that this may come to, as far as is known here."""
+    """Return the possible numbers of processes, as far as this machine knows."""
     if request.engine in ("deepspeed", "mpi"):
         return [_check_hostfile(request)]
     match = re.fullmatch(r"([1-9]\d{0,5})(?::([1-9]\d{0,5}))?", request.nodes or "1")
@@ -275,7 +275,7 @@ def _check_master(master: str) -> None:
 
 
 def read_hostfile(path: Path) -> dict[str, int]:
-    """Slots by host. Names reach shells on other machines, so that only plain lines pass."""
+    """Return slots by host. Names reach shells on other machines, so only plain lines pass."""
     hosts: dict[str, int] = {}
     for number, line in _lines(path, "--hostfile"):
         match = re.fullmatch(r"([A-Za-z0-9][A-Za-z0-9._-]*)\s+slots=([1-9]\d{0,3})\s*", line)
@@ -306,7 +306,7 @@ def _check_hostfile(request: Request) -> int:
 
 
 def read_experiments(path: Path) -> list[tuple[int, list[str]]]:
-    """Line number and overrides of each experiment, as ``launch/slurm.sbatch`` reads them."""
+    """Return line number and overrides of each experiment, as ``slurm.sbatch`` reads them."""
     found = [(n, re.findall(r"[^ \t]+", line)) for n, line in _lines(path, "--experiments")]
     if not found:
         raise ValueError(f"{path}: no experiments in this file: a line of key=value each")
@@ -314,7 +314,7 @@ def read_experiments(path: Path) -> list[tuple[int, list[str]]]:
 
 
 def _lines(path: Path, option: str) -> list[tuple[int, str]]:
-    """Lines with their numbers, without comments and blank ones."""
+    """Return lines with their numbers, without comments and blank lines."""
     try:
         text = read_text(path, _LARGEST)
     except OSError as error:
@@ -326,7 +326,7 @@ def _lines(path: Path, option: str) -> list[tuple[int, str]]:
 
 
 def train_job(request: Request) -> dict[str, Any]:
-    """The TrainJob of ``launch/kubernetes.yaml``, or the user's own, filled in."""
+    """Fill in the TrainJob of ``launch/kubernetes.yaml`` or of the user."""
     path = Path(request.manifest or FOLDER / "kubernetes.yaml")
     job = load_plain(path)
     nodes, processes = int(request.nodes or 1), int(request.gpus_per_node or 1)
@@ -342,7 +342,7 @@ def train_job(request: Request) -> dict[str, Any]:
     else:
         resources = trainer.setdefault("resourcesPerNode", {}).setdefault("limits", {})
         resources["nvidia.com/gpu"] = str(processes)
-    # Nobody else can guess it, and so join the job; all pods get the same.
+    # All pods get the same secret. Nobody can guess it and join the job.
     environment = trainer.setdefault("env", [])
     if not any(variable.get("name") == RENDEZVOUS for variable in environment):
         environment.append({"name": RENDEZVOUS, "value": secrets.token_hex(16)})
@@ -355,6 +355,6 @@ def train_job(request: Request) -> dict[str, Any]:
         "--max-restarts", str(restarts),
         "-m", "swin_moe", "doctor" if request.doctor else "train",
     ]  # fmt: skip
-    # Kubernetes would put variables in where it reads $(NAME).
+    # Kubernetes would replace $(NAME) by a variable.
     trainer["args"] = [word.replace("$(", "$$(") for word in request.words]
     return job

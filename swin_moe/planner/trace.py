@@ -1,9 +1,9 @@
-"""What a training step holds in memory and moves, from the real model run on tensors without data.
+"""Memory and work of a training step, traced on the real model without data.
 
-The model is built on the meta device and runs forward and backward on fake tensors, which know
-shapes alone. A dispatch mode sees every op: what it allocates, when that is freed, what it reads,
-writes and multiplies. Two batch sizes give two traces with the same events; every size is affine in
-the batch, so that together they tell any batch.
+The model is built on the meta device and runs forward and backward on fake tensors, which have
+shapes only. A dispatch mode sees the memory that each op allocates, reads and writes, its products,
+and the moment at which memory is freed. Two batch sizes give two traces with the same events. Every
+size is affine in the batch, so that the two traces predict any batch.
 """
 
 from __future__ import annotations
@@ -48,13 +48,14 @@ class Trace:
     """A forward and a backward pass of one rank.
 
     Attributes:
-        live: [events] bytes that the pass holds beside weights, and beside gradients of parameters.
-        travelling: [events] of them, bytes of rows on their way between ranks.
-        dense_grads, expert_grads: [events] elements of gradients that there are by then.
-        forward_events: how many of the events are of the forward pass.
-        flops, moved: [ops] of matrix products, and bytes read and written by each op that computes.
-        forward_ops: how many of the ops are of the forward pass.
-        expert_elements: of this rank's experts, all layers together.
+        live: [events] bytes that the pass holds, without weights and gradients of parameters.
+        travelling: [events] the part of ``live`` that is rows on their way between ranks.
+        dense_grads, expert_grads: [events] elements of the gradients that exist by then.
+        forward_events: number of events in the forward pass.
+        flops: [ops] operations of matrix products.
+        moved: [ops] bytes that each op reads and writes.
+        forward_ops: number of ops in the forward pass.
+        expert_elements: elements of this rank's experts in all layers.
     """
 
     live: Affine
@@ -80,8 +81,8 @@ def trace(
     """Trace a training step of one rank.
 
     Args:
-        dtype: of the weights and, with ``autocast``, of the products alone.
-        fused: take the compiled ops, else their references.
+        dtype: of the weights; with ``autocast``, of the products only.
+        fused: use the compiled ops, otherwise their references.
         padded: rows travel at full capacity, as they do on a GPU.
     """
     runs = []
@@ -112,11 +113,11 @@ def _affine(one: list[int], two: list[int]) -> Affine:
 
 
 class _Recorder(TorchDispatchMode):
-    """Keeps account of every storage that an op makes, until nothing holds it any more."""
+    """A mode that counts every storage from the op that makes it until it is freed."""
 
     def __init__(self, held: list[Tensor]) -> None:
         super().__init__()
-        # A storage is known by its address, which is used anew once it is gone.
+        # A storage is known by its address, which another one gets after it is freed.
         self._known: dict[int, weakref.ref[Any]] = {}
         self._now = self._away = self._dense = self._expert = 0
         self.live: list[int] = []
@@ -168,7 +169,7 @@ class _Recorder(TorchDispatchMode):
         self.expert_grads.append(self._expert)
 
     def take_gradient(self, parameter: Tensor, expert: bool) -> None:
-        """A parameter's gradient is done: from now on it is counted as such, and set free."""
+        """Count the finished gradient of a parameter as a gradient, and free it."""
         assert parameter.grad is not None
         if expert:
             self._expert += parameter.numel()
@@ -178,12 +179,12 @@ class _Recorder(TorchDispatchMode):
         self._record()
 
 
-# What `stand_ins` allocate in place of the buffers that a real exchange receives into.
+# `stand_ins` allocate with this op where a real exchange allocates its receive buffers.
 _ON_THE_WAY = (torch.ops.aten.new_empty_strided.default,)
 
 
 def _flops(func: Any, args: Any, kwargs: Any, result: Any) -> int:
-    """Operations of matrix products; those inside the fused ops by their shapes."""
+    """Return the operations of matrix products; for fused ops they follow from shapes."""
     if func._overloadpacket in flop_registry:
         return int(flop_registry[func._overloadpacket](*args, **kwargs, out_val=result))
     name = func._schema.name
@@ -191,7 +192,7 @@ def _flops(func: Any, args: Any, kwargs: Any, result: Any) -> int:
         backward = name.endswith("_backward")
         B, H, W, _, heads, width = args[1 if backward else 0].shape
         window = args[2 if backward else 1].shape[1]
-        # Two products forward; backward makes the first anew and has four of its own.
+        # Two products forward; backward repeats the first and has four of its own.
         return (5 if backward else 2) * 2 * B * H * W * heads * width * window
     if name == "swin_moe::moe_experts":
         rows, weight = args[0], args[2]
@@ -243,7 +244,7 @@ def _run(
 
 
 def meta_model(task: Task, expert_parallel_size: int) -> nn.Module:
-    """A rank's model without memory; it has its share of the experts."""
+    """Return a rank's model, with its share of the experts, on the meta device."""
     moe = task.config.moe.model_copy(update={"backend": "fused", "overlap_degree": 1})
     same = build_task(task.config.model_copy(update={"moe": moe}))
     with torch.device("meta"), torch.random.fork_rng(devices=[]):
