@@ -119,6 +119,9 @@ def test_what_simmim_cannot_use_is_one_line(overrides, message):
         ("task.name=moby", "task.name='moby': expected 'classification' or 'simmim'"),
         ("task.mask_rate=0.5", "unknown key 'task.mask_rate': did you mean 'task.mask_ratio'?"),
         ("task=simmim", "'task' is a section and needs keys below it"),
+        ("task.mask_ratio=0", "task.mask_ratio=0: expected greater than 0"),
+        ("task.norm_target_size=46", "override 'task.norm_target_size=46': task.norm_target_size:"),
+        ("task.norm_target_size=1", "1 must be odd and at least 3, or 0"),
     ],
 )
 def test_a_wrong_task_is_one_line(override, message):
