@@ -179,6 +179,13 @@ def test_simmim_trains_a_mixture_with_expert_parallelism(masked):
     evaluated = swin_moe("evaluate", str(root / "whole"))
     assert evaluated.returncode == 0, evaluated.stderr
     loss = float(re.search(r"loss ([0-9.]+)", evaluated.stdout)[1])
+    for override, message in (
+        ("task={name: classification}", "was trained with simmim: leave it out"),
+        ("model.img_size=44", "task.mask_unit=8 must divide the image's 44 × 44 pixels"),
+    ):
+        refused = swin_moe("evaluate", str(root / "whole"), override)
+        assert refused.returncode == 2
+        assert message in refused.stderr
     assert loss == pytest.approx(value, abs=1.1e-4)
 
 
