@@ -58,12 +58,18 @@ def _open(found: Path, world: World, overrides: list[str]) -> Opened:
     if not any(override.startswith("data.path=") for override in overrides):
         _find_data(config, found)
     torch.set_flush_denormal(config.precision.flush_denormals)
+    trained = load_config(found / "config.yaml").task.name
+    if config.task.name != trained:
+        raise ConfigError(
+            f"task.name={config.task.name}, but {found} was trained with {trained}: leave it out"
+        )
     if config.model.num_classes != source.config.model.num_classes:
         raise ConfigError(
             f"model.num_classes={config.model.num_classes}, but {found} was trained for "
             f"{source.config.model.num_classes}: its head cannot be evaluated"
         )
     task = build_task(config)
+    task.check()
     config.model = adopt_pretrained_window(config.model, source)
     with torch.random.fork_rng(devices=[]):
         model = task.build_model()

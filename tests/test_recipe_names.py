@@ -6,6 +6,7 @@ from swin_moe.cli import recipes
 from swin_moe.common import shipped
 from swin_moe.config import ConfigError, load_config
 from swin_moe.config.recipes import recipe_files
+from swin_moe.data.source import open_source
 from tests.parallel import MICRO, ROOT, one_error, swin_moe
 
 NAME = "fashion_mnist/swin_moe_micro"
@@ -92,3 +93,13 @@ def test_the_command(tmp_path):
     assert copied.stdout.splitlines() == [str(tmp_path / f"{NAME}.yaml")]
     near = f"swin_moe_macro: no such recipe: did you mean {NAME}"
     assert one_error(swin_moe("recipes", "swin_moe_macro")).startswith(near)
+
+
+def test_copied_recipes_do_not_hide_the_bundled_sample(tmp_path):
+    """The copy makes a folder with the name of the sample."""
+    assert swin_moe("recipes", "fashion*", "--copy", ".", folder=tmp_path).returncode == 0
+    data = load_config(NAME).data
+    assert len(open_source(data, 10, training=True)) == 10_000
+    (tmp_path / "fashion_mnist" / "train").mkdir()
+    with pytest.raises(ValueError, match="data.train=train"):
+        open_source(data, 10, training=True)

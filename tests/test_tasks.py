@@ -120,6 +120,9 @@ def test_settings_that_simmim_cannot_use_are_one_line(overrides, message):
         ("task.name=moby", "task.name='moby': expected 'classification' or 'simmim'"),
         ("task.mask_rate=0.5", "unknown key 'task.mask_rate': did you mean 'task.mask_ratio'?"),
         ("task=simmim", "'task' is a section and needs keys below it"),
+        ("task.mask_ratio=0", "task.mask_ratio=0: expected greater than 0"),
+        ("task.norm_target_size=46", "override 'task.norm_target_size=46': task.norm_target_size:"),
+        ("task.norm_target_size=1", "1 must be odd and at least 3, or 0"),
     ],
 )
 def test_a_wrong_task_is_one_line(override, message):
@@ -177,6 +180,13 @@ def test_simmim_trains_a_mixture_with_expert_parallelism(masked):
     evaluated = swin_moe("evaluate", str(root / "whole"))
     assert evaluated.returncode == 0, evaluated.stderr
     loss = float(re.search(r"loss ([0-9.]+)", evaluated.stdout)[1])
+    for override, message in (
+        ("task={name: classification}", "was trained with simmim: leave it out"),
+        ("model.img_size=44", "task.mask_unit=8 must divide the image's 44 × 44 pixels"),
+    ):
+        refused = swin_moe("evaluate", str(root / "whole"), override)
+        assert refused.returncode == 2
+        assert message in refused.stderr
     assert loss == pytest.approx(value, abs=1.1e-4)
 
 
@@ -188,6 +198,9 @@ def test_weights_of_simmim_start_a_classification(masked):
     text = " ".join(done.stdout.split())
     assert "head re-initialised (the file has none)" in text
     assert "not read from" in text
+    converted = swin_moe("convert", str(root / "whole"), str(root / "encoder.safetensors"))
+    assert converted.returncode == 0, converted.stderr
+    assert "mask_token" in converted.stdout
 
 
 def test_another_task_does_not_resume(masked):

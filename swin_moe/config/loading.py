@@ -22,7 +22,7 @@ from . import yaml_core
 from .kinds import check_path
 from .mixture import dense_by_mistake
 from .recipes import find_config
-from .renamed import present_name, rename
+from .renamed import RENAMED, present_name, rename
 from .sections import Architecture, Config
 from .tasks import TASKS
 from .variants import FAMILIES, VARIANTS
@@ -211,6 +211,8 @@ def _suggest(key: Key) -> str:
     leaf = key[-1].lower().replace("-", "_")
     leaf = "base_lr" if leaf in ("lr", "learning_rate") else leaf
     same = [other for other in _all_keys() if _leaf(other) == leaf]
+    former = difflib.get_close_matches(leaf, [old for _, old in RENAMED], n=1, cutoff=0.8)
+    same += [".".join(new) for old, new in RENAMED.items() if old[1] in former]
     found = same or _near(leaf, _valid_keys(key[:-1])) or _near(leaf, _all_keys())
     if found:
         return f"did you mean '{found[0]}'?"

@@ -37,7 +37,10 @@ def rename(raw: dict[str, Any], origins: dict[Key, str]) -> Iterator[tuple[str, 
             continue
         before, now = ".".join(old), ".".join(new)
         if new[1] in section:
-            raise ValueError(f"{before} is the former name of {now}, which is stated, too")
+            place = f"{origins[old]}: " if old in origins else ""
+            raise ValueError(
+                f"{place}{before} is the former name of {now}, which is stated, too: remove it"
+            )
         place = origins.pop(old, "")
         section[new[1]] = _value(old[1], section.pop(old[1]))
         if place:
@@ -49,7 +52,7 @@ def rename(raw: dict[str, Any], origins: dict[Key, str]) -> Iterator[tuple[str, 
         moe["backend"] = "fused"
         ops = raw.setdefault("ops", {})
         if isinstance(ops, dict):
-            ops.setdefault("fused", False)
+            ops["fused"] = False  # also if stated: the former key had the last word in MoE layers
         yield origins.get(("moe", "backend"), ""), "moe.backend=reference is ops.fused=false now"
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator
 
 from . import kinds
-from .kinds import NonNegative, Rate, Section
+from .kinds import NonNegative, Section
 
 
 class ClassificationConfig(Section):
@@ -22,11 +22,12 @@ class SimMIMConfig(Section):
     """Masked image modelling (https://arxiv.org/abs/2111.09886).
 
     ``mask_unit`` is the side of the masked squares, in pixels. ``norm_target_size`` is the side of
-    the neighbourhood that normalises a target pixel; 0 = none.
+    the neighbourhood that normalises a target pixel; 0 = none. A side
+    of 1 would make every target 0.
     """
 
     name: Literal["simmim"] = "simmim"
-    mask_ratio: Rate = 0.6
+    mask_ratio: Annotated[float, Field(gt=0.0, le=1.0)] = 0.6
     mask_unit: kinds.Size = 32
     norm_target_size: NonNegative = 47
     mixes_images: ClassVar[bool] = False
@@ -44,11 +45,12 @@ class SimMIMConfig(Section):
         },
     }
 
-    @model_validator(mode="after")
-    def _check(self) -> SimMIMConfig:
-        if self.norm_target_size and self.norm_target_size % 2 == 0:
-            raise ValueError(f"norm_target_size={self.norm_target_size} must be odd, or 0")
-        return self
+    @field_validator("norm_target_size")
+    @classmethod
+    def _has_a_centre(cls, size: int) -> int:
+        if size == 1 or (size and size % 2 == 0):
+            raise ValueError(f"{size} must be odd and at least 3, or 0 for plain pixels")
+        return size
 
 
 TASKS: dict[str, type[ClassificationConfig] | type[SimMIMConfig]] = {

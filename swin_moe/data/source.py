@@ -37,6 +37,14 @@ SPLITS = ("train", "training", "val", "valid", "validation", "test", "testing")
 BUNDLED = {"fashion_mnist": Path(__file__).parent / "fashion_mnist"}
 
 
+def _is_bundled(path: str) -> bool:
+    """Return whether a path names the bundled sample; a folder of copied recipes is no data."""
+    root = Path(path)
+    if path not in BUNDLED or not root.is_dir():
+        return path in BUNDLED and not root.exists()
+    return all(file.suffix == ".yaml" for file in root.iterdir())
+
+
 def open_source(
     data: DataConfig, num_classes: int, training: bool, classes: list[str] | None = None
 ) -> Source:
@@ -51,9 +59,7 @@ def open_source(
         ValueError: the split is absent or empty, the splits differ in classes, the model lacks a
             class, or a label is out of range; one line naming the path and the key to mend.
     """
-    root = Path(data.path)
-    if data.path in BUNDLED and not root.exists():
-        root = BUNDLED[data.path]
+    root = BUNDLED[data.path] if _is_bundled(data.path) else Path(data.path)
     if not root.is_dir() and not is_pattern(str(root)):
         raise ValueError(_no_such_folder(data.path))
     name, split = ("data.train", data.train) if training else ("data.val", data.val)

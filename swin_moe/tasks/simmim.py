@@ -34,7 +34,10 @@ class MaskedImageModelling(Task):
             )
         for key in ("mixup", "cutmix", "label_smoothing", "random_erase"):
             if value := getattr(config.augment, key):
-                raise ValueError(f"augment.{key}={value:g} has no meaning with task.name=simmim")
+                raise ValueError(
+                    f"augment.{key}={value:g} has no meaning with task.name=simmim: leave it out, "
+                    "or set it to 0"
+                )
         unit, patch = settings.mask_unit, config.model.patch_size
         if any(side % unit for side in config.model.image_sides) or unit % patch:
             height, width = config.model.image_sides

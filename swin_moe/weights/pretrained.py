@@ -276,7 +276,7 @@ def _load(model: SwinTransformer, source: Pretrained, classes: list[str] | None)
     missing = [n for n in result.missing if n not in HEAD and n not in buffers]
     extra = [*source.translation.unknown, *result.left_over]
     other_head = [name for name in extra if name.startswith("head.") and HEAD[0] not in state]
-    extra = [name for name in extra if name not in (*HEAD, *other_head, MASK_TOKEN)]
+    extra = [name for name in extra if name not in (*HEAD, *other_head)]
     if missing or extra:
         raise WeightsError(explain_difference(missing, extra))
     for name, tensor in result.state.items():

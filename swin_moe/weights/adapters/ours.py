@@ -72,5 +72,5 @@ OURS = Dialect(
     example="layers.0.blocks.0.norm1.weight",
     looks_like=_looks_like,
     rules=_rules,
-    dropped=BUFFERS,
+    dropped=rf"{BUFFERS}|mask_token",  # SimMIM adds that to the backbone
 )
