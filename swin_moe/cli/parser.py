@@ -1,4 +1,4 @@
-"""What can be said on the command line; ``cli.py`` does it."""
+"""The arguments of the command line; the other files of this folder run the commands."""
 
 from __future__ import annotations
 

@@ -81,30 +81,18 @@ def memory(
     buckets = buckets + held.flush * (elements > held.bucket)
     during = live + gradients + buckets + held.between
     worst = int(during.argmax())
-    update = held.gradients + held.between + held.update
-    common = {"weights": held.weights, "optimizer": held.optimizer, "margin": margin}
-    passes = int(during[worst])
-    if update > during[worst]:
-        return Memory(
-            **common,
-            gradients=held.gradients,
-            buckets=held.between,
-            activations=0,
-            all_to_all=0,
-            update=held.update,
-            host=held.host,
-            passes=passes,
-        )
-    bucket = int(buckets[worst]) + held.between
+    in_update = held.gradients + held.between + held.update > during[worst]
     return Memory(
-        **common,
-        gradients=int(gradients[worst]),
-        buckets=bucket,
-        activations=int(live[worst] - away[worst]),
-        all_to_all=int(away[worst]),
-        update=0,
+        weights=held.weights,
+        gradients=held.gradients if in_update else int(gradients[worst]),
+        optimizer=held.optimizer,
+        buckets=held.between + (0 if in_update else int(buckets[worst])),
+        activations=0 if in_update else int(live[worst] - away[worst]),
+        all_to_all=0 if in_update else int(away[worst]),
+        update=held.update if in_update else 0,
+        margin=margin,
         host=held.host,
-        passes=passes,
+        passes=int(during[worst]),
     )
 
 
