@@ -67,17 +67,16 @@ def memory(
     """
     live = np.maximum(traced.live.at(images) - offloaded_per_image * images, 0)
     away = traced.travelling.at(images)
-    grown = gradient_width * (traced.dense_grads + traced.expert_grads * expert_scale)
+    elements = traced.dense_grads + traced.expert_grads * expert_scale
     if not held.full_gradients:
         gradients = np.full_like(live, held.gradients if accumulates or held.between else 0)
     elif accumulates:
-        gradients = np.full_like(live, gradient_width * _all(traced, expert_scale))
+        gradients = np.full_like(live, gradient_width * float(elements[-1]))
     else:
-        gradients = grown
+        gradients = gradient_width * elements
     backward = np.arange(len(live)) >= traced.forward_events
     # ZeRO-3 holds its buckets throughout, ZeRO-1 and 2 from the first gradient on.
     buckets = held.buckets * (backward | accumulates | (held.between > 0))
-    elements = traced.dense_grads + traced.expert_grads * expert_scale
     buckets = buckets + held.flush * (elements > held.bucket)
     during = live + gradients + buckets + held.between
     worst = int(during.argmax())
@@ -94,7 +93,3 @@ def memory(
         host=held.host,
         passes=int(during[worst]),
     )
-
-
-def _all(traced: Trace, scale: float) -> float:
-    return float(traced.dense_grads[-1] + traced.expert_grads[-1] * scale)
