@@ -15,7 +15,6 @@ import os
 import shutil
 import statistics
 import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -87,16 +86,8 @@ def train(way: str, folder: Path, processes: int, overrides: list[str]) -> dict[
     """Train in one way and return its cell."""
     output = folder / way
     keys = [key.format(folder=folder) for key in WAYS[way]]
-    command = [sys.executable]
-    if processes > 1:
-        command += [
-            "-m",
-            "swin_moe.launch.torchrun",
-            "--standalone",
-            f"--nproc-per-node={processes}",
-        ]
-    command += ["-m", "swin_moe", "train", str(CONFIG)]
-    command += ["--fresh", f"train.output={output}", "log.every_steps=1", *keys, *overrides]
+    keys += ["--fresh", f"train.output={output}", "log.every_steps=1", *overrides]
+    command = harness.torchrun(processes, "swin_moe", "train", str(CONFIG), *keys)
     samples, problem = watched(command, processes, folder / f"{way}.log")
     records = []
     if (output / "metrics.jsonl").exists():

@@ -102,9 +102,9 @@ steps() {
   done
   step attention 90 -m benchmarks.window_attention --batch "$many" --rounds "$rounds" \
     --peers timm,sdpa --dtypes bfloat16
-  step route 60 -m benchmarks.moe_route --batch "$many" --rounds "$rounds"
-  step dispatch 60 -m benchmarks.moe_dispatch --batch "$many" --rounds "$rounds"
-  step experts 60 -m benchmarks.moe_experts --batch "$many" --rounds "$rounds"
+  step route 60 -m benchmarks.moe_ops route --batch "$many" --rounds "$rounds"
+  step dispatch 60 -m benchmarks.moe_ops dispatch --batch "$many" --rounds "$rounds"
+  step experts 60 -m benchmarks.moe_ops experts --batch "$many" --rounds "$rounds"
   for window in 8 16; do
     step "model-window$window" 90 -m benchmarks.model --size "$size" --windows "$window" \
       --batch "$many" --rounds "$rounds_of_models" --modes training --dtypes bfloat16 \

@@ -242,6 +242,14 @@ def release_memory() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
+def torchrun(count: int, module: str, *words: str) -> list[str]:
+    """Return the command that runs a module on ``count`` processes."""
+    if count == 1:
+        return [sys.executable, "-m", module, *words]
+    front = ["-m", "swin_moe.launch.torchrun", "--standalone", "--nproc-per-node", str(count)]
+    return [sys.executable, *front, "-m", module, *words]
+
+
 def on_processes(module: str, count: int, *more: str) -> list[dict[str, object]]:
     """Run the program ``module`` under torchrun, with one thread a process; return its cells.
 
@@ -256,14 +264,7 @@ def on_processes(module: str, count: int, *more: str) -> list[dict[str, object]]
     """
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "cells.json"
-        command = [
-            sys.executable,
-            "-m",
-            "swin_moe.launch.torchrun",
-            "--standalone",
-            "--nproc-per-node",
-        ]
-        command += [str(count), "-m", module, *sys.argv[1:], *more, "--worker", str(path)]
+        command = torchrun(count, module, *sys.argv[1:], *more, "--worker", str(path))
         done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False)
         if done.returncode:
             raise SystemExit(done.returncode)

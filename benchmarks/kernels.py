@@ -127,25 +127,13 @@ def measured(jobs: Iterable[Job], options: argparse.Namespace, **facts: object) 
         try:
             cell = job.measure()
         except Exception as problem:
-            cell = _failed(job, first_line(problem))
+            dtype, error = str(job.dtype).removeprefix("torch."), first_line(problem)
+            cell = harness.figure(job.name, job.unit, None, mode=job.mode, dtype=dtype, error=error)
             release()
         cells.append(cell)
         print("  ".join(harness.row(cell)), cell.get("error", ""), flush=True)
         harness.write_json(options.json, cells, **facts)
         yield cell
-
-
-def _failed(job: Job, error: str) -> dict[str, object]:
-    return {
-        "name": job.name,
-        "dtype": str(job.dtype).removeprefix("torch."),
-        "mode": job.mode,
-        "unit": job.unit,
-        "ours": None,
-        "peers": {},
-        "speedup": None,
-        "error": error,
-    }
 
 
 def run(

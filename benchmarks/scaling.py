@@ -15,7 +15,6 @@ import json
 import os
 import statistics
 import subprocess
-import sys
 import tempfile
 import time
 from datetime import timedelta
@@ -133,11 +132,8 @@ class Crew:
         self.processes = [self._start(name, quick) for name in WORKERS]
 
     def _start(self, name: str, quick: bool) -> subprocess.Popen[bytes]:
-        command = [sys.executable]
-        if WORKERS[name] > 1:
-            command += ["-m", "swin_moe.launch.torchrun", "--standalone", "--nproc-per-node", "2"]
-        command += ["-m", "benchmarks.scaling", "--worker", name, "--port", str(self.store.port)]
-        command += ["--quick"] if quick else []
+        words = ["--worker", name, "--port", str(self.store.port), *["--quick"] * quick]
+        command = harness.torchrun(WORKERS[name], "benchmarks.scaling", *words)
         env = {**os.environ, **harness.ALLOCATOR, "OMP_NUM_THREADS": "1"}
         return subprocess.Popen(command, env=env)
 

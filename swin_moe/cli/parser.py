@@ -1,4 +1,4 @@
-"""What can be said on the command line; ``cli.py`` does it."""
+"""The arguments of the command line; the other files of this folder run the commands."""
 
 from __future__ import annotations
 
@@ -56,10 +56,7 @@ def build_parser() -> argparse.ArgumentParser:
         "Slurm it uses every process. If the run directory (train.output) holds a checkpoint, "
         "training resumes from the last complete one.",
     )
-    train.add_argument("config", metavar="CONFIG", help=_CONFIG)
-    train.add_argument(
-        "overrides", nargs="*", default=[], metavar="key=value", help="e.g. zero.stage=2"
-    )
+    _take_config(train)
     train.add_argument(
         "--fresh",
         action="store_true",
@@ -78,9 +75,7 @@ def build_parser() -> argparse.ArgumentParser:
         "the config's held-out data. Any checkpoint works on one process, whatever trained it.",
     )
     evaluate.add_argument("path", metavar="RUN_OR_CHECKPOINT")
-    evaluate.add_argument(
-        "overrides", nargs="*", default=[], metavar="key=value", help="e.g. data.path=DIR"
-    )
+    _take_overrides(evaluate, "data.path=DIR")
     inspect = _add_inspect(commands)
     models = commands.add_parser("models", help="list the models, their parameters and GMACs")
     models.add_argument("pattern", nargs="?", default="*", help="e.g. 'swinv2_base*'")
@@ -96,6 +91,17 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _take_config(command: argparse.ArgumentParser, example: str = "zero.stage=2") -> None:
+    command.add_argument("config", metavar="CONFIG", help=_CONFIG)
+    _take_overrides(command, example)
+
+
+def _take_overrides(command: argparse.ArgumentParser, example: str) -> None:
+    command.add_argument(
+        "overrides", nargs="*", default=[], metavar="key=value", help=f"e.g. {example}"
+    )
+
+
 def _add_doctor(commands: Any) -> argparse.ArgumentParser:
     doctor = commands.add_parser(
         "doctor",
@@ -105,10 +111,7 @@ def _add_doctor(commands: Any) -> argparse.ArgumentParser:
         "run directory. Exit code 0: a run may begin; 2: it would be refused. A training checks "
         "the same at each start.",
     )
-    doctor.add_argument("config", metavar="CONFIG", help=_CONFIG)
-    doctor.add_argument(
-        "overrides", nargs="*", default=[], metavar="key=value", help="e.g. zero.stage=2"
-    )
+    _take_config(doctor)
     doctor.add_argument("--json", type=Path, metavar="FILE", help="write all figures there, too")
     doctor.add_argument(
         "--timeout",
@@ -132,9 +135,7 @@ def _add_inspect(commands: Any) -> argparse.ArgumentParser:
     inspect.add_argument(
         "data", nargs="?", metavar="DATA", help="instead of the config's data.path"
     )
-    inspect.add_argument(
-        "overrides", nargs="*", default=[], metavar="key=value", help="e.g. data.val=test"
-    )
+    _take_overrides(inspect, "data.val=test")
     inspect.add_argument("--images", type=int, default=8, metavar="N", help="to draw (default 8)")
     inspect.add_argument(
         "--output", type=Path, metavar="FILE.png", help="default: inspect.png in the run directory"
@@ -157,10 +158,7 @@ def _add_plan(commands: Any) -> argparse.ArgumentParser:
         "config's global batch, and draw their memory. Exit code 2 if the config as it stands does "
         "not fit.",
     )
-    plan.add_argument("config", metavar="CONFIG", help=_CONFIG)
-    plan.add_argument(
-        "overrides", nargs="*", default=[], metavar="key=value", help="e.g. zero.stage=2"
-    )
+    _take_config(plan)
     plan.add_argument("--nodes", type=int, default=1, metavar="N", help="default 1")
     plan.add_argument("--gpus-per-node", type=int, default=8, metavar="M", help="default 8")
     plan.add_argument(
@@ -208,9 +206,7 @@ def _add_convert(commands: Any) -> argparse.ArgumentParser:
         metavar="OUT",
         help="FILE.safetensors or FILE.pth; for timm and huggingface also a folder",
     )
-    convert.add_argument(
-        "overrides", nargs="*", default=[], metavar="key=value", help="model.img_size=384"
-    )
+    _take_overrides(convert, "model.img_size=384")
     known = ["swin_moe", "official", "timm", "huggingface", "torchvision", "mmseg"]
     convert.add_argument("--from", dest="source", choices=["auto", *known], default="auto")
     convert.add_argument("--to", dest="target", choices=known, default="swin_moe")
@@ -282,10 +278,7 @@ def _add_data(commands: Any) -> list[argparse.ArgumentParser]:
     data = commands.add_parser("data", help="show what a config trains on, verify a data set")
     actions = data.add_subparsers(dest="action", required=True, metavar="ACTION")
     show = actions.add_parser("show", help="draw augmented and mixed batches with their labels")
-    show.add_argument("config", metavar="CONFIG", help=_CONFIG)
-    show.add_argument(
-        "overrides", nargs="*", default=[], metavar="key=value", help="e.g. augment.mixup=0"
-    )
+    _take_config(show, "augment.mixup=0")
     show.add_argument("--output", type=Path, default=Path("data.png"), metavar="FILE.png")
     verify = actions.add_parser("verify", help="read and decode every sample, list the bad ones")
     verify.add_argument("path", metavar="PATH")
@@ -310,10 +303,7 @@ def _add_launch(commands: Any) -> argparse.ArgumentParser:
         description="Check what can be checked before anything starts, then run the launcher of "
         "launch/ for the engine, or hand Kubernetes a manifest. See docs/launching.md.",
     )
-    launch.add_argument("config", metavar="CONFIG", help=_CONFIG)
-    launch.add_argument(
-        "overrides", nargs="*", default=[], metavar="key=value", help="e.g. zero.stage=2"
-    )
+    _take_config(launch)
     engines = ["local", "torchrun", "slurm", "deepspeed", "mpi", "kubernetes"]
     launch.add_argument("--on", required=True, choices=engines, dest="engine")
     launch.add_argument("--nodes", default="", metavar="N", help="torchrun: or MIN:MAX")

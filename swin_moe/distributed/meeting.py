@@ -83,7 +83,7 @@ class Meeting:
         store.set(f"{name}/{self.rank}", text)
         if self.rank == 0:
             late = self._late(name, limit)
-            answer = "" if late else judge(self._texts(name))
+            answer = "" if late else judge([t.decode() for t in store.multi_get(self._keys(name))])
             store.set(f"{name}/answer", json.dumps([late, answer]))
             if not late:
                 _poll(lambda: store.add(f"{name}/read", 0) >= self.size - 1, _READ)
@@ -102,10 +102,6 @@ class Meeting:
         if late:
             raise TimeoutError(late)
         return answer
-
-    def _texts(self, name: str) -> list[str]:
-        assert self.store is not None
-        return [text.decode() for text in self.store.multi_get(self._keys(name))]
 
     def _keys(self, name: str) -> list[str]:
         return [f"{name}/{rank}" for rank in range(self.size)]
@@ -287,7 +283,8 @@ def _await_port(address: str, port: int, rank: int, timeout: float) -> None:
         except OSError as error:
             why = error.strerror or str(error)
         going_on()
-        report.due(partial(_waits_for_first, rank, f"{address}:{port} ({why})"))
+        place = f"{address}:{port} ({why})"
+        report.due(partial("rank {} waits for rank 0 at {}; {}".format, rank, place, _advice()))
         if time.monotonic() >= deadline:
             raise ConnectionError(
                 f"rank {rank} on {socket.gethostname()} cannot reach rank 0 at {address}:{port} "
@@ -295,10 +292,6 @@ def _await_port(address: str, port: int, rank: int, timeout: float) -> None:
                 f"started, and that no firewall is between; {_advice()}"
             )
         time.sleep(min(0.5, max(deadline - time.monotonic(), 0.05)))
-
-
-def _waits_for_first(rank: int, place: str) -> str:
-    return f"rank {rank} waits for rank 0 at {place}; {_advice()}"
 
 
 def _poll(done: Callable[[], bool], timeout: float, about: Callable[[], str] | None = None) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import os
 import random
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -139,9 +140,21 @@ def init(
     if not dist.is_initialized():
         meeting = meeting or connect()
         _join(meeting)
-    expert, expert_data = _expert_groups(rank, size, expert_parallel_size)
+    expert = expert_data = Group()
+    starts = range(0, size, expert_parallel_size)
+    if size > 1:
+        n = expert_parallel_size
+        expert = _own_group((range(start, start + n) for start in starts), rank)
+        expert_data = _own_group((range(offset, size, n) for offset in range(n)), rank)
     if per_node:
-        expert = _split_by_node(expert, rank, size, per_node)
+        nodes = (range(start, start + per_node) for start in range(0, size, per_node))
+        same_places = (
+            range(start + offset, start + expert.size, per_node)
+            for start in starts
+            for offset in range(per_node)
+        )
+        intra, inter = _own_group(nodes, rank), _own_group(same_places, rank)
+        expert = replace(expert, intra=intra, inter=inter)
     return World(rank, local_rank, size, device, expert, expert_data, meeting)
 
 
@@ -165,40 +178,15 @@ def _join(meeting: Meeting) -> None:
         ) from error
 
 
-def _expert_groups(rank: int, size: int, n: int) -> tuple[Group, Group]:
-    """Make the groups of n ranks and return this rank's; every rank must make every group."""
-    expert = expert_data = Group()
-    if size == 1:
-        return expert, expert_data
-    for start in range(0, size, n):
-        ranks = list(range(start, start + n))
-        group = _make_group(ranks, rank)
-        expert = group or expert
-    for offset in range(n):
-        ranks = list(range(offset, size, n))
-        group = _make_group(ranks, rank)
-        expert_data = group or expert_data
-    return expert, expert_data
-
-
-def _split_by_node(expert: Group, rank: int, size: int, per_node: int) -> Group:
-    """Return the expert group with its parts within and across nodes of ``per_node`` ranks."""
-    intra = inter = None
-    for start in range(0, size, per_node):
-        intra = _make_group(list(range(start, start + per_node)), rank) or intra
-    for start in range(0, size, expert.size):
-        for offset in range(per_node):
-            ranks = list(range(start + offset, start + expert.size, per_node))
-            inter = _make_group(ranks, rank) or inter
-    return replace(expert, intra=intra, inter=inter)
-
-
-def _make_group(ranks: list[int], rank: int) -> Group | None:
-    handle = dist.new_group(ranks)
-    if rank not in ranks:
-        return None
-    assert isinstance(handle, dist.ProcessGroup)
-    return Group(handle, ranks.index(rank), len(ranks))
+def _own_group(groups: Iterable[range], rank: int) -> Group:
+    """Make all groups and return the one with ``rank``; every rank must make every group."""
+    own = Group()
+    for ranks in groups:
+        handle = dist.new_group(list(ranks))
+        if rank in ranks:
+            assert isinstance(handle, dist.ProcessGroup)
+            own = Group(handle, ranks.index(rank), len(ranks))
+    return own
 
 
 def shutdown() -> None:

@@ -83,11 +83,11 @@ def draw_maps(
     for axis, (index, pixels) in zip(axes[0], images.items(), strict=False):
         axis.imshow(pixels)
         axis.set_title(captions[index], fontsize=9)
-    _write(
-        axes[0, -1],
+    text = (
         "Each patch has the colour and the number\nof the expert that took it; the bars are\n"
-        "the experts' shares of all the patches.",
+        "the experts' shares of all the patches."
     )
+    axes[0, -1].text(0.0, 0.5, text, fontsize=8, va="center", transform=axes[0, -1].transAxes)
     for row, (name, layer) in zip(axes[1:], layers.items(), strict=True):
         colours = expert_colours(len(layer.best))
         row[0].set_ylabel(name, fontsize=9)
@@ -95,10 +95,6 @@ def draw_maps(
             _draw_map(axis, pixels, layer.maps[index].numpy(), layer.patch, colours)
         _draw_legend(row[-1], layer, colours)
     _save(figure, path)
-
-
-def _write(axis: Any, text: str) -> None:
-    axis.text(0.0, 0.5, text, fontsize=8, va="center", transform=axis.transAxes)
 
 
 def _draw_map(

@@ -87,10 +87,6 @@ class _Process(SubprocessHandler):
         )
 
 
-def _process(**options: Any) -> SubprocessHandler:
-    return _Process(**options)
-
-
 class _Agent(LocalElasticAgent):
     """torch's agent, which restarts nothing after a stop signal or a final failure."""
 
@@ -165,7 +161,7 @@ def _send(number: int) -> None:
 
 def _prepare() -> None:
     launcher.LocalElasticAgent = _Agent  # type: ignore[misc]
-    processes.get_subprocess_handler = _process  # type: ignore[assignment]
+    processes.get_subprocess_handler = _Process  # type: ignore[assignment]
     for name in ("torch.distributed.elastic", "torch.distributed.run"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
 

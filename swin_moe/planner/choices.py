@@ -48,7 +48,7 @@ class Choice:
     def overrides(self) -> list[str]:
         """Return the overrides for the command line."""
         kept = str(self.checkpoint).lower().replace(" ", "")
-        keys = [
+        return [
             f"zero.stage={self.stage}",
             f"zero.offload_optimizer={self.offload}",
             f"zero.offload_param={self.offload_param}",
@@ -57,7 +57,6 @@ class Choice:
             f"train.gradient_accumulation_steps={self.accumulation}",
             f"model.use_checkpoint={kept}",
         ]
-        return keys
 
 
 @dataclass(frozen=True)

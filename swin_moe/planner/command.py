@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from ..config import Config, load_config
 from ..models.cost import count
 from .choices import CLOSE, ParallelLayout, Planner, fits, rank_layouts
 from .draw import draw, label
-from .scaling import PUBLISHED, Point, strong, weak
+from .scaling import PUBLISHED, Point, scaling
 
 IMAGES = {21841: 14_197_122, 1000: 1_281_167}  # of ImageNet-22K and 1K, by number of classes
 
@@ -69,8 +70,8 @@ def plan(
         chosen = configured if fits(configured, cluster) or not ranked else ranked[0]
         if simulate:
             curves = {
-                "weak: same batch per GPU": weak(planner, chosen),
-                "strong: same global batch": strong(planner, chosen),
+                "weak: same batch per GPU": scaling(planner, chosen, strong=False),
+                "strong: same global batch": scaling(planner, chosen, strong=True),
             }
     report = _Report(planner, configured, ranked, curves, *_images(config, images), price)
     report.print(console, name)
@@ -138,12 +139,8 @@ class _Report:
         images_from: str,
         price: float | None,
     ) -> None:
-        self.planner, self.configured, self.ranked, self.curves = (
-            planner,
-            configured,
-            ranked,
-            curves,
-        )
+        self.planner, self.configured = planner, configured
+        self.ranked, self.curves = ranked, curves
         self.images, self.images_from, self.price = images, images_from, price
         config, cluster = planner.config, planner.cluster
         self.unit = "process" if cluster.name == "cpu" else "GPU"
@@ -177,6 +174,7 @@ class _Report:
         return None if self.price is None else self.price * self.gpu_hours(layout)
 
     def as_json(self) -> dict[str, Any]:
+        numbers = ("gpus", "images_per_second", "efficiency", "fits")
         return {
             "cluster": asdict(self.planner.cluster),
             "parameters": {**asdict(self.cost), "per_rank": self.per_rank},
@@ -188,15 +186,7 @@ class _Report:
             "config": self._layout(self.configured),
             "layouts": [self._layout(layout) for layout in self.ranked],
             "scaling": {
-                name: [
-                    {
-                        "gpus": p.gpus,
-                        "images_per_second": p.images_per_second,
-                        "efficiency": p.efficiency,
-                        "fits": p.fits,
-                    }
-                    for p in points
-                ]
+                name: [{key: getattr(point, key) for key in numbers} for point in points]
                 for name, points in self.curves.items()
             },
         }
@@ -299,13 +289,10 @@ class _Report:
 
     def _ranking(self) -> Table:
         cluster = self.planner.cluster
-        table = Table(box=SIMPLE_HEAD, padding=(0, 1), title="layouts of the same global batch")
-        for column in ("ZeRO", "EP", "images", "steps", "recompute", "offload", "GiB", "fits"):
-            table.add_column(column, justify="right")
-        for column in ("ms", f"img/s a {self.unit}", "MFU", "hours"):
-            table.add_column(column, justify="right")
-        if self.price is not None:
-            table.add_column("cost", justify="right")
+        columns = ["ZeRO", "EP", "images", "steps", "recompute", "offload", "GiB", "fits"]
+        columns += ["ms", f"img/s a {self.unit}", "MFU", "hours"]
+        columns += [] if self.price is None else ["cost"]
+        table = _table("layouts of the same global batch", columns)
         for layout in self.ranked[:16]:
             choice, total = layout.choice, layout.memory.total
             over = (total - cluster.memory) / GIB
@@ -327,21 +314,20 @@ class _Report:
         return table
 
 
+def _table(title: str, columns: Iterable[str]) -> Table:
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1), title=title)
+    for column in columns:
+        table.add_column(column, justify="right")
+    return table
+
+
 def _memory_table(layout: ParallelLayout, cluster: Cluster) -> Table:
-    table = Table(box=SIMPLE_HEAD, padding=(0, 1), title="memory of a rank at the peak, GiB")
-    kinds = {k: v for k, v in layout.memory.by_kind().items() if k != "host"}
-    for kind in kinds:
-        table.add_column(kind.replace("_", "-"), justify="right")
-    table.add_column("total", justify="right")
-    table.add_column("of", justify="right")
-    total = layout.memory.total
-    style = "" if total <= cluster.memory else "red"
-    table.add_row(
-        *(f"{size / GIB:.2f}" for size in kinds.values()),
-        f"{total / GIB:.2f}",
-        f"{cluster.memory / GIB:.2f}",
-        style=style,
-    )
+    sizes = {k: v for k, v in layout.memory.by_kind().items() if k != "host"}
+    sizes |= {"total": layout.memory.total, "of": cluster.memory}
+    columns = (kind.replace("_", "-") for kind in sizes)
+    table = _table("memory of a rank at the peak, GiB", columns)
+    style = "" if fits(layout, cluster) else "red"
+    table.add_row(*(f"{size / GIB:.2f}" for size in sizes.values()), style=style)
     return table
 
 
@@ -362,9 +348,7 @@ def _message_table(layout: ParallelLayout) -> Table:
 
 
 def _curve_table(title: str, points: list[Point]) -> Table:
-    table = Table(box=SIMPLE_HEAD, padding=(0, 1), title=title)
-    for column in ("GPUs", "ms", "images/s", "efficiency", "GiB", "fits"):
-        table.add_column(column, justify="right")
+    table = _table(title, ("GPUs", "ms", "images/s", "efficiency", "GiB", "fits"))
     for point in points:
         table.add_row(
             f"{point.gpus:,}",
@@ -379,15 +363,11 @@ def _curve_table(title: str, points: list[Point]) -> Table:
 
 def _published(console: Console) -> Table:
     """Return a table of published runs: the reported numbers, and the planner's."""
-    table = Table(box=SIMPLE_HEAD, padding=(0, 1), title="published runs")
-    for column in ("run", "reported", "planned, compiled ops", "planned, reference ops"):
-        table.add_column(column)
-    folder = Path(__file__).parents[2] / "configs"
+    columns = ("run", "reported", "planned, compiled ops", "planned, reference ops")
+    table = Table(*columns, box=SIMPLE_HEAD, padding=(0, 1), title="published runs")
     with console.status("tracing the published runs"):
         for run in PUBLISHED:
-            if not (folder / run.config).is_file():
-                continue  # installed without the recipes
-            config = load_config(folder / run.config, list(run.overrides))
+            config = load_config(run.config, run.overrides)
             cells = []
             for fused in (True, False):
                 planner = Planner(config, run.cluster, fused)

@@ -67,46 +67,29 @@ def memory(
     """
     live = np.maximum(traced.live.at(images) - offloaded_per_image * images, 0)
     away = traced.travelling.at(images)
-    grown = gradient_width * (traced.dense_grads + traced.expert_grads * expert_scale)
+    elements = traced.dense_grads + traced.expert_grads * expert_scale
     if not held.full_gradients:
         gradients = np.full_like(live, held.gradients if accumulates or held.between else 0)
     elif accumulates:
-        gradients = np.full_like(live, gradient_width * _all(traced, expert_scale))
+        gradients = np.full_like(live, gradient_width * float(elements[-1]))
     else:
-        gradients = grown
+        gradients = gradient_width * elements
     backward = np.arange(len(live)) >= traced.forward_events
     # ZeRO-3 holds its buckets throughout, ZeRO-1 and 2 from the first gradient on.
     buckets = held.buckets * (backward | accumulates | (held.between > 0))
-    elements = traced.dense_grads + traced.expert_grads * expert_scale
     buckets = buckets + held.flush * (elements > held.bucket)
     during = live + gradients + buckets + held.between
     worst = int(during.argmax())
-    update = held.gradients + held.between + held.update
-    common = {"weights": held.weights, "optimizer": held.optimizer, "margin": margin}
-    passes = int(during[worst])
-    if update > during[worst]:
-        return Memory(
-            **common,
-            gradients=held.gradients,
-            buckets=held.between,
-            activations=0,
-            all_to_all=0,
-            update=held.update,
-            host=held.host,
-            passes=passes,
-        )
-    bucket = int(buckets[worst]) + held.between
+    in_update = held.gradients + held.between + held.update > during[worst]
     return Memory(
-        **common,
-        gradients=int(gradients[worst]),
-        buckets=bucket,
-        activations=int(live[worst] - away[worst]),
-        all_to_all=int(away[worst]),
-        update=0,
+        weights=held.weights,
+        gradients=held.gradients if in_update else int(gradients[worst]),
+        optimizer=held.optimizer,
+        buckets=held.between + (0 if in_update else int(buckets[worst])),
+        activations=0 if in_update else int(live[worst] - away[worst]),
+        all_to_all=0 if in_update else int(away[worst]),
+        update=held.update if in_update else 0,
+        margin=margin,
         host=held.host,
-        passes=passes,
+        passes=int(during[worst]),
     )
-
-
-def _all(traced: Trace, scale: float) -> float:
-    return float(traced.dense_grads[-1] + traced.expert_grads[-1] * scale)

@@ -21,17 +21,12 @@ class Point:
     fits: bool
 
 
-def weak(planner: Planner, layout: ParallelLayout) -> list[Point]:
-    """Return points with the same batch per GPU, on 1, 2, 4, … times the nodes."""
-    return _points(planner, layout, strong=False)
+def scaling(planner: Planner, layout: ParallelLayout, strong: bool) -> list[Point]:
+    """Return points on 1, 2, 4, … times the nodes, with the same batch per GPU.
 
-
-def strong(planner: Planner, layout: ParallelLayout) -> list[Point]:
-    """Return points with the same global batch, until each GPU has one image."""
-    return _points(planner, layout, strong=True)
-
-
-def _points(planner: Planner, layout: ParallelLayout, strong: bool) -> list[Point]:
+    Args:
+        strong: with the same global batch instead, until each GPU has one image.
+    """
     base, choice = planner.cluster, layout.choice
     whole = choice.images * choice.accumulation * base.size
     points: list[Point] = []
@@ -61,7 +56,7 @@ class PublishedRun:
 
     Attributes:
         source: of the report.
-        config: path below ``configs/``.
+        config: name of its recipe.
         images_per_gpu: reported images/s.
         report: in words, if no speed is reported.
     """
@@ -81,7 +76,7 @@ PUBLISHED = [
     PublishedRun(
         "SwinV2-B dense, 192 px, 32 A100",
         _TUTEL,
-        "imagenet22k/swinv2_base.yaml",
+        "imagenet22k/swinv2_base",
         ("data.batch_size=128",),
         _A100,
         288,
@@ -89,7 +84,7 @@ PUBLISHED = [
     PublishedRun(
         "SwinV2-MoE-B, 32 experts, 32 A100",
         _TUTEL,
-        "imagenet22k/swinv2_moe_base_32expert.yaml",
+        "imagenet22k/swinv2_moe_base_32expert",
         ("data.batch_size=128", "parallel.expert_parallel_size=32", "zero.stage=1"),
         _A100,
         249,
@@ -97,7 +92,7 @@ PUBLISHED = [
     PublishedRun(
         "SwinV2-G, 3 B, 40 GB A100, plain",
         "Swin V2, https://arxiv.org/abs/2111.09883, section 3.4",
-        "scale/swinv2_g_3b.yaml",
+        "scale/swinv2_g_3b",
         ("model.use_checkpoint=false", "zero.stage=0", "data.batch_size=2"),
         _A100,
         report="did not fit",
@@ -105,7 +100,7 @@ PUBLISHED = [
     PublishedRun(
         "SwinV2-G, ZeRO-1 and checkpointing",
         "Swin V2, section 3.4",
-        "scale/swinv2_g_3b.yaml",
+        "scale/swinv2_g_3b",
         ("model.use_checkpoint=true", "zero.stage=1", "data.batch_size=2"),
         _A100,
         report="fitted, with sequential attention",

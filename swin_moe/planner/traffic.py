@@ -47,10 +47,10 @@ def traffic(
         accumulation: micro-steps of an update.
     """
     width = 2 if bf16 and stage else 4
-    messages = []
+    messages, most = [], max(g.replicas for g in groups)
     for expert in (False, True):
         own = [g for g in groups if g.expert == expert]
-        name = "expert_data" if expert and own and own[0].replicas < _most(groups) else "world"
+        name = "expert_data" if expert and own and own[0].replicas < most else "world"
         elements = sum(g.elements for g in own)
         if not elements:
             continue
@@ -67,10 +67,6 @@ def traffic(
         if stage == 3:
             messages += _of_shards(own, name, kind, width, accumulation, elements)
     return messages
-
-
-def _most(groups: list[ParameterGroup]) -> int:
-    return max(g.replicas for g in groups)
 
 
 def _of_shards(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import statistics
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from ..config import Config
@@ -50,7 +50,7 @@ def agree(config: Config, meeting: Meeting) -> Agreement:
         for key in {**common, **keys}
         if keys.get(key) != common.get(key)
     }
-    text = json.dumps([mine.to_json(), different])
+    text = json.dumps([asdict(mine), different])
     facts, problems, warnings = json.loads(meeting.exchange("versions", text, _judge))
     return Agreement([Facts(**one) for one in facts], problems, warnings)
 
@@ -68,9 +68,9 @@ def _flat(section: dict[str, Any], prefix: str = "") -> dict[str, str]:
 
 def _judge(texts: list[str]) -> str:
     pairs = [json.loads(text) for text in texts]
-    facts = [Facts(**json.loads(one)) for one, _ in pairs]
+    facts = [Facts(**one) for one, _ in pairs]
     problems, warnings = compare(facts, [different for _, different in pairs])
-    return json.dumps([[json.loads(one) for one, _ in pairs], problems, warnings])
+    return json.dumps([[one for one, _ in pairs], problems, warnings])
 
 
 def compare(facts: list[Facts], keys: list[dict[str, list[str]]]) -> tuple[list[str], list[str]]:

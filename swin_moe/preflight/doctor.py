@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict
 from pathlib import Path
 
 from rich.console import Console
@@ -14,7 +16,7 @@ from ..training.precision import resolve_precision
 from .agreement import agree
 from .facts import Facts
 from .links import Links
-from .start import Checked, check, timing_text, to_json
+from .start import Checked, check, timing_text
 
 
 def doctor(config: Config, meeting: Meeting, console: Console, json_file: Path | None) -> bool:
@@ -31,15 +33,12 @@ def doctor(config: Config, meeting: Meeting, console: Console, json_file: Path |
     """
     verdict = agree(config, meeting)
     if verdict.problems:  # groups of different sizes, or another torch, could wait for ever
-        checked = Checked(verdict.facts, verdict.problems, verdict.warnings, None)
+        checked = Checked(verdict.facts, verdict.problems, verdict.warnings)
     else:
         size = config.parallel.expert_parallel_size
         assert size != "auto"
-        world = distributed.init(
-            size,
-            hierarchical=config.parallel.hierarchical_all_to_all,
-            meeting=meeting,
-        )
+        hierarchical = config.parallel.hierarchical_all_to_all
+        world = distributed.init(size, hierarchical=hierarchical, meeting=meeting)
         from ..training.engine import check_deepspeed  # reads the environment that init sets
 
         check_deepspeed()
@@ -48,7 +47,8 @@ def doctor(config: Config, meeting: Meeting, console: Console, json_file: Path |
     if meeting.rank == 0:
         _print(checked, console)
         if json_file is not None:
-            json_file.write_text(to_json(checked) + "\n", encoding="utf-8")
+            text = json.dumps(asdict(checked), indent=1)
+            json_file.write_text(text + "\n", encoding="utf-8")
     return not checked.problems
 
 

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import platform
 import shutil
 import subprocess
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -45,9 +44,6 @@ class Facts:
     disk: int
     gpu_free: int
     gpu_total: int
-
-    def to_json(self) -> str:
-        return json.dumps(asdict(self))
 
 
 def collect(config: Config) -> Facts:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 
@@ -22,20 +21,14 @@ STATE = 12  # bytes of a parameter in a checkpoint: master and two moments
 
 
 @dataclass(frozen=True)
-class Checked:
-    """The results of the checks; the same on every rank.
+class Checked(Agreement):
+    """An agreement with the results of all checks.
 
     Attributes:
-        facts: by rank.
-        problems: reasons to refuse the run.
-        warnings: other differences.
         links: None for a process alone, or if there are problems.
     """
 
-    facts: list[Facts]
-    problems: list[str]
-    warnings: list[str]
-    links: Links | None
+    links: Links | None = None
 
 
 def at_start(
@@ -143,10 +136,3 @@ def timing_text(timing: Timing) -> str:
     return (
         f"{timing.name} of {size} {1e3 * timing.seconds:.1f} ms ({timing.bandwidth / 1e9:.2f} GB/s)"
     )
-
-
-def to_json(checked: Checked) -> str:
-    return json.dumps(asdict(checked), indent=1)
-
-
-__all__ = ["Checked", "at_start", "check", "refuse", "summary_line", "timing_text", "to_json"]

@@ -156,7 +156,7 @@ def test_scaling_has_plausible_efficiencies(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("run", command.PUBLISHED, ids=lambda run: run.title)
 def test_published_runs_are_layouts_of_recipes(run):
-    config = load_config(ROOT / "configs" / run.config, list(run.overrides))
+    config = load_config(run.config, run.overrides)
     choice = Planner(config, run.cluster, fused=True).configured()
     assert run.cluster.size == 32
     assert run.cluster.size % choice.expert_parallel_size == 0
