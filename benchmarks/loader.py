@@ -32,8 +32,8 @@ from swin_moe.data import build_loader
 from swin_moe.data.normalise import Normalise
 from swin_moe.data.rng import seeded
 from swin_moe.data.sampler import ResumableSampler
-from swin_moe.data.tools.bundle import write_shard
 from swin_moe.data.transforms import TrainTransform
+from tests.data.helpers import write_shard
 
 SIDE, BATCH, CLASSES = 192, 32, 8
 SIZES = {"500×375": (500, 375), "1000×750": (1000, 750)}
