@@ -24,8 +24,9 @@ from PIL import Image
 
 from benchmarks import harness
 from swin_moe.config import AugmentConfig, DataConfig
-from swin_moe.data import build_loader
+from swin_moe.data import loader_of
 from swin_moe.data.tools.parallel import in_processes
+from tests.data.helpers import loading
 
 COUNTS = (10_000, 100_000, 1_000_000)
 SHARD = 10_000  # samples of an input shard
@@ -103,10 +104,8 @@ def open_and_read(folder: str) -> None:
     this = psutil.Process()
     before = own_memory(this)
     begun = time.monotonic()
-    loader = build_loader(
-        data, augment, image_sides=(4, 4), in_chans=3, num_classes=CLASSES, training=True, rank=0,
-        world_size=1, seed=0,
-    )  # fmt: skip
+    config = loading(data, augment, img_size=4, num_classes=CLASSES)
+    loader = loader_of(config, training=True)
     opened = time.monotonic() - begun
     held = own_memory(this) - before
     batches = loader.epoch(0)

@@ -72,13 +72,8 @@ __all__ = [
 __getattr__ = exports(
     __name__,
     {
-        "Reader": "reader",
-        "load_buffers": "reader",
-        "load_weight": "reader",
-        "load_weights": "reader",
-        "persistent_buffers": "reader",
-        "reshard": "reshard",
-        "Saved": "writer",
-        "Writer": "writer",
+        **dict.fromkeys(("Reader", "load_buffers", "load_weight", "load_weights"), "reader"),
+        **{"persistent_buffers": "reader", "reshard": "reshard"},
+        **dict.fromkeys(("Saved", "Writer"), "writer"),
     },
 )

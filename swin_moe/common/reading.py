@@ -1,7 +1,8 @@
-"""Reads the user's small text files: regular files only, of bounded size and nesting."""
+"""Digests of files, and the user's small text files: regular, of bounded size and nesting."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import stat
@@ -38,6 +39,15 @@ def _kind(mode: int) -> str:
         stat.S_ISBLK: "a device",
     }
     return next((name for test, name in kinds.items() if test(mode)), "something special")
+
+
+def sha256(path: Path) -> str:
+    """Return the hexadecimal digest of a file."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def read_text(path: str | os.PathLike[str], limit: int = LIMIT) -> str:

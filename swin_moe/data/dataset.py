@@ -12,7 +12,6 @@ from torch.utils._pytree import tree_map
 from torch.utils.data import Dataset
 
 from .bad_samples import Skipped
-from .decode import UnreadableImage
 from .files import Source
 from .rng import seeded
 from .sampler import Draw
@@ -88,9 +87,7 @@ class ImageDataset(Dataset[Sample]):
             with seeded(self.seed, epoch, index, repeat):
                 pixels = self.transform(data)
         except (OSError, ValueError) as error:
-            kind = error.kind if isinstance(error, UnreadableImage) else "cannot be read"
-            reason = (str(error).splitlines() or [""])[0]
-            skipped = Skipped(self.source.key(index), kind, reason)
+            skipped = Skipped.of(self.source.key(index), error)
             return Sample(np.zeros(self.shape, np.uint8), -1, index, skipped)
         return Sample(pixels, int(self.source.labels[index]), index)
 

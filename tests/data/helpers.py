@@ -14,8 +14,9 @@ import numpy as np
 import webdataset
 from PIL import Image
 
-from swin_moe.config import AugmentConfig, DataConfig
-from swin_moe.data import Loader, build_loader
+from swin_moe.config import AugmentConfig, Config, DataConfig, ModelConfig
+from swin_moe.config.sections import TrainConfig
+from swin_moe.data import Loader, loader_of
 
 NO_AUGMENT = AugmentConfig(
     scale=[1.0, 1.0], ratio=[1.0, 1.0], hflip=0, color_jitter=0, auto_augment="", random_erase=0
@@ -76,6 +77,12 @@ def data_config(path: Path | str, **values: Any) -> DataConfig:
     return DataConfig(path=str(path), **values)
 
 
+def loading(data: DataConfig, augment: AugmentConfig, seed: int = 0, **model: Any) -> Config:
+    """Return a config for a loader; its model is not built, and may have any size."""
+    sections = {"data": data, "augment": augment, "train": TrainConfig(seed=seed)}
+    return Config().model_copy(update={**sections, "model": ModelConfig.model_construct(**model)})
+
+
 OPENED: list[Loader] = []
 
 
@@ -92,17 +99,8 @@ def open_loader(
     **values: Any,
 ) -> Loader:
     """Open a loader that is closed at the end of the test, see ``conftest.py``."""
-    loader = build_loader(
-        data_config(path, **values),
-        augment,
-        image_sides=(16, 16),
-        in_chans=3,
-        num_classes=num_classes,
-        training=training,
-        rank=rank,
-        world_size=world_size,
-        seed=seed,
-        classes=classes,
-    )
+    data = data_config(path, **values)
+    config = loading(data, augment, seed, img_size=16, num_classes=num_classes)
+    loader = loader_of(config, training, rank, world_size, classes)
     OPENED.append(loader)
     return loader
