@@ -127,10 +127,11 @@ def convert(
     if upcycling:
         config, state = _upcycled(config, state, upcycling, overrides.get("moe", {}))
     refuse_dense(config, {**overrides, "model": {"name": model_name}}, {}, "convert")
-    target = _shapes(config)
+    target = _initial(config, "meta")
     result = _fitted(source, state, target, config, allow_missing)
     console.print(_table(source.translation, result, target))
-    complete = result.state | _initial(config, result.missing)
+    initial = _initial(config, "cpu") if result.missing else {}  # of tensors that the file lacks
+    complete = result.state | {name: initial[name] for name in result.missing}
     stated = {"window_size", "img_size"} <= overrides.get("model", {}).keys()
     known = source.window_known or stated or bool(model_name)
     notes = [*source.notes, *filter(None, [not_finite(result.state)])]
@@ -241,25 +242,11 @@ def _upcycled(
     return config, state
 
 
-def _shapes(config: Architecture) -> State:
-    with torch.device("meta"), torch.random.fork_rng(devices=[]):
-        built = SwinTransformer(config.model, config.moe)
-    return _state(built)
-
-
-def _initial(config: Architecture, names: list[str]) -> State:
-    """Return initial values of tensors that the file lacks."""
-    if not names:
-        return {}
-    with torch.random.fork_rng(devices=[]):
+def _initial(config: Architecture, device: str) -> State:
+    """Return a new model's weights; on ``meta``, only their shapes."""
+    with torch.device(device), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        built = SwinTransformer(config.model, config.moe)
-    state = _state(built)
-    return {name: state[name] for name in names}
-
-
-def _state(model: SwinTransformer) -> State:
-    return {name: tensor.detach() for name, tensor in model.state_dict().items()}
+        return dict(SwinTransformer(config.model, config.moe).state_dict())
 
 
 # --------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ modules are read too.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ...config import ModelConfig
 from .base import BUFFERS, Dialect, Images, Kind, check
-from .ours import BLOCK, MERGING, has, same
+from .ours import BLOCK, MERGING, SAME_KEYS, has, same
 from .rules import Rule, renames
 from .windows import never_shrinks, shrinks_by_height
 
@@ -77,10 +77,6 @@ def _rules(kind: Kind) -> list[Rule]:
     ]
 
 
-def _looks_like(names: Collection[str]) -> bool:
-    return has(names, r"encoder\.layers\.\d+\.blocks\.\d+\.layernorm_before\.")
-
-
 ONLY = {
     "patch_norm": True,
     "qk_scale": None,
@@ -90,7 +86,7 @@ ONLY = {
 HUGGINGFACE = Dialect(
     "huggingface",
     example="swin.encoder.layers.0.blocks.0.layernorm_before.weight",
-    looks_like=_looks_like,
+    looks_like=partial(has, r"encoder\.layers\.\d+\.blocks\.\d+\.layernorm_before\."),
     rules=_rules,
     # V2's position embedding has room for a class token, and can then not be added.
     only={"swin": ONLY, "swinv2": {**ONLY, "ape": False}},
@@ -116,15 +112,9 @@ def huggingface_config(model: ModelConfig, classes: list[str] | None = None) -> 
         "architectures": [f"{model.family.capitalize()}ForImageClassification"],
         "model_type": model.family,
         "image_size": model.img_size,
-        "patch_size": model.patch_size,
         "num_channels": model.in_chans,
         **_labels(model, classes),
-        "embed_dim": model.embed_dim,
-        "depths": model.depths,
-        "num_heads": model.num_heads,
-        "window_size": model.window_size,
-        "mlp_ratio": model.mlp_ratio,
-        "qkv_bias": model.qkv_bias,
+        **model.model_dump(include=SAME_KEYS),
         "hidden_dropout_prob": model.drop_rate,
         "attention_probs_dropout_prob": model.attn_drop_rate,
         "drop_path_rate": model.drop_path_rate,
