@@ -14,6 +14,7 @@ import shutil
 import signal
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,7 @@ from ..common.text import plain
 from ..config import Config, DataConfig
 from .bad_samples import BadSamples, allowed_bad
 from .classes import difference, places_as_labels
-from .dataset import Batch, CollateReadable, ImageDataset, Sample, collate
+from .dataset import Batch, ImageDataset, Sample, collate, collate_readable
 from .files import Source
 from .names import alike
 from .sampler import Draw, ResumableSampler
@@ -77,7 +78,7 @@ class Loader:
         self._loader = DataLoader(
             dataset,
             batch_sampler=sampler,
-            collate_fn=CollateReadable(collate) if sampler.training else collate,
+            collate_fn=partial(collate_readable, collate) if sampler.training else collate,
             num_workers=num_workers,
             persistent_workers=num_workers > 0,
             pin_memory=torch.cuda.is_available(),

@@ -12,7 +12,6 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-from torch import Tensor
 
 from ..common.terminal import cell, print_line
 from ..common.text import plain
@@ -375,7 +374,8 @@ def _table(translation: Translation, result: Fit, target: State) -> Table:
     again = [*([f"head: {result.head}"] if "re-init" in result.head else []), *lost]
     rows = [f"head: {result.head}"] if result.head and not again else []
     table.add_row("resized", str(len(resized) + len(rows)), _list([*rows, *resized]))
-    table.add_row("dropped", str(len(translation.dropped)), _list(_kinds(translation.dropped)))
+    kinds = sorted({name.rpartition(".")[2] for name in translation.dropped})  # of all blocks
+    table.add_row("dropped", str(len(translation.dropped)), _list(kinds))
     left = [*translation.unknown, *result.left_over]
     table.add_row("re-initialised", str(len(again)), _list(again))
     table.add_row("left over", str(len(left)), _list(left))
@@ -384,11 +384,6 @@ def _table(translation: Translation, result: Fit, target: State) -> Table:
 
 def _shape(shape: Any) -> str:
     return "×".join(map(str, shape))
-
-
-def _kinds(names: dict[str, Tensor]) -> list[str]:
-    """Return the last parts of names, each once: every block has the same buffers."""
-    return sorted({name.rpartition(".")[2] for name in names})
 
 
 def _list(names: list[str], limit: int = 8) -> Text:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from contextlib import closing
 from pathlib import Path
-from typing import NamedTuple
 
 from rich.console import Console
 
@@ -24,18 +23,12 @@ PART = 500  # samples that a process takes at once
 _SOURCE: list[Source] = []  # inherited by forked processes
 
 
-class ImageReport(NamedTuple):
-    """Samples that cannot be read, and paths of shards that have changed."""
-
-    samples: int
-    skipped: list[Skipped]
-    changed: list[str]
-
-
 def verify(
     source: Source, manifest: Path | None, output: Path, console: Console, workers: int
-) -> ImageReport:
+) -> bool:
     """Decode every sample, and compare every shard's digest with its manifest.
+
+    Return whether all samples can be read and no shard has changed.
 
     Args:
         output: the list of bad samples, one JSON object per line; written if there are any.
@@ -55,7 +48,7 @@ def verify(
     if skipped:
         output.write_text(json_lines(skipped), encoding="utf-8")
     _print_report(len(source), skipped, changed, output, console)
-    return ImageReport(len(source), skipped, changed)
+    return not skipped and not changed
 
 
 def _decode(part: range) -> tuple[int, int, list[Skipped]]:
