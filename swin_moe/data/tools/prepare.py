@@ -42,17 +42,9 @@ WORK = ".prepare"  # folder of the plan and of the records of finished shards
 
 @dataclass(frozen=True)
 class Settings:
-    """The settings that decide the bytes of a split's shards.
+    """The settings that decide the bytes of a split's shards, see :func:`.prepare_data`."""
 
-    Attributes:
-        source: path of the data set.
-        seed: of the order of samples.
-        shard_bytes: size of a shard.
-        resize: shorter side in pixels to which larger images are resized; 0 = none.
-        val_share: of each class, the samples that go to ``val``.
-    """
-
-    source: str
+    source: str  # path of the data set
     seed: int
     shard_bytes: int
     resize: int

@@ -11,6 +11,10 @@ from .rules import Rule, renames
 BLOCK = "layers.{s}.blocks.{b}."
 STEM = ("patch_embed.proj.{p}", "patch_embed.norm.{p}", "absolute_pos_embed", "norm.{p}")
 HEAD = "head.{p}"
+# Options that have only one value in transformers, timm and torchvision.
+FIXED: dict[str, object] = {
+    "patch_norm": True, "qk_scale": None, "mlp_fc2_bias": True, "extra_norm_every_n_blocks": 0,
+}  # fmt: skip
 SAME_KEYS = {  # of our config, transformers' and timm's
     "patch_size", "embed_dim", "depths", "num_heads", "window_size", "mlp_ratio", "qkv_bias",
 }  # fmt: skip

@@ -7,7 +7,7 @@ from typing import Any
 
 from ...config import ModelConfig
 from .base import Dialect, Images, Kind, check
-from .ours import BODY, HEAD, MERGING, SAME_KEYS, has_layers, same
+from .ours import BODY, FIXED, HEAD, MERGING, SAME_KEYS, has_layers, same
 from .rules import Rule, renames
 from .windows import shrinks_by_axis
 
@@ -21,13 +21,7 @@ def _rules(kind: Kind) -> list[Rule]:
     ]
 
 
-ONLY = {
-    "ape": False,
-    "patch_norm": True,
-    "qk_scale": None,
-    "mlp_fc2_bias": True,
-    "extra_norm_every_n_blocks": 0,
-}
+ONLY = {"ape": False, **FIXED}
 TIMM = Dialect(
     "timm",
     example="layers.1.downsample.norm.weight with head.fc.weight",

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .base import Dialect, Kind
-from .ours import ATTENTION, BLOCK, MERGING, has, same
+from .ours import ATTENTION, BLOCK, FIXED, MERGING, has, same
 from .rules import Rule, renames
 from .windows import never_shrinks_by_axis, position_buffers
 
@@ -46,15 +46,7 @@ def _rules(kind: Kind) -> list[Rule]:
     return [*rules, *renames(same(ATTENTION), ours, theirs)]
 
 
-ONLY = {
-    "in_chans": 3,
-    "ape": False,
-    "patch_norm": True,
-    "qkv_bias": True,
-    "qk_scale": None,
-    "mlp_fc2_bias": True,
-    "extra_norm_every_n_blocks": 0,
-}
+ONLY = {"in_chans": 3, "ape": False, "qkv_bias": True, **FIXED}
 TORCHVISION = Dialect(
     "torchvision",
     example="features.1.0.attn.qkv.weight",
