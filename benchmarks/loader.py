@@ -28,12 +28,12 @@ from torchvision.datasets import ImageFolder
 from benchmarks import harness
 from benchmarks.photos import jpeg
 from swin_moe.config import AugmentConfig, DataConfig
-from swin_moe.data import build_loader
+from swin_moe.data import loader_of
 from swin_moe.data.normalise import Normalise
 from swin_moe.data.rng import seeded
 from swin_moe.data.sampler import ResumableSampler
-from swin_moe.data.tools.bundle import write_shard
 from swin_moe.data.transforms import TrainTransform
+from tests.data.helpers import loading, write_shard
 
 SIDE, BATCH, CLASSES = 192, 32, 8
 SIZES = {"500×375": (500, 375), "1000×750": (1000, 750)}
@@ -64,11 +64,8 @@ def transform(policy: str) -> Callable[[Image.Image], torch.Tensor]:
 def ours(root: Path, split: str, policy: str) -> Contender:
     augment = AugmentConfig(auto_augment=policy, color_jitter=0, random_erase=0)
     data = DataConfig(path=str(root), train=split, batch_size=BATCH, num_workers=0)
-    loader = build_loader(
-        data, augment, image_sides=(SIDE, SIDE), in_chans=3, num_classes=CLASSES, training=True,
-        rank=0, world_size=1, seed=0,
-    )  # fmt: skip
-
+    config = loading(data, augment, img_size=SIDE, num_classes=CLASSES)
+    loader = loader_of(config, training=True)
     normalise = Normalise(data.mean, data.std)
 
     def batches() -> Iterator[torch.Tensor]:

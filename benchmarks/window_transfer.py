@@ -21,11 +21,12 @@ from rich.progress import track
 from benchmarks import harness
 from swin_moe import build_model
 from swin_moe.config import Architecture, AugmentConfig, DataConfig, ModelConfig, MoEConfig
-from swin_moe.data import Loader, build_loader
+from swin_moe.data import Loader, loader_of
 from swin_moe.data.normalise import Normalise
 from swin_moe.models import SwinTransformer
 from swin_moe.training.optim import parameter_groups
 from swin_moe.weights.files import write
+from tests.data.helpers import loading
 
 SHAPE = {"patch_size": 4, "in_chans": 1, "num_classes": 10, "embed_dim": 32, "depths": [2, 2],
          "num_heads": [2, 4], "mlp_ratio": 2.0, "drop_path_rate": 0.0}  # fmt: skip
@@ -43,8 +44,7 @@ NORMALISE = Normalise([0.286], [0.353])
 
 def loader(pixels: int, training: bool) -> Loader:
     data = DataConfig(batch_size=50, eval_batch_size=125, num_workers=0, mean=[0.286], std=[0.353])
-    return build_loader(data, CROPS, image_sides=(pixels, pixels), in_chans=1, num_classes=10,
-                        training=training, rank=0, world_size=1, seed=0)  # fmt: skip
+    return loader_of(loading(data, CROPS, img_size=pixels, in_chans=1, num_classes=10), training)
 
 
 def train(family: str, steps: int) -> SwinTransformer:

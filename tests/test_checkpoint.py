@@ -381,14 +381,14 @@ def raising(error):
 
 def test_a_disk_that_cannot_be_read_is_damage(tmp_path, monkeypatch, caplog):
     first, second = write(tmp_path, 1), write(tmp_path, 2)
-    original = checkpoint.folder.file_digest
+    original = checkpoint.folder.sha256
 
     def digest(path):
         if path.parent == second:
             raise OSError(5, "Input/output error", str(path))
         return original(path)
 
-    monkeypatch.setattr(checkpoint.folder, "file_digest", digest)
+    monkeypatch.setattr(checkpoint.folder, "sha256", digest)
     assert checkpoint.latest(tmp_path) == first
     assert "Input/output error" in caplog.text
 

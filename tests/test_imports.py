@@ -41,10 +41,7 @@ ONLY_IN = {
         "launch/torchrun.py",
     },
     "getenv": set(),
-    "argparse": {
-        *(f"cli/{path.name}" for path in (PACKAGE / "cli").glob("*.py")),
-        "data/tools/bundle.py",
-    },
+    "argparse": {f"cli/{path.name}" for path in (PACKAGE / "cli").glob("*.py")},
     "yaml": {"config/yaml_core.py"},
     "pickle": {"weights/safe_pickle.py", "launch/rendezvous.py"},
     "torch.load": {"weights/safe_pickle.py"},

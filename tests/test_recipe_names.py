@@ -101,5 +101,5 @@ def test_copied_recipes_do_not_hide_the_bundled_sample(tmp_path):
     data = load_config(NAME).data
     assert len(open_source(data, 10, training=True)) == 10_000
     (tmp_path / "fashion_mnist" / "train").mkdir()
-    with pytest.raises(ValueError, match="data.train=train"):
+    with pytest.raises(ValueError, match=r"data\.train=train"):
         open_source(data, 10, training=True)

@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING
 from ..common.deferred import exports
 from .folder import (
     CheckpointError,
-    FormatError,
     choose,
     class_names,
     clear_partial,
@@ -28,7 +27,6 @@ from .folder import (
     known_classes,
     latest,
     list_checkpoints,
-    prune,
     read_newest,
     set_aside,
     set_aside_newer,
@@ -43,7 +41,6 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CheckpointError",
-    "FormatError",
     "Fragment",
     "Reader",
     "Saved",
@@ -59,7 +56,6 @@ __all__ = [
     "load_weight",
     "load_weights",
     "persistent_buffers",
-    "prune",
     "read_newest",
     "reshard",
     "set_aside",
@@ -72,13 +68,8 @@ __all__ = [
 __getattr__ = exports(
     __name__,
     {
-        "Reader": "reader",
-        "load_buffers": "reader",
-        "load_weight": "reader",
-        "load_weights": "reader",
-        "persistent_buffers": "reader",
-        "reshard": "reshard",
-        "Saved": "writer",
-        "Writer": "writer",
+        **dict.fromkeys(("Reader", "load_buffers", "load_weight", "load_weights"), "reader"),
+        **{"persistent_buffers": "reader", "reshard": "reshard"},
+        **dict.fromkeys(("Saved", "Writer"), "writer"),
     },
 )

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ..common.reading import read_json
+from ..common.reading import read_json, sha256
 from ..common.text import plain
 
 log = logging.getLogger("swin_moe")
@@ -121,11 +121,7 @@ def _own_digest(content: dict[str, Any]) -> str:
 
 def file_digest(file: Path) -> dict[str, Any]:
     """Return the size and SHA-256 of a file."""
-    sha = hashlib.sha256()
-    with file.open("rb") as handle:
-        while block := handle.read(1 << 22):
-            sha.update(block)
-    return {"bytes": file.stat().st_size, "sha256": sha.hexdigest()}
+    return {"bytes": file.stat().st_size, "sha256": sha256(file)}
 
 
 def sync(path: Path) -> None:
@@ -217,26 +213,22 @@ def verify(path: Path) -> None:
     Raises:
         CheckpointError: a file is missing, truncated, changed or unreadable.
     """
+    files = read_manifest(path).files
     try:
-        _verify(path)
+        for name, (size, _) in files.items():
+            file = path / name
+            if Path(name).name != name or not file.is_file():
+                raise CheckpointError(f"{path}: {name} is missing")
+            if file.stat().st_size != size:
+                raise CheckpointError(f"{path}: {name} has {file.stat().st_size} of {size} bytes")
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+            digests = pool.map(lambda name: sha256(path / name), files)
+            for (name, (_, digest)), found in zip(files.items(), digests, strict=True):
+                if found != digest:
+                    raise CheckpointError(f"{path}: the content of {name} has changed (SHA-256)")
+        _check_step(path)
     except OSError as error:
         raise CheckpointError(f"{error.filename or path}: {error.strerror}") from None
-
-
-def _verify(path: Path) -> None:
-    files = read_manifest(path).files
-    for name, (size, _) in files.items():
-        file = path / name
-        if Path(name).name != name or not file.is_file():
-            raise CheckpointError(f"{path}: {name} is missing")
-        if file.stat().st_size != size:
-            raise CheckpointError(f"{path}: {name} has {file.stat().st_size} of {size} bytes")
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        digests = pool.map(lambda name: file_digest(path / name)["sha256"], files)
-        for (name, (_, digest)), found in zip(files.items(), digests, strict=True):
-            if found != digest:
-                raise CheckpointError(f"{path}: the content of {name} has changed (SHA-256)")
-    _check_step(path)
 
 
 def _check_step(path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..distributed.expert_placement import ExpertLayout
 from .folder import CheckpointError
@@ -48,8 +48,7 @@ def key(name: str, kind: str) -> str:
     return name if kind == "weight" else f"{name}.{kind}"
 
 
-@dataclass(frozen=True)
-class Span:
+class Span(NamedTuple):
     """A span of one tensor in one rank's file.
 
     Attributes:
@@ -125,15 +124,7 @@ def merge(parts: Iterable[dict[str, Entry]]) -> dict[str, Entry]:
 
 
 def to_json(entries: dict[str, Entry]) -> dict[str, Any]:
-    return {
-        name: {
-            "shape": entry.shape,
-            "shards": entry.shards,
-            "kinds": entry.kinds,
-            "spans": [[r.rank, r.shard, r.start, r.stop] for r in entry.spans],
-        }
-        for name, entry in entries.items()
-    }
+    return {name: vars(entry) for name, entry in entries.items()}
 
 
 def from_json(content: dict[str, Any]) -> dict[str, Entry]:

@@ -141,7 +141,7 @@ class Writer:
             state: position and metrics, for ``state.json``.
             config_text: for ``config.yaml``.
             class_names: for ``classes.json``, by label.
-            keep_last: see :func:`~swin_moe.checkpoint.prune`, which follows the write.
+            keep_last: see :func:`.folder.prune`, which follows the write.
             best_step: of the best checkpoint, which is kept.
             size: bytes of the fragments, which decide whether there is room for a copy.
         """

@@ -83,18 +83,8 @@ def world_variables() -> str:
 
 def check_launcher() -> None:
     """Raise ``ValueError`` if there are several processes, but this one's rank is not set."""
-    if not _launcher():
-        _refuse_many_alone()
-    size = os.environ.get("WORLD_SIZE", "")
-    if not _launcher() and size not in ("", "1"):
-        raise ValueError(
-            f"WORLD_SIZE={size}, but RANK is not set: start all processes by a launcher, or unset "
-            "WORLD_SIZE"
-        )
-
-
-def _refuse_many_alone() -> None:
-    """Raise ``ValueError`` if srun or mpirun has started several processes that cannot meet."""
+    if _launcher():
+        return
     for names, also in _LAUNCHERS:
         several = also and names[0] in os.environ and _number(names[2], 1, _MOST, 1) > 1
         if several and (names[0] != "SLURM_PROCID" or _in_step()):
@@ -102,6 +92,12 @@ def _refuse_many_alone() -> None:
                 f"{names[2]}={os.environ[names[2]]}, but {also} is not set, and each process would "
                 f"train alone: export {also}=HOST of rank 0, or start one process"
             )
+    size = os.environ.get("WORLD_SIZE", "")
+    if size not in ("", "1"):
+        raise ValueError(
+            f"WORLD_SIZE={size}, but RANK is not set: start all processes by a launcher, or unset "
+            "WORLD_SIZE"
+        )
 
 
 def _in_step() -> bool:

@@ -1,7 +1,8 @@
-"""Reads the user's small text files: regular files only, of bounded size and nesting."""
+"""Digests of files, and the user's small text files: regular, of bounded size and nesting."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import stat
@@ -14,6 +15,7 @@ from .text import plain
 
 LIMIT = 64 << 20  # bytes of a text file; manifests of the largest data sets are smaller
 DEPTH = 32  # levels of nesting
+_KINDS = {"d": "a folder", "p": "a pipe", "s": "a socket", "c": "a device", "b": "a device"}
 
 
 def check_regular(path: str | os.PathLike[str]) -> int:
@@ -25,19 +27,18 @@ def check_regular(path: str | os.PathLike[str]) -> int:
     """
     status = os.stat(path)
     if not stat.S_ISREG(status.st_mode):
-        raise ValueError(f"{plain(path)} is {_kind(status.st_mode)}, not a file")
+        kind = _KINDS.get(stat.filemode(status.st_mode)[0], "something special")
+        raise ValueError(f"{plain(path)} is {kind}, not a file")
     return status.st_size
 
 
-def _kind(mode: int) -> str:
-    kinds = {
-        stat.S_ISDIR: "a folder",
-        stat.S_ISFIFO: "a pipe",
-        stat.S_ISSOCK: "a socket",
-        stat.S_ISCHR: "a device",
-        stat.S_ISBLK: "a device",
-    }
-    return next((name for test, name in kinds.items() if test(mode)), "something special")
+def sha256(path: Path) -> str:
+    """Return the hexadecimal digest of a file."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def read_text(path: str | os.PathLike[str], limit: int = LIMIT) -> str:

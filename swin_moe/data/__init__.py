@@ -1,6 +1,6 @@
 """Sources of samples, transforms and resumable batches.
 
-:func:`build_loader` opens folders, archives, lists and shards of images; its batches depend only on
+:func:`loader_of` opens folders, archives, lists and shards of images; its batches depend only on
 seed, epoch and position. ``readers/`` has one file per format, ``tools/`` the commands on data.
 """
 
@@ -10,17 +10,9 @@ from ..common.deferred import exports
 
 if TYPE_CHECKING:
     from .dataset import Batch
-    from .loader import Loader, build_loader, loader_of
+    from .loader import Loader, loader_of
 
-__all__ = ["Batch", "Loader", "build_loader", "loader_of"]
+__all__ = ["Batch", "Loader", "loader_of"]
 
 # The commands that prepare and verify data must not wait for torch.
-__getattr__ = exports(
-    __name__,
-    {
-        "Batch": "dataset",
-        "Loader": "loader",
-        "build_loader": "loader",
-        "loader_of": "loader",
-    },
-)
+__getattr__ = exports(__name__, {"Batch": "dataset", "Loader": "loader", "loader_of": "loader"})

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import logging
 from collections import Counter
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from ..common.text import plain
 from ..common.writing import Appender
+from .decode import UnreadableImage
 
 log = logging.getLogger(__name__)
 
@@ -27,6 +29,16 @@ class Skipped(NamedTuple):
     key: str
     kind: str
     reason: str
+
+    @classmethod
+    def of(cls, key: str, error: OSError | ValueError) -> Skipped:
+        kind = error.kind if isinstance(error, UnreadableImage) else "cannot be read"
+        return cls(key, kind, (str(error).splitlines() or [""])[0])
+
+
+def json_lines(skipped: Iterable[Skipped]) -> str:
+    """Return one JSON object per line."""
+    return "".join(json.dumps(sample._asdict()) + "\n" for sample in skipped)
 
 
 class BadSamples:
@@ -59,5 +71,4 @@ class BadSamples:
         if self.total >= LOGGED > self.total - len(skipped):
             log.warning("further unreadable images are listed in %s", self.file or "the log")
         if self.file is not None and skipped:
-            lines = "".join(json.dumps(sample._asdict()) + "\n" for sample in skipped)
-            self.file.write(lines.encode())
+            self.file.write(json_lines(skipped).encode())

@@ -27,6 +27,7 @@ class Relabelled(Bounded):
 
     def __init__(self, source: Source, classes: list[str], place: np.ndarray) -> None:
         self._source = source
+        self.describe, self.key, self.read = source.describe, source.key, source.read
         self.class_names: list[str] | None = classes
         self.labels = place[source.labels]
         self.runs, self.passed_over = source.runs, source.passed_over
@@ -37,15 +38,6 @@ class Relabelled(Bounded):
 
     def __len__(self) -> int:
         return len(self._source)
-
-    def describe(self) -> str:
-        return self._source.describe()
-
-    def key(self, index: int) -> str:
-        return self._source.key(index)
-
-    def read(self, index: int) -> bytes:
-        return self._source.read(index)
 
 
 def match(source: Source, classes: list[str], split: str) -> Source:

@@ -12,7 +12,6 @@ from torch.utils._pytree import tree_map
 from torch.utils.data import Dataset
 
 from .bad_samples import Skipped
-from .decode import UnreadableImage
 from .files import Source
 from .rng import seeded
 from .sampler import Draw
@@ -88,9 +87,7 @@ class ImageDataset(Dataset[Sample]):
             with seeded(self.seed, epoch, index, repeat):
                 pixels = self.transform(data)
         except (OSError, ValueError) as error:
-            kind = error.kind if isinstance(error, UnreadableImage) else "cannot be read"
-            reason = (str(error).splitlines() or [""])[0]
-            skipped = Skipped(self.source.key(index), kind, reason)
+            skipped = Skipped.of(self.source.key(index), error)
             return Sample(np.zeros(self.shape, np.uint8), -1, index, skipped)
         return Sample(pixels, int(self.source.labels[index]), index)
 
@@ -107,19 +104,13 @@ def collate(samples: list[Sample]) -> Batch:
     )
 
 
-class CollateReadable:
-    """A collate function that replaces each unreadable sample by the batch's next readable one.
+def collate_readable(collate: Callable[[list[Sample]], Batch], samples: list[Sample]) -> Batch:
+    """Replace each unreadable sample by the batch's next readable one, and stack the samples.
 
     "Next" is cyclic. A batch without any readable sample stays unchanged.
     """
-
-    def __init__(self, collate: Callable[[list[Sample]], Batch]) -> None:
-        self.collate = collate
-
-    def __call__(self, samples: list[Sample]) -> Batch:
-        skipped = [sample.skipped for sample in samples if sample.skipped is not None]
-        size = len(samples)
-        if skipped and any(sample.valid for sample in samples):
-            rows = [(samples[i:] + samples[:i]) for i in range(size)]
-            samples = [next(sample for sample in row if sample.valid) for row in rows]
-        return self.collate(samples)._replace(skipped=skipped)
+    skipped = [sample.skipped for sample in samples if sample.skipped is not None]
+    if skipped and any(sample.valid for sample in samples):
+        rows = [samples[i:] + samples[:i] for i in range(len(samples))]
+        samples = [next(sample for sample in row if sample.valid) for row in rows]
+    return collate(samples)._replace(skipped=skipped)

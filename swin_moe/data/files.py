@@ -40,9 +40,20 @@ class Source(Protocol):
     @property
     def labels(self) -> np.ndarray: ...
     def __len__(self) -> int: ...
-    def describe(self) -> str: ...
-    def key(self, index: int) -> str: ...
-    def read(self, index: int) -> bytes: ...
+
+    def describe(self) -> str:
+        """Return format and, if known, size for the log."""
+
+    def key(self, index: int) -> str:
+        """Return a sample's name: its path, or its archive and its name there."""
+
+    def read(self, index: int) -> bytes:
+        """Read the encoded image of a sample.
+
+        Raises:
+            OSError: the file cannot be read.
+            ValueError: it is damaged, or holds no image within the bounds.
+        """
 
 
 class Bounded:
@@ -96,24 +107,16 @@ class FileSource(Bounded):
         return len(self.labels)
 
     def describe(self) -> str:
-        """Return the format for the log; the sum of sizes would take minutes on a file server."""
-        return self._kind
+        return self._kind  # the sum of sizes would take minutes on a file server
 
     def key(self, index: int) -> str:
-        """Return the path of a sample."""
         return str(self.root / self._names[index])
 
     def read(self, index: int) -> bytes:
-        """Read the encoded image of a sample.
-
-        Raises:
-            OSError: the file cannot be read.
-            ValueError: it is a pipe or a device, which may never end, or too large.
-        """
         descriptor = os.open(self.key(index), os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         with os.fdopen(descriptor, "rb", buffering=0) as file:
             status = os.fstat(descriptor)
-            if not stat.S_ISREG(status.st_mode):
+            if not stat.S_ISREG(status.st_mode):  # a pipe or a device may never end
                 raise ValueError("not a regular file")
             self.checked_size(status.st_size)
             return file.readall()

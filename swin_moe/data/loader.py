@@ -14,6 +14,7 @@ import shutil
 import signal
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -23,10 +24,10 @@ from torch.utils.data import DataLoader
 from ..common.fork_server import die_with_parent
 from ..common.ranks import local_world_size
 from ..common.text import plain
-from ..config import AugmentConfig, Config, DataConfig
+from ..config import Config, DataConfig
 from .bad_samples import BadSamples, allowed_bad
 from .classes import difference, places_as_labels
-from .dataset import Batch, CollateReadable, ImageDataset, Sample, collate
+from .dataset import Batch, ImageDataset, Sample, collate, collate_readable
 from .files import Source
 from .names import alike
 from .sampler import Draw, ResumableSampler
@@ -42,7 +43,7 @@ TERM_GRACE_S = 60  # seconds for which workers outlive a SIGTERM
 
 
 class Loader:
-    """Batches of one split for one rank; made by :func:`build_loader`.
+    """Batches of one split for one rank; made by :func:`loader_of`.
 
     Attributes:
         dataset: the samples.
@@ -77,7 +78,7 @@ class Loader:
         self._loader = DataLoader(
             dataset,
             batch_sampler=sampler,
-            collate_fn=CollateReadable(collate) if sampler.training else collate,
+            collate_fn=partial(collate_readable, collate) if sampler.training else collate,
             num_workers=num_workers,
             persistent_workers=num_workers > 0,
             pin_memory=torch.cuda.is_available(),
@@ -277,78 +278,41 @@ def loader_of(
     classes: list[str] | None = None,
     collate: Callable[[list[Sample]], Batch] = collate,
 ) -> Loader:
-    """Open a config's training or held-out split for one rank, see :func:`build_loader`."""
-    return build_loader(
-        config.data,
-        config.augment,
-        image_sides=config.model.image_sides,
-        in_chans=config.model.in_chans,
-        num_classes=config.model.num_classes,
-        training=training,
-        rank=rank,
-        world_size=world_size,
-        seed=config.train.seed,
-        classes=classes,
-        collate=collate,
-    )
+    """Open a config's training or held-out split and prepare its batches for one rank.
 
-
-def build_loader(
-    data: DataConfig,
-    augment: AugmentConfig,
-    *,
-    image_sides: tuple[int, int],
-    in_chans: int,
-    num_classes: int,
-    training: bool,
-    rank: int,
-    world_size: int,
-    seed: int,
-    classes: list[str] | None = None,
-    collate: Callable[[list[Sample]], Batch] = collate,
-) -> Loader:
-    """Open the training or validation split and prepare its batches for one rank.
-
-    The batches depend only on ``seed``, the epoch and the world size: not on the number of workers,
-    and not on where an epoch was resumed.
+    The batches depend only on seed, epoch and world size: not on the number of workers, and not on
+    where an epoch was resumed.
 
     Args:
-        image_sides: (height, width) in pixels.
-        num_classes: labels must lie in [0, num_classes); 0 (a model without a head) allows any.
-        classes: names of the model's classes by label; the data's are matched with them.
         training: shuffle, augment and drop the ragged tail; otherwise keep the order and pad it.
+        classes: names of the model's classes by label; the data's are matched with them.
 
     Raises:
         ValueError: the data cannot be used; one line naming the key, the path and the remedy.
     """
-    transform = build_transform(
-        augment, image_sides, in_chans, data.mean, training, data.max_pixels
-    )
-    source = open_source(data, num_classes, training, classes)
+    data, augment, model = config.data, config.augment, config.model
+    sides, channels = model.image_sides, model.in_chans
+    transform = build_transform(augment, sides, channels, data.mean, training, data.max_pixels)
+    source = open_source(data, model.num_classes, training, classes)
     split = data.train if training else data.val
     if rank == 0:
-        _warn_of_classes(source, data, num_classes, training, classes)
+        _warn_of_classes(source, data, model.num_classes, training, classes)
     sampler = ResumableSampler(
         len(source),
         data.batch_size if training else data.eval_batch_size or data.batch_size,
         rank=rank,
         world_size=world_size,
-        seed=seed,
+        seed=config.train.seed,
         training=training,
         runs=source.runs,
         window=data.shuffle_window,
         repeats=augment.repeats if training else 1,
     )
-    dataset = ImageDataset(source, transform, (*image_sides, in_chans), seed)
+    dataset = ImageDataset(source, transform, (*sides, channels), config.train.seed)
     workers = _workers(data.num_workers, len(sampler), training and rank == 0)
-    return Loader(
-        dataset,
-        sampler,
-        workers,
-        f"{split}: {_content(source)}",
-        allowed_bad(len(source), data.max_bad_share),
-        collate,
-    )
+    description = f"{split}: {_content(source)}"
+    most_bad = allowed_bad(len(source), data.max_bad_share)
+    return Loader(dataset, sampler, workers, description, most_bad, collate)
 
 
 def _content(source: Source) -> str:

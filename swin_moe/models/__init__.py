@@ -22,16 +22,12 @@ __all__ = [
 ]
 
 
-class _Moved(ImportError, AttributeError):
-    """``from … import`` shows the message, and ``hasattr`` returns False."""
-
-
 def __getattr__(name: str) -> Any:
     """Say where a former name of this module is now."""
     if name in ("build_features", "build_model", "list_models"):
-        raise _Moved(f"swin_moe.models.{name} has moved: from swin_moe import {name}")
+        raise ImportError(f"swin_moe.models.{name} has moved: from swin_moe import {name}")
     if name in ("MoEOutput", "split_output"):
-        raise _Moved(
+        raise ImportError(
             f"swin_moe.models.{name} is gone: every model returns "
             "swin_moe.models.Outputs(predictions, aux_loss, routing)"
         )

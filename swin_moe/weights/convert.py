@@ -12,7 +12,6 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-from torch import Tensor
 
 from ..common.terminal import cell, print_line
 from ..common.text import plain
@@ -127,10 +126,11 @@ def convert(
     if upcycling:
         config, state = _upcycled(config, state, upcycling, overrides.get("moe", {}))
     refuse_dense(config, {**overrides, "model": {"name": model_name}}, {}, "convert")
-    target = _shapes(config)
+    target = _initial(config, "meta")
     result = _fitted(source, state, target, config, allow_missing)
     console.print(_table(source.translation, result, target))
-    complete = result.state | _initial(config, result.missing)
+    initial = _initial(config, "cpu") if result.missing else {}  # of tensors that the file lacks
+    complete = result.state | {name: initial[name] for name in result.missing}
     stated = {"window_size", "img_size"} <= overrides.get("model", {}).keys()
     known = source.window_known or stated or bool(model_name)
     notes = [*source.notes, *filter(None, [not_finite(result.state)])]
@@ -241,25 +241,11 @@ def _upcycled(
     return config, state
 
 
-def _shapes(config: Architecture) -> State:
-    with torch.device("meta"), torch.random.fork_rng(devices=[]):
-        built = SwinTransformer(config.model, config.moe)
-    return _state(built)
-
-
-def _initial(config: Architecture, names: list[str]) -> State:
-    """Return initial values of tensors that the file lacks."""
-    if not names:
-        return {}
-    with torch.random.fork_rng(devices=[]):
+def _initial(config: Architecture, device: str) -> State:
+    """Return a new model's weights; on ``meta``, only their shapes."""
+    with torch.device(device), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        built = SwinTransformer(config.model, config.moe)
-    state = _state(built)
-    return {name: state[name] for name in names}
-
-
-def _state(model: SwinTransformer) -> State:
-    return {name: tensor.detach() for name, tensor in model.state_dict().items()}
+        return dict(SwinTransformer(config.model, config.moe).state_dict())
 
 
 # --------------------------------------------------------------------------------------------
@@ -388,7 +374,8 @@ def _table(translation: Translation, result: Fit, target: State) -> Table:
     again = [*([f"head: {result.head}"] if "re-init" in result.head else []), *lost]
     rows = [f"head: {result.head}"] if result.head and not again else []
     table.add_row("resized", str(len(resized) + len(rows)), _list([*rows, *resized]))
-    table.add_row("dropped", str(len(translation.dropped)), _list(_kinds(translation.dropped)))
+    kinds = sorted({name.rpartition(".")[2] for name in translation.dropped})  # of all blocks
+    table.add_row("dropped", str(len(translation.dropped)), _list(kinds))
     left = [*translation.unknown, *result.left_over]
     table.add_row("re-initialised", str(len(again)), _list(again))
     table.add_row("left over", str(len(left)), _list(left))
@@ -397,11 +384,6 @@ def _table(translation: Translation, result: Fit, target: State) -> Table:
 
 def _shape(shape: Any) -> str:
     return "×".join(map(str, shape))
-
-
-def _kinds(names: dict[str, Tensor]) -> list[str]:
-    """Return the last parts of names, each once: every block has the same buffers."""
-    return sorted({name.rpartition(".")[2] for name in names})
 
 
 def _list(names: list[str], limit: int = 8) -> Text:

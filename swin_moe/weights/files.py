@@ -21,7 +21,7 @@ from .adapters import State
 from .deepspeed import is_deepspeed_folder, read_deepspeed_folder
 from .described import Described, from_folder, from_metadata, images_of, metadata
 from .file_kind import WeightsError, kind_of, unreadable
-from .safe_pickle import load_pickled, read_pickled, tensors_of
+from .safe_pickle import load_pickled, tensors_of
 from .wrappers import take_network
 
 PICKLED = (".pth", ".pt", ".bin", ".ckpt", ".tar")
@@ -56,10 +56,9 @@ def read(path: Path, network: str = "") -> Weights:
         weights = _read(path)
     except OSError as error:
         raise WeightsError(f"{plain(path)}: cannot be read ({error.strerror or error})") from None
-    taken = take_network(weights.state, path, network)
-    _check_plain(taken.state, path)
-    weights.state = taken.state
-    weights.about.notes += taken.notes
+    weights.state, notes = take_network(weights.state, path, network)
+    _check_plain(weights.state, path)
+    weights.about.notes += notes
     return weights
 
 
@@ -274,7 +273,7 @@ def _read_ranks(stem: Path) -> Weights:
         raise WeightsError(
             f"{plain(stem)}.rank{missing} is missing: the experts it holds would be lost"
         )
-    ranks = [read_pickled(found[rank]) for rank in range(len(found))]
+    ranks = [tensors_of(load_pickled(path), path) for _, path in sorted(found.items())]
     weights = Weights(dict(ranks[0]))
     state = weights.state
     master = stem.with_name(f"{stem.name}.master")

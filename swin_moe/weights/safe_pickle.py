@@ -145,17 +145,8 @@ def _check_records(content: Any, sizes: set[int], path: Path) -> None:
                 )
 
 
-def read_pickled(path: Path) -> State:
-    """Read all tensors of a ``.pth``, see :func:`flatten`.
-
-    Raises:
-        WeightsError: there are none, or the file cannot be used.
-    """
-    return tensors_of(load_pickled(path), path)
-
-
 def tensors_of(content: Any, path: Path) -> State:
-    """Return all tensors of a result of :func:`load_pickled`."""
+    """Return all tensors of a result of :func:`load_pickled`; raise an error if it has none."""
     state = flatten(content)
     if not state:
         held = [plain(str(key)) for key in content] if isinstance(content, dict) else []

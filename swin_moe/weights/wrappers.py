@@ -11,7 +11,6 @@ import re
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
 
 from ..common.text import plain
 from .adapters import State
@@ -52,20 +51,8 @@ _OWN = re.compile(
 _LISTED = 6
 
 
-class Taken(NamedTuple):
-    """The network's tensors by its own names.
-
-    Attributes:
-        state: tensors by name.
-        notes: lines on other content of the file.
-    """
-
-    state: State
-    notes: list[str]
-
-
-def take_network(state: State, path: Path, wanted: str = "") -> Taken:
-    """Return the tensors of one network, without the wrappers' parts of names.
+def take_network(state: State, path: Path, wanted: str = "") -> tuple[State, list[str]]:
+    """Return one network's tensors by its own names, and lines on other content of the file.
 
     Args:
         wanted: the prefix of the network to take; empty = the one in training, not its average or
@@ -77,7 +64,7 @@ def take_network(state: State, path: Path, wanted: str = "") -> Taken:
     names = _without_wrappers(state)
     shown = _networks(names)
     if not shown:
-        return Taken(state, [])  # no Swin model: the translation will report it
+        return state, []  # no Swin model: the translation will report it
     root = _choose(shown, path, wanted)
     before_it = _outer(next(full for name, full in names.items() if _is_first(name, root)))
     taken: dict[str, str] = {}  # the network's own name -> the file's
@@ -105,7 +92,7 @@ def take_network(state: State, path: Path, wanted: str = "") -> Taken:
         else:
             taken, own_head = taken | _renamed(heads[before], taken), True
     notes = [*_other_networks(shown, root, path), *not_read(left_over, path)]
-    return Taken({short: state[full] for short, full in taken.items()}, notes)
+    return {short: state[full] for short, full in taken.items()}, notes
 
 
 def _without_wrappers(state: State) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import tarfile
 from collections.abc import Iterable
@@ -10,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import webdataset
 from PIL import Image
 
-from swin_moe.config import AugmentConfig, DataConfig
-from swin_moe.data import Loader, build_loader
-from swin_moe.data.tools.bundle import write_shard
+from swin_moe.config import AugmentConfig, Config, DataConfig, ModelConfig
+from swin_moe.config.sections import TrainConfig
+from swin_moe.data import Loader, loader_of
 
 NO_AUGMENT = AugmentConfig(
     scale=[1.0, 1.0], ratio=[1.0, 1.0], hflip=0, color_jitter=0, auto_augment="", random_erase=0
@@ -33,6 +35,16 @@ def encode(seed: int, size: int = 12, extension: str = "png") -> bytes:
 def samples(count: int, start: int = 0) -> list[tuple[str, bytes, int]]:
     """Make samples whose label is their number, so that a label identifies its sample."""
     return [(f"key{i:04d}", encode(i), i) for i in range(start, start + count)]
+
+
+def write_shard(
+    path: Path, content: Iterable[tuple[str, bytes, int]], extension: str = "png"
+) -> None:
+    """Write ``(key, image, label)`` as ``key.png`` and ``key.cls``; ``….gz`` is compressed."""
+    opened = gzip.open if path.name.endswith("gz") else open
+    with opened(path, "wb") as file, webdataset.TarWriter(file, encoder=False) as tar:
+        for key, image, label in content:
+            tar.write({"__key__": key, extension: image, "cls": str(label).encode()})
 
 
 def make_shards(root: Path, count: int, split: str = "train", shards: int = 2) -> Path:
@@ -65,6 +77,12 @@ def data_config(path: Path | str, **values: Any) -> DataConfig:
     return DataConfig(path=str(path), **values)
 
 
+def loading(data: DataConfig, augment: AugmentConfig, seed: int = 0, **model: Any) -> Config:
+    """Return a config for a loader; its model is not built, and may have any size."""
+    sections = {"data": data, "augment": augment, "train": TrainConfig(seed=seed)}
+    return Config().model_copy(update={**sections, "model": ModelConfig.model_construct(**model)})
+
+
 OPENED: list[Loader] = []
 
 
@@ -81,17 +99,8 @@ def open_loader(
     **values: Any,
 ) -> Loader:
     """Open a loader that is closed at the end of the test, see ``conftest.py``."""
-    loader = build_loader(
-        data_config(path, **values),
-        augment,
-        image_sides=(16, 16),
-        in_chans=3,
-        num_classes=num_classes,
-        training=training,
-        rank=rank,
-        world_size=world_size,
-        seed=seed,
-        classes=classes,
-    )
+    data = data_config(path, **values)
+    config = loading(data, augment, seed, img_size=16, num_classes=num_classes)
+    loader = loader_of(config, training, rank, world_size, classes)
     OPENED.append(loader)
     return loader

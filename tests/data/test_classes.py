@@ -70,6 +70,7 @@ def test_a_list_of_names_for_numbers_may_rename_some(tmp_path, caplog):
 def test_a_name_without_samples_may_be_unknown():
     class Source:
         runs, passed_over, numbered, max_pixels = None, "", False, 1
+        describe = key = read = None
 
     import numpy as np
 

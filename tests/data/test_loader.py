@@ -15,10 +15,17 @@ import torch
 from swin_moe.config import AugmentConfig
 from swin_moe.data import loader as batches
 from swin_moe.data.dataset import collate
-from swin_moe.data.tools.bundle import write_shard
 from tests.parallel import PATIENCE
 
-from .helpers import NO_AUGMENT, encode, make_folder, make_shards, open_loader, samples
+from .helpers import (
+    NO_AUGMENT,
+    encode,
+    make_folder,
+    make_shards,
+    open_loader,
+    samples,
+    write_shard,
+)
 
 HEAVY = AugmentConfig(random_erase=0.5)
 

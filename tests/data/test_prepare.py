@@ -17,10 +17,9 @@ from rich.console import Console
 from swin_moe.data.readers import index
 from swin_moe.data.source import open_splits
 from swin_moe.data.tools import commands, prepare
-from swin_moe.data.tools.bundle import write_shard
 from tests.parallel import PATIENCE
 
-from .helpers import encode, make_folder, make_shards, open_loader, samples
+from .helpers import encode, make_folder, make_shards, open_loader, samples, write_shard
 
 
 def _prepare(path, output, **options):

@@ -13,9 +13,8 @@ from swin_moe.data.readers import file_list, zipped
 from swin_moe.data.readers.file_list import open_list, read_list
 from swin_moe.data.readers.zipped import ZipSource
 from swin_moe.data.source import open_path, open_splits
-from swin_moe.data.tools.bundle import write_shard
 
-from .helpers import encode, make_folder, open_loader, samples
+from .helpers import encode, make_folder, open_loader, samples, write_shard
 from .test_shards import write_members
 
 FILES = [f"n0{i % 3}/n0{i % 3}_{i}.JPEG" for i in range(12)] + ["n01/Größe.png"]

@@ -6,9 +6,8 @@ import pytest
 import webdataset
 
 from swin_moe.data.readers.shards import MAX_OPEN, find_shards, open_shards
-from swin_moe.data.tools.bundle import write_shard
 
-from .helpers import encode, make_shards, samples
+from .helpers import encode, make_shards, samples, write_shard
 
 
 def write_members(path, members):

@@ -79,25 +79,17 @@ class ParquetSource(Bounded):
         return {**self.__dict__, "open_files": OrderedDict(), "row_groups": OrderedDict()}
 
     def describe(self) -> str:
-        """Return format and size for the log."""
         return (
             f"parquet ({len(self.paths):,} files, {decimal(self._bytes)}; read by row groups: "
             "swin-moe prepare-data makes faster shards of it)"
         )
 
     def key(self, index: int) -> str:
-        """Return a sample's name: its shard and its row there."""
         shard, within = self._groups[group := int(np.searchsorted(self._ends, index, "right"))]
         first = group - within
         return f"{self.paths[shard]}:{index - int(self._ends[first] - self.runs[first])}"
 
     def read(self, index: int) -> bytes:
-        """Read the encoded image of a sample.
-
-        Raises:
-            OSError: the shard cannot be read.
-            ValueError: the shard is damaged, or the row has no image.
-        """
         group = int(np.searchsorted(self._ends, index, "right"))
         row = index - int(self._ends[group] - self.runs[group])
         data = self._row_group(group)[row]

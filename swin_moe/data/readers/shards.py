@@ -167,11 +167,9 @@ class ShardSource(Bounded):
         self.__dict__.update(state)
 
     def describe(self) -> str:
-        """Return format and size for the log."""
         return f"{self._kind} ({len(self.paths):,} files, {decimal(self._bytes)})"
 
     def key(self, index: int) -> str:
-        """Return a sample's name: its shard's path and its key."""
         record = self.table[index]
         shard, offset = int(record["shard"]), int(record["offset"])
         path, start = self.paths[shard], offset - int(record["header"])
@@ -185,12 +183,6 @@ class ShardSource(Bounded):
         return f"{path}:{sample_key(member)[0] if member else f'at byte {start}'}"
 
     def read(self, index: int) -> bytes:
-        """Read the encoded image of a sample.
-
-        Raises:
-            OSError: the shard cannot be read, or is shorter than when it was indexed.
-            ValueError: the member is larger than any image.
-        """
         record = self.table[index]
         size = self.checked_size(int(record["size"]))
         return self._bytes_at(int(record["shard"]), int(record["offset"]), size)

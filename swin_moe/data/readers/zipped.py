@@ -145,21 +145,13 @@ class ZipSource(Bounded):
         return {**self.__dict__, "_file": None}  # an open file does not survive pickling
 
     def describe(self) -> str:
-        """Return format and size for the log."""
         below = f", classes are the folders in {plain(self._around)}" * bool(self._around)
         return f"zip ({self.archive}, {decimal(self._bytes)}{below})"
 
     def key(self, index: int) -> str:
-        """Return a sample's name: the archive and its member."""
         return f"{self.archive}:{self._names[index]}"
 
     def read(self, index: int) -> bytes:
-        """Read the encoded image of a sample.
-
-        Raises:
-            OSError: the archive cannot be read.
-            ValueError: the entry is damaged.
-        """
         if self._file is None:
             self._file = self.archive.open("rb", buffering=0)
         record = self.table[index]

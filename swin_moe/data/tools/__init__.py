@@ -1,4 +1,4 @@
-"""The commands ``prepare-data`` and ``data verify``, and the writer of the bundled sample.
+"""The commands ``prepare-data`` and ``data verify``.
 
 They read the same sources as training, on many processes. ``prepare-data`` goes on after a stop.
 """

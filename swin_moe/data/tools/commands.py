@@ -154,14 +154,13 @@ def verify_data(
         source.max_pixels = max_pixels
         _describe(split, source, console)
         listed = output.with_name(f"{output.stem}-{split}{output.suffix}")
-        found = verify(
+        well &= verify(
             source,
             source.manifest if isinstance(source, ShardSource) else None,
             listed,
             console,
             workers or len(os.sched_getaffinity(0)),
         )
-        well = well and not found.skipped and not found.changed
     return well
 
 

@@ -7,7 +7,6 @@ the same command goes on from there.
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import shutil
@@ -22,10 +21,11 @@ import simplejpeg
 from rich.console import Console
 from rich.filesize import decimal
 
+from ...common.reading import sha256
 from ...common.terminal import print_line
 from ...common.text import plain
 from ...common.writing import replacing
-from ..bad_samples import Skipped
+from ..bad_samples import Skipped, json_lines
 from ..decode import EncodedImage, UnreadableImage
 from ..files import Source
 from ..names import finder, write_classes
@@ -42,17 +42,9 @@ WORK = ".prepare"  # folder of the plan and of the records of finished shards
 
 @dataclass(frozen=True)
 class Settings:
-    """The settings that decide the bytes of a split's shards.
+    """The settings that decide the bytes of a split's shards, see :func:`.prepare_data`."""
 
-    Attributes:
-        source: path of the data set.
-        seed: of the order of samples.
-        shard_bytes: size of a shard.
-        resize: shorter side in pixels to which larger images are resized; 0 = none.
-        val_share: of each class, the samples that go to ``val``.
-    """
-
-    source: str
+    source: str  # path of the data set
     seed: int
     shard_bytes: int
     resize: int
@@ -129,8 +121,7 @@ def prepare(
     if names is not None:
         write_classes(output / "classes.txt", names)
     if skipped:
-        lines = "".join(json.dumps(sample._asdict()) + "\n" for sample in skipped)
-        (output / f"bad-samples-{split}.jsonl").write_text(lines, encoding="utf-8")
+        (output / f"bad-samples-{split}.jsonl").write_text(json_lines(skipped), encoding="utf-8")
     return skipped
 
 
@@ -268,8 +259,7 @@ def _write_shard(shard: int) -> tuple[int, int]:
                 except (FileNotFoundError, ValueError) as error:
                     if isinstance(error, FileNotFoundError) and not _is_missing(error, job, index):
                         raise
-                    kind = error.kind if isinstance(error, UnreadableImage) else "cannot be read"
-                    skipped.append(Skipped(job.source.key(index), kind, str(error)))
+                    skipped.append(Skipped.of(job.source.key(index), error))
                     continue
                 key = _key(job.source, index)
                 _add(tar, f"{key}.{extension}", data)
@@ -346,15 +336,6 @@ def image_extension(data: bytes) -> str | None:
     if data[4:8] == b"ftyp" and any(b in data[8:64] for b in (b"avif", b"avis")):
         return "avif"
     return "webp" if data[:4] == b"RIFF" and data[8:12] == b"WEBP" else None
-
-
-def sha256(path: Path) -> str:
-    """Return the hexadecimal digest of a file."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _index(job: _Shard, settings: Settings) -> list[Skipped]:

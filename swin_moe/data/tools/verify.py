@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from contextlib import closing
 from pathlib import Path
-from typing import NamedTuple
 
 from rich.console import Console
 
+from ...common.reading import sha256
 from ...common.terminal import print_line
 from ...common.text import plain
-from ..bad_samples import Skipped
-from ..decode import EncodedImage, UnreadableImage
+from ..bad_samples import Skipped, json_lines
+from ..decode import EncodedImage
 from ..files import Source
 from ..readers.index import DatasetManifest, read_index
 from .parallel import in_processes
-from .prepare import sha256
 from .progress import sample_progress
 
 PART = 500  # samples that a process takes at once
@@ -25,18 +23,12 @@ PART = 500  # samples that a process takes at once
 _SOURCE: list[Source] = []  # inherited by forked processes
 
 
-class ImageReport(NamedTuple):
-    """Samples that cannot be read, and paths of shards that have changed."""
-
-    samples: int
-    skipped: list[Skipped]
-    changed: list[str]
-
-
 def verify(
     source: Source, manifest: Path | None, output: Path, console: Console, workers: int
-) -> ImageReport:
+) -> bool:
     """Decode every sample, and compare every shard's digest with its manifest.
+
+    Return whether all samples can be read and no shard has changed.
 
     Args:
         output: the list of bad samples, one JSON object per line; written if there are any.
@@ -54,10 +46,9 @@ def verify(
     _SOURCE.clear()
     changed = _changed_shards(manifest, console, workers) if manifest else []
     if skipped:
-        lines = "".join(json.dumps(sample._asdict()) + "\n" for sample in skipped)
-        output.write_text(lines, encoding="utf-8")
+        output.write_text(json_lines(skipped), encoding="utf-8")
     _print_report(len(source), skipped, changed, output, console)
-    return ImageReport(len(source), skipped, changed)
+    return not skipped and not changed
 
 
 def _decode(part: range) -> tuple[int, int, list[Skipped]]:
@@ -69,8 +60,7 @@ def _decode(part: range) -> tuple[int, int, list[Skipped]]:
             size += len(data)
             EncodedImage(data, "RGB", source.max_pixels).pixels()
         except (OSError, ValueError) as error:
-            kind = error.kind if isinstance(error, UnreadableImage) else "cannot be read"
-            bad.append(Skipped(source.key(index), kind, str(error)))
+            bad.append(Skipped.of(source.key(index), error))
     return len(part), size, bad
 
 

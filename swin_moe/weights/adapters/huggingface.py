@@ -7,7 +7,7 @@ modules are read too.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ...config import ModelConfig
 from .base import BUFFERS, Dialect, Images, Kind, check
-from .ours import BLOCK, MERGING, has, same
+from .ours import BLOCK, FIXED, MERGING, SAME_KEYS, has, same
 from .rules import Rule, renames
 from .windows import never_shrinks, shrinks_by_height
 
@@ -47,17 +47,14 @@ MODULE_PARTS = {
 }
 
 
-def _cat(tensors: list[Tensor]) -> list[Tensor]:
-    return [torch.cat(tensors)]
-
-
 def _split(tensors: list[Tensor]) -> list[Tensor]:
     return [part.clone() for part in tensors[0].chunk(3)]  # files cannot hold views
 
 
 def _qkv(kind: str, *theirs: str) -> Rule:
     their_names = tuple(f"{THEIR_BLOCK}attention.{name}.{kind}" for name in theirs)
-    return Rule((f"{BLOCK}attn.qkv.{kind}",), their_names, read=_cat, write=_split)
+    ours = (f"{BLOCK}attn.qkv.{kind}",)
+    return Rule(ours, their_names, read=lambda parts: [torch.cat(parts)], write=_split)
 
 
 def _rules(kind: Kind) -> list[Rule]:
@@ -77,23 +74,13 @@ def _rules(kind: Kind) -> list[Rule]:
     ]
 
 
-def _looks_like(names: Collection[str]) -> bool:
-    return has(names, r"encoder\.layers\.\d+\.blocks\.\d+\.layernorm_before\.")
-
-
-ONLY = {
-    "patch_norm": True,
-    "qk_scale": None,
-    "mlp_fc2_bias": True,
-    "extra_norm_every_n_blocks": 0,
-}
 HUGGINGFACE = Dialect(
     "huggingface",
     example="swin.encoder.layers.0.blocks.0.layernorm_before.weight",
-    looks_like=_looks_like,
+    looks_like=partial(has, r"encoder\.layers\.\d+\.blocks\.\d+\.layernorm_before\."),
     rules=_rules,
     # V2's position embedding has room for a class token, and can then not be added.
-    only={"swin": ONLY, "swinv2": {**ONLY, "ape": False}},
+    only={"swin": FIXED, "swinv2": {**FIXED, "ape": False}},
     windows={"swin": never_shrinks, "swinv2": shrinks_by_height},
     prefix=r"(module\.)?(swin\.|swinv2\.)?",
     body={"swin": "swin.", "swinv2": "swinv2."},
@@ -116,15 +103,9 @@ def huggingface_config(model: ModelConfig, classes: list[str] | None = None) -> 
         "architectures": [f"{model.family.capitalize()}ForImageClassification"],
         "model_type": model.family,
         "image_size": model.img_size,
-        "patch_size": model.patch_size,
         "num_channels": model.in_chans,
         **_labels(model, classes),
-        "embed_dim": model.embed_dim,
-        "depths": model.depths,
-        "num_heads": model.num_heads,
-        "window_size": model.window_size,
-        "mlp_ratio": model.mlp_ratio,
-        "qkv_bias": model.qkv_bias,
+        **model.model_dump(include=SAME_KEYS),
         "hidden_dropout_prob": model.drop_rate,
         "attention_probs_dropout_prob": model.attn_drop_rate,
         "drop_path_rate": model.drop_path_rate,

@@ -6,14 +6,13 @@ stage, V2 at the start of the next one.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from functools import partial
 
 from torch import Tensor
 
-from ...config import ModelConfig
 from .base import BUFFERS, Dialect, Kind
 from .ours import ATTENTION, BLOCK, has, same
-from .rules import Rule, State, renames
+from .rules import Rule, renames
 from .windows import never_shrinks, position_buffers, shrinks
 
 THEIR_BLOCK = "stages.{s}.blocks.{b}."
@@ -56,18 +55,10 @@ def _rules(kind: Kind) -> list[Rule]:
     ]
 
 
-def _looks_like(names: Collection[str]) -> bool:
-    return has(names, r"stages\.\d+\.blocks\.\d+\.attn\.w_msa\.")
-
-
-def _extras(model: ModelConfig, state: State) -> State:
-    return position_buffers(model, THEIR_BLOCK + "attn.w_msa")
-
-
 MMSEG = Dialect(
     "mmseg",
     example="backbone.stages.0.blocks.0.attn.w_msa.qkv.weight",
-    looks_like=_looks_like,
+    looks_like=partial(has, r"stages\.\d+\.blocks\.\d+\.attn\.w_msa\."),
     rules=_rules,
     only={
         "swin": {"mlp_fc2_bias": True, "extra_norm_every_n_blocks": 0},
@@ -78,5 +69,5 @@ MMSEG = Dialect(
     prefix=r"(module\.)?(backbone\.)?",
     body={"swin": "backbone.", "swinv2": "backbone."},
     dropped=rf"{BUFFERS}|norm\d+\..*|mask_token|(neck|\w+_head)\..*",
-    extras=_extras,
+    extras=lambda model, _: position_buffers(model, THEIR_BLOCK + "attn.w_msa"),
 )

@@ -54,7 +54,7 @@ def _rules(kind: Kind) -> list[Rule]:
 
 
 def _looks_like(names: Collection[str]) -> bool:
-    our_experts = has(names, r"layers\.\d+\.blocks\.\d+\.mlp\.(router|experts)\.")
+    our_experts = has(r"layers\.\d+\.blocks\.\d+\.mlp\.(router|experts)\.", names)
     return has_layers(names, merging_first=False) and not our_experts
 
 

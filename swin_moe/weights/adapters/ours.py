@@ -5,12 +5,19 @@ from __future__ import annotations
 import re
 from collections.abc import Collection
 
-from .base import BUFFERS, Dialect, Kind
+from .base import BUFFERS, Dialect
 from .rules import Rule, renames
 
 BLOCK = "layers.{s}.blocks.{b}."
 STEM = ("patch_embed.proj.{p}", "patch_embed.norm.{p}", "absolute_pos_embed", "norm.{p}")
 HEAD = "head.{p}"
+# Options that have only one value in transformers, timm and torchvision.
+FIXED: dict[str, object] = {
+    "patch_norm": True, "qk_scale": None, "mlp_fc2_bias": True, "extra_norm_every_n_blocks": 0,
+}  # fmt: skip
+SAME_KEYS = {  # of our config, transformers' and timm's
+    "patch_size", "embed_dim", "depths", "num_heads", "window_size", "mlp_ratio", "qkv_bias",
+}  # fmt: skip
 MERGING = ("reduction.weight", "norm.{p}")
 ATTENTION = (
     "qkv.{p}", "proj.{p}", "q_bias", "v_bias", "logit_scale", "cpb_mlp.0.{p}", "cpb_mlp.2.weight",
@@ -40,7 +47,7 @@ BODY = [
 DENSE = [*BODY, *_kept(MERGING, "layers.{s}.downsample."), *_kept([HEAD])]
 
 
-def has(names: Collection[str], pattern: str) -> bool:
+def has(pattern: str, names: Collection[str]) -> bool:
     return any(re.match(pattern, name) for name in names)
 
 
@@ -51,11 +58,11 @@ def has_layers(names: Collection[str], *, merging_first: bool) -> bool:
         merging_first: at the start of the next stage (timm, which also has ``head.fc``), not at the
             end of a stage (ours, official).
     """
-    if has(names, r"layers\.\d+\.downsample\."):
-        first = not has(names, r"layers\.0\.downsample\.")
+    if has(r"layers\.\d+\.downsample\.", names):
+        first = not has(r"layers\.0\.downsample\.", names)
     else:
-        first = has(names, r"head\.fc\.")
-    return has(names, r"layers\.\d+\.blocks\.\d+\.norm1\.") and first == merging_first
+        first = has(r"head\.fc\.", names)
+    return has(r"layers\.\d+\.blocks\.\d+\.norm1\.", names) and first == merging_first
 
 
 def _looks_like(names: Collection[str]) -> bool:
@@ -63,14 +70,10 @@ def _looks_like(names: Collection[str]) -> bool:
     return has_layers(names, merging_first=False) and not tutel
 
 
-def _rules(kind: Kind) -> list[Rule]:
-    return [*DENSE, *_kept(EXPERTS, BLOCK + "mlp.")]
-
-
 OURS = Dialect(
     "swin_moe",
     example="layers.0.blocks.0.norm1.weight",
     looks_like=_looks_like,
-    rules=_rules,
+    rules=lambda _: [*DENSE, *_kept(EXPERTS, BLOCK + "mlp.")],
     dropped=rf"{BUFFERS}|mask_token",  # SimMIM adds that to the backbone
 )

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from functools import partial
 from typing import Any
 
 from ...config import ModelConfig
 from .base import Dialect, Images, Kind, check
-from .ours import BODY, HEAD, MERGING, has_layers, same
+from .ours import BODY, FIXED, HEAD, MERGING, SAME_KEYS, has_layers, same
 from .rules import Rule, renames
 from .windows import shrinks_by_axis
 
@@ -21,21 +21,11 @@ def _rules(kind: Kind) -> list[Rule]:
     ]
 
 
-def _looks_like(names: Collection[str]) -> bool:
-    return has_layers(names, merging_first=True)
-
-
-ONLY = {
-    "ape": False,
-    "patch_norm": True,
-    "qk_scale": None,
-    "mlp_fc2_bias": True,
-    "extra_norm_every_n_blocks": 0,
-}
+ONLY = {"ape": False, **FIXED}
 TIMM = Dialect(
     "timm",
     example="layers.1.downsample.norm.weight with head.fc.weight",
-    looks_like=_looks_like,
+    looks_like=partial(has_layers, merging_first=True),
     rules=_rules,
     only={"swin": ONLY, "swinv2": ONLY},
     windows={"swin": shrinks_by_axis, "swinv2": shrinks_by_axis},
@@ -57,14 +47,7 @@ def timm_config(
     check(TIMM, model)
     arguments: dict[str, Any] = {
         "img_size": list(model.image_sides),
-        "patch_size": model.patch_size,
-        "in_chans": model.in_chans,
-        "embed_dim": model.embed_dim,
-        "depths": model.depths,
-        "num_heads": model.num_heads,
-        "window_size": model.window_size,
-        "mlp_ratio": model.mlp_ratio,
-        "qkv_bias": model.qkv_bias,
+        **model.model_dump(include=SAME_KEYS | {"in_chans"}),
     }
     if model.family == "swinv2":
         pretrained = model.pretrained_window_sizes or [0] * len(model.depths)

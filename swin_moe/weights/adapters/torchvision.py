@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from ...config import ModelConfig
 from .base import Dialect, Kind
-from .ours import ATTENTION, BLOCK, MERGING, has, same
-from .rules import Rule, State, renames
+from .ours import ATTENTION, BLOCK, FIXED, MERGING, has, same
+from .rules import Rule, renames
 from .windows import never_shrinks_by_axis, position_buffers
 
 THEIR_BLOCK = "features.{2s+1}.{b}."
@@ -47,29 +46,13 @@ def _rules(kind: Kind) -> list[Rule]:
     return [*rules, *renames(same(ATTENTION), ours, theirs)]
 
 
-def _looks_like(names: Collection[str]) -> bool:
-    return has(names, r"features\.\d+\.\d+\.attn\.qkv\.")
-
-
-def _extras(model: ModelConfig, state: State) -> State:
-    return position_buffers(model, THEIR_BLOCK + "attn", flat_index=True)
-
-
-ONLY = {
-    "in_chans": 3,
-    "ape": False,
-    "patch_norm": True,
-    "qkv_bias": True,
-    "qk_scale": None,
-    "mlp_fc2_bias": True,
-    "extra_norm_every_n_blocks": 0,
-}
+ONLY = {"in_chans": 3, "ape": False, "qkv_bias": True, **FIXED}
 TORCHVISION = Dialect(
     "torchvision",
     example="features.1.0.attn.qkv.weight",
-    looks_like=_looks_like,
+    looks_like=partial(has, r"features\.\d+\.\d+\.attn\.qkv\."),
     rules=_rules,
     only={"swin": ONLY, "swinv2": ONLY},
     windows={"swin": never_shrinks_by_axis, "swinv2": never_shrinks_by_axis},
-    extras=_extras,
+    extras=lambda model, _: position_buffers(model, THEIR_BLOCK + "attn", flat_index=True),
 )
