@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 _PIECE, _FLUSH = 1 << 24, 1 << 28  # bytes that are written, and flushed to disk, at once
-_HEADER = 1 << 22  # bytes reserved for the header, which comes first and is written last
+_ROOM = (1 << 22) - 8  # bytes of the header of tensors that are not known before
+_MOST = 10**15  # bytes of a file, whose number of digits bounds a header
 _DTYPES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -29,31 +30,18 @@ _DTYPES = {
 
 
 def write_file(tensors: Mapping[str, Tensor], path: Path, wrote: Callable[[], None]) -> None:
-    """Write tensors that are all in memory.
-
-    Args:
-        wrote: called after each written piece.
-
-    Raises:
-        OSError: the first error of the file system.
-    """
+    """Write tensors that are all in memory, see :func:`stream_file`."""
     # Larger elements first, so that each begins at a multiple of its size.
     ordered = sorted(tensors.items(), key=lambda item: -item[1].element_size())
-    header: dict[str, Any] = {}
-    position = 0
-    for name, tensor in ordered:
-        header[name], position = _entry(tensor, position)
-    text = json.dumps(header).encode()
-    text = text.ljust(-(-len(text) // 8) * 8)
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        pieces = _Pieces(file, wrote)
-        for _, tensor in ordered:
-            pieces.write(tensor.detach().contiguous().view(-1))
+    header = json.dumps({name: _entry(tensor, _MOST)[0] for name, tensor in ordered})
+    stream_file(ordered, path, wrote, -(-len(header) // 8) * 8)
 
 
 def stream_file(
-    tensors: Iterable[tuple[str, Tensor]], path: Path, wrote: Callable[[], None] = lambda: None
+    tensors: Iterable[tuple[str, Tensor]],
+    path: Path,
+    wrote: Callable[[], None] = lambda: None,
+    room: int = _ROOM,
 ) -> None:
     """Write tensors by name, of which only one need be in memory at a time.
 
@@ -61,6 +49,7 @@ def stream_file(
 
     Args:
         wrote: called after each written piece.
+        room: bytes reserved for the header, which comes first and is written last.
 
     Raises:
         OSError: the first error of the file system.
@@ -68,7 +57,7 @@ def stream_file(
     header: dict[str, Any] = {}
     position, problem = 0, None
     with path.open("wb") as file:
-        file.seek(_HEADER)
+        file.seek(8 + room)
         pieces = _Pieces(file, wrote)
         for name, tensor in tensors:
             if problem is not None:
@@ -82,9 +71,9 @@ def stream_file(
         if problem is not None:
             raise problem
         text = json.dumps(header).encode()
-        assert len(text) <= _HEADER - 8
+        assert len(text) <= room
         file.seek(0)
-        file.write((_HEADER - 8).to_bytes(8, "little") + text.ljust(_HEADER - 8))
+        file.write(room.to_bytes(8, "little") + text.ljust(room))
 
 
 def _entry(tensor: Tensor, position: int) -> tuple[dict[str, Any], int]:

@@ -112,9 +112,8 @@ class Writer:
         self.folder, self.world, self._report = folder, world, report
         self.writing = writing or Writing()
         self._of_a_run = folder.parent.is_dir()  # otherwise the first save makes it
-        self._life = broadcast_object(
-            secrets.token_hex(4)
-        )  # distinguishes the files of this run's processes
+        # It distinguishes the files of this run's processes.
+        self._life = broadcast_object(secrets.token_hex(4))
         self._host: dict[str, Tensor] = {}
         self._job: _Save | None = None
         self._failed = False  # the last save; set on rank 0 only

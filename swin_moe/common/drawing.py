@@ -93,12 +93,9 @@ def font_file(text: str) -> str:
 def _own_font() -> str:
     """Return the path of matplotlib's font without importing matplotlib, which is slow."""
     spec = find_spec("matplotlib")
-    folders = spec.submodule_search_locations if spec else None
-    for folder in folders or []:
-        path = Path(folder, "mpl-data/fonts/ttf/DejaVuSans.ttf")
-        if path.is_file():
-            return str(path)
-    return ""
+    folders = (spec.submodule_search_locations if spec else None) or ()
+    paths = (Path(folder, "mpl-data/fonts/ttf/DejaVuSans.ttf") for folder in folders)
+    return next((str(path) for path in paths if path.is_file()), "")
 
 
 def _lacking(text: str, font: str) -> set[str]:

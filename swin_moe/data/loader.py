@@ -112,12 +112,9 @@ class Loader:
             yield batch
 
     def check_room(self) -> None:
-        """Make sure that the workers can pass their batches on.
+        """Raise ``ValueError`` if there is too little shared memory for the workers' batches.
 
         Call it before any worker of the run has started, since their batches take the same memory.
-
-        Raises:
-            ValueError: there is too little shared memory.
         """
         batch = self.sampler.batch_size * math.prod(self.dataset.shape)
         check_shared_memory(self.workers, batch, self.description.partition(":")[0])
@@ -178,11 +175,8 @@ class Loader:
 def _workers(wanted: int, batches: int, say: bool) -> int:
     """Limit the workers to the number of cores and batches; more would only wait."""
     cores = len(os.sched_getaffinity(0))
-    places = (
-        (cores, f"this machine has {cores} cores"),
-        (batches, f"an epoch has {batches} batches"),
-    )
-    most, why = min(places)
+    machine, epoch = f"this machine has {cores} cores", f"an epoch has {batches} batches"
+    most, why = min((cores, machine), (batches, epoch))
     if wanted > max(most, DataConfig().num_workers) and say:
         log.warning("data.num_workers=%d: %s, so %d of them work", wanted, why, most)
     return min(wanted, most)
@@ -232,15 +226,9 @@ def why_died(error: BaseException) -> str:
 
 
 def check_shared_memory(workers: int, batch: int, split: str) -> None:
-    """Make sure that shared memory has room for the batches that workers hold ready.
+    """Raise ``ValueError`` if shared memory lacks room for the batches that workers hold ready.
 
-    Args:
-        workers: processes that load for each rank.
-        batch: bytes.
-        split: for the message.
-
-    Raises:
-        ValueError: there is too little; the workers would die or wait for ever.
+    Each rank's workers would die or wait for ever. ``batch`` is in bytes.
     """
     ranks = local_world_size()
     needed = batch * workers * _READY * ranks

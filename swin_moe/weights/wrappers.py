@@ -66,7 +66,9 @@ def take_network(state: State, path: Path, wanted: str = "") -> tuple[State, lis
     if not shown:
         return state, []  # no Swin model: the translation will report it
     root = _choose(shown, path, wanted)
-    before_it = _outer(next(full for name, full in names.items() if _is_first(name, root)))
+    before_it = _outer(
+        next(n for s, n in names.items() if s.startswith(root) and _FIRST.fullmatch(s, len(root)))
+    )
     taken: dict[str, str] = {}  # the network's own name -> the file's
     left_over: list[str] = []
     heads: dict[str, dict[str, str]] = {}  # by their prefix
@@ -137,10 +139,6 @@ def _networks(names: dict[str, str]) -> dict[str, str]:
         for root, before in found.items()
         if any(n.startswith(root) and _BLOCK.match(n, len(root)) for n in names)
     }
-
-
-def _is_first(name: str, root: str) -> bool:
-    return name.startswith(root) and bool(_FIRST.fullmatch(name.removeprefix(root)))
 
 
 def _of_another(name: str, root: str, roots: Iterable[str]) -> bool:

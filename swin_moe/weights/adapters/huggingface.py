@@ -92,9 +92,6 @@ HUGGINGFACE = Dialect(
 def huggingface_config(model: ModelConfig, classes: list[str] | None = None) -> dict[str, Any]:
     """Return the ``config.json`` for a state dict written for ``huggingface``.
 
-    Args:
-        classes: names by label.
-
     Raises:
         DialectError: transformers cannot compute the same function.
     """

@@ -37,10 +37,6 @@ def timm_config(
 ) -> dict[str, Any]:
     """Return the ``config.json`` with which ``timm.create_model`` opens ``local-dir:FOLDER``.
 
-    Args:
-        images: their preparation.
-        classes: names by label.
-
     Raises:
         DialectError: timm cannot compute the same function.
     """
@@ -82,6 +78,5 @@ def _architecture(model: ModelConfig) -> str:
     known = model.name.removesuffix("_22kto1k").removesuffix("_22k")
     if timm.is_model(known):
         return known
-    return {"swin": "swin_tiny_patch4_window7_224", "swinv2": "swinv2_tiny_window8_256"}[
-        model.family
-    ]
+    any_size = {"swin": "swin_tiny_patch4_window7_224", "swinv2": "swinv2_tiny_window8_256"}
+    return any_size[model.family]
