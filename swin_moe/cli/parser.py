@@ -60,7 +60,7 @@ def build_parser() -> argparse.ArgumentParser:
     train.add_argument(
         "--fresh",
         action="store_true",
-        help="start anew; an existing run directory is moved aside, never overwritten",
+        help="start from the beginning; an existing run directory is moved aside, never overwritten",
     )
     train.add_argument(
         "--accept-changes",
@@ -323,7 +323,7 @@ def _add_launch(commands: Any) -> argparse.ArgumentParser:
     launch.add_argument(
         "--manifest", default="", metavar="FILE", help="kubernetes: instead of kubernetes.yaml"
     )
-    launch.add_argument("--fresh", action="store_true", help="start anew, see train")
+    launch.add_argument("--fresh", action="store_true", help="start from the beginning, see train")
     launch.add_argument(
         "--accept-changes", action="store_true", help="resume with changed data, see train"
     )
