@@ -60,7 +60,7 @@ def build_parser() -> argparse.ArgumentParser:
     train.add_argument(
         "--fresh",
         action="store_true",
-        help="start from the beginning; an existing run directory is moved aside, never overwritten",
+        help="start from the beginning; an existing run directory is moved aside, not overwritten",
     )
     train.add_argument(
         "--accept-changes",
