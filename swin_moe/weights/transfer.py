@@ -70,8 +70,7 @@ def fit(state: State, target: State, source_grid: Grid, target_grid: Grid) -> Fi
 
 
 def _resize(name: str, tensor: Tensor, wanted: Tensor, source: Grid, target: Grid) -> Tensor:
-    same_rank = tensor.ndim == wanted.ndim
-    if not same_rank:
+    if tensor.ndim != wanted.ndim:
         raise WeightsError(_unmappable(name, tensor, wanted))
     if name.endswith("relative_position_bias_table") and tensor.shape[1:] == wanted.shape[1:]:
         return resize_bias_table(tensor, (math.isqrt(len(wanted)) + 1) // 2)

@@ -161,9 +161,8 @@ def _split(labels: np.ndarray, settings: Settings, split: str) -> dict[str, np.n
     chosen = labels[order]
     by_class = np.argsort(chosen, kind="stable")
     counts = np.bincount(chosen)
-    place = np.arange(len(order)) - np.repeat(np.cumsum(counts) - counts, counts)
     rank = np.empty(len(order), np.int64)
-    rank[by_class] = place
+    rank[by_class] = np.arange(len(order)) - np.repeat(np.cumsum(counts) - counts, counts)
     held_out = rank < np.round(settings.val_share * counts)[chosen]
     if len(order) and (held_out.all() or not held_out.any()):
         what, how = ("all", "smaller") if held_out.all() else ("none", "larger")
