@@ -42,7 +42,7 @@ def _is_bundled(path: str) -> bool:
     root = Path(path)
     if path not in BUNDLED or not root.is_dir():
         return path in BUNDLED and not root.exists()
-    return all(file.suffix == ".yaml" for file in root.iterdir())
+    return {file.suffix for file in root.iterdir()} == {".yaml"}
 
 
 def open_source(
