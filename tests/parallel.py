@@ -156,12 +156,14 @@ def train(
 
 def ranks(launcher: int) -> list[psutil.Process]:
     """Return the processes that train under a launcher, by rank."""
-    family = psutil.Process(launcher).children(recursive=True)
     named = {}
-    for process in family:
+    for process in psutil.Process(launcher).children(recursive=True):
         with contextlib.suppress(psutil.NoSuchProcess):  # it may end meanwhile
-            named[process] = process.name()
-    return sorted((p for p, name in named.items() if name.startswith("swin-moe r")), key=named.get)
+            if (name := process.name()).startswith("swin-moe r"):
+                named[process.pid] = (name, process.ppid(), process)
+    # A child of a rank has the rank's name until it takes its own.
+    ranks = [(name, process) for name, parent, process in named.values() if parent not in named]
+    return [process for _, process in sorted(ranks, key=lambda rank: rank[0])]
 
 
 def run_worker(script: str, folder: Path, processes: int, timeout: float = 300) -> None:

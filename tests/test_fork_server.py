@@ -231,6 +231,15 @@ def _children(process):
     return []
 
 
+def _reads_data(rank):
+    """Return whether a rank has started the worker that reads data, its last start."""
+    for child in _children(rank):
+        with contextlib.suppress(psutil.NoSuchProcess):  # such as git, which names the commit
+            if child.name() == "pt_data_worker":
+                return True
+    return False
+
+
 def _listening(process):
     """Return the addresses at which a process listens; none if it has ended."""
     with contextlib.suppress(psutil.NoSuchProcess):
@@ -246,7 +255,7 @@ def test_the_launcher_forks_its_ranks_and_leaves_nothing_behind(tmp_path):
     )  # fmt: skip
     deadline = time.monotonic() + PATIENCE
     ranks = []
-    while len(ranks) < 2 or not all(map(_children, ranks)):  # each has a worker that reads data
+    while len(ranks) < 2 or not all(map(_reads_data, ranks)):
         ranks = parallel.ranks(process.pid)
         assert process.poll() is None, process.complaints()
         assert time.monotonic() < deadline
