@@ -240,7 +240,7 @@ sys.exit(cli.main(sys.argv[1:]))
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
 def test_killed_and_gone_on_with(tmp_path, how, monkeypatch):
-    folder = make_folder(tmp_path / "train", ["ant", "bee"], per_class=10)
+    folder = make_folder(tmp_path / "train", ["ant", "bee"], per_class=20)
     _small_shards(monkeypatch)
     _prepare(folder, tmp_path / "whole")
     expected = {path.name: path.read_bytes() for path in (tmp_path / "whole").iterdir()}
