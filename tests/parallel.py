@@ -74,11 +74,13 @@ class Running:
     def kill_all(self) -> None:
         """Send SIGKILL to the program and its descendants in any session."""
         try:
-            family = psutil.Process(self.pid).children(recursive=True)
+            program = psutil.Process(self.pid)
+            family = [program, *program.children(recursive=True)]
         except psutil.NoSuchProcess:
             return
-        for member in [psutil.Process(self.pid), *family]:
-            member.kill()
+        for member in family:
+            with contextlib.suppress(psutil.NoSuchProcess):  # the ranks end with the launcher
+                member.kill()
         self.process.wait(60)
 
     def wait(self, timeout: float = PATIENCE) -> int:

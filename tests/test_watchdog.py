@@ -27,7 +27,7 @@ watchdog = Watchdog(1.0, 3)
 watchdog.start()
 watchdog.log_to(Path({log!r}))
 watchdog.beat()
-with watchdog.phase("it was slow", works=True, limits=3):
+with watchdog.phase("it was slow", works=True, limits=30):
     time.sleep(1.5)
 waits_for_ever()
 """
@@ -55,7 +55,7 @@ class Ended(Exception):
 class Peers:
     """A store with the progress of other ranks, which the test sets."""
 
-    rank, place, period = 0, "node-0:29500", 2.0
+    rank, size, place, period = 0, 2, "node-0:29500", 2.0
 
     def __init__(self) -> None:
         self.texts: dict[int, str] = {}
@@ -197,6 +197,17 @@ def test_a_rank_at_the_same_place_is_named_if_it_reports_nothing(clock, watchdog
         with pytest.raises(Ended):
             later(clock, watchdog, 21.0)
         assert ("; awaited: node-1 (ranks [1]); " in capsys.readouterr().err) == named
+
+
+def test_a_rank_that_stopped_before_its_first_report_is_named(clock, watchdog, capsys):
+    watchdog.peers = Peers()
+    watchdog.beat()
+    clock.now += 2.0
+    watchdog.exchange()
+    watchdog.exchange()
+    with pytest.raises(Ended):
+        later(clock, watchdog, 21.0)
+    assert "; awaited: node-1 (ranks [1]); " in capsys.readouterr().err
 
 
 def test_a_save_may_take_long_but_not_stand_still(clock, watchdog, capsys):

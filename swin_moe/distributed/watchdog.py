@@ -58,6 +58,7 @@ class Peers(Protocol):
     """The store at which ranks report their progress; used by one thread."""
 
     rank: int
+    size: int
     place: str
     period: float
 
@@ -390,14 +391,14 @@ class Watchdog:
         return f"{Path(place.filename).name}:{place.lineno} ({place.name})"
 
     def _awaited(self) -> str:
-        """Return a clause that names the ranks that are behind or have stopped, or an empty one."""
+        """Return a clause that names the late ranks, or an empty one."""
         peers, heard = self.peers, list(self._heard)
         if peers is None:
             return ""
         found: list[str] = []
 
         def ask() -> None:
-            late = self._late(heard)
+            late = self._late(heard, peers.size)
             if late:
                 found.append(peers.whose(late))
 
@@ -407,18 +408,19 @@ class Watchdog:
             return ""
         return f"; awaited: {found[0]}; {ranks.world_variables()}"
 
-    def _late(self, heard: list[dict[int, Progress]]) -> list[int]:
-        """Return the ranks that are behind this one or have stopped to report."""
+    def _late(self, heard: list[dict[int, Progress]], size: int) -> list[int]:
+        """Return the ranks that are behind this one, have stopped to report, or never reported."""
         if len(heard) < 2:
             return []
         first, last = heard
-        late = {
-            rank
-            for rank, progress in last.items()
-            if progress.steps < self._steps
-            or (rank in first and progress.reports == first[rank].reports)
-        }
-        return sorted(late - {self.rank})
+
+        def is_late(rank: int) -> bool:
+            if rank not in last:
+                return True
+            stopped = rank in first and last[rank].reports == first[rank].reports
+            return stopped or last[rank].steps < self._steps
+
+        return [rank for rank in range(size) if rank != self.rank and is_late(rank)]
 
 
 def _bounded(call: Callable[[], object]) -> bool:

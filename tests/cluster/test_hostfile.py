@@ -1,7 +1,6 @@
 """The launchers with a hostfile: DeepSpeed's over a real sshd on loopback, and mpirun."""
 
 import shutil
-import socket
 import subprocess
 import tempfile
 from pathlib import Path
@@ -11,6 +10,7 @@ import pytest
 from tests.cluster.tools import (
     LAUNCH,
     Job,
+    free_ports,
     last_step,
     need,
     run_of,
@@ -20,12 +20,6 @@ from tests.cluster.tools import (
 )
 
 HOSTS = ("127.0.0.31", "127.0.0.32")
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +37,7 @@ def shells():
             subprocess.run(
                 ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", folder / key], check=True
             )
-        port = free_port()
+        (port,) = free_ports(1)
         listen = "".join(f"ListenAddress {host}:{port}\n" for host in HOSTS)
         (folder / "sshd_config").write_text(
             f"{listen}HostKey {folder}/host\nPidFile {folder}/pid\nUsePAM no\n"
@@ -74,7 +68,7 @@ def shells():
 def start(script, hosts, config, *options, **env):
     hostfile = config.parent / "hosts"
     hostfile.write_text("# loopback\n" + "".join(f"{host} slots=1\n" for host in hosts))
-    words = [LAUNCH / script, "--hostfile", hostfile, "--master", f"{hosts[0]}:{free_port()}"]
+    words = [LAUNCH / script, "--hostfile", hostfile, "--master", f"{hosts[0]}:{free_ports(1)[0]}"]
     overrides = [f"train.output={run_of(config.parent)}", *options]
     return Job([*words, config, *overrides], config.parent / "output.txt", **env)
 
@@ -107,8 +101,9 @@ def test_mpirun_trains_on_two_ranks(tmp_path):
     config = write_config(tmp_path)
     hosts = tmp_path / "hosts"
     hosts.write_text("localhost slots=2\n")
+    master = f"localhost:{free_ports(1)[0]}"
     job = Job(
-        [LAUNCH / "mpi.sh", "--hostfile", hosts, "--master", f"localhost:{free_port()}", config,
+        [LAUNCH / "mpi.sh", "--hostfile", hosts, "--master", master, config,
          f"train.output={run_of(tmp_path)}"],
         tmp_path / "output.txt", **allow,
     )  # fmt: skip

@@ -17,6 +17,7 @@ from tests.cluster.tools import (
     PATIENCE,
     ROOT,
     environment,
+    free_ports,
     last_step,
     need,
     run_of,
@@ -143,16 +144,6 @@ def tail(path, lines=60):
     return "\n".join(path.read_text(errors="replace").splitlines()[-lines:])
 
 
-def free_ports(count):
-    probes = [socket.socket() for _ in range(count)]
-    for probe in probes:
-        probe.bind(("127.0.0.1", 0))
-    ports = [probe.getsockname()[1] for probe in probes]
-    for probe in probes:
-        probe.close()
-    return ports
-
-
 @pytest.fixture(scope="module")
 def slurm():
     need("munged", "slurmctld", "slurmd", "sbatch", "srun")
@@ -187,7 +178,7 @@ def test_two_nodes_are_preempted_and_go_on_from_the_checkpoint(slurm, tmp_path):
     def wait(done, what, patience=PATIENCE):
         until(done, what, patience, lambda: slurm.tell(low, log))
 
-    wait(lambda: last_step(run) > 10 or slurm.state(low) not in ("PENDING", "RUNNING"), "steps")
+    wait(lambda: last_step(run) > 10 or slurm.state(low) not in ("", "PENDING", "RUNNING"), "steps")
     assert slurm.state(low) == "RUNNING", log.read_text()
     high = slurm.submit("--partition=high", "--nodes=2", "--wrap", "true")
     wait(lambda: slurm.state(high) == "COMPLETED", "the job of the higher partition")

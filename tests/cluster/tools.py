@@ -7,6 +7,7 @@ import json
 import os
 import random
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -109,6 +110,18 @@ def until(
     while not done():
         assert time.monotonic() < deadline, f"not within {patience:.0f} s: {what}\n{tell()}"
         time.sleep(0.2)
+
+
+def free_ports(count: int) -> list[int]:
+    """Return ports that are free, and that no system gives to a socket that asks for any port."""
+    free: list[int] = []
+    for port in random.SystemRandom().sample(range(20_000, 30_000), 10_000):
+        with contextlib.suppress(OSError), socket.socket() as probe:
+            probe.bind(("127.0.0.1", port))
+            free.append(port)
+        if len(free) == count:
+            return free
+    raise AssertionError("no port from 20000 to 29999 is free")
 
 
 class Job:

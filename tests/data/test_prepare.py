@@ -273,7 +273,8 @@ def test_killed_and_gone_on_with(tmp_path, how, monkeypatch):
     while any(str(output).encode() in _command(p) for p in os.listdir("/proc") if p.isdigit()):
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    done = {path: path.stat().st_mtime_ns for path in output.glob("train-*.tar")}
+    recorded = [output / path.stem for path in records.glob("*.tar.json")]
+    done = {path: path.stat().st_mtime_ns for path in recorded}
     assert 4 <= len(done) < len(list(expected)) - 3
     _refused("unfinished preparation with another 'seed' \\(0, now 1\\)", folder, output, seed=1)
     _prepare(folder, output)

@@ -18,7 +18,7 @@ def test_a_stopped_rank_is_found_and_the_run_goes_on(tmp_path, monkeypatch):
     ])  # fmt: skip
     folder = tmp_path / "run"
     process = start(folder, 2, "--max-restarts", "3")
-    wait_for_step(process, folder, 8)
+    wait_for_step(process, folder, 6)  # the checkpoint of step 5 is written, the next is far
     os.kill(ranks(process.pid)[1].pid, signal.SIGSTOP)  # it cannot report anything
     printed, errors = process.communicate(timeout=240)
     assert process.returncode == 0, errors
@@ -34,10 +34,10 @@ def test_a_stopped_rank_is_found_and_the_run_goes_on(tmp_path, monkeypatch):
 
 def test_every_rank_dumps_its_stack_when_one_sleeps(tmp_path):
     """The rank that hangs in Python reports its place, as do those that wait for it."""
-    done = run(tmp_path, [(1, 6)], "faults.hang_timeout_s=12", how="sleep")
+    done = run(tmp_path, [(1, 6)], "faults.hang_timeout_s=20", how="sleep")
     assert done.returncode != 0
     for rank in (0, 1):
         who = f"swin-moe: error: rank {rank} on {ranks_of.hostname()}: "
-        assert f"{who}nothing went on for 12 s while an update was made, at " in done.stderr
+        assert f"{who}nothing went on for 20 s while an update was made, at " in done.stderr
         assert "trainer.py" in (tmp_path / f"run/logs/rank-{rank}.log").read_text()
     assert "in sleeping" in (tmp_path / "run/logs/rank-1.log").read_text()

@@ -42,9 +42,12 @@ def kill_at_random(process, folder, kills, generator):
         assert now >= kept, "a committed checkpoint is gone"
         before = steps_done(folder)
         lost.append(before - now)
-        restarted = time.monotonic() + PATIENCE
-        while steps_done(folder) > now + 1 and time.monotonic() < restarted:
-            time.sleep(0.01)  # the records of the lost steps go when it resumes
+        # The records of the lost steps are gone when the restart is logged.
+        restart = f"after a failure ({len(lost)} of "
+        deadline = time.monotonic() + PATIENCE
+        while restart not in (folder / "logs/rank-0.log").read_text():
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
         before = now
     return lost
 
