@@ -114,7 +114,11 @@ class Reader(Contents):
                 raise CheckpointError(
                     f"{self.path / name} is gone: a running training has removed it; try again"
                 ) from None
-            except (SafetensorError, OSError) as error:
+            except OSError as error:
+                raise CheckpointError(
+                    f"{self.path / name}: cannot be read ({error.strerror or error})"
+                ) from None
+            except SafetensorError as error:
                 raise CheckpointError(
                     f"{self.path / name}: not a safetensors file ({error})"
                 ) from None

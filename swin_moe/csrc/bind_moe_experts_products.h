@@ -5,9 +5,9 @@
 // - grouped: torch's grouped product on packed rows. Only the device needs the numbers of rows.
 //
 // Between them, `Device` computes the elementwise ops, on the rows of a `Span` at a time:
-// `activate`, `activate_backward` (with the sums of the bias gradients) and `add_bias`. It clears
-// empty rows before products over rows (`without_empty_rows`), and writes zeros for the gradients
-// of experts without rows (`clear_unused`, `clear_unused_biases`).
+// `activate`, `activate_backward` (with the sums of the bias gradients) and `add_bias`. It sets
+// empty rows to zero before products over rows (`without_empty_rows`). If an expert has no rows,
+// it sets that expert's gradients to zero (`clear_unused`, `clear_unused_biases`).
 #pragma once
 
 #include <algorithm>

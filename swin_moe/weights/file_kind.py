@@ -69,7 +69,7 @@ def kind_of(path: Path) -> Kind:
         with path.open("rb") as file:
             head = file.read(_HEAD)
     except OSError as error:
-        raise WeightsError(f"{plain(path)}: cannot be read ({error.strerror})") from None
+        raise WeightsError(unreadable(path, error)) from None
     except ValueError as error:
         raise WeightsError(str(error)) from None
     if head.startswith(b"PK\x03\x04"):
@@ -138,7 +138,12 @@ def _binary(head: bytes, path: Path) -> str:
 
 
 def unreadable(path: Path, error: Exception) -> str:
-    """Return the message for a failure of torch's reader."""
+    """Return the message for a failure to read a file.
+
+    Damage was never seen to raise ``OSError``: the file system raises it.
+    """
+    if isinstance(error, OSError):
+        return f"{plain(path)}: cannot be read ({error.strerror or error})"
     first = str(error).partition("\n")[0] or type(error).__name__
     if "mmap" in first:
         size = os.stat(path).st_size
@@ -163,13 +168,17 @@ def check_zip(path: Path) -> ZipFacts:
     """Check a zip's list of entries before torch allocates memory for them.
 
     Raises:
-        WeightsError: it is truncated or holds other data, or its entries claim too many bytes.
+        WeightsError: it cannot be read, is truncated, holds other data, or its entries claim too
+            many bytes.
     """
     size = os.stat(path).st_size
     try:
         with _Bounded(io.FileIO(path)) as file, zipfile.ZipFile(file) as archive:
             entries = archive.infolist()
     except (OSError, zipfile.BadZipFile, ValueError, NotImplementedError) as error:
+        first = error.__context__ or error  # zipfile replaces some errors of the file system
+        if isinstance(first, OSError):
+            raise WeightsError(unreadable(path, first)) from None
         why = "its end is missing" if "not a zip file" in str(error) else str(error)
         raise WeightsError(
             f"{plain(path)}: truncated or not a PyTorch file ({why}): {_AGAIN}"

@@ -55,7 +55,7 @@ def read(path: Path, network: str = "") -> Weights:
     try:
         weights = _read(path)
     except OSError as error:
-        raise WeightsError(f"{plain(path)}: cannot be read ({error.strerror or error})") from None
+        raise WeightsError(unreadable(path, error)) from None
     weights.state, notes = take_network(weights.state, path, network)
     _check_plain(weights.state, path)
     weights.about.notes += notes
@@ -127,11 +127,11 @@ def _read_safetensors(path: Path) -> tuple[State, dict[str, str]]:
         with openable(path) as file, safe_open(file, framework="pt", device="cpu") as handle:
             state = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
             return state, handle.metadata() or {}
-    except (SafetensorError, OSError) as error:
+    except SafetensorError as error:
         raise WeightsError(
             f"{plain(path)}: truncated or not a safetensors file ({error})"
         ) from None
-    except RuntimeError as error:
+    except (OSError, RuntimeError) as error:
         raise WeightsError(unreadable(path, error)) from None
 
 

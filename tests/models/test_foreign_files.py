@@ -1,5 +1,6 @@
 """Damaged and foreign files as weights: one line names each one's format before it is read."""
 
+import errno
 import gzip
 import io
 import json
@@ -15,6 +16,7 @@ import torch
 from safetensors.torch import save, save_file
 
 from swin_moe.models import SwinTransformer
+from swin_moe.weights import file_kind, files
 from swin_moe.weights.adapters import from_swin_moe
 from swin_moe.weights.adapters.huggingface import huggingface_config
 from swin_moe.weights.files import WeightsError, read
@@ -237,3 +239,26 @@ def test_weights_in_a_folder_whose_name_is_not_utf8(tmp_path):
     folder.mkdir()
     torch.save({"a": torch.arange(3)}, folder / "w.pth")
     assert load_pickled(folder / "w.pth")["a"].tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("name", "reads"),
+    [
+        ("w.pth", file_kind._Bounded.read),
+        ("w.pth", torch.load),
+        ("w.safetensors", files.safe_open),
+    ],
+)
+def test_a_disk_that_fails_is_not_called_a_damaged_file(tmp_path, monkeypatch, name, reads):
+    """Otherwise its user would download a good file again."""
+
+    def fails(*_, **__):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    path = tmp_path / name
+    (torch.save if path.suffix == ".pth" else save_file)({"a": torch.arange(3)}, path)
+    owner = {"read": file_kind._Bounded, "load": torch}.get(reads.__name__, files)
+    monkeypatch.setattr(owner, reads.__name__, fails)
+    with pytest.raises(WeightsError) as raised:
+        read(path)
+    assert str(raised.value) == f"{path}: cannot be read (Input/output error)"

@@ -344,8 +344,8 @@ class Backward {
     for (int v = 0; v < D / kLanes; ++v) Isa::store(acc[v], to + v * kLanes);
   }
 
-  // Gradients of unit rows to those of q (part 0) or k (part 1), for `count` rows. Returns the sum
-  // of q^ . dq^ without the factor, for the factor's gradient.
+  // Turns the gradients of `count` unit rows into those of q (part 0) or k (part 1). Returns the sum
+  // of the products of unit rows and their gradients; the gradient of the factor needs it.
   double finish(int64_t part, const uint32_t* rows, const float* norms, const float* grads,
                 int64_t count) {
     const int64_t width = shape_.heads * D;
@@ -353,7 +353,7 @@ class Backward {
     T* to = static_cast<T*>(tensors_.grad_qkv) + part * width + head_->index * D;
     double sum = 0;
     for (int64_t first = 0; first < count; first += kLanes) {
-      float along[kLanes];  // q^ . dq^, less the factor
+      float along[kLanes];  // unit row . its gradient, without the factor
       unit_dots(rows, norms, grads, first, along);
       for (int64_t t = first; t < first + kLanes && t < layout_.tokens; ++t) {
         if (tokens_.index[t] < 0) continue;
