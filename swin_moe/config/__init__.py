@@ -1,9 +1,11 @@
 """Typed configuration, read from strict YAML.
 
-``sections.py`` has all keys, defaults and checks; ``tasks.py`` and ``variants.py`` have those of
-tasks and named models. ``loading.py`` reads files and overrides through ``yaml_core.py``.
+``architecture.py`` and ``sections.py`` have all keys, defaults and checks; ``tasks.py`` and
+``variants.py`` have those of tasks and named models. ``loading.py`` reads files and overrides
+through ``yaml_core.py``.
 """
 
+from .architecture import Architecture, ModelConfig, MoEConfig, check_moe_blocks
 from .batch import micro_batch_sizes, micro_batches, share_global_batch
 from .idle import idle_keys
 from .loading import (
@@ -21,15 +23,12 @@ from .loading import (
 )
 from .sections import (
     REFERENCE_BATCH,
-    Architecture,
     AugmentConfig,
     CheckpointConfig,
     Config,
     DataConfig,
     FaultsConfig,
     LogConfig,
-    ModelConfig,
-    MoEConfig,
     OpsConfig,
     OptimizerConfig,
     ParallelConfig,
@@ -37,7 +36,6 @@ from .sections import (
     ScheduleConfig,
     TrainConfig,
     ZeroConfig,
-    check_moe_blocks,
 )
 from .tasks import TASKS, ClassificationConfig, SimMIMConfig
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from operator import attrgetter
 
-from .sections import AugmentConfig, Config, MoEConfig
+from .architecture import MoEConfig
+from .sections import AugmentConfig, Config
 
 Idle = tuple[str, tuple[str, ...]]  # a key, and the keys that have no effect because of it
 

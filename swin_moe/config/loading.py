@@ -19,11 +19,12 @@ from pydantic import ValidationError
 from ..common import ranks
 from ..common.text import plain
 from . import yaml_core
+from .architecture import Architecture
 from .kinds import check_path
 from .mixture import dense_by_mistake
 from .recipes import find_config
 from .renamed import RENAMED, present_name, rename
-from .sections import Architecture, Config
+from .sections import Config
 from .tasks import TASKS
 from .variants import FAMILIES, VARIANTS
 from .yaml_core import ConfigError, Key, NotOurYaml

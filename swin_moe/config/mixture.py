@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .sections import Architecture, MoEConfig
+from .architecture import Architecture, MoEConfig
 from .variants import VARIANTS, default_moe_blocks
 
 Key = tuple[str, ...]
