@@ -36,6 +36,7 @@ from .training.auto_batch import resolve_micro_batch
 from .training.checkpointer import Checkpointer, global_batch
 from .training.engine import Engine
 from .training.inputs import Inputs, list_bad_samples, open_inputs
+from .training.kernels import settle
 from .training.optim import build_schedule
 from .training.precision import resolve_precision
 from .training.progress import Position, TrainingPlan
@@ -127,8 +128,6 @@ def _prepare(
     world = run.world
     if not config.ops.fused:
         ops.use_references()
-    if config.ops.allow_unverified:
-        ops.allow_unverified()
     if config.ops.require_fused:
         ops.require_fused(world.device.type)
     task = build_task(config, world.rank)
@@ -140,6 +139,9 @@ def _prepare(
         dtype = resolve_precision(config.precision, world.device)
         watchdog.enter("the links between the processes were timed", works=True)
         preflight.at_start(config, verdict, world, dtype, run.say)
+    if config.ops.fused:
+        watchdog.enter("the kernels were tried on this machine", works=True)
+        settle(task, world, resolve_precision(config.precision, world.device), run.say)
     return task
 
 

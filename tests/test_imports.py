@@ -31,6 +31,7 @@ ONLY_IN = {
     "tutel": {"moe/tutel.py"},
     "RecordWriter": {"reporting/metric_log.py"},
     "environ": {
+        "common/cache_folder.py",
         "common/fork_server.py",
         "common/host.py",
         "common/ranks.py",

@@ -68,3 +68,13 @@ def test_a_mistyped_former_key_leads_to_the_new_one(tmp_path, word):
     path = write(tmp_path, "moe: {blocks: [[], [0]]}\n")
     with pytest.raises(ConfigError, match=r"did you mean 'moe\.aux_loss_weight'"):
         load_config(path, [word])
+
+
+def test_a_key_that_is_gone_is_passed_over_with_a_line(tmp_path, caplog):
+    path = write(tmp_path, "moe: {blocks: [[], [0]]}\nops:\n  allow_unverified: true\n")
+    with caplog.at_level(logging.WARNING, "swin_moe"):
+        load_config(path, ["ops.allow_unverified=false"])
+    in_file, override = caplog.messages
+    assert in_file.startswith(f"{path}:")
+    for line in (in_file, override):
+        assert "ops.allow_unverified is gone and has no effect: each kernel is tried" in line

@@ -63,5 +63,3 @@ def _of_others(config: Config) -> Iterator[Idle]:
         yield "zero.offload_optimizer", ("zero.nvme_path",)
     if config.faults.nonfinite == "stop":
         yield "faults.nonfinite", ("faults.max_nonfinite",)
-    if not config.ops.fused:
-        yield "ops.fused", ("ops.allow_unverified",)

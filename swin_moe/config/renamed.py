@@ -1,4 +1,4 @@
-"""Keys of earlier versions, which are read under their new names with a warning."""
+"""Keys of earlier versions: read under their new names, or passed over, with a warning."""
 
 from __future__ import annotations
 
@@ -16,6 +16,11 @@ RENAMED: dict[Key, Key] = {
     ("zero", "offload_weights"): ("zero", "offload_param"),
 }
 
+# Keys that have no meaning any more, and why.
+GONE: dict[Key, str] = {
+    ("ops", "allow_unverified"): "each kernel is tried before its first use on a machine",
+}
+
 
 def present_name(key: Key) -> Key:
     """Return the present name of a key."""
@@ -23,7 +28,7 @@ def present_name(key: Key) -> Key:
 
 
 def rename(raw: dict[str, Any], origins: dict[Key, str]) -> Iterator[tuple[str, str]]:
-    """Move the values of former keys to their new names, in place.
+    """Move the values of former keys to their new names, and remove keys that are gone, in place.
 
     Yields:
         the place of the former key, and a line with its new name.
@@ -47,6 +52,10 @@ def rename(raw: dict[str, Any], origins: dict[Key, str]) -> Iterator[tuple[str, 
             origins[new] = place
         unit = " (in seconds)" if old[1] == "hang_minutes" else ""
         yield place, f"{before} is called {now}{unit} now"
+    for key, why in GONE.items():
+        section = raw.get(key[0])
+        if isinstance(section, dict) and section.pop(key[1], None) is not None:
+            yield origins.pop(key, ""), f"{'.'.join(key)} is gone and has no effect: {why}"
     moe = raw.get("moe")
     if isinstance(moe, dict) and moe.get("backend") == "reference":
         moe["backend"] = "fused"

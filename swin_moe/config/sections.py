@@ -218,7 +218,6 @@ class LogConfig(Section):
 class OpsConfig(Section):
     fused: bool = True  # false: every op runs its PyTorch reference, to debug the kernels
     require_fused: bool = False  # fail instead of using a PyTorch reference
-    allow_unverified: bool = False  # use CUDA kernels that have not yet run on this architecture
 
 
 class Config(Architecture):

@@ -1,20 +1,24 @@
 """Compiled ops for routing, experts and window attention, each with its PyTorch reference.
 
 One file per op has its schema, fake implementation and autograd; large references have a file of
-their own. Importing this package loads the compiled library if it was built, and `status` returns
-what each op runs on.
+their own. Importing this package loads the compiled library if it was built. ``choice.py`` decides
+which kernels run, by the trials of ``trial/``.
 """
 
 import torch
 
 from . import _library
-from ._library import (
-    allow_unverified,
+from ._library import cpu_instruction_set, library_digest
+from .choice import (
     assume_fused,
-    cpu_instruction_set,
-    library_digest,
+    choices,
+    decide,
+    describe,
     require_fused,
+    set_choices,
+    signature,
     status,
+    trust_kernels,
     use_references,
 )
 from .leaving import fixed, is_leaving, of_one_size, sides
@@ -23,7 +27,8 @@ from .moe_dispatch import moe_combine, moe_combine_reference, moe_dispatch, moe_
 from .moe_experts import moe_experts, moe_experts_reference
 from .moe_route import moe_route
 from .route_reference import Route, RouteOptions, finite_range, moe_route_reference
-from .window_attention import window_attention
+from .signature import Choice, Signature
+from .window_attention import has_instance, window_attention
 
 # The discrete part of a route; activation checkpointing keeps their results.
 ROUTING_OPS = [
@@ -34,13 +39,18 @@ ROUTING_OPS = [
 
 __all__ = [
     "ROUTING_OPS",
+    "Choice",
     "Route",
     "RouteOptions",
-    "allow_unverified",
+    "Signature",
     "assume_fused",
+    "choices",
     "cpu_instruction_set",
+    "decide",
+    "describe",
     "finite_range",
     "fixed",
+    "has_instance",
     "is_leaving",
     "library_digest",
     "moe_choose",
@@ -54,10 +64,13 @@ __all__ = [
     "moe_route_reference",
     "of_one_size",
     "require_fused",
+    "set_choices",
     "sides",
+    "signature",
     "status",
+    "trust_kernels",
     "use_references",
     "window_attention",
 ]
 
-_library.load()  # after all ops are declared, so that its log line names them
+_library.load()  # after all ops are declared

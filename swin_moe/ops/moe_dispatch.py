@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import _library
+from . import _library, choice
 
 
 def moe_dispatch(x: Tensor, source: Tensor, destination: Tensor) -> Tensor:
@@ -36,7 +36,7 @@ def moe_dispatch(x: Tensor, source: Tensor, destination: Tensor) -> Tensor:
         RuntimeError, IndexError: an index is out of range (on CUDA: a device-side assertion).
     """
     _check("x", x, destination.shape[:1], source, destination)
-    if not _library.has_kernel("moe_dispatch", x):
+    if not choice.uses_kernel("moe_dispatch", x):
         return moe_dispatch_reference(x, source, destination)
     return torch.ops.swin_moe.moe_dispatch(x, source, destination)
 
@@ -67,7 +67,7 @@ def moe_combine(y: Tensor, gate: Tensor, source: Tensor, destination: Tensor) ->
         raise ValueError(
             f"gate has shape {tuple(gate.shape)}, destination {tuple(destination.shape)}"
         )
-    if double or not _library.has_kernel("moe_combine", y):
+    if double or not choice.uses_kernel("moe_combine", y):
         return moe_combine_reference(y, gate, source, destination)
     return torch.ops.swin_moe.moe_combine(y, gate, source, destination)
 

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import _library
+from . import _library, choice
 from .dropout import draw_seed, keep_mask
 from .leaving import fixed, is_leaving
 
@@ -144,7 +144,7 @@ def _experts(
     stride: int,
     dropout_p: float,
 ) -> Tensor:
-    if not _library.has_kernel("moe_experts", rows):
+    if not choice.uses_kernel("moe_experts", rows):
         return moe_experts_reference(
             rows, used, *weights, stride=stride, dropout_p=dropout_p, seed=seed
         )

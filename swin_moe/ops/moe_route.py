@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _library
+from . import _library, choice
 from .route_reference import (
     Route,
     RouteOptions,
@@ -57,7 +57,7 @@ def moe_route(
     # Kernels are fp32 only: the order of scores and the sums over all tokens need it.
     given = [tensor for tensor in (logits, noise, bias) if tensor is not None]
     fp32 = all(tensor.dtype == torch.float32 for tensor in given)
-    if not fp32 or not _library.has_kernel("moe_route", logits):
+    if not fp32 or not choice.uses_kernel("moe_route", logits):
         return moe_route_reference(logits, noise, bias, options)
     results = torch.ops.swin_moe.moe_route(logits, noise, bias, *options)
     return Route(**dict(zip(_RESULTS, results, strict=True)))

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _library
+from . import _library, choice
 from .dropout import draw_seed
 from .leaving import is_leaving
 from .window_reference import Windows, attention_reference, backward_reference, forward_reference
@@ -87,11 +87,16 @@ def _attention(qkv: Tensor, bias: Tensor, scale: Tensor, windows: Windows, chunk
 
 def fits_kernel(qkv: Tensor, windows: Windows) -> bool:
     """Return whether the op supports this call; otherwise the reference runs."""
-    return (
-        _library.has_kernel("window_attention", qkv)
-        and qkv.shape[5] in KERNEL_HEAD_DIMS
-        and windows.size[0] * windows.size[1] <= MAX_KERNEL_TOKENS
-    )
+    height, width = windows.size
+    for head_dim in KERNEL_HEAD_DIMS:  # a number, also where a graph leaves the width open
+        if head_dim == qkv.shape[5] and has_instance(height, width, head_dim):
+            return choice.uses_kernel("window_attention", qkv, height, width, head_dim)
+    return False
+
+
+def has_instance(height: int, width: int, head_dim: int) -> bool:
+    """Return whether the kernels serve a window and a head width."""
+    return head_dim in KERNEL_HEAD_DIMS and height * width <= MAX_KERNEL_TOKENS
 
 
 def _pair(value: int | tuple[int, int]) -> tuple[int, int]:

@@ -59,8 +59,7 @@ def plan(
         DoesNotFit: the config is too large.
     """
     check_picture(output, ".jpg", ".pdf", ".svg")
-    fused = config.ops.fused and (cluster.name == "cpu" or config.ops.allow_unverified)
-    planner = Planner(config, cluster, fused)
+    planner = Planner(config, cluster, config.ops.fused)
     configured_choice = planner.configured()
     check_world(cluster.size, configured_choice.expert_parallel_size)
     with console.status("tracing the model"):

@@ -89,19 +89,25 @@ def _short(value: float, digits: int) -> str:
 
 
 def _ops(world: World, dtype: torch.dtype) -> str:
-    """Return a line per status of the ops, and the attention's instruction set on a CPU."""
-    status = ops.status()
-    lines = []
-    for kind in dict.fromkeys(status.values()):
-        lines.append(f"{', '.join(op for op in status if status[op] == kind)}: {kind}")
+    """Return the choice for each op, and the attention's instruction set on a CPU."""
+    choices = ops.choices(world.device.type)
+    if not choices:
+        return "PyTorch references"
+    lines = ops.describe(choices).split("; ")
     instructions = ops.cpu_instruction_set(dtype)
-    if world.device.type == "cpu" and status["window_attention"] != "reference" and instructions:
+    if world.device.type == "cpu" and instructions and _attention_is_fused(world):
         lines.append(f"attention kernels for {instructions}")
     return "\n".join(lines)
 
 
+def _attention_is_fused(world: World) -> bool:
+    choices = ops.choices(world.device.type)
+    mine = [choice.fused for key, choice in choices.items() if key.op == "window_attention"]
+    return bool(mine) and all(mine)
+
+
 def _sequential(chunk: int, world: World) -> str:
-    if world.device.type in ops.status()["window_attention"].partition(";")[0]:
+    if _attention_is_fused(world):
         return "its kernels store no matrices: model.attention_chunk saves nothing here"
     return f"{chunk} windows at a time, computed again in the backward pass"
 

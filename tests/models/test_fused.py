@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from swin_moe import build_model, ops
-from swin_moe.ops import _library
+from swin_moe.ops import choice
 from tests.ops import devices
 
 op = importlib.import_module("swin_moe.ops.window_attention")
@@ -106,7 +106,8 @@ def test_the_training_curve_equals_the_references(calls, monkeypatch):
 
 @needs_library
 def test_kernels_can_be_switched_off(monkeypatch, calls):
-    monkeypatch.setattr(_library, "_fused_wanted", True)
+    monkeypatch.setattr(choice, "_wanted", True)
+    monkeypatch.setattr(choice, "_required", False)
     ops.use_references()
     assert set(ops.status().values()) == {"reference"}
     small("swinv2")(torch.randn(1, 3, 64, 64))

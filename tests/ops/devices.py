@@ -14,7 +14,7 @@ from swin_moe.ops import _library
 def needs_library(op: str) -> pytest.MarkDecorator:
     """Skip tests if the op has no compiled CPU kernel."""
     return pytest.mark.skipif(
-        not ops.status()[op].startswith("fused (cpu"),
+        not ops.status()[op].startswith("compiled (cpu"),
         reason=f"the compiled library is not built; {_library.BUILD_HINT}",
     )
 

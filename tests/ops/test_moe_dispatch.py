@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from swin_moe import ops
-from swin_moe.ops import _library
+from swin_moe.ops import _library, choice
 from tests.ops import devices
 
 needs_library = devices.needs_library("moe_dispatch")
@@ -177,7 +177,7 @@ def test_deterministic_for_any_number_of_threads(dtype):
 def test_dtypes_without_a_kernel_use_the_reference():
     for dtype in (torch.float64, torch.float16):
         inputs = make_inputs((16, 2, 24, 32), dtype)
-        assert not _library.has_kernel("moe_dispatch", inputs[0])
+        assert not choice.uses_kernel("moe_dispatch", inputs[0])
         ours = run(ops.moe_dispatch, ops.moe_combine, *inputs)
         reference = run(ops.moe_dispatch_reference, ops.moe_combine_reference, *inputs)
         assert all(torch.equal(a, b) for a, b in zip(ours, reference, strict=True))
@@ -285,27 +285,12 @@ def test_status_and_require_fused(monkeypatch):
     assert not any(name.endswith("_backward") for name in ops.status())
     with pytest.raises(ValueError, match="no kernels exist for device 'xpu'"):
         ops.require_fused("xpu")
-    monkeypatch.setattr(_library, "compiled_for", lambda op, device: device == "cpu")
-    assert set(ops.status().values()) == {"fused (cpu)"}
+    monkeypatch.setattr(choice, "_required", False)
+    monkeypatch.setattr(choice, "compiled_for", lambda op, device: device == "cpu")
+    assert set(ops.status().values()) == {"compiled (cpu)"}
     ops.require_fused("cpu")
     with pytest.raises(ValueError, match=r"not compiled for cuda.*pip install"):
         ops.require_fused("cuda")
-
-
-def test_unverified_kernels_are_off_until_they_are_allowed(monkeypatch):
-    monkeypatch.setattr(_library, "compiled_for", lambda op, device: True)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-    monkeypatch.setattr(_library, "VERIFIED", {"moe_dispatch": {(9, 0)}})
-    monkeypatch.setattr(_library, "_unverified_allowed", False)
-    assert ops.status()["moe_dispatch"] == "fused (cpu, cuda)"
-    off = "fused (cpu); cuda compiled, not yet verified on this architecture: off"
-    assert ops.status()["window_attention"] == off
-    with pytest.raises(ValueError, match=r"not yet verified.*ops.allow_unverified=true"):
-        ops.require_fused("cuda")
-    ops.allow_unverified()
-    assert ops.status()["window_attention"] == "fused (cpu, cuda)"
-    ops.require_fused("cuda")
 
 
 def test_a_broken_library_is_announced(tmp_path, caplog):

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from swin_moe import ops
-from swin_moe.ops import _library
+from swin_moe.ops import choice
 from swin_moe.ops.dropout import keep_mask
 from tests.ops import devices
 
@@ -363,7 +363,7 @@ def test_errors_name_the_wrong_argument():
 def test_dtypes_without_a_kernel_use_the_reference():
     for dtype in (torch.float64, torch.float16):
         inputs = make_inputs(Case(dtype=dtype))
-        assert not _library.has_kernel("moe_experts", inputs.rows)
+        assert not choice.uses_kernel("moe_experts", inputs.rows)
         weights = {k: v for k, v in vars(inputs).items() if k != "grad"}
         assert torch.equal(ops.moe_experts(**weights), ops.moe_experts_reference(**weights))
 

@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 from swin_moe import ops
-from swin_moe.ops import _library
+from swin_moe.ops import choice
 from swin_moe.ops.window_attention import fits_kernel
 from tests.ops.test_window_attention import DEVICES, DTYPES, Case, needs_library, run
 
@@ -183,9 +183,7 @@ def test_calls_without_a_kernel_use_the_reference(dtype, head_dim):
 
 def test_windows_too_large_for_the_kernels_use_the_reference():
     qkv = torch.empty(1, 8, 8, 3, 1, 16)
-    assert fits_kernel(qkv, Case((32, 32)).windows) == (
-        _library.has_kernel("window_attention", qkv)
-    )
+    assert fits_kernel(qkv, Case((32, 32)).windows) == (choice.uses_kernel("window_attention", qkv))
     assert not fits_kernel(qkv, Case((32, 33)).windows)
 
 

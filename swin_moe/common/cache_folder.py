@@ -1,0 +1,21 @@
+"""The folder for what a user's machine computes once and later runs reuse."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def cache_folder(name: str) -> Path | None:
+    """Return ``$XDG_CACHE_HOME/swin_moe/<name>``, by default below ``~/.cache``.
+
+    Returns:
+        the folder, which this call makes; None if that is impossible.
+    """
+    try:
+        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        folder = Path(base) / "swin_moe" / name
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except (OSError, RuntimeError):  # no home
+        return None
+    return folder if os.access(folder, os.W_OK) else None

@@ -1,0 +1,60 @@
+"""The kernels of a run: tried at its start, the same on all ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from .. import ops
+from ..distributed import World, gather_objects
+from ..models.attention import WindowAttention
+from ..moe import MoELayer
+from ..ops import Choice, Signature
+from ..tasks import Task
+
+
+def model_signatures(model: nn.Module, dtype: torch.dtype, device: str) -> list[Signature]:
+    """Return the signatures of a model's ops at the resolution for which it was built."""
+    calls = _calls(model, dtype)
+    return list(dict.fromkeys(ops.signature(op, device, *call) for op, *call in calls))
+
+
+def _calls(model: nn.Module, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
+    for module in model.modules():
+        if isinstance(module, WindowAttention):
+            window, head_dim = module.window_size, module.proj.in_features // module.num_heads
+            yield "window_attention", dtype, window, window, head_dim
+        elif isinstance(module, MoELayer) and module.moe.routing != "soft":
+            if module.moe.routing == "token_choice":
+                yield "moe_route", torch.float32
+            for op in ("moe_dispatch", "moe_combine", "moe_experts"):
+                yield op, dtype
+
+
+def settle(
+    task: Task, world: World, dtype: torch.dtype, say: Callable[[str], None]
+) -> dict[Signature, Choice]:
+    """Try the kernels of a task's model, and use those that run on all ranks.
+
+    Every rank calls this. Kernels that were tried on the machine before are not tried again.
+
+    Args:
+        say: prints a line.
+
+    Returns:
+        the choices, the same on every rank.
+    """
+    with torch.device("meta"), torch.random.fork_rng(devices=[]):
+        model = task.build_model(world.expert, initialise=False)
+    wanted = model_signatures(model, dtype, world.device.type)
+    mine = ops.decide(wanted, say)
+    agreed = dict(mine)
+    for rank, choices in enumerate(gather_objects(mine)):
+        for key, choice in choices.items():
+            if agreed[key].fused and not choice.fused:
+                agreed[key] = choice._replace(reason=f"on rank {rank}, {choice.reason}")
+    ops.set_choices(agreed)
+    return agreed
