@@ -119,9 +119,13 @@ def _serves(op: str, kind: str, dtype: torch.dtype, *shape: int) -> bool:
     if key not in _choices:
         decide([key])
     choice = _choices[key]
+    _check_required(key, choice)
+    return choice.right if _required else choice.fused
+
+
+def _check_required(key: Signature, choice: Choice) -> None:
     if _required and not choice.right:
         raise ValueError(f"ops.require_fused: {key}: {choice}")
-    return choice.right if _required else choice.fused
 
 
 # A graph cannot query the dispatcher. This is torch.compiler.assume_constant_result, which would
@@ -155,8 +159,14 @@ def choices(device: str) -> dict[Signature, Choice]:
 
 
 def set_choices(choices: dict[Signature, Choice]) -> None:
-    """Replace choices, for example by those on which all ranks agree."""
+    """Replace choices, for example by those on which all ranks agree.
+
+    Raises:
+        ValueError: a kernel is required and is not right.
+    """
     _choices.update(choices)
+    for key, choice in choices.items():
+        _check_required(key, choice)
 
 
 def describe(choices: dict[Signature, Choice]) -> str:

@@ -325,9 +325,8 @@ def test_required_kernels_must_be_right_but_may_be_slower(machine):
 
 
 def test_a_line_describes_the_choices():
-    small, large = (
-        Signature("window_attention", "cuda", "bfloat16", (w, w, 4, 32)) for w in (8, 16)
-    )
+    small = Signature("window_attention", "cuda", "bfloat16", (8, 8, 32))
+    large = small._replace(shape=(16, 16, 32))
     route = Signature("moe_route", "cuda", "float32")
     found = {small: Choice(True, speedup=2.13), large: Choice(True, speedup=2.88),
              route: Choice(False, "the kernel differed by 3.0e-01 in gate")}  # fmt: skip
