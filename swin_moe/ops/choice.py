@@ -23,6 +23,7 @@ from .trial import try_kernels
 log = logging.getLogger("swin_moe")
 
 
+FP32_ONLY = ("moe_route",)
 _wanted, _required, _trusted = True, False, False
 _assumed: bool | None = None
 _choices: dict[Signature, Choice] = {}
@@ -117,10 +118,19 @@ def _serves(op: str, kind: str, dtype: torch.dtype, *shape: int) -> bool:
         return True
     key = signature(op, kind, dtype, *shape)
     if key not in _choices:
-        decide([key])
+        decide([key, *_companions(key)], log.warning)
     choice = _choices[key]
     _check_required(key, choice)
     return choice.right if _required else choice.fused
+
+
+def _companions(key: Signature) -> list[Signature]:
+    """Return signatures that a model with this one has as well: one process tries them all."""
+    return [
+        Signature(op, key.device, "float32" if op in FP32_ONLY else key.dtype)
+        for op in _library.op_names()
+        if op != "window_attention" or key.device == "cpu"
+    ]
 
 
 def _check_required(key: Signature, choice: Choice) -> None:
