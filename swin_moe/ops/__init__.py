@@ -1,4 +1,4 @@
-"""Compiled ops for routing, experts and window attention, each with its PyTorch reference.
+"""Compiled ops for routing, experts, window attention and AdamW, each with its PyTorch reference.
 
 One file per op has its schema, fake implementation and autograd; large references have a file of
 their own. Importing this package loads the compiled library if it was built, and `status` returns
@@ -17,6 +17,7 @@ from ._library import (
     status,
     use_references,
 )
+from .adamw import AdamwFactors, adamw_, adamw_reference_
 from .leaving import fixed, is_leaving, of_one_size, sides
 from .moe_choose import moe_choose
 from .moe_dispatch import moe_combine, moe_combine_reference, moe_dispatch, moe_dispatch_reference
@@ -34,8 +35,11 @@ ROUTING_OPS = [
 
 __all__ = [
     "ROUTING_OPS",
+    "AdamwFactors",
     "Route",
     "RouteOptions",
+    "adamw_",
+    "adamw_reference_",
     "allow_unverified",
     "assume_fused",
     "cpu_instruction_set",
