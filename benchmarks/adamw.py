@@ -1,8 +1,7 @@
 """An update of AdamW with bf16 moments, compared with torch's fused AdamW and with the reference.
 
 An element moves 20 bytes in our pass: weights and pairs of moments are read and written, the
-gradient is read. torch's has fp32 moments and moves 28. ``limit`` is the time of 20 bytes an element
-at the rate of a large copy over our time.
+gradient is read. torch's has fp32 moments and moves 28.
 
 The contenders run in turn in one process; figures are medians.
 
@@ -54,7 +53,6 @@ def main() -> None:
     options = kernels.arguments(__doc__, PEERS, rounds=15)
     found = options.parse_args()
     kernels.start(found)
-    rate = kernels.ceilings(torch.float32, found.quick).bytes
 
     def measure(size: int) -> dict[str, object]:
         runs = update(size)
@@ -64,7 +62,6 @@ def main() -> None:
         return harness.cell(
             f"{size} elements", torch.float32, "update", times.of,
             gb_per_s=round(BYTES * size / seconds / 1e9, 1),
-            limit=round(BYTES * size / rate / seconds, 2),
             left_out=times.left_out,
         )  # fmt: skip
 
@@ -72,7 +69,7 @@ def main() -> None:
         Job(f"{size} elements", torch.float32, "update", partial(measure, size))
         for size in (SIZES[:2] if found.quick else SIZES)
     ]
-    kernels.run("AdamW with bf16 moments, ms", jobs, found, "gb_per_s", "limit")
+    kernels.run("AdamW with bf16 moments, ms", jobs, found, "gb_per_s")
 
 
 if __name__ == "__main__":
