@@ -97,7 +97,7 @@ steps() {
   local first=benchmarks.first_contact op
   step facts 60 -m $first.facts
   step library 240 -m $first.library
-  for op in window_attention moe_route moe_dispatch moe_experts; do
+  for op in window_attention moe_route moe_dispatch moe_experts adamw_; do
     step "verify-$op" 100 -m $first.verify "$op" --batch "$some"
   done
   step attention 90 -m benchmarks.window_attention --batch "$many" --rounds "$rounds" \

@@ -16,7 +16,7 @@ from benchmarks.first_contact import record, verify
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = [ROOT / "benchmarks" / name for name in ("gpu_first_contact.sh", "gpu_wheels.sh")]
-OPS = ["moe_combine", "moe_dispatch", "moe_experts", "moe_route", "window_attention"]
+OPS = ["adamw_", "moe_combine", "moe_dispatch", "moe_experts", "moe_route", "window_attention"]
 # Makes the packages that a GPU machine may lack impossible to import.
 BLOCKER = """
 import sys

@@ -17,7 +17,7 @@ from torch import Tensor
 from benchmarks.first_contact.calls import Function, gradients, relative_error
 from swin_moe import ops
 from swin_moe.ops import RouteOptions
-from tests.ops import route_cases
+from tests.ops import adamw_cases, route_cases
 
 # Stages of Swin V2 Base at 256 pixels: window, shift, side, heads.
 STAGES = [(8, 4, 64, 4), (16, 8, 32, 8), (16, 0, 16, 16), (8, 0, 8, 32)]
@@ -192,9 +192,28 @@ def _against(
     return problems
 
 
+def adamw_(device: str, batch: int) -> Problems:
+    """Update more elements than a rank's part of a large model has; the last are no vector."""
+    size = batch * TOKENS * (4096 if device == "cuda" else 64) + 3
+    tensors = [tensor.to(device) for tensor in adamw_cases.inputs(size, torch.float32)]
+
+    def update(function: Callable[..., None]) -> list[Tensor]:
+        weights, gradient, pairs = (tensor.clone() for tensor in tensors)
+        function(weights, gradient, pairs, adamw_cases.FACTORS)
+        return [weights, pairs.view(torch.int32)]
+
+    found, same = repeated(partial(update, ops.adamw_), device)
+    problems = [] if same else [f"{size} elements: not the same each time"]
+    expected = update(ops.adamw_reference_)
+    if not all(torch.equal(a, b) for a, b in zip(found, expected, strict=True)):
+        problems.append(f"{size} elements: differ from the reference")
+    return problems
+
+
 CHECKS = {
     "window_attention": window_attention,
     "moe_route": moe_route,
     "moe_dispatch": moe_dispatch,
     "moe_experts": moe_experts,
+    "adamw_": adamw_,
 }

@@ -29,6 +29,7 @@ FILES = {
     "moe_route": ["test_moe_route.py"],
     "moe_dispatch": ["test_moe_dispatch.py"],
     "moe_experts": ["test_moe_experts.py"],
+    "adamw_": ["test_adamw.py"],
 }  # fmt: skip
 SPEAKS_FOR = {"moe_dispatch": ["moe_dispatch", "moe_combine"]}  # else for the op of this name
 # A handful that takes a second, for a rehearsal.
@@ -37,6 +38,7 @@ TOY = {
     "moe_route": "cpu and (equal_scores or row_maps or finite)",
     "moe_dispatch": "cpu",
     "moe_experts": "cpu and (expanded or dropout_drops)",
+    "adamw_": "cpu and (strided or none_do)",
 }
 NO_GPU = "no GPU"  # how the reason begins for which the CUDA tests are skipped
 
