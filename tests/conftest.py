@@ -11,6 +11,7 @@ import pytest
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch; for all that tests start, too
 import torch
 
+from swin_moe import ops
 from tests import grid, parallel, server
 from tests.golden import MEASURED
 
@@ -29,6 +30,12 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     if not hasattr(config, "workerinput"):  # the process that pytest-xdist's workers belong to
         grid.choose_day()
+        # Once, before tests with time limits: the results are kept for all processes.
+        ops.decide(
+            ops.signature(op, "cpu", dtype)
+            for op in ops.status()
+            for dtype in (torch.float32, torch.bfloat16)
+        )
         forks = server.begin(parallel.environment())
         config.add_cleanup(lambda: server.end(forks))
 

@@ -114,6 +114,11 @@ def _add_doctor(commands: Any) -> argparse.ArgumentParser:
     _take_config(doctor)
     doctor.add_argument("--json", type=Path, metavar="FILE", help="write all figures there, too")
     doctor.add_argument(
+        "--clear-kernel-cache",
+        action="store_true",
+        help="forget which kernels passed on this machine, and try them again",
+    )
+    doctor.add_argument(
         "--timeout",
         type=float,
         default=60.0,

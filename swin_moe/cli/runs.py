@@ -60,6 +60,10 @@ def doctor_command(arguments: argparse.Namespace, console: Any) -> int:
     from ..preflight.doctor import doctor
 
     config = _config(arguments)
+    if arguments.clear_kernel_cache and ranks.environment_rank()[1] == 0:
+        from ..ops.trial.kept import forget
+
+        console.print(f"cleared {forget() or 'nothing: there is no folder to keep results in'}")
     share_global_batch(config, ranks.environment_rank()[2])
     meeting = distributed.connect(arguments.timeout)
     return DONE if doctor(config, meeting, console, arguments.json) else WRONG_USE

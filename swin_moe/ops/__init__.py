@@ -28,7 +28,12 @@ from .moe_experts import moe_experts, moe_experts_reference
 from .moe_route import moe_route
 from .route_reference import Route, RouteOptions, finite_range, moe_route_reference
 from .signature import Choice, Signature
-from .window_attention import has_instance, window_attention
+from .window_attention import (
+    KERNEL_HEAD_DIMS,
+    MAX_KERNEL_TOKENS,
+    has_instance,
+    window_attention,
+)
 
 # The discrete part of a route; activation checkpointing keeps their results.
 ROUTING_OPS = [
@@ -38,6 +43,8 @@ ROUTING_OPS = [
 ]
 
 __all__ = [
+    "KERNEL_HEAD_DIMS",
+    "MAX_KERNEL_TOKENS",
     "ROUTING_OPS",
     "Choice",
     "Route",

@@ -23,6 +23,7 @@ from .trial import try_kernels
 log = logging.getLogger("swin_moe")
 
 
+FP32_ONLY = ("moe_route",)
 _wanted, _required, _trusted = True, False, False
 _assumed: bool | None = None
 _choices: dict[Signature, Choice] = {}
@@ -117,11 +118,24 @@ def _serves(op: str, kind: str, dtype: torch.dtype, *shape: int) -> bool:
         return True
     key = signature(op, kind, dtype, *shape)
     if key not in _choices:
-        decide([key])
+        decide([key, *_companions(key)], log.warning)
     choice = _choices[key]
+    _check_required(key, choice)
+    return choice.right if _required else choice.fused
+
+
+def _companions(key: Signature) -> list[Signature]:
+    """Return signatures that a model with this one has as well: one process tries them all."""
+    return [
+        Signature(op, key.device, "float32" if op in FP32_ONLY else key.dtype)
+        for op in _library.op_names()
+        if op != "window_attention" or key.device == "cpu"
+    ]
+
+
+def _check_required(key: Signature, choice: Choice) -> None:
     if _required and not choice.right:
         raise ValueError(f"ops.require_fused: {key}: {choice}")
-    return choice.right if _required else choice.fused
 
 
 # A graph cannot query the dispatcher. This is torch.compiler.assume_constant_result, which would
@@ -155,8 +169,14 @@ def choices(device: str) -> dict[Signature, Choice]:
 
 
 def set_choices(choices: dict[Signature, Choice]) -> None:
-    """Replace choices, for example by those on which all ranks agree."""
+    """Replace choices, for example by those on which all ranks agree.
+
+    Raises:
+        ValueError: a kernel is required and is not right.
+    """
     _choices.update(choices)
+    for key, choice in choices.items():
+        _check_required(key, choice)
 
 
 def describe(choices: dict[Signature, Choice]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from dataclasses import asdict
 from pathlib import Path
 
@@ -12,11 +13,16 @@ from rich.table import Table
 from .. import distributed
 from ..config import Config
 from ..distributed.meeting import Meeting
+from ..ops import Choice, Signature
+from ..tasks import build_task
+from ..training.kernels import settle
 from ..training.precision import resolve_precision
 from .agreement import agree
 from .facts import Facts
 from .links import Links
 from .start import Checked, check, timing_text
+
+log = logging.getLogger("swin_moe")
 
 
 def doctor(config: Config, meeting: Meeting, console: Console, json_file: Path | None) -> bool:
@@ -32,6 +38,7 @@ def doctor(config: Config, meeting: Meeting, console: Console, json_file: Path |
         ConnectionError: some processes were lost.
     """
     verdict = agree(config, meeting)
+    kernels: dict[Signature, Choice] = {}
     if verdict.problems:  # groups of different sizes, or another torch, could wait for ever
         checked = Checked(verdict.facts, verdict.problems, verdict.warnings)
     else:
@@ -44,19 +51,24 @@ def doctor(config: Config, meeting: Meeting, console: Console, json_file: Path |
         check_deepspeed()
         dtype = resolve_precision(config.precision, world.device)
         checked = check(config, verdict, world, dtype)
+        if config.ops.fused:
+            kernels = settle(build_task(config, world.rank), world, dtype, log.info)
     if meeting.rank == 0:
-        _print(checked, console)
+        _print(checked, kernels, console)
         if json_file is not None:
-            text = json.dumps(asdict(checked), indent=1)
+            tried = {str(key): choice._asdict() for key, choice in kernels.items()}
+            text = json.dumps(asdict(checked) | {"kernels": tried}, indent=1)
             json_file.write_text(text + "\n", encoding="utf-8")
     return not checked.problems
 
 
-def _print(checked: Checked, console: Console) -> None:
+def _print(checked: Checked, kernels: dict[Signature, Choice], console: Console) -> None:
     if not console.is_terminal:
         console.width = 160  # a pipe has none of its own
     console.print(_versions(checked.facts))
     console.print(_hosts(checked.facts, checked.links))
+    if kernels:
+        console.print(_kernels(kernels))
     if checked.links is not None:
         console.print("links")
         for timing in checked.links.timings:
@@ -95,6 +107,19 @@ def _versions(facts: list[Facts]) -> Table:
             names = list(dict.fromkeys(hosts))
             shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if names[8:] else "")
             table.add_row(name, value, "all" if len(values) == 1 else f"{len(hosts)}: {shown}")
+    return table
+
+
+def _kernels(choices: dict[Signature, Choice]) -> Table:
+    """Return a table with a row for each kernel that the run needs."""
+    table = Table(title="kernels", title_justify="left")
+    table.add_column("op")
+    table.add_column("dtype")
+    table.add_column("window, head width")
+    table.add_column("runs", overflow="fold")
+    for key, choice in choices.items():
+        shape = f"{key.shape[0]}×{key.shape[1]}, {key.shape[2]}" if key.shape else "all"
+        table.add_row(key.op, key.dtype, shape, str(choice))
     return table
 
 

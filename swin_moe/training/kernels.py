@@ -17,9 +17,28 @@ from ..tasks import Task
 
 
 def model_signatures(model: nn.Module, dtype: torch.dtype, device: str) -> list[Signature]:
-    """Return the signatures of a model's ops at the resolution for which it was built."""
-    calls = _calls(model, dtype)
+    """Return the signatures of a model's kernels at the resolution for which it was built."""
+    calls = [call for call in _calls(model, dtype) if _has_kernel(*call)]
     return list(dict.fromkeys(ops.signature(op, device, *call) for op, *call in calls))
+
+
+def without_kernel(model: nn.Module, dtype: torch.dtype, device: str) -> dict[Signature, Choice]:
+    """Return a model's attentions for which no kernel is compiled."""
+    lacking = Choice(
+        False,
+        f"no kernel: head widths are {', '.join(map(str, ops.KERNEL_HEAD_DIMS))}, windows have up "
+        f"to {ops.MAX_KERNEL_TOKENS:,} tokens",
+    )
+    name = str(dtype).rpartition(".")[2]
+    return {
+        Signature(op, device, name, tuple(shape)): lacking
+        for op, _, *shape in _calls(model, dtype)
+        if not _has_kernel(op, dtype, *shape)
+    }
+
+
+def _has_kernel(op: str, _: torch.dtype, *shape: int) -> bool:
+    return op != "window_attention" or ops.has_instance(*shape)
 
 
 def _calls(model: nn.Module, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
@@ -49,9 +68,10 @@ def settle(
     """
     with torch.device("meta"), torch.random.fork_rng(devices=[]):
         model = task.build_model(world.expert, initialise=False)
+    lacking = without_kernel(model, dtype, world.device.type)
     wanted = model_signatures(model, dtype, world.device.type)
     mine = ops.decide(wanted, say)
-    agreed = dict(mine)
+    agreed = {**mine, **lacking}
     for rank, choices in enumerate(gather_objects(mine)):
         for key, choice in choices.items():
             if agreed[key].fused and not choice.fused:

@@ -20,13 +20,15 @@ import time
 from collections.abc import Callable, Sequence
 from typing import IO, Any, NamedTuple
 
+import torch
+
 from ...common.text import plain
 from ..signature import Choice, Signature
 from .kept import Kept
 
 log = logging.getLogger("swin_moe")
 
-# The child; it gets the number of the file descriptor for its answers.
+# The child; it gets the numbers of the file descriptor for its answers and of the GPU.
 PROGRAM = (sys.executable, "-m", "swin_moe.ops.trial.child")
 LIMIT_S = {"cpu": 60.0, "cuda": 240.0}  # for one trial; on CUDA it compiles the fallback
 START_S = 120.0  # to import torch on a busy machine or a slow disk
@@ -78,10 +80,11 @@ def _one_child(signatures: list[Signature], limit: float) -> dict[Signature, Cho
 
     The child writes a JSON object a line: its number when a trial begins, then the result.
     """
+    gpu = torch.cuda.current_device() if signatures[0].device == "cuda" else 0
     answers, end = os.pipe()
     with tempfile.TemporaryFile() as errors, os.fdopen(answers, "rb", 0) as reader:
         child = subprocess.Popen(
-            [*PROGRAM, str(end)],
+            [*PROGRAM, str(end), str(gpu)],
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=errors,

@@ -1,4 +1,4 @@
-"""The process that tries kernels: ``python -m swin_moe.ops.trial.child DESCRIPTOR``.
+"""The process that tries kernels: ``python -m swin_moe.ops.trial.child DESCRIPTOR GPU``.
 
 It reads signatures as JSON from its standard input and writes a JSON object a line to the
 descriptor: the number of a signature when its trial begins, and again with the choice.
@@ -36,7 +36,7 @@ def try_kernel(signature: Signature) -> Choice:
 def main() -> None:
     """Try all signatures in order."""
     die_with_parent()
-    descriptor = int(sys.argv[1])
+    descriptor, gpu = map(int, sys.argv[1:3])
     choice.trust_kernels()
 
     def tell(message: dict[str, object]) -> None:
@@ -44,6 +44,8 @@ def main() -> None:
 
     for number, (op, device, dtype, shape) in enumerate(json.load(sys.stdin)):
         tell({"signature": number})
+        if device == "cuda":
+            torch.cuda.set_device(gpu)
         found = try_kernel(Signature(op, device, dtype, tuple(shape)))
         tell({"signature": number, "choice": list(found)})
 
