@@ -98,7 +98,7 @@ steps() {
   step facts 60 -m $first.facts
   step library 240 -m $first.library
   step trials 180 -m $first.trials
-  for op in window_attention moe_route moe_dispatch moe_experts; do
+  for op in window_attention moe_route moe_dispatch moe_experts adamw_; do
     step "verify-$op" 100 -m $first.verify "$op"
   done
   step attention 90 -m benchmarks.window_attention --batch "$many" --rounds "$rounds" \

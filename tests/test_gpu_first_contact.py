@@ -82,7 +82,7 @@ def test_every_op_has_a_step_with_its_tests_and_a_trial() -> None:
     single = trials.signatures("cuda", torch.float32)
     half = trials.signatures("cuda", torch.float16)
     assert {key.op for key in single} == set(ops.status())
-    assert {key.op for key in half} == set(ops.status()) - {"moe_route"}
+    assert {key.op for key in half} == set(ops.status()) - {"moe_route", "adamw_"}
     shapes = [key.shape for key in half if key.op == "window_attention"]
     assert shapes == [(8, 8, 32), (16, 16, 32)]
     assert [key for key in trials.signatures("cpu", torch.float32) if key.shape] == []

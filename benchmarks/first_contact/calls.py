@@ -16,6 +16,7 @@ from torch import Tensor
 from benchmarks.first_contact import options as common
 from swin_moe import ops
 from swin_moe.ops import RouteOptions
+from tests.ops import adamw_cases
 
 TOLERANCE = 0.05  # of the norm, in bf16
 Function = Callable[..., Tensor]
@@ -93,6 +94,18 @@ def routing(logits: Tensor, how: RouteOptions) -> float:
     return compare(function, [logits])
 
 
+def adamw(device: str) -> float:
+    """Update some elements, in vectors and one by one, and compare with the reference."""
+    worst = 0.0
+    for first in (0, 1):
+        tensors = [t[first:].to(device) for t in adamw_cases.inputs(1003, torch.float32)]
+        mine, exact = ([tensor.clone() for tensor in tensors] for _ in range(2))
+        ops.adamw_(mine[0], mine[1], mine[2], adamw_cases.FACTORS)
+        ops.adamw_reference_(exact[0], exact[1], exact[2], adamw_cases.FACTORS)
+        worst = max(worst, *(relative_error(*pair) for pair in zip(mine, exact, strict=True)))
+    return worst
+
+
 def check(device: str) -> dict[str, float]:
     """Return the worst error of each kind of op.
 
@@ -100,7 +113,7 @@ def check(device: str) -> dict[str, float]:
         RuntimeError: one is too large, or not a number.
     """
     torch.manual_seed(0)
-    errors = {"window_attention": attention(device), "moe": moe(device)}
+    errors = {"window_attention": attention(device), "moe": moe(device), "adamw": adamw(device)}
     wrong = {name: error for name, error in errors.items() if not error < TOLERANCE}
     if wrong:
         raise RuntimeError(f"wrong results: {wrong}, of the norm; {TOLERANCE} is allowed")

@@ -25,6 +25,7 @@ FILES = {
     "moe_route": ["test_moe_route.py"],
     "moe_dispatch": ["test_moe_dispatch.py"],  # and moe_combine
     "moe_experts": ["test_moe_experts.py"],
+    "adamw_": ["test_adamw.py"],
 }  # fmt: skip
 # A handful that takes a second, for a rehearsal.
 TOY = {
@@ -32,6 +33,7 @@ TOY = {
     "moe_route": "cpu and (equal_scores or row_maps or finite)",
     "moe_dispatch": "cpu",
     "moe_experts": "cpu and (expanded or dropout_drops)",
+    "adamw_": "cpu and (strided or none_do)",
 }
 NO_GPU = "no GPU"  # how the reason begins for which the CUDA tests are skipped
 

@@ -3,10 +3,12 @@
 #include <atomic>
 #include <string>
 
+#include "bind_adamw.h"
 #include "bind_moe_dispatch.h"
 #include "bind_moe_route.h"
 #include "bind_moe_experts_cpu.h"
 #include "bind_window_attention.h"
+#include "cpu/adamw.h"
 #include "cpu/moe_dispatch.h"
 #include "cpu/moe_route.h"
 #include "cpu/window_attention.h"
@@ -32,6 +34,15 @@ int64_t row_bytes(const Tensor& matrix) { return matrix.size(1) * matrix.element
 
 struct Cpu {
   static constexpr bool kHasHalf = false;
+
+  static void adamw(const AdamwFactors& factors, const AdamwTensors& tensors, const Tensor&) {
+    const cpu::AdamwKernels* kernels = cpu::adamw_kernels();
+    STD_TORCH_CHECK(kernels != nullptr,
+                    "SWIN_MOE_ISA must be amx_bf16, avx512_bf16, avx512, avx2 or generic");
+    torch::stable::parallel_for(
+        0, tensors.size, kGrainBytes / sizeof(float),
+        [&](int64_t begin, int64_t end) { kernels->update(factors, tensors, {begin, end}); });
+  }
 
   static void dispatch(DType dtype, const MoeShape& shape, const Tensor& x, const Tensor& source,
                        Tensor& out) {
@@ -218,6 +229,7 @@ std::string instruction_set(bool bf16) {
 }  // namespace swin_moe
 
 STABLE_TORCH_LIBRARY_IMPL(swin_moe, CPU, m) {
+  swin_moe::register_adamw<swin_moe::Cpu>(m);
   swin_moe::register_moe_dispatch<swin_moe::Cpu>(m);
   swin_moe::register_moe_route<swin_moe::Cpu>(m);
   swin_moe::register_moe_experts<swin_moe::CpuExperts>(m);

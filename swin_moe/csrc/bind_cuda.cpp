@@ -5,10 +5,12 @@
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/macros.h>
 
+#include "bind_adamw.h"
 #include "bind_moe_dispatch.h"
 #include "bind_moe_route.h"
 #include "bind_moe_experts_cuda.h"
 #include "bind_window_attention.h"
+#include "cuda/adamw.h"
 #include "cuda/moe_dispatch.h"
 #include "cuda/moe_route.h"
 #include "cuda/window_attention.h"
@@ -29,6 +31,12 @@ struct CurrentStream {
 
 struct Cuda {
   static constexpr bool kHasHalf = true;
+
+  static void adamw(const AdamwFactors& factors, const AdamwTensors& tensors,
+                    const Tensor& weights) {
+    const torch::stable::accelerator::DeviceGuard guard(weights.get_device_index());
+    STD_CUDA_CHECK(cuda::adamw(factors, tensors, current_stream(weights)));
+  }
 
   static void dispatch(DType dtype, const MoeShape& shape, const Tensor& x, const Tensor& source,
                        Tensor& out) {
@@ -120,6 +128,7 @@ struct Cuda {
 }  // namespace swin_moe
 
 STABLE_TORCH_LIBRARY_IMPL(swin_moe, CUDA, m) {
+  swin_moe::register_adamw<swin_moe::Cuda>(m);
   swin_moe::register_moe_dispatch<swin_moe::Cuda>(m);
   swin_moe::register_moe_route<swin_moe::Cuda>(m);
   swin_moe::register_moe_experts<swin_moe::CudaExperts<swin_moe::CurrentStream>>(m);

@@ -1,4 +1,4 @@
-"""Compiled ops for routing, experts and window attention, each with its PyTorch reference.
+"""Compiled ops for routing, experts, window attention and AdamW, each with its PyTorch reference.
 
 One file per op has its schema, fake implementation and autograd; large references have a file of
 their own. Importing this package loads the compiled library if it was built. ``choice.py`` decides
@@ -9,6 +9,7 @@ import torch
 
 from . import _library
 from ._library import cpu_instruction_set, library_digest
+from .adamw import AdamwFactors, adamw_, adamw_reference_
 from .choice import (
     assume_fused,
     choices,
@@ -46,10 +47,13 @@ __all__ = [
     "KERNEL_HEAD_DIMS",
     "MAX_KERNEL_TOKENS",
     "ROUTING_OPS",
+    "AdamwFactors",
     "Choice",
     "Route",
     "RouteOptions",
     "Signature",
+    "adamw_",
+    "adamw_reference_",
     "assume_fused",
     "choices",
     "cpu_instruction_set",

@@ -23,7 +23,7 @@ from .trial import try_kernels
 log = logging.getLogger("swin_moe")
 
 
-FP32_ONLY = ("moe_route",)
+FP32_ONLY = ("adamw_", "moe_route")
 _wanted, _required, _trusted = True, False, False
 _assumed: bool | None = None
 _choices: dict[Signature, Choice] = {}

@@ -7,15 +7,15 @@ with rounding to nearest it would never change. Stochastic rounding keeps its me
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..ops import AdamwFactors, adamw_
+
 MOMENTS = ("exp_avg", "exp_avg_sq")
 PAIRS = "moments"  # state key: both moments of an element in the bits of one fp32 number
-_HIGH = -65536  # the upper half of an int32
 
 
 def moment_views(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -31,8 +31,8 @@ class PairedAdamW(torch.optim.Optimizer):
     """:class:`torch.optim.AdamW` with bf16 moments and fp32 weights.
 
     An fp32 tensor of the weights' shape holds both moments of each element in its bits, so that
-    DeepSpeed can cut, move and swap it like any fp32 state. Updates are computed in fp32, in pieces
-    that fit into the cache.
+    DeepSpeed can cut, move and swap it like any fp32 state. An update is one pass over memory, see
+    ``ops/adamw.py``.
 
     The random numbers depend only on the update's number and the element's place: a resumed run
     repeats them, and no global generator is used.
@@ -60,7 +60,9 @@ class PairedAdamW(torch.optim.Optimizer):
                 if PAIRS not in state:
                     start_moments(state, parameter, 0, (PAIRS,))
                 state["step"] += 1
-                _update(parameter, state, group)
+                hyper = {key: group[key] for key in ("lr", "betas", "eps", "weight_decay")}
+                factors = AdamwFactors.of(int(state["step"]), **hyper)
+                adamw_(parameter, parameter.grad, state[PAIRS], factors)
 
 
 def start_moments(
@@ -81,53 +83,3 @@ def start_moments(
             state[kind].zero_()
         else:
             state[kind] = torch.zeros_like(parameter)
-
-
-def _update(parameter: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> None:
-    step = int(state["step"])
-    weights, gradient = parameter.view(-1), parameter.grad.reshape(-1)  # type: ignore[union-attr]
-    pairs = state[PAIRS].view(-1).view(torch.int32)
-    size = 1 << 16 if pairs.device.type == "cpu" else 1 << 24  # fits the cache; fills a launch
-    table = _table(size, pairs.device)
-    generator = torch.Generator().manual_seed(step)
-    pieces = -(-pairs.numel() // size)
-    turns = torch.randint(1 << 16, (pieces, 2), generator=generator).tolist()
-    for index, (turn, other) in enumerate(turns):
-        part = slice(index * size, (index + 1) * size)
-        noise = table[: pairs[part].numel()]
-        _update_piece(
-            weights[part], gradient[part], pairs[part], (noise + turn, noise + other), step, group
-        )
-
-
-def _update_piece(
-    weights: Tensor,
-    gradient: Tensor,
-    pairs: Tensor,
-    noise: tuple[Tensor, Tensor],
-    step: int,
-    group: dict[str, Any],
-) -> None:
-    """Update elements (https://arxiv.org/abs/1711.05101); pairs and noise are int32."""
-    beta1, beta2 = group["betas"]
-    first = pairs.bitwise_and(_HIGH).view(torch.float32)
-    second = pairs.bitwise_left_shift(16).view(torch.float32)
-    first.lerp_(gradient, 1 - beta1)
-    second.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-    weights.mul_(1 - group["lr"] * group["weight_decay"])
-    denominator = second.sqrt().div_((1 - beta2**step) ** 0.5).add_(group["eps"])
-    weights.addcdiv_(first, denominator, value=-group["lr"] / (1 - beta1**step))
-    low = _rounded(second, noise[1]).bitwise_right_shift_(16)  # its sign bit is zero
-    torch.bitwise_or(_rounded(first, noise[0]).bitwise_and_(_HIGH), low, out=pairs)
-
-
-def _rounded(values: Tensor, noise: Tensor) -> Tensor:
-    """Return bits whose upper halves are the fp32 values, rounded stochastically to bf16."""
-    return values.view(torch.int32).add_(noise.bitwise_and_(0xFFFF))
-
-
-@lru_cache(maxsize=4)
-def _table(size: int, device: torch.device) -> Tensor:
-    """Return random 16-bit numbers; a random offset makes new uniform numbers of them."""
-    generator = torch.Generator().manual_seed(0)
-    return torch.randint(1 << 16, (size,), generator=generator, dtype=torch.int32).to(device)

@@ -70,6 +70,9 @@ def settle(
         model = task.build_model(world.expert, initialise=False)
     lacking = without_kernel(model, dtype, world.device.type)
     wanted = model_signatures(model, dtype, world.device.type)
+    if task.config.optimizer.moments == "bf16":
+        device = "cpu" if task.config.zero.offload_optimizer != "none" else world.device.type
+        wanted.append(ops.signature("adamw_", device, torch.float32))
     mine = ops.decide(wanted, say)
     agreed = {**mine, **lacking}
     for rank, choices in enumerate(gather_objects(mine)):

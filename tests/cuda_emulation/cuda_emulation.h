@@ -66,6 +66,13 @@ inline float __uint_as_float(uint32_t bits) {
   return value;
 }
 
+// Rounded one by one: tests/ops/emulation.py forbids the compiler to fuse them.
+inline float __fadd_rn(float a, float b) { return a + b; }
+inline float __fsub_rn(float a, float b) { return a - b; }
+inline float __fmul_rn(float a, float b) { return a * b; }
+inline float __fdiv_rn(float a, float b) { return a / b; }
+inline float __fsqrt_rn(float a) { return std::sqrt(a); }
+
 namespace cuda_emulation {
 
 constexpr int kWarp = 32;

@@ -24,7 +24,7 @@ def build_emulation(folder: Path, name: str, *more: str) -> ctypes.CDLL:
         pytest.skip("no g++")
     path = folder / f"{name}.so"
     flags = ["-std=c++17", "-O2", "-fno-strict-aliasing", "-shared", "-fPIC", "-I", str(EMULATION)]
-    flags += ["-Wall", "-Wno-unknown-pragmas", "-DSWIN_MOE_CUDA_EMULATION"]
+    flags += ["-Wall", "-Wno-unknown-pragmas", "-DSWIN_MOE_CUDA_EMULATION", "-ffp-contract=off"]
     sources = [EMULATION / f"{stem}.cpp" for stem in ("machine", name, *more)]
     sources += sorted(KERNELS.glob(f"{name}*.cu"))
     subprocess.run([compiler, *flags, "-x", "c++", *map(str, sources), "-o", str(path)], check=True)

@@ -8,6 +8,7 @@
 #include <cstring>
 
 #pragma GCC target("avx2,fma")
+#include "adamw_kernels.h"
 #include "moe_activation_kernels.h"
 #include "window_kernels.h"
 
@@ -29,6 +30,7 @@ struct Avx2 : Simd<8> {
 
 extern const WindowKernels kAvx2Kernels{"avx2", forward<Avx2>, backward<Avx2>};
 extern const ExpertKernels kAvx2Experts = expert_kernels_of<Avx2>("avx2");
+extern const AdamwKernels kAvx2Adamw = adamw_kernels_of<Avx2>("avx2");
 
 }  // namespace swin_moe::cpu
 #endif

@@ -44,6 +44,14 @@ SWIN_MOE_INLINE U mix(U x) {
   return x ^ (x >> 16);
 }
 
+constexpr uint32_t kGolden = 0x9e3779b9u;
+
+// The random key of row `row`: the number of its element j is mix(key + j * kGolden).
+inline uint32_t random_row(uint64_t row, uint64_t seed) {
+  const uint32_t low = mix(static_cast<uint32_t>(row) ^ static_cast<uint32_t>(seed));
+  return mix(low ^ static_cast<uint32_t>(row >> 32) ^ static_cast<uint32_t>(seed >> 32));
+}
+
 struct Dropout {
   uint32_t threshold = 0;
   float keep_scale = 1.0f;
@@ -58,10 +66,7 @@ struct Dropout {
   }
 
   // The random key of row `row`, whose elements are dropped one by one.
-  uint32_t key(uint64_t row) const {
-    const uint32_t low = mix(static_cast<uint32_t>(row) ^ static_cast<uint32_t>(seed));
-    return mix(low ^ static_cast<uint32_t>(row >> 32) ^ static_cast<uint32_t>(seed >> 32));
-  }
+  uint32_t key(uint64_t row) const { return random_row(row, seed); }
   // Keys of the queries of one (window, head).
   void keys(uint64_t window_and_head, int64_t tokens, uint32_t* to) const {
     for (int64_t i = 0; i < tokens; ++i) to[i] = key(window_and_head * tokens + i);
@@ -80,8 +85,6 @@ struct Dropout {
   }
 
  private:
-  static constexpr uint32_t kGolden = 0x9e3779b9u;
-
   template <class Isa>
   SWIN_MOE_INLINE typename Isa::Float factor(typename Isa::Word place) const {
     const auto kept = (typename Isa::Word)(mix(place) >= threshold);

@@ -33,9 +33,14 @@ __device__ __forceinline__ uint32_t random_row(uint64_t row, uint64_t seed) {
   return mix(key ^ static_cast<uint32_t>(row >> 32) ^ static_cast<uint32_t>(seed >> 32));
 }
 
+// The random number of element j of a row.
+__device__ __forceinline__ uint32_t random_element(uint32_t random, uint32_t j) {
+  return mix(random + j * 0x9E3779B9u);
+}
+
 // The factor of element j of a row.
 __device__ __forceinline__ float kept(const Dropout& dropout, uint32_t random, int j) {
-  const uint32_t u = mix(random + static_cast<uint32_t>(j) * 0x9E3779B9u);
+  const uint32_t u = random_element(random, static_cast<uint32_t>(j));
   return u >= dropout.threshold ? dropout.scale : 0.0f;
 }
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ..adamw import AdamwFactors, adamw_, adamw_reference_
 from ..moe_dispatch import moe_combine, moe_dispatch
 from ..moe_experts import moe_experts
 from ..moe_route import moe_route
@@ -19,6 +20,7 @@ Shape = tuple[int, ...]
 ELEMENTS_PAST_32_BITS = (1 << 31) + 1
 SCORES = {"cpu": 1 << 21, "cuda": 1 << 26}  # of a timed attention
 HEADS = {"cpu": 3, "cuda": 8}
+ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 25}  # of a timed update
 WIDTH = {"cpu": 96, "cuda": 512}
 TOKENS = {"cpu": 2048, "cuda": 1 << 15}  # of a timed MoE op
 
@@ -335,7 +337,42 @@ def _experts(
     return Case(name + f", dropout {dropout:g}" * (dropout > 0), function, leaves)
 
 
+# --------------------------------------------------------------------------------------------
+# The optimizer
+
+
+def try_adamw(device: str, dtype: torch.dtype, shape: Shape) -> Choice:
+    """Try the update of vectors and single elements, with both dtypes of gradients."""
+    compare(_adamw(device, 4097, torch.float32))
+    compare(_adamw(device, 4097, torch.bfloat16, offset=1))
+    timed = _adamw(device, ELEMENTS[device], torch.float32)
+    repeat(timed, device)
+    return measure(timed, device)
+
+
+def _adamw(device: str, count: int, gradient: torch.dtype, offset: int = 0) -> Case:
+    """Return an update; its random bits are the same in fp64, and so is its reference."""
+    weights = _random(device, torch.float32, count + offset)[offset:]
+    grad = _random(device, gradient, count + offset, seed=1)[offset:]
+    moments = _random(device, torch.bfloat16, count, 2, seed=2).abs()
+    factors = AdamwFactors.of(7, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.05)
+
+    def function(weights: Tensor, grad: Tensor) -> dict[str, Tensor]:
+        exact = weights.dtype == torch.float64
+        update = adamw_reference_ if exact else adamw_
+        new = weights.detach().to(torch.float32, copy=True)
+        pairs = moments.view(torch.float32).flatten().clone()
+        update(new, grad.to(gradient), pairs, factors)
+        second, first = pairs.view(torch.bfloat16).view(-1, 2).unbind(1)
+        return {"the weights": new, "the first moment": first, "the second moment": second}
+
+    return Case(
+        f"{count} elements, gradient in {gradient}", function, {"weights": weights}, (grad,)
+    )
+
+
 TRIALS: dict[str, Callable[[str, torch.dtype, Shape], Choice]] = {
+    "adamw_": try_adamw,
     "window_attention": try_attention,
     "moe_route": try_route,
     "moe_dispatch": try_dispatch,

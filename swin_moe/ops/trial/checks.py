@@ -37,15 +37,12 @@ class Case(NamedTuple):
             are compared to the bit. It draws the same random numbers in each call.
         leaves: tensors whose gradients are compared, too.
         others: further tensors. For fp64, those of the kernel's dtype are cast as well.
-        exact: function for fp64, if it is another one.
-        in_place: the op has no gradient.
     """
 
     name: str
     function: Callable[..., dict[str, Tensor]]
     leaves: dict[str, Tensor]
     others: tuple[Any, ...] = ()
-    in_place: bool = False
 
 
 class Problem(Exception):
