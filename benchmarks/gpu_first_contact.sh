@@ -97,8 +97,9 @@ steps() {
   local first=benchmarks.first_contact op
   step facts 60 -m $first.facts
   step library 240 -m $first.library
+  step trials 180 -m $first.trials
   for op in window_attention moe_route moe_dispatch moe_experts adamw_; do
-    step "verify-$op" 100 -m $first.verify "$op" --batch "$some"
+    step "verify-$op" 100 -m $first.verify "$op"
   done
   step attention 90 -m benchmarks.window_attention --batch "$many" --rounds "$rounds" \
     --peers timm,sdpa --dtypes bfloat16
@@ -119,11 +120,11 @@ steps() {
 
 # The sizes.
 if [[ -n $rehearse ]]; then
-  device=cpu toy=(--quick) many=1 some=2 micro=4 updates=10 rounds=1 rounds_of_models=1
+  device=cpu toy=(--quick) many=1 micro=4 updates=10 rounds=1 rounds_of_models=1
   size=tiny compiled_windows=8
   export CUDA_VISIBLE_DEVICES='' OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 else
-  device=cuda toy=() many=128 some=128 micro=64 updates=100 rounds=15 rounds_of_models=7
+  device=cuda toy=() many=128 micro=64 updates=100 rounds=15 rounds_of_models=7
   size=base compiled_windows=16,8
 fi
 # The first pass runs nothing: it lists the steps.

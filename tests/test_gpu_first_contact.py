@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import os
 import shutil
 import subprocess
@@ -11,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from benchmarks.first_contact import record, verify
+from benchmarks.first_contact import record, trials, verify
+from swin_moe import ops
+from swin_moe.ops import Choice
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = [ROOT / "benchmarks" / name for name in ("gpu_first_contact.sh", "gpu_wheels.sh")]
-OPS = ["adamw_", "moe_combine", "moe_dispatch", "moe_experts", "moe_route", "window_attention"]
 # Makes the packages that a GPU machine may lack impossible to import.
 BLOCKER = """
 import sys
@@ -53,7 +54,7 @@ def test_scripts_are_sound(script: Path) -> None:
 def test_the_list_of_steps_runs_none(tmp_path: Path) -> None:
     listed = run(SCRIPTS[0], "--list", "--out", tmp_path / "out")
     steps = [line.split()[0] for line in listed.stdout.splitlines()]
-    assert steps[:2] == ["facts", "library"]
+    assert steps[:3] == ["facts", "library", "trials"]
     assert {f"verify-{op}" for op in verify.FILES} < set(steps)
     for line in listed.stdout.splitlines():  # every module that a step runs is there
         module = line.split(" -m ")[1].split()[0]
@@ -76,25 +77,45 @@ def test_ops_tests_are_collected_without_the_packages_that_a_gpu_machine_lacks(
             assert f"tests/ops/{name}" in found.stdout
 
 
-def test_every_op_is_verified_by_a_step() -> None:
-    pytest.importorskip("torch")
-    from swin_moe import ops
+def test_every_op_has_a_step_with_its_tests_and_a_trial() -> None:
+    assert {*verify.FILES, "moe_combine"} == set(ops.status())  # its tests are moe_dispatch's
+    single = trials.signatures("cuda", torch.float32)
+    half = trials.signatures("cuda", torch.float16)
+    assert {key.op for key in single} == set(ops.status())
+    assert {key.op for key in half} == set(ops.status()) - {"moe_route", "adamw_"}
+    shapes = [key.shape for key in half if key.op == "window_attention"]
+    assert shapes == [(8, 8, 32), (16, 16, 32)]
+    assert [key for key in trials.signatures("cpu", torch.float32) if key.shape] == []
 
-    named = [op for step in verify.FILES for op in verify.SPEAKS_FOR.get(step, [step])]
-    assert sorted(named) == sorted(ops.status()) == OPS
+
+def test_a_refused_kernel_is_a_failure_and_a_slower_one_is_not() -> None:
+    route, *others = trials.signatures("cpu", torch.float32)
+    found = dict.fromkeys([route, *others], Choice(True, speedup=2.0))
+    found[route] = Choice(True, "its kernel takes 3.0 times as long", 0.3)
+    assert trials.problem(found, list(found)) == ""
+    found[route] = Choice(False, "the kernel left the output not finite")
+    assert trials.problem(found, list(found)).startswith(f"1 of {len(found)} refused: {route}: ")
+    assert trials.problem({}, others[:1]) == f"1 of 1 refused: {others[0]}: no kernel"
 
 
-def contact(**outcomes: int) -> dict[str, Any]:
-    """A record of steps that verified their op, or ended with these exit codes."""
-    content = record.read(Path()) | {"rehearsal": False, "key": "card library"}
-    content["machine"] = {"capability": "9.0"}
-    for op in OPS:
-        code = outcomes.pop(op, 0)
-        found = {"verified": [op], "cells": [cell(op)]}
-        record.add(content, f"verify-{op}", "card library", code, 1.0, "why", found)
-    for step, code in outcomes.items():
-        record.add(content, step, "card library", code, 1.0, "why", {})
-    record.judge(content)
+def test_choices_are_in_the_summary() -> None:
+    kernels = {
+        "moe_route float32": {"right": True, "reason": "", "speedup": 2.04},
+        "moe_experts float32": {"right": False, "reason": "the kernel failed", "speedup": 0.0},
+    }
+    content = record.read(Path())
+    record.add(content, "trials", "card library", 1, 1.0, "why", {"kernels": kernels})
+    lines = [line.split() for line in record.summary(content).splitlines()]
+    assert ["moe_route", "float32", "yes", "2.0"] in lines
+    assert ["moe_experts", "float32", "no", "0.0", "the", "kernel", "failed"] in lines
+
+
+def contact(**codes: int) -> dict[str, Any]:
+    """A record of the ops' steps, which passed or ended with these exit codes."""
+    content = record.read(Path())
+    for op in verify.FILES:
+        found = {"tests": {"passed": 3}, "cells": [cell(op)]}
+        record.add(content, f"verify-{op}", "card library", codes.get(op, 0), 1.0, "why", found)
     return content
 
 
@@ -103,42 +124,15 @@ def cell(name: str) -> dict[str, Any]:
             "peers": {"timm": 3.0, "sdpa": 2.0}, "speedup": 2.0}  # fmt: skip
 
 
-def line(content: dict[str, Any]) -> dict[str, set[tuple[int, int]]]:
-    """The value that the statement assigns."""
-    statement = ast.parse(content["verified_line"]).body[0]
-    assert isinstance(statement, ast.AnnAssign)
-    assert statement.value is not None
-    return ast.literal_eval(statement.value)
-
-
-def test_ops_that_passed_are_in_the_line() -> None:
-    content = contact()
-    assert content["verified"] == OPS
-    assert line(content).keys() >= set(OPS)
-    assert all((9, 0) in line(content)[op] for op in OPS)
-    assert "(2.0x)" in record.summary(content)
-
-
 @pytest.mark.parametrize("code", [1, 124, 137, record.NOT_RUN])
-def test_an_op_whose_step_did_not_pass_is_not_named(code: int) -> None:
+def test_a_step_that_did_not_pass_is_run_again(code: int) -> None:
     content = contact(moe_route=code)
-    assert content["verified"] == [op for op in OPS if op != "moe_route"]
     assert content["steps"]["verify-moe_route"]["reason"].endswith("why")
     assert not record.passed(content, "verify-moe_route", "card library")
     assert record.passed(content, "verify-moe_experts", "card library")
-
-
-def test_errors_of_the_sanitizer_another_card_and_rehearsals_verify_nothing() -> None:
-    assert contact(sanitizer=1)["verified_line"] == ""
-    assert contact(sanitizer=record.NOT_RUN)["verified"] == OPS
-    other = contact() | {"key": "card other-library"}
-    record.judge(other)
-    assert other["verified"] == []
-    assert not record.passed(other, "verify-moe_route", "card other-library")
-    rehearsed = contact() | {"rehearsal": True}
-    record.judge(rehearsed)
-    assert (rehearsed["verified"], rehearsed["verified_line"]) == ([], "")
-    assert "rehearsal" in record.summary(rehearsed)
+    assert content["steps"]["verify-moe_experts"]["tests"] == {"passed": 3}
+    assert not record.passed(content, "verify-moe_experts", "card other-library")
+    assert "(2.0x)" in record.summary(content)
 
 
 def test_a_step_that_is_run_again_replaces_its_cells_and_no_attempt_replaces_nothing() -> None:
@@ -148,14 +142,6 @@ def test_a_step_that_is_run_again_replaces_its_cells_and_no_attempt_replaces_not
     record.add(content, "verify-moe_route", "card library", 0, 2.0, "", {"cells": [cell("new")]})
     own = [c["name"] for c in content["cells"] if c["step"] == "verify-moe_route"]
     assert own == ["new"]
-
-
-def test_the_line_adds_to_what_was_verified_before() -> None:
-    before = {"moe_route": {(8, 0)}, "moe_combine": {(9, 0)}}
-    content = {"verified_line": record.verified_line(["moe_route"], "9.0", before)}
-    assert line(content) == {"moe_route": {(8, 0), (9, 0)}, "moe_combine": {(9, 0)}}
-    source = (ROOT / "swin_moe/ops/_library.py").read_text()
-    assert isinstance(record.verified_before(source), dict)
 
 
 def case(name: str, inside: str = "") -> str:

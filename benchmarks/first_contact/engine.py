@@ -93,8 +93,7 @@ def main() -> None:
     options = parser.parse_args()
     kernels.need(*NEEDED)
     harness.choose_device(options.device)
-    if options.device == "cuda":
-        ops.allow_unverified()
+    ops.trust_kernels()
     training = Training(options.device, options.batch, options.quick)
     ours = training.updates(options.updates)
     losses = [loss.item() for loss in training.losses]

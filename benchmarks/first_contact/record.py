@@ -1,4 +1,4 @@
-"""The JSON of a first contact: passed steps, their results, and the verified ops.
+"""The JSON of a first contact: the steps and what they found.
 
 Written after each step, so that an interrupted script leaves its results, and read at the next
 start, so that a step that passed is not run again. Needs nothing but Python.
@@ -9,14 +9,12 @@ start, so that a step that passed is not run again. Needs nothing but Python.
 from __future__ import annotations
 
 import argparse
-import ast
 import json
 from pathlib import Path
 from typing import Any
 
 NOT_RUN = 77  # a step's exit code that says: something is missing here, see the last line
 TIMED_OUT = (124, 137)  # of `timeout`
-LIBRARY = Path(__file__).parents[2] / "swin_moe" / "ops" / "_library.py"
 PLAIN = ("versions", "machine", "cells", "ceilings")  # keys of a step's JSON with a place above
 Content = dict[str, Any]
 
@@ -81,75 +79,23 @@ def add(
     return outcome
 
 
-def verified_before(source: str) -> dict[str, set[tuple[int, int]]]:
-    """Return ``VERIFIED`` from the source of ``_library.py``."""
-    for node in ast.parse(source).body:
-        if isinstance(node, ast.AnnAssign) and getattr(node.target, "id", "") == "VERIFIED":
-            assert node.value is not None
-            found: dict[str, set[tuple[int, int]]] = ast.literal_eval(node.value)
-            return found
-    raise ValueError("_library.py has no VERIFIED")
-
-
-def verified_ops(content: Content) -> tuple[list[str], str]:
-    """Return the ops whose tests all passed, and if there is none, why."""
-    if content.get("rehearsal"):
-        return [], "this was a rehearsal on a CPU"
-    # A result of another card or library does not count.
-    steps = {n: r for n, r in content["steps"].items() if r["key"] == content.get("key")}
-    if steps.get("sanitizer", {}).get("outcome") == "failed":
-        return [], "the step with compute-sanitizer failed"
-    named = {
-        op
-        for record in steps.values()
-        if record["outcome"] == "passed"
-        for op in record.get("verified", [])
-    }
-    return sorted(named), "" if named else "no op passed all its tests"
-
-
-def verified_line(
-    named: list[str], capability: str, before: dict[str, set[tuple[int, int]]]
-) -> str:
-    """Return the statement for ``_library.py``, formatted as ruff does."""
-    if not named:
-        return ""
-    major, minor = map(int, capability.split("."))
-    merged = {op: set(known) for op, known in before.items()}
-    for op in named:
-        merged.setdefault(op, set()).add((major, minor))
-    lines = ["VERIFIED: dict[str, set[tuple[int, int]]] = {"]
-    for op in sorted(merged):
-        capabilities = ", ".join(map(str, sorted(merged[op])))
-        lines.append(f'    "{op}": {{{capabilities}}},')
-    return "\n".join([*lines, "}"])
-
-
-def judge(content: Content) -> None:
-    """Add the verified ops to the content."""
-    named, why = verified_ops(content)
-    capability = content["machine"].get("capability", "")
-    content["verified"] = named
-    content["verified_line"] = ""
-    content["verified_reason"] = why
-    if named and capability:
-        before = verified_before(LIBRARY.read_text())
-        content["verified_line"] = verified_line(named, capability, before)
-
-
 def summary(content: Content) -> str:
     """Return the tables as text."""
     lines = [f"{'step':<24} {'outcome':<10} {'seconds':>7}"]
     for step, record in content["steps"].items():
         line = f"{step:<24} {record['outcome']:<10} {record['seconds']:>7.0f}"
         lines.append(f"{line}  {record.get('reason', '')}".rstrip())
+    kernels = content["steps"].get("trials", {}).get("kernels", {})
+    if kernels:
+        lines += ["", f"{'kernel, tried as a run tries it':<40} {'right':<5} {'speedup':>7}"]
+    lines += [
+        f"{name:<40} {'yes' if tried['right'] else 'no':<5} {tried['speedup']:>7.1f}"
+        f"  {tried['reason']}".rstrip()
+        for name, tried in kernels.items()
+    ]
     if content["cells"]:
         lines += ["", f"{'cell':<75} {'ours':>9} {'best peer':>9}  which (speedup)"]
     lines += [_cell_line(cell) for cell in content["cells"]]
-    if content.get("verified_line"):
-        lines += ["", "VERIFIED in swin_moe/ops/_library.py:", content["verified_line"]]
-    else:
-        lines += ["", f"VERIFIED stays as it is: {content.get('verified_reason', '')}"]
     return "\n".join(lines)
 
 
@@ -201,7 +147,6 @@ def main() -> None:
     reason = options.reason or (last_line(options.log, options.offset) if options.log else "")
     found = read(options.found) if options.found and options.found.exists() else {}
     outcome = add(content, options.step, options.key, options.code, options.seconds, reason, found)
-    judge(content)
     write(options.out, content)
     print(f"    {outcome} in {options.seconds:.0f} s: {reason}")
 

@@ -60,8 +60,10 @@ def results(case: Case, cast: torch.dtype | None = None) -> dict[str, Tensor]:
     found = case.function(*leaves.values(), *map(to, case.others))
     roots = [x for x in found.values() if x.requires_grad]
     if roots:
-        generator = torch.Generator().manual_seed(2)
-        weights = [torch.randn(x.shape, generator=generator).to(x) for x in roots]
+        # Drawn on the device: calls are timed, and a draw on the host would take most of the time.
+        device = roots[0].device
+        generator = torch.Generator(device).manual_seed(2)
+        weights = [torch.randn(x.shape, generator=generator, device=device).to(x) for x in roots]
         grads = torch.autograd.grad(roots, list(leaves.values()), weights)
         found |= {f"the gradient of {n}": g for n, g in zip(leaves, grads, strict=True)}
     return {name: tensor.detach() for name, tensor in found.items()}
