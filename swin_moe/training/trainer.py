@@ -24,7 +24,7 @@ from ..data.watch import LoaderWatch
 from ..distributed import World, all_reduce_
 from ..distributed.watchdog import Watchdog
 from ..models import Outputs
-from ..moe import RouterMonitor
+from ..moe import RouterMonitor, moe_layers
 from ..reporting.metric_log import Meter, MetricLog, Record, progress_bar
 from ..reporting.profiler import Profile
 from ..reporting.tables import Result
@@ -74,6 +74,8 @@ class Trainer:
 
     def __post_init__(self) -> None:
         device = self.world.device
+        for layer in moe_layers(self.engine.model).values():
+            layer.schedules.equal_tokens = True  # the loaders give all ranks batches of one size
         self._loss, self._aux = Meter(device), Meter(device)
         self._scalars: dict[str, Meter] = {}
         self._routers = RouterMonitor(self.engine.model, device)
