@@ -187,7 +187,7 @@ def _runs(first: Tensor, length: Tensor, device: torch.device, step: int = 1) ->
 
 
 def _maps(order: Tensor, size: int, choices: int = 1) -> Maps:
-    """Return the maps of ``size`` rows, each ``choices`` times, in ``order``, which may lack some."""
+    """Return the maps of ``size`` rows, each ``choices`` times, in ``order``; it may lack some."""
     destination = order.new_full((size * choices,), -1)
     destination[order] = torch.arange(order.numel(), device=order.device)
     return Maps(order.to(torch.int32), destination.view(-1, choices).to(torch.int32))

@@ -1,0 +1,83 @@
+"""The host waits for the device once in an update, and never for the optimizer's step."""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from swin_moe.data import Batch
+from swin_moe.data.normalise import Normalise
+from swin_moe.models import Outputs
+from swin_moe.tasks.classification import Accuracy
+from swin_moe.training.guard import Guard
+from tests.parallel import run_worker
+from tests.saving import ALONE
+from tests.streams import OnDevice, Streams
+
+
+def test_an_update_waits_once_and_a_position_ignores_what_is_read_ahead(tmp_path):
+    run_worker("host_waits", tmp_path, 1)
+    assert (tmp_path / "passed").exists()
+
+
+def test_the_status_of_an_update_is_read_without_a_wait_for_its_step(monkeypatch):
+    streams = Streams(monkeypatch)
+    guard = Guard([], ALONE, lambda: 0)
+    guard._signs = guard._signs.as_subclass(OnDevice)
+    guard.see(torch.tensor(2.0), None)
+    streams.run("forward")
+    guard.agree()
+    arrived = guard._agreed._arrived
+    streams.run("backward and step")
+    assert guard.read() == ("", 0, 2.0)
+    assert arrived.waited == 1
+    assert arrived.done == ["forward"]
+
+
+class Copies(TorchDispatchMode):
+    """Counts the copies from the host to the device, and the selections of an unknown size."""
+
+    def __init__(self):
+        super().__init__()
+        self.sent = self.waited = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten._to_copy.default:
+            self.sent += args[0].device != out.device
+        self.waited += func is torch.ops.aten.index.Tensor
+        return out
+
+
+def test_mean_and_deviation_are_sent_to_a_device_once():
+    normalise = Normalise([0.4, 0.5, 0.6], [0.21, 0.22, 0.23])
+    images = torch.zeros(2, 3, 5, 7, dtype=torch.uint8, device="meta")
+    sent = []
+    for _ in range(3):
+        with Copies() as copies:
+            normalise(images)
+        sent.append(copies.sent)
+    assert sent == [2, 0, 0]
+
+
+def test_normalised_images_of_an_inference_can_be_trained_on():
+    normalise = Normalise([0.41], [0.31])
+    images = torch.full((1, 1, 2, 3), 7, dtype=torch.uint8)
+    with torch.inference_mode():
+        expected = normalise(images).clone()
+    weight = torch.ones(1, requires_grad=True)
+    (normalise(images) * weight).sum().backward()
+    assert torch.equal(normalise(images), expected)
+
+
+@pytest.mark.parametrize(("places", "waits"), [([3, 4, 5], 0), ([3, 4, -1], 2)])
+def test_an_evaluation_waits_only_for_batches_with_padding(places, waits):
+    indices = torch.tensor(places)
+    batch = Batch({}, torch.tensor([0, 1, 1]), indices >= 0, indices, [])
+    accuracy = Accuracy(2, torch.device("cpu"))
+    outputs = Outputs(torch.eye(2)[[0, 1, 0]])
+    with Copies() as copies:
+        accuracy.update(outputs, batch)
+    assert copies.waited == waits
+    found = accuracy.compute()
+    assert found.samples == 3 - (waits > 0)
+    assert found.metrics["top1"] == pytest.approx(100 if waits else 200 / 3)
