@@ -63,8 +63,8 @@ def make_trainer(world, spoilt: int = -1, stage: int = 1, **changes):
     model = build(MODEL.model_copy(update={"use_checkpoint": True}), moe, world.expert)
     engine = Engine(
         model, world, optimizer=OptimizerConfig(), zero=ZeroConfig(stage=stage),
-        dtype=torch.float32,
-        micro_batch=MICRO_BATCH, gradient_accumulation_steps=ACCUMULATION,
+        dtype=torch.float32, micro_batch=MICRO_BATCH,
+        gradient_accumulation_steps=ACCUMULATION,
     )  # fmt: skip
     plan = TrainingPlan(
         epochs=1, updates_per_epoch=UPDATES, gradient_accumulation_steps=ACCUMULATION,
