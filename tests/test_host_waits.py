@@ -1,13 +1,9 @@
 """The host waits for the device once in an update, and never for the optimizer's step."""
 
-import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from swin_moe.data import Batch
 from swin_moe.data.normalise import Normalise
-from swin_moe.models import Outputs
-from swin_moe.tasks.classification import Accuracy
 from swin_moe.training.guard import Guard
 from tests.parallel import run_worker
 from tests.saving import ALONE
@@ -34,17 +30,16 @@ def test_the_status_of_an_update_is_read_without_a_wait_for_its_step(monkeypatch
 
 
 class Copies(TorchDispatchMode):
-    """Counts the copies from the host to the device, and the selections of an unknown size."""
+    """Counts the copies from the host to the device."""
 
     def __init__(self):
         super().__init__()
-        self.sent = self.waited = 0
+        self.sent = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         if func is torch.ops.aten._to_copy.default:
             self.sent += args[0].device != out.device
-        self.waited += func is torch.ops.aten.index.Tensor
         return out
 
 
@@ -67,17 +62,3 @@ def test_normalised_images_of_an_inference_can_be_trained_on():
     weight = torch.ones(1, requires_grad=True)
     (normalise(images) * weight).sum().backward()
     assert torch.equal(normalise(images), expected)
-
-
-@pytest.mark.parametrize(("places", "waits"), [([3, 4, 5], 0), ([3, 4, -1], 2)])
-def test_an_evaluation_waits_only_for_batches_with_padding(places, waits):
-    indices = torch.tensor(places)
-    batch = Batch({}, torch.tensor([0, 1, 1]), indices >= 0, indices, [])
-    accuracy = Accuracy(2, torch.device("cpu"))
-    outputs = Outputs(torch.eye(2)[[0, 1, 0]])
-    with Copies() as copies:
-        accuracy.update(outputs, batch)
-    assert copies.waited == waits
-    found = accuracy.compute()
-    assert found.samples == 3 - (waits > 0)
-    assert found.metrics["top1"] == pytest.approx(100 if waits else 200 / 3)

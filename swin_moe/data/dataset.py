@@ -55,14 +55,6 @@ class Batch(NamedTuple):
     indices: Tensor
     skipped: list[Skipped]
 
-    def of_valid(self, rows: Tensor) -> Tensor:
-        """Return the rows [B, ...] of valid samples.
-
-        The host knows if all are valid; to count others it would wait for the device.
-        """
-        whole = not self.skipped and bool((self.indices >= 0).all())
-        return rows if whole else rows[self.valid]
-
     def to(self, device: torch.device) -> Batch:
         inputs, targets, valid = tree_map(
             lambda x: x.to(device, non_blocking=True), (self.inputs, self.targets, self.valid)

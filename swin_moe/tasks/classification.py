@@ -81,8 +81,8 @@ class Accuracy(Evaluator):
         self._sums = torch.zeros(2, dtype=torch.float64, device=device)  # loss, top-5 hits
 
     def update(self, outputs: Outputs, batch: Batch) -> None:
-        logits = batch.of_valid(outputs.predictions.float())
-        labels = batch.of_valid(batch.targets)
+        logits = outputs.predictions.float()[batch.valid]
+        labels = batch.targets[batch.valid]
         self._sums[0] += F.cross_entropy(logits, labels, reduction="sum")
         best = logits.topk(min(5, self.num_classes), 1).indices
         hits = best == labels[:, None]

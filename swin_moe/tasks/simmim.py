@@ -112,7 +112,7 @@ class _MeanError(Evaluator):
     def update(self, outputs: Outputs, batch: Batch) -> None:
         error, pixels = self._task._error(outputs, batch)
         channels = error.shape[1]
-        error, pixels = batch.of_valid(error).double(), batch.of_valid(pixels).double()
+        error, pixels = error[batch.valid].double(), pixels[batch.valid].double()
         self._sums += torch.stack((error.sum(), channels * pixels.sum(), batch.valid.sum()))
 
     def compute(self) -> Evaluation:
