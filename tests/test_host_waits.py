@@ -3,9 +3,11 @@
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from swin_moe.config import load_config
 from swin_moe.data.normalise import Normalise
+from swin_moe.tasks import build_task
 from swin_moe.training.guard import Guard
-from tests.parallel import run_worker
+from tests.parallel import ROOT, run_worker
 from tests.saving import ALONE
 from tests.streams import OnDevice, Streams
 
@@ -62,3 +64,17 @@ def test_normalised_images_of_an_inference_can_be_trained_on():
     weight = torch.ones(1, requires_grad=True)
     (normalise(images) * weight).sum().backward()
     assert torch.equal(normalise(images), expected)
+
+
+def test_masks_are_sent_from_pinned_memory(monkeypatch):
+    task = build_task(load_config(ROOT / "configs/fashion_mnist/simmim_micro.yaml"))
+    batch = task.example_batch(3, torch.device("cpu"))
+    images = batch.inputs["images"].to(torch.uint8)
+    wanted = task.prepare(batch._replace(inputs={"images": images}), 5, training=True)
+    pinned = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: pinned.append(x.shape) or x)
+    found = task.prepare(
+        batch._replace(inputs={"images": images.as_subclass(OnDevice)}), 5, training=True
+    )
+    assert pinned == [wanted.inputs["mask"].shape]
+    assert torch.equal(found.inputs["mask"], wanted.inputs["mask"])

@@ -235,7 +235,7 @@ class Engine:
         self.deepspeed, *_ = deepspeed.initialize(
             model=model, optimizer=self.optimizer, config=settings, dist_init_required=False
         )
-        self._grad_norm = 0.0
+        self._grad_norm: Tensor | float = 0.0
         self._start_moments(0)
 
     def _settings(self, zero: ZeroConfig, micro_batch: int, accumulation: int) -> dict[str, Any]:
@@ -324,7 +324,7 @@ class Engine:
         """
         boundary = self.at_boundary
         if boundary and self.stage == 0:
-            self._grad_norm = float(self._clip_gradients())  # the host's only wait in an update
+            self._grad_norm = float(self._clip_gradients())  # the host's one wait in an update
             if not self._norm_is_finite():
                 for parameter in self.parameters.values():
                     parameter.grad = None  # the optimizer skips these
@@ -340,7 +340,7 @@ class Engine:
 
     def grad_norm(self) -> float:
         """Return the last update's global gradient norm before clipping, √(dense² + Σ experts²)."""
-        return self._grad_norm
+        return float(self._grad_norm)
 
     @property
     def lr(self) -> float:
