@@ -56,16 +56,6 @@ def test_mean_and_deviation_are_sent_to_a_device_once():
     assert sent == [2, 0, 0]
 
 
-def test_normalised_images_of_an_inference_can_be_trained_on():
-    normalise = Normalise([0.41], [0.31])
-    images = torch.full((1, 1, 2, 3), 7, dtype=torch.uint8)
-    with torch.inference_mode():
-        expected = normalise(images).clone()
-    weight = torch.ones(1, requires_grad=True)
-    (normalise(images) * weight).sum().backward()
-    assert torch.equal(normalise(images), expected)
-
-
 def test_masks_are_sent_from_pinned_memory(monkeypatch):
     task = build_task(load_config(ROOT / "configs/fashion_mnist/simmim_micro.yaml"))
     batch = task.example_batch(3, torch.device("cpu"))

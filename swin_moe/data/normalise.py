@@ -38,8 +38,7 @@ def _along_a_row(
 
     Whole rows, since on a CPU PyTorch's broadcast over three channels is four times slower.
     """
-    with torch.inference_mode(False):
-        scale = torch.tensor(std, dtype=torch.float64)
-        factor = (1 / (255 * scale)).float()
-        shift = (-torch.tensor(mean, dtype=torch.float64) / scale).float()
-        return factor.repeat(width).to(device), shift.repeat(width).to(device)
+    scale = torch.tensor(std, dtype=torch.float64)
+    factor = (1 / (255 * scale)).float()
+    shift = (-torch.tensor(mean, dtype=torch.float64) / scale).float()
+    return factor.repeat(width).to(device), shift.repeat(width).to(device)
