@@ -61,6 +61,7 @@ class Ours(nn.Module):
             normalize_gate=spec.top_k > 1,
         )
         self.layer = MoELayer(spec.dim, spec.hidden, moe, world.expert).to(weights.router)
+        self.layer.schedules.equal_tokens = True  # as in training
         names = ("router", "experts.fc1", "experts.fc1", "experts.fc2", "experts.fc2")
         kinds = ("weight", "weight", "bias", "weight", "bias")
         keys = (f"{name}.{kind}" for name, kind in zip(names, kinds, strict=True))

@@ -11,8 +11,12 @@ from ..common.deferred import exports
 if TYPE_CHECKING:
     from .dataset import Batch
     from .loader import Loader, loader_of
+    from .prefetch import DeviceBatches
 
-__all__ = ["Batch", "Loader", "loader_of"]
+__all__ = ["Batch", "DeviceBatches", "Loader", "loader_of"]
 
 # The commands that prepare and verify data must not wait for torch.
-__getattr__ = exports(__name__, {"Batch": "dataset", "Loader": "loader", "loader_of": "loader"})
+__getattr__ = exports(
+    __name__,
+    {"Batch": "dataset", "DeviceBatches": "prefetch", "Loader": "loader", "loader_of": "loader"},
+)

@@ -104,12 +104,25 @@ class Loader:
                 unreadable.
             RuntimeError: a worker process died; :func:`why_died` explains it.
         """
+        yield from map(self.mend, self.read(epoch, start_batch))
+
+    def read(self, epoch: int, start_batch: int = 0) -> Iterator[Batch]:
+        """Yield the batches of :meth:`epoch` as they are read, for :meth:`mend`."""
         self.sampler.set_position(epoch, start_batch)
         for batch in self._loader:
-            if batch.skipped:
-                self.bad.add(batch.skipped)
-                batch = self._mended(batch)
+            if len(batch.valid) != self.sampler.batch_size:  # MoE layers rely on it
+                raise ValueError(
+                    f"the task made a batch of {len(batch.valid)} samples from "
+                    f"{self.sampler.batch_size}: its collate must keep their number"
+                )
             yield batch
+
+    def mend(self, batch: Batch) -> Batch:
+        """List a batch's unreadable samples; replace a training batch without readable ones."""
+        if not batch.skipped:
+            return batch
+        self.bad.add(batch.skipped)
+        return self._mended(batch)
 
     def check_room(self) -> None:
         """Raise ``ValueError`` if there is too little shared memory for the workers' batches.

@@ -6,6 +6,7 @@ It fails if the recompute runs more ops than the forward pass, as under ZeRO-3, 
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 from torch.utils.checkpoint import checkpoint
 
-from ..moe import RoutingStats
+from ..moe import MoELayer, RoutingStats
 from ..ops import ROUTING_OPS
 
 
@@ -52,10 +53,20 @@ class _Replay(TorchDispatchMode):
         return tree_map_only(Tensor, Tensor.detach, self.kept[self.next - 1])
 
 
-def keep_routing() -> tuple[TorchDispatchMode, TorchDispatchMode]:
+Contexts = tuple[AbstractContextManager[Any], AbstractContextManager[Any]]
+
+
+def keep_routing() -> Contexts:
     """Return contexts of forward pass and recompute, for ``torch.utils.checkpoint``."""
     kept: list[Any] = []
     return _Record(kept), _Replay(kept)
+
+
+def _contexts(block: nn.Module) -> Contexts:
+    """Return a block's contexts: the modes slow down every op, and a dense block routes nothing."""
+    if any(isinstance(module, MoELayer) for module in block.modules()):
+        return keep_routing()
+    return nullcontext(), nullcontext()
 
 
 class _Call(nn.Module):
@@ -68,7 +79,7 @@ class _Call(nn.Module):
     def __init__(self, block: nn.Module, device: str) -> None:
         super().__init__()
         self.block = block
-        self.record, self.replay = keep_routing()
+        self.record, self.replay = _contexts(block)
         enabled, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
         self.autocast = partial(torch.autocast, device, dtype=dtype, enabled=enabled)
 
@@ -88,6 +99,7 @@ def recomputed(block: nn.Module, x: Tensor, *, offload: bool) -> Any:
         offload: keep x in host memory.
     """
     if not offload:
-        return checkpoint(block, x, use_reentrant=False, context_fn=keep_routing)
+        return checkpoint(block, x, use_reentrant=False, context_fn=partial(_contexts, block))
+    # On CUDA the copies are asynchronous: fairscale asks PyTorch for that, which then pins memory.
     call = checkpoint_wrapper(_Call(block, x.device.type), offload_to_cpu=True)
     return tree_unflatten(call(x), call.structure)

@@ -9,9 +9,8 @@ back mirrors this.
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
-from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -20,10 +19,24 @@ from torch import Tensor
 from ..distributed import Group
 
 
-class Pending(Protocol):
-    """A running collective. After ``wait`` its output may be used (on CUDA: by the stream)."""
+class Pending:
+    """A running collective, which keeps its tensors until :meth:`wait`.
 
-    def wait(self) -> Any: ...
+    PyTorch gives the memory of a tensor without references to the next one of the same stream. The
+    steps run on another stream, or on another thread, and may still read or write it.
+
+    Args:
+        wait: makes the host, or on CUDA the current stream, wait for the steps.
+        held: tensors that the steps read and write.
+    """
+
+    def __init__(self, wait: Callable[[], object], *held: Tensor) -> None:
+        self._wait, self.held = wait, held
+
+    def wait(self) -> None:
+        """Wait; then the output may be used (on CUDA: by the current stream)."""
+        self._wait()
+        self.held = ()
 
 
 class AllToAll:
@@ -53,11 +66,14 @@ class AllToAll:
         Args:
             back: the way back, with ``sent`` and ``received`` swapped.
         """
+        x = x.contiguous()
         if self.group.intra is None:
             to, by = (self.by, self.to) if back else (self.to, self.by)
-            return _exchange(x, out, to, by, self.group, wait=False)
+            work = _exchange(x, out, to, by, self.group, wait=False)
+            assert work is not None
+            return Pending(work.wait, x, out)
         step = self._back if back else self._forth
-        return _in_background(lambda: step(x, out), x)
+        return _in_background(lambda: step(x, out), x, out)
 
     # Grad mode is per thread: the worker thread would record these steps.
     @torch.inference_mode()
@@ -91,11 +107,12 @@ class AllToAll:
 
 def _exchange(
     x: Tensor, out: Tensor, to: Tensor, by: Tensor, group: Group, wait: bool = True
-) -> Pending:
-    work = dist.all_to_all_single(
-        out, x.contiguous(), by.tolist(), to.tolist(), group=group.handle, async_op=not wait
+) -> dist.Work | None:
+    """Exchange rows x, which must be contiguous; without ``wait`` the caller keeps x and out."""
+    work: dist.Work | None = dist.all_to_all_single(
+        out, x, by.tolist(), to.tolist(), group=group.handle, async_op=not wait
     )
-    return work or _Done()
+    return work
 
 
 def _swap(rows: Tensor, counts: Tensor) -> Tensor:
@@ -109,46 +126,22 @@ def _swap(rows: Tensor, counts: Tensor) -> Tensor:
     return torch.cat([run for b in range(columns) for run in runs[b::columns]])
 
 
-class _Done:
-    """A collective that has finished."""
-
-    def wait(self) -> None:
-        pass
-
-
-class _Thread:
-    """Steps on the worker thread."""
-
-    def __init__(self, future: Future[None]) -> None:
-        self.future = future
-
-    def wait(self) -> None:
-        self.future.result()
-
-
-class _Stream:
-    """Steps on the CUDA side stream."""
-
-    def __init__(self, side: torch.cuda.Stream) -> None:
-        self.side = side
-
-    def wait(self) -> None:
-        torch.cuda.current_stream().wait_stream(self.side)
-
-
-def _in_background(steps: Callable[[], None], x: Tensor) -> Pending:
-    """Run ``steps`` while this thread goes on.
+def _in_background(steps: Callable[[], None], x: Tensor, out: Tensor) -> Pending:
+    """Run ``steps``, which read x and write out, while this thread goes on.
 
     All ranks start their exchanges in the same order. One worker keeps that order, so that no two
     exchanges deadlock.
     """
     if not x.is_cuda:
-        return _Thread(_worker().submit(steps))
-    side = _side_stream(x.device)
-    side.wait_stream(torch.cuda.current_stream())
+        return Pending(_worker().submit(steps).result, x, out)
+    device = x.device
+    side = _side_stream(device)
+    side.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(side):
         steps()
-    return _Stream(side)
+    done = torch.cuda.Event()  # not the whole stream: later exchanges follow on it
+    done.record(side)
+    return Pending(lambda: torch.cuda.current_stream(device).wait_event(done), x, out)
 
 
 @cache

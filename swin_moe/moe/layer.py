@@ -18,6 +18,7 @@ from .dispatcher import TokenDispatcher
 from .experts import Experts, SharedExpert
 from .plan import KERNELS, DispatchPlan, RouteContext, Routing, RoutingPlan, RoutingStats
 from .router import build_router
+from .schedule import Schedules
 
 ROUTINGS = {
     "token_choice": token_choice.route,
@@ -53,8 +54,9 @@ class MoELayer(nn.Module):
         initialise: draw the experts' weights; otherwise the caller sets them.
 
     Attributes:
-        overlap_degree: chunks per exchange, see
-            :class:`~swin_moe.moe.dispatcher.TokenDispatcher`.
+        overlap_degree: chunks per exchange, see :mod:`swin_moe.moe.dispatcher`.
+        schedules: those of its exchanges. Set ``schedules.equal_tokens`` if in each pass all ranks
+            of the group have equally many tokens: padded plans then need no exchange of lengths.
         padded: whether every queue is sent at its full capacity, so that the host need not read
             its length; None = on CUDA only.
 
@@ -84,6 +86,7 @@ class MoELayer(nn.Module):
         self.moe = moe
         self.overlap_degree = 1 if moe.overlap_degree == "auto" else moe.overlap_degree
         self.padded: bool | None = None
+        self.schedules = Schedules(self.group)
         self.kernels = KERNELS
         self.router = build_router(dim, moe)
         self.experts = Experts(
@@ -152,10 +155,11 @@ class MoELayer(nn.Module):
                 f"the experts are spread over {self.group.size} processes and cannot be exported: "
                 "build the model in one process by swin_moe.build_model(NAME, pretrained=RUN)"
             )
-        dispatcher = TokenDispatcher(plan, self.group, self.kernels, self.overlap_degree)
+        schedule, waited = self.schedules.find(plan, rows.shape[0], self.overlap_degree)
+        dispatcher = TokenDispatcher(schedule, self.kernels)
         weights = self.experts.weights_as(rows.dtype)
         out = dispatcher.run(rows, partial(self.experts, weights=weights))
-        return out, dispatcher.waited
+        return out, waited + dispatcher.waited
 
     def _split_scale(self, plan: DispatchPlan) -> tuple[DispatchPlan, Tensor | None]:
         """Split from the plan the factor of each token after the norm, [T] (``gate_after_norm``).

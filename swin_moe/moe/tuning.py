@@ -41,6 +41,7 @@ def choose_overlap(
         trial = build_moe(model.dim, model.hidden_dim, model.moe, model.group)
         trial.experts.reset_parameters(model.moe.init_std)
         trial.to(device, dtype)
+        trial.schedules.equal_tokens = True  # as in training
         tokens = torch.randn(*shape, model.dim, device=device, dtype=dtype).requires_grad_()
         seconds: dict[int, list[float]] = {degree: [] for degree in DEGREES}
         for _ in range(_ROUNDS + 1):

@@ -65,7 +65,10 @@ class MaskedImageModelling(Task):
             masks = [self._mask(generator) for _ in images]
         else:  # the same on any number of ranks
             masks = [self._mask(self._generator(-1, int(index))) for index in batch.indices]
-        mask = torch.stack(masks).to(images.device, non_blocking=True)
+        mask = torch.stack(masks)
+        if images.is_cuda:
+            mask = mask.pin_memory()  # otherwise the host waits for the copy
+        mask = mask.to(images.device, non_blocking=True)
         return batch._replace(inputs={"images": images, "mask": mask}, targets=images)
 
     def _generator(self, *place: int) -> torch.Generator:

@@ -261,6 +261,8 @@ class Engine:
             "zero_force_ds_cpu_optimizer": False,
             "zero_allow_untested_optimizer": True,
             "steps_per_print": None,
+            # By default it waits for the device before and after each micro-step.
+            "timers": {"throughput": {"enabled": False}},
         }
 
     @property
@@ -322,13 +324,13 @@ class Engine:
         """
         boundary = self.at_boundary
         if boundary and self.stage == 0:
-            self._grad_norm = self._clip_gradients()
+            self._grad_norm = float(self._clip_gradients())  # the host's one wait in an update
             if not self._norm_is_finite():
                 for parameter in self.parameters.values():
                     parameter.grad = None  # the optimizer skips these
         self.deepspeed.step()
         if boundary and self.stage > 0:  # DeepSpeed skips a non-finite step itself
-            self._grad_norm = self.deepspeed.get_global_grad_norm()
+            self._grad_norm = float(self.deepspeed.get_global_grad_norm())
         if boundary and not self._norm_is_finite():
             raise FloatingPointError("the gradient norm is not finite")
 

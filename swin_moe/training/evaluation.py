@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import torch
 
-from ..data import Loader
+from ..data import DeviceBatches, Loader
 from ..distributed import all_reduce_
 from ..tasks import Evaluation, Task
 from ..tasks.base import Forward
@@ -21,10 +21,12 @@ def evaluate(task: Task, forward: Forward, loader: Loader, device: torch.device)
     """
     evaluator = task.evaluator(device)
     unreadable = torch.zeros((), dtype=torch.float64, device=device)
-    for step, batch in enumerate(loader.epoch(0)):
+    batches = DeviceBatches(loader, device, 0)
+    for step, batch in enumerate(batches):
         unreadable += len(batch.skipped)
-        prepared = task.prepare(batch.to(device), step, training=False)
+        prepared = task.prepare(batch, step, training=False)
         evaluator.update(forward(prepared.inputs), prepared)
+        batches.look_ahead()
     found = evaluator.compute()
     if found.samples == 0:
         raise ValueError("evaluation saw no readable image: check data.path and data.val")

@@ -1,8 +1,9 @@
 """Agreement of all ranks in each update on non-finite values, a request to stop, and the loss.
 
 It takes one small reduction per update, on the device. If any rank has a non-finite value, the
-result makes the gradients of every rank NaN, so that every optimizer refuses the step. The host
-reads the result only after the step, which waits for the device anyway.
+result makes the gradients of every rank NaN, so that every optimizer refuses the step. The result
+travels to the host during the backward pass. The host reads it after the step, which has waited for
+the backward pass anyway; it does not wait for the step's own work on the device.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..distributed import World, all_reduce_
+from .host_copy import HostCopy
 
 
 class UpdateStatus(NamedTuple):
@@ -46,6 +48,7 @@ class Guard:
         # Non-finite values at each place, whether to stop, sum of the losses.
         self._signs = torch.zeros(len(self._places) + 2, device=world.device)
         self._losses = 0
+        self._agreed: HostCopy | None = None
 
     def see(self, loss: Tensor, nonfinite_tokens: Tensor | None) -> None:
         """Add a micro-step.
@@ -72,14 +75,17 @@ class Guard:
         signs[-2] = float(self._stop_asked())
         signs[-1] /= max(self._losses, 1)
         all_reduce_(signs, "max")
+        self._agreed = HostCopy(signs)
         return torch.where(signs[:-2].amax() > 0, torch.nan, 1.0)
 
     def read(self) -> UpdateStatus:
-        """Return the result of :meth:`agree` and reset; synchronises the host.
+        """Return the result of :meth:`agree` and reset; the host waits for that result only.
 
         ``bad`` names the first layer with a non-finite value, which is nearest to the cause.
         """
-        *culprits, stop, loss = self._signs.tolist()
+        assert self._agreed is not None
+        *culprits, stop, loss = self._agreed.tolist()
+        self._agreed = None
         self._signs.zero_()
         self._losses = 0
         found = zip(self._places, culprits, strict=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
 
@@ -18,13 +18,13 @@ from ..checkpoint import Writer
 from ..common.errors import Preempted, TrainingError
 from ..common.signals import StopSignal
 from ..config import FaultsConfig
-from ..data import Batch, Loader
+from ..data import Batch, DeviceBatches, Loader
 from ..data.bad_samples import allowed_bad
 from ..data.watch import LoaderWatch
 from ..distributed import World, all_reduce_
 from ..distributed.watchdog import Watchdog
 from ..models import Outputs
-from ..moe import RouterMonitor
+from ..moe import RouterMonitor, moe_layers
 from ..reporting.metric_log import Meter, MetricLog, Record, progress_bar
 from ..reporting.profiler import Profile
 from ..reporting.tables import Result
@@ -74,6 +74,8 @@ class Trainer:
 
     def __post_init__(self) -> None:
         device = self.world.device
+        for layer in moe_layers(self.engine.model).values():
+            layer.schedules.equal_tokens = True  # the loaders give all ranks batches of one size
         self._loss, self._aux = Meter(device), Meter(device)
         self._scalars: dict[str, Meter] = {}
         self._routers = RouterMonitor(self.engine.model, device)
@@ -128,9 +130,8 @@ class Trainer:
         """Train to the end of the epoch, or of the plan."""
         position, plan = self.position, self.plan
         self.engine.train()
-        batches = self.train_loader.epoch(
-            position.epoch, position.update * plan.gradient_accumulation_steps
-        )
+        first = position.update * plan.gradient_accumulation_steps
+        batches = DeviceBatches(self.train_loader, self.world.device, position.epoch, first)
         with progress_bar(self.world.is_main) as bar:
             task = bar.add_task(
                 "", total=plan.updates_per_epoch, completed=position.update,
@@ -209,7 +210,7 @@ class Trainer:
         there = f"the last good one is {good}" if good else "no other of this run is complete"
         return f"{there}: mend that and start again"
 
-    def _update(self, batches: Iterator[Batch]) -> int:
+    def _update(self, batches: DeviceBatches) -> int:
         """Make an update: ``gradient_accumulation_steps`` micro-batches and an optimizer step.
 
         Returns:
@@ -224,17 +225,19 @@ class Trainer:
             first = self.updates_made == 0
             self.watchdog.doing(f"{'the first' if first else 'a'} batch was awaited")
             with record_function("data"):
-                samples.append(next(batches))
+                batch = next(batches)
+            samples.append(batch._replace(inputs={}, targets=None))  # their memory is free sooner
             self._waited += time.monotonic() - waited
             self.watchdog.doing(f"{'the first' if first else 'an'} update was made")
             with record_function("forward"):
                 loss = self._forward(
-                    samples[-1], position.step * plan.gradient_accumulation_steps + micro
+                    batch, position.step * plan.gradient_accumulation_steps + micro
                 )
             if self.engine.at_boundary:
                 loss = loss * self._guard.agree()
             with record_function("backward"):
                 self.engine.backward(loss)
+            self._look_ahead(batches)
             try:
                 with record_function("optimizer"):
                     self.engine.step()
@@ -250,6 +253,15 @@ class Trainer:
         self.watchdog.beat()
         self.saver.poll()
         return status.stop
+
+    def _look_ahead(self, batches: DeviceBatches) -> None:
+        """Await the next batch while the device computes, before the host must wait for it."""
+        waited = time.monotonic()
+        self.watchdog.doing("a batch was awaited")
+        with record_function("data"):
+            batches.look_ahead()
+        self.watchdog.doing("an update was made")
+        self._waited += time.monotonic() - waited
 
     def _made(self, loss: float, samples: list[Batch]) -> None:
         """Account for an update that was made."""
@@ -291,7 +303,7 @@ class Trainer:
             logger.info("samples of step %d: %s", self.position.step, keys)
 
     def _forward(self, batch: Batch, micro_step: int) -> Tensor:
-        prepared = self.task.prepare(batch.to(self.world.device), micro_step, training=True)
+        prepared = self.task.prepare(batch, micro_step, training=True)
         outputs, result, loss = self.task.step(self.engine.forward, prepared)
         self._loss.update(result.loss)
         for key, scalar in result.scalars.items():

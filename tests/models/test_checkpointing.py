@@ -226,3 +226,46 @@ def test_nothing_is_recomputed_in_evaluation(how, calls):
     with torch.no_grad():
         model.train()(torch.randn(1, 3, 32, 32))
     assert not calls
+
+
+@pytest.mark.parametrize("how", WAYS)
+@pytest.mark.parametrize(("case", "blocks"), [("swinv2", 0), ("swinv2 moe", 3)])
+def test_only_blocks_with_experts_run_under_modes(case, blocks, how, monkeypatch):
+    """A mode is called from Python for every op."""
+    modes, calls = [], []
+
+    def kept():
+        modes.append(keep_routing())
+        return modes[-1]
+
+    def counting(kind):
+        dispatch = kind.__torch_dispatch__
+
+        def counted(self, func, *args):
+            calls.append(func)
+            return dispatch(self, func, *args)
+
+        return counted
+
+    keep_routing = recompute_module.keep_routing
+    monkeypatch.setattr(recompute_module, "keep_routing", kept)
+    for kind in (recompute_module._Record, recompute_module._Replay):
+        monkeypatch.setattr(kind, "__torch_dispatch__", counting(kind))
+    step(build(case, how))
+    assert len(modes) == blocks
+    assert bool(calls) == bool(blocks)
+
+
+def test_an_offloaded_input_is_copied_without_a_wait(monkeypatch):
+    """PyTorch copies to pinned memory, and does not wait, if it is asked not to block."""
+    copies = []
+    to = torch.Tensor.to
+
+    def noted(tensor, *args, **kwargs):
+        if kwargs.get("non_blocking") is not None:
+            copies.append((str(args[0]), kwargs["non_blocking"]))
+        return to(tensor, *args, **kwargs)
+
+    monkeypatch.setattr(torch.Tensor, "to", noted)
+    step(build("swinv2", "offload"))
+    assert copies == [("cpu", True)] * 2 * sum(MODEL["depths"])  # there and back

@@ -4,13 +4,16 @@ Outputs, input gradients and the sum of the ranks' weight gradients must be equa
 in fp64, for kernels in fp32. If a collective did not find its partners, the script would hang.
 """
 
+import contextlib
 import os
 import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pytest
 import torch
+import torch.distributed as dist
 from torch.utils.checkpoint import checkpoint
 
 from swin_moe import distributed, ops
@@ -170,6 +173,76 @@ def check_order(world: World) -> None:
     assert events == ["out"] * 3 + [2, "home", 1, "home", 0, "home", 2, 1, 0], events
 
 
+EQUAL: list[tuple[Case, int]] = [  # with the exchanges of lengths of three passes
+    (Case({"capacity_factor": 1.0, "top_k": 2}, padded=True), 1),
+    (Case({"overlap_degree": 3}, padded=True, recompute=True), 1),
+    (Case(MODES["experts choose"]), 1),
+    (Case({**MODES["soft"], "overlap_degree": 2}, recompute=True), 1),
+    (Case({"num_experts": 1, "top_k": 1}, padded=True), 1),
+    (Case(DROPLESS), 3),
+    (Case({"capacity_factor": 1.0}), 3),
+]
+
+
+def check_equal_tokens(world: World) -> None:
+    """Lengths that are equal by promise are exchanged once; the results are the same bit by bit."""
+    for case, wanted in EQUAL:
+        moe = MoEConfig(**{**BASE.model_dump(), **case.moe})
+        found, exchanges = [], []
+        for equal in (False, True):
+            layer = build(case, moe, world.expert)
+            layer.schedules.equal_tokens = equal
+            with counting() as gathered:
+                for _ in range(3):
+                    layer.zero_grad()
+                    result, grad = run(layer, tokens_of(world.rank, case), case)
+            exchanges.append(len(gathered))
+            gradients = [p.grad for p in layer.parameters()]
+            found.append([result.output, result.aux_loss, grad, *gradients])
+        assert exchanges == [6 if case.recompute else 3, wanted], (case, exchanges)
+        assert all(torch.equal(a, b) for a, b in zip(*found, strict=True)), case
+
+
+@contextlib.contextmanager
+def counting():
+    """Count the exchanges of lengths."""
+    found: list[None] = []
+    gather = dist.all_gather_into_tensor
+
+    def counted(*args, **kwargs):
+        found.append(None)
+        return gather(*args, **kwargs)
+
+    dist.all_gather_into_tensor = counted
+    try:
+        yield found
+    finally:
+        dist.all_gather_into_tensor = gather
+
+
+def check_new_shapes(world: World) -> None:
+    """Each new number of tokens is agreed on once, also without gradients."""
+    case = Case({}, padded=True)
+    layer = build(case, BASE, world.expert)
+    layer.schedules.equal_tokens = True
+    with counting() as gathered:
+        for images in (2, 3, 2, 3):
+            with torch.inference_mode():
+                layer(torch.randn(images, 2, 3, DIM))
+            layer(torch.randn(images, 2, 3, DIM)).output.sum().backward()
+    assert len(gathered) == 2, gathered
+
+
+def check_broken_promise(world: World) -> None:
+    """All ranks report unequal numbers of tokens when they first meet."""
+    case = Case({}, "unequal", padded=True)
+    layer = build(case, BASE, world.expert)
+    layer.schedules.equal_tokens = True
+    with pytest.raises(ValueError, match="equally many tokens on all ranks") as error:
+        layer(tokens_of(world.rank, case))
+    assert "2 places on rank 0 of the expert group and 6 on rank 1" in str(error.value)
+
+
 def check_tuning(world: World) -> None:
     """All ranks choose the same degree; layers and generators do not change."""
     case = Case({"overlap_degree": "auto"})
@@ -194,6 +267,9 @@ def work(folder: Path) -> None:
     assert (world.expert.intra is not None) == (size == 4)
     check_order(world)
     check_tuning(world)
+    check_equal_tokens(world)
+    check_new_shapes(world)
+    check_broken_promise(world)
     passed = 0
     for fused in (True, False):
         if not fused:

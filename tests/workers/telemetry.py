@@ -26,13 +26,16 @@ class Images:
     def __init__(self, rank: int, spoilt: int = -1) -> None:
         self.rank, self.spoilt = rank, spoilt
 
-    def epoch(self, epoch: int, start_batch: int):
+    def read(self, epoch: int, start_batch: int):
         for index in range(start_batch, UPDATES * ACCUMULATION):
             images, labels = batch(index, self.rank)
             if index == self.spoilt:
                 images[1] = torch.nan
             valid = torch.ones(len(labels), dtype=torch.bool)
             yield Batch({"images": images}, labels, valid, torch.arange(len(labels)), [])
+
+    def mend(self, batch: Batch) -> Batch:
+        return batch
 
     def keys(self, batch: Batch) -> list[str]:
         return [str(index) for index in batch.indices.tolist()]
@@ -49,7 +52,7 @@ def plain_task(config):
     return Plain(config)
 
 
-def make_trainer(world, spoilt: int = -1, **changes):
+def make_trainer(world, spoilt: int = -1, stage: int = 1, **changes):
     from swin_moe.models import build
     from swin_moe.training.engine import Engine
     from swin_moe.training.progress import TrainingPlan
@@ -59,8 +62,9 @@ def make_trainer(world, spoilt: int = -1, **changes):
     moe = MOE.model_copy(update={"expert_bias_update_rate": 0.01, **changes})
     model = build(MODEL.model_copy(update={"use_checkpoint": True}), moe, world.expert)
     engine = Engine(
-        model, world, optimizer=OptimizerConfig(), zero=ZeroConfig(stage=1), dtype=torch.float32,
-        micro_batch=MICRO_BATCH, gradient_accumulation_steps=ACCUMULATION,
+        model, world, optimizer=OptimizerConfig(), zero=ZeroConfig(stage=stage),
+        dtype=torch.float32, micro_batch=MICRO_BATCH,
+        gradient_accumulation_steps=ACCUMULATION,
     )  # fmt: skip
     plan = TrainingPlan(
         epochs=1, updates_per_epoch=UPDATES, gradient_accumulation_steps=ACCUMULATION,
