@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from swin_moe import ops
-from swin_moe.ops import AdamwFactors, adamw
+from swin_moe.ops import AdamwFactors
 
 RATES = {"lr": 1e-2, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.05}
 FACTORS = AdamwFactors.of(7, **RATES)  # type: ignore[arg-type]

@@ -26,7 +26,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
 
 
 def run(library: ctypes.CDLL, tensors: tuple[Tensor, Tensor, Tensor]) -> None:
-    weights, gradient, pairs = tensors
+    weights, gradient, _ = tensors
     size, dtype = ctypes.c_int64(weights.numel()), DTYPES.index(gradient.dtype)
     factors = ctypes.byref(Factors(*cases.FACTORS))
     error = library.adamw(factors, size, dtype, *pointers(*tensors))
