@@ -20,7 +20,7 @@ Shape = tuple[int, ...]
 ELEMENTS_PAST_32_BITS = (1 << 31) + 1
 SCORES = {"cpu": 1 << 21, "cuda": 1 << 26}  # of a timed attention
 HEADS = {"cpu": 3, "cuda": 8}
-ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 25}  # of a timed update
+ELEMENTS = {"cpu": 1 << 17, "cuda": 1 << 25}  # of a timed update
 WIDTH = {"cpu": 96, "cuda": 512}
 TOKENS = {"cpu": 2048, "cuda": 1 << 15}  # of a timed MoE op
 
