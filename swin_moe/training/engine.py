@@ -8,19 +8,19 @@ import math
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..checkpoint import Fragment, persistent_buffers, whole_fragments
+from ..checkpoint import Fragment, persistent_buffers
 from ..common.deferred import import_uncompiled
 from ..config import OptimizerConfig, ZeroConfig
 from ..distributed import World, all_reduce_, barrier
 from ..distributed.expert_placement import BUCKET, SUB_GROUP
 from ..models import Outputs, expert_parameter_names
 from ..moe import num_experts
-from .adamw import MOMENTS, PAIRS, PairedAdamW, moment_views, start_moments
+from .engine_state import EngineState
 from .optim import build_optimizer, parameter_groups
 from .precision import cast_floating, predictions_in_fp32
 
@@ -176,14 +176,6 @@ def _group_name(world: World) -> str:
     return f"ep_size_{world.expert.size}"
 
 
-class _Part(NamedTuple):
-    """This rank's part of a flattened parameter, from element ``start`` on, by kind."""
-
-    name: str
-    start: int
-    values: dict[str, Tensor]
-
-
 class Engine:
     """A model under DeepSpeed.
 
@@ -223,7 +215,7 @@ class Engine:
         experts = expert_parameter_names(model) if world.expert.size > 1 else set()
         self.expert_names = experts
         self.parameters = dict(model.named_parameters())
-        self.buffers = persistent_buffers(model)
+        buffers = persistent_buffers(model)  # DeepSpeed may replace them
         groups = parameter_groups(model, optimizer.weight_decay, optimizer.layer_decay)
         if experts:
             self._mark_experts(groups)
@@ -236,7 +228,10 @@ class Engine:
             model=model, optimizer=self.optimizer, config=settings, dist_init_required=False
         )
         self._grad_norm: Tensor | float = 0.0
-        self._start_moments(0)
+        self._state = EngineState(
+            world, self.stage, self.deepspeed.optimizer, self.optimizer,
+            self.parameters, buffers, experts,
+        )  # fmt: skip
 
     def _settings(self, zero: ZeroConfig, micro_batch: int, accumulation: int) -> dict[str, Any]:
         stage: dict[str, Any] = {
@@ -262,10 +257,6 @@ class Engine:
             "zero_allow_untested_optimizer": True,
             "steps_per_print": None,
         }
-
-    @property
-    def _moment_keys(self) -> tuple[str, ...]:
-        return (PAIRS,) if isinstance(self.optimizer, PairedAdamW) else MOMENTS
 
     @property
     def _low_precision_weights(self) -> bool:
@@ -362,134 +353,20 @@ class Engine:
         return norm
 
     # ----------------------------------------------------------------------------------------
-    # State by logical name, at every ZeRO stage
+    # State by logical name
 
     def fragments(self) -> Iterator[Fragment]:
-        """Yield this rank's part of masters and moments, without copies; parts do not overlap.
-
-        At ZeRO stage 0, where all ranks hold the same, the parts share the work. Rank 0 yields the
-        persistent buffers. A fragment is valid until the next one is taken.
-        """
-        for name, start, values in self._parts():
-            if values["weight"].numel():
-                yield Fragment(name, self._shape(name), start, values)
-        if self.world.is_main:
-            yield from whole_fragments((n, {"weight": t}) for n, t in self.buffers.items())
+        """Yield this rank's part of masters and moments, see :meth:`EngineState.fragments`."""
+        return self._state.fragments()
 
     @property
     def saved_bytes(self) -> int:
         """Approximate bytes of this rank's fragments."""
-        each = 4 + (4 if isinstance(self.optimizer, PairedAdamW) else 8)
-        total = 0
-        for name in self.parameters:
-            replicas = self.world.expert_data if name in self.expert_names else self.world
-            total += each * math.prod(self._shape(name)) // replicas.size
-        return total
+        return self._state.saved_bytes
 
-    @torch.no_grad()
     def load(self, read: Callable[[str, str, int, int], Tensor], updates: int) -> None:
-        """Set this rank's part of masters and moments.
-
-        The module's own weights and buffers must have been loaded before the engine was built.
-
-        Args:
-            read: returns elements ``start`` to ``stop`` of a flattened parameter on this rank, 1-D,
-                for ``(name, kind, start, stop)``.
-            updates: number of updates made so far.
-        """
-        self._start_moments(updates)
-        for name, start, values in self._parts(to_load=True):
-            for kind, target in values.items():
-                if target.numel():
-                    target.copy_(read(name, kind, start, start + target.numel()))
-
-    def _shape(self, name: str) -> tuple[int, ...]:
-        parameter = self.parameters[name]
-        return tuple(getattr(parameter, "ds_shape", parameter.shape))  # ds_shape: under ZeRO-3
-
-    def _parts(self, to_load: bool = False) -> Iterator[_Part]:
-        """Yield this rank's part of every parameter.
-
-        Args:
-            to_load: yield all elements on this rank, not only its share of a save, and keep
-                changes to them.
-        """
-        if self.stage == 0:
-            yield from self._parts_of_replicas(to_load)
-        elif self.stage == 3:
-            yield from self._parts_of_shards(to_load)
-        else:
-            yield from self._parts_of_partitions()
-
-    def _parts_of_replicas(self, to_load: bool) -> Iterator[_Part]:
-        for name, parameter in self.parameters.items():
-            part = slice(0, parameter.numel())
-            if not to_load:
-                replicas = self.world.expert_data if name in self.expert_names else self.world
-                size = -(-parameter.numel() // replicas.size)
-                part = slice(replicas.rank * size, (replicas.rank + 1) * size)
-            moments = moment_views(self.optimizer.state[parameter])
-            state = {"weight": parameter.data.view(-1), **moments}
-            yield _Part(name, part.start, {kind: t[part] for kind, t in state.items()})
-
-    def _parts_of_partitions(self) -> Iterator[_Part]:
-        """Yield the parts under ZeRO-1 and 2, which cut the concatenation of all parameters."""
-        for name, parameter in self.parameters.items():
-            mapping = parameter._hp_mapping  # type: ignore[attr-defined]
-            if mapping is None:  # all of it is on other ranks
-                continue
-            moments = moment_views({k: mapping.get_hp_fragment(k) for k in self._moment_keys})
-            start = mapping.lp_fragment_address.start
-            yield _Part(name, start, {"weight": mapping.get_hp_fragment(), **moments})
-
-    def _parts_of_shards(self, to_load: bool) -> Iterator[_Part]:
-        """Yield the parts under ZeRO-3, which cuts every parameter."""
-        names = {id(parameter): name for name, parameter in self.parameters.items()}
-        zero = self.deepspeed.optimizer
-        for index, parameters in enumerate(zero.fp16_groups):
-            with self._resident(index, keep=to_load) as flat:
-                state = {"weight": flat.data, **moment_views(self.optimizer.state[flat])}
-                for parameter in parameters:
-                    _, offset, size = zero.grad_position[zero.get_param_id(parameter)]
-                    start = self.world.rank * size
-                    used = min(max(parameter.ds_numel - start, 0), size)  # the rest is padding
-                    values = {kind: t[offset : offset + used] for kind, t in state.items()}
-                    yield _Part(names[id(parameter)], start, values)
-
-    @contextlib.contextmanager
-    def _resident(self, index: int, keep: bool) -> Iterator[Tensor]:
-        """Give ZeRO-3's flat fp32 weights of one sub-group, read from NVMe if they are there.
-
-        Args:
-            keep: write them back.
-        """
-        zero = self.deepspeed.optimizer
-        swapped = zero._swappable_optimizer_subgroup(index)
-        if swapped:
-            zero._optimizer_states_and_gradient_swap_in(index)
-        yield zero.fp32_partitioned_groups_flat[index]
-        if swapped and keep:
-            zero._optimizer_states_and_gradient_swap_out(index)
-        elif swapped:
-            zero._release_swap_buffers(index)
-
-    def _start_moments(self, updates: int) -> None:
-        """Create the optimizer's state before its first step.
-
-        DeepSpeed maps parameters to moments after the first *group* has stepped, when moments that
-        are created lazily do not exist in the other groups.
-        """
-        if self.stage == 3:
-            for index in range(len(self.deepspeed.optimizer.fp16_groups)):
-                with self._resident(index, keep=True) as flat:
-                    start_moments(self.optimizer.state[flat], flat, updates, self._moment_keys)
-            return
-        for group in self.optimizer.param_groups:
-            for flat in group["params"]:  # whole parameters, or ZeRO's parts
-                start_moments(self.optimizer.state[flat], flat, updates, self._moment_keys)
-        if self.stage > 0:
-            self.deepspeed.optimizer._hp_optimizer_states_linked = False
-            self.deepspeed.optimizer._lazy_init_hp_params_optimizer_state()
+        """Set this rank's part of masters and moments, see :meth:`EngineState.load`."""
+        self._state.load(read, updates)
 
     def close(self) -> None:
         """Release the hooks and buffers that DeepSpeed holds, and its files."""
