@@ -21,6 +21,7 @@ from ..distributed.expert_placement import BUCKET, SUB_GROUP
 from ..models import Outputs, expert_parameter_names
 from ..moe import num_experts
 from .engine_state import EngineState
+from .loss_scale import LossScale
 from .optim import build_optimizer, parameter_groups
 from .precision import cast_floating, predictions_in_fp32
 
@@ -42,6 +43,8 @@ _INTERNALS = (
     (DeepSpeedZeroOptimizer_Stage3, "_optimizer_states_and_gradient_swap_in"),
     (DeepSpeedZeroOptimizer_Stage3, "_optimizer_states_and_gradient_swap_out"),
     (DeepSpeedZeroOptimizer_Stage3, "_release_swap_buffers"),
+    (DeepSpeedZeroOptimizer, "_update_scale"),
+    (DeepSpeedZeroOptimizer_Stage3, "_update_scale"),
     (deepspeed.zero.Init, "_convert_to_zero_parameters"),
     (deepspeed_groups, "_EXPERT_PARALLEL_GROUP"),
     (deepspeed_groups, "_EXPERT_DATA_PARALLEL_GROUP"),
@@ -112,6 +115,7 @@ def cutter(
         "train_micro_batch_size_per_gpu": 1,
         "zero_optimization": {"stage": 3, **_offloaded_weights(zero, world, largest)},
         "bf16": {"enabled": dtype == torch.bfloat16},
+        "fp16": {"enabled": dtype == torch.float16},
     }
     # On a module without parameters; `cut` converts the model's parameters later.
     init = deepspeed.zero.Init(module=nn.Module(), config_dict_or_path=settings, dtype=dtype)
@@ -182,13 +186,14 @@ class Engine:
     With an expert group of one rank the experts are ordinary parameters, which any ZeRO stage may
     shard. Otherwise they are reduced over the expert-data group only.
 
-    At ZeRO stage 0, bf16 means autocast over fp32 weights. This class clips the gradients there,
-    because DeepSpeed averages the ranks' norms, which does not give the norm of all experts. From
-    stage 1 on, weights are bf16 with fp32 masters, and DeepSpeed's norm is correct.
+    At ZeRO stage 0, bf16 and fp16 mean autocast over fp32 weights. This class clips the gradients
+    there, because DeepSpeed averages the ranks' norms, which does not give the norm of all experts.
+    From stage 1 on, weights are bf16 or fp16 with fp32 masters, and DeepSpeed's norm is correct.
 
     Attributes:
         model: the module inside.
         optimizer: the optimizer whose rates a schedule may set.
+        loss_scale: with fp16; losses and gradient norms are given and returned without it.
         deepspeed: DeepSpeed's engine.
     """
 
@@ -211,6 +216,7 @@ class Engine:
         self._nvme_path = zero.nvme_path if zero.uses_files else ""
         self.stage = zero.stage
         self.dtype = dtype
+        self.loss_scale = LossScale() if dtype == torch.float16 else None
         self.clip_norm = optimizer.clip_norm
         experts = expert_parameter_names(model) if world.expert.size > 1 else set()
         self.expert_names = experts
@@ -227,6 +233,8 @@ class Engine:
         self.deepspeed, *_ = deepspeed.initialize(
             model=model, optimizer=self.optimizer, config=settings, dist_init_required=False
         )
+        if self.loss_scale and self.stage:
+            self.deepspeed.optimizer.loss_scaler = self.loss_scale
         self._grad_norm: Tensor | float = 0.0
         self._state = EngineState(
             world, self.stage, self.deepspeed.optimizer, self.optimizer,
@@ -252,7 +260,11 @@ class Engine:
             "gradient_accumulation_steps": accumulation,
             "gradient_clipping": self.clip_norm if zero.stage else 0.0,
             "zero_optimization": stage,
-            "bf16": {"enabled": self._low_precision_weights, "check_grad_overflow": True},
+            "bf16": {
+                "enabled": self._low_precision_weights and self.dtype == torch.bfloat16,
+                "check_grad_overflow": True,
+            },
+            "fp16": {"enabled": self._low_precision_weights and self.dtype == torch.float16},
             "zero_force_ds_cpu_optimizer": False,
             "zero_allow_untested_optimizer": True,
             "steps_per_print": None,
@@ -260,7 +272,7 @@ class Engine:
 
     @property
     def _low_precision_weights(self) -> bool:
-        return self.stage > 0 and self.dtype == torch.bfloat16
+        return self.stage > 0 and self.dtype != torch.float32
 
     def _mark_experts(self, param_groups: list[dict[str, Any]]) -> None:
         """Mark for DeepSpeed which parameters are experts and which ranks replicate them."""
@@ -288,8 +300,8 @@ class Engine:
         return predictions_in_fp32(outputs)
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
-        if self.stage == 0 and self.dtype == torch.bfloat16:
-            return torch.autocast(self.world.device.type, dtype=torch.bfloat16)
+        if self.stage == 0 and self.dtype != torch.float32:
+            return torch.autocast(self.world.device.type, dtype=self.dtype)
         return contextlib.nullcontext()
 
     def train(self, mode: bool = True) -> None:
@@ -297,6 +309,8 @@ class Engine:
 
     def backward(self, loss: Tensor) -> None:
         """Accumulate gradients; the last micro-step reduces them (ZeRO-2 and 3: each does)."""
+        if self.loss_scale and self.stage == 0:  # otherwise DeepSpeed asks for the scaled loss
+            loss = self.loss_scale.scale_loss(loss)
         self.deepspeed.backward(loss)
 
     @property
@@ -309,7 +323,8 @@ class Engine:
 
         Raises:
             FloatingPointError: the global gradient norm is not finite; weights and moments are
-                unchanged, and training may go on.
+                unchanged, and training may go on. With fp16, :meth:`lower_loss_scale` is the
+                remedy.
         """
         boundary = self.at_boundary
         if boundary and self.stage == 0:
@@ -322,6 +337,12 @@ class Engine:
             self._grad_norm = self.deepspeed.get_global_grad_norm()
         if boundary and not self._norm_is_finite():
             raise FloatingPointError("the gradient norm is not finite")
+        if boundary and self.loss_scale:
+            self.loss_scale.count()
+
+    def lower_loss_scale(self) -> bool:
+        """Lower the loss scale after an overflow; return False if it cannot fall."""
+        return self.loss_scale is not None and self.loss_scale.lower()
 
     def _norm_is_finite(self) -> bool:
         norm = self.grad_norm()
@@ -339,6 +360,8 @@ class Engine:
     @torch.no_grad()
     def _clip_gradients(self) -> Tensor:
         gradients = {n: p.grad for n, p in self.parameters.items() if p.grad is not None}
+        if self.loss_scale:
+            torch._foreach_div_(list(gradients.values()), self.loss_scale.value)
         dense = [grad for name, grad in gradients.items() if name not in self.expert_names]
         expert = [grad for name, grad in gradients.items() if name in self.expert_names]
         total = torch.nn.utils.get_total_norm(dense).square()
