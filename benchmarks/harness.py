@@ -44,8 +44,9 @@ _chosen_device = ""  # empty: a GPU if there is one
 
 
 def tuned_process() -> None:
-    """Flush denormals; restart this program with the tuned allocator if it has another."""
+    """Set PyTorch's switches as a run does; restart with the tuned allocator if it has another."""
     torch.set_flush_denormal(True)
+    torch.backends.cudnn.allow_tf32 = False  # as products, and as without precision.tf32
     if "malloc" not in os.environ.get("LD_PRELOAD", "") and any(
         os.environ.get(key) != value for key, value in ALLOCATOR.items()
     ):

@@ -249,10 +249,10 @@ def predict(raw: dict[str, Any], processes: int) -> dict[str, float]:
         planner.groups(choice.expert_parallel_size), processes, choice.expert_parallel_size
     )
     held = states(
-        sizes, stage=choice.stage, bf16=planner.bf16, offload="none", accelerator=False,
+        sizes, stage=choice.stage, half=planner.half, offload="none", accelerator=False,
         accumulates=choice.accumulation > 1, minimum_bucket=BUCKET,
     )  # fmt: skip
-    width = 2 if planner.bf16 and choice.stage else 4
+    width = 2 if planner.half and choice.stage else 4
     taken = memory(
         planner.traced(choice), held, images=choice.images,
         accumulates=choice.accumulation > 1, gradient_width=width,

@@ -32,6 +32,10 @@ if [[ ${LD_PRELOAD:-} != *malloc* ]]; then
   export MALLOC_TRIM_THRESHOLD_=${MALLOC_TRIM_THRESHOLD_:-16000000000}
   export MALLOC_TOP_PAD_=${MALLOC_TOP_PAD_:-67108864}
 fi
+# On a GPU, segments that grow leave fewer fragments. The user's settings win, under either name.
+if [[ -z ${PYTORCH_CUDA_ALLOC_CONF+set} ]]; then
+  export PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF:-expandable_segments:True}
+fi
 # The launcher and the processes report a lost peer in one line; torch's sockets need not.
 export TORCH_CPP_LOG_LEVEL=${TORCH_CPP_LOG_LEVEL:-ERROR}
 # A clone need not be installed.

@@ -25,7 +25,8 @@ done
 export MASTER_ADDR=$master_host MASTER_PORT=$master_port OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 exports=()
 for name in MASTER_ADDR MASTER_PORT OMP_NUM_THREADS PYTHONPATH \
-  MALLOC_MMAP_MAX_ MALLOC_TRIM_THRESHOLD_ MALLOC_TOP_PAD_ CUDA_VISIBLE_DEVICES; do
+  MALLOC_MMAP_MAX_ MALLOC_TRIM_THRESHOLD_ MALLOC_TOP_PAD_ CUDA_VISIBLE_DEVICES \
+  PYTORCH_ALLOC_CONF PYTORCH_CUDA_ALLOC_CONF; do
   [[ -z ${!name+set} ]] || exports+=(-x "$name")
 done
 # mpirun gives rank 0 a terminal even if mpirun's own output is a file.

@@ -20,7 +20,7 @@ from .reporting import tables
 from .tasks import Evaluation, Task, build_task
 from .tasks.base import Forward
 from .training.evaluation import evaluate
-from .training.precision import in_precision, resolve_precision
+from .training.precision import in_precision, resolve_precision, set_numerics
 from .weights.pretrained import adopt_pretrained_window, load_pretrained, read_pretrained
 
 log = logging.getLogger("swin_moe")
@@ -57,7 +57,7 @@ def _open(found: Path, world: World, overrides: list[str]) -> Opened:
     config = load_config(found / "config.yaml", overrides)
     if not any(override.startswith("data.path=") for override in overrides):
         _find_data(config, found)
-    torch.set_flush_denormal(config.precision.flush_denormals)
+    set_numerics(config, world.device)
     trained = load_config(found / "config.yaml").task.name
     if config.task.name != trained:
         raise ConfigError(

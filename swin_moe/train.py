@@ -38,7 +38,7 @@ from .training.engine import Engine
 from .training.inputs import Inputs, list_bad_samples, open_inputs
 from .training.kernels import settle
 from .training.optim import build_schedule
-from .training.precision import resolve_precision
+from .training.precision import resolve_precision, set_numerics
 from .training.progress import Position, TrainingPlan
 from .training.run_directory import Run, keep_former_defaults, prepare_folder, step_back
 from .training.trainer import RollBack, Trainer
@@ -132,7 +132,7 @@ def _prepare(
         ops.require_fused(world.device.type)
     task = build_task(config, world.rank)
     task.check()
-    torch.set_flush_denormal(config.precision.flush_denormals)
+    set_numerics(config, world.device)
     if note := share_global_batch(config, world.size):
         run.say(note)
     if verdict is not None:
@@ -180,7 +180,8 @@ def _profile(run: Run, task: Task) -> Profile:
     config = task.config
     images = config.data.batch_size * config.train.micro_steps
     flops = 6.0 * count(config.model, config.moe).macs * images
-    peak = peak_flops(run.world.device, resolve_precision(config.precision, run.world.device))
+    dtype = resolve_precision(config.precision, run.world.device)
+    peak = peak_flops(run.world.device, dtype, config.precision.tf32)
     return Profile(run.folder / "profile", run.world, run.console, flops, peak)
 
 
@@ -200,6 +201,8 @@ def _report_start(run: Run, config: Config) -> None:
         world.expert.size,
         torch.__version__,
     )
+    if world.binding:
+        log.info("rank %d is %s", world.rank, world.binding)
     restart, allowed = ranks.restarts()
     if restart:
         run.say(f"started again by the launcher after a failure ({restart} of {allowed})")

@@ -143,3 +143,20 @@ def test_empty_variables_count_as_not_set(environment, monkeypatch):
     monkeypatch.setattr(world.dist, "is_initialized", lambda: True)
     distributed.init()
     assert [os.environ[name] for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")] == ["0", "0", "1"]
+
+
+@pytest.mark.parametrize("gpus", [0, 4])
+def test_nccl_learns_its_device(environment, monkeypatch, gpus):
+    environment(RANK=0, LOCAL_RANK=2, WORLD_SIZE=1)
+    given, started = {}, []
+    monkeypatch.setattr(world.torch.cuda, "is_available", lambda: gpus > 0)
+    monkeypatch.setattr(world.torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(world.torch.cuda, "set_device", started.append)
+    monkeypatch.setattr(world, "bind_to_gpu", lambda _: "bound to CPUs" * (gpus > 0))
+    monkeypatch.setattr(world.dist, "is_initialized", lambda: False)
+    monkeypatch.setattr(world.dist, "init_process_group", lambda *_, **words: given.update(words))
+    made = world.init()
+    expected = world.torch.device("cuda", 2) if gpus else None
+    assert given["device_id"] == expected
+    assert started == [expected] * (gpus > 0)
+    assert made.binding == "bound to CPUs" * (gpus > 0)

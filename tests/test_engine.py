@@ -17,12 +17,40 @@ def test_precision_follows_the_device(monkeypatch):
         assert precision.resolve_precision(PrecisionConfig(dtype="auto"), cpu) == dtype
 
 
-def test_a_gpu_without_bf16_is_refused(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: False)
+@pytest.mark.parametrize(
+    ("capability", "bf16", "auto", "other"),
+    [((6, 1), False, "fp32", "fp32"), ((7, 0), False, "fp16", "fp16"),
+     ((7, 5), False, "fp16", "fp16"), ((8, 0), True, "bf16", "")],
+)  # fmt: skip
+def test_a_gpu_without_bf16_computes_in_fp16_or_fp32(monkeypatch, capability, bf16, auto, other):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: bf16)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
     cuda = torch.device("cuda")
-    assert precision.resolve_precision(PrecisionConfig(dtype="auto"), cuda) == torch.float32
-    with pytest.raises(ValueError, match=r"precision\.dtype=fp32"):
-        precision.resolve_precision(PrecisionConfig(dtype="bf16"), cuda)
+
+    def resolved(dtype):
+        return precision.resolve_precision(PrecisionConfig(dtype=dtype), cuda)
+
+    assert resolved("auto") == precision.DTYPES[auto]
+    assert resolved("fp16") == torch.float16
+    assert resolved("fp32") == torch.float32
+    if bf16:
+        assert resolved("bf16") == torch.bfloat16
+    else:
+        with pytest.raises(ValueError, match=rf"no bf16; use precision\.dtype={other}"):
+            resolved("bf16")
+
+
+def test_fp16_needs_a_cpu_with_its_instructions(monkeypatch):
+    for supported in (True, False):
+        monkeypatch.setattr(
+            torch.ops.mkldnn, "_is_mkldnn_fp16_supported", lambda answer=supported: answer
+        )
+        wanted = PrecisionConfig(dtype="fp16")
+        if supported:
+            assert precision.resolve_precision(wanted, torch.device("cpu")) == torch.float16
+        else:
+            with pytest.raises(ValueError, match=r"dtype=fp16: this CPU has no fp16"):
+                precision.resolve_precision(wanted, torch.device("cpu"))
 
 
 def test_another_deepspeed_is_refused_in_one_line(monkeypatch):

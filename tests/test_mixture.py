@@ -164,6 +164,8 @@ def test_keys_that_the_routing_does_not_read_are_named(changes, named):
         ("augment.color_jitter=0", ""),
         ("augment.color_jitter=0.8 augment.auto_augment=3a", ""),
         ("schedule.warmup_epochs=0 schedule.warmup_lr=0", "schedule.warmup_lr with schedule.warm"),
+        ("precision.dtype=bf16 precision.tf32=true", "precision.tf32 with precision.dtype=bf16"),
+        ("precision.dtype=fp32 precision.tf32=true", ""),
         ("faults.nonfinite=stop faults.max_nonfinite=3", "faults.max_nonfinite with faults.nonf"),
     ],
 )  # fmt: skip

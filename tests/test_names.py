@@ -159,6 +159,10 @@ def test_a_picture_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
         (RuntimeError("Caught OSError in DataLoader worker process 0.\nOriginal Traceback (most "
                       "recent call last):\n  File x\nOSError: gone\n"),
          "RuntimeError: OSError: gone (--debug shows the traceback)"),
+        (RuntimeError("cumsum_cuda_kernel does not have a deterministic implementation, but you "
+                      "set 'torch.use_deterministic_algorithms(True)'. You can turn it off."),
+         "train.deterministic=true: cumsum_cuda_kernel has no deterministic form here; set it to "
+         "false"),
         (OutOfMemoryError("CUDA out of memory."),
          "CUDA out of memory: lower data.batch_size, or see what fits by `swin-moe plan CONFIG`"),
     ],

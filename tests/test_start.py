@@ -1,6 +1,7 @@
 """Starts import neither torch, if they do not need it, nor the compiler, nor foreign models."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -91,3 +92,25 @@ def test_gpus_are_counted_without_torch(tmp_path, monkeypatch, visible, count):
     script = f"source {ROOT}/launch/common.sh; count_gpus"
     done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True)
     assert int(done.stdout) == count
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}),
+        ({"PYTORCH_ALLOC_CONF": "a"}, {"PYTORCH_ALLOC_CONF": "a"}),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "a"}, {"PYTORCH_CUDA_ALLOC_CONF": "a"}),
+    ],
+)
+def test_the_allocator_of_gpus_is_set_unless_the_user_has(monkeypatch, given, expected):
+    names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+    for name in names:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    script = f"source {ROOT}/launch/common.sh; env"
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True)
+    exported = dict(line.split("=", 1) for line in done.stdout.splitlines() if "=" in line)
+    assert {name: exported[name] for name in names if name in exported} == expected
+    host.use_expandable_segments()
+    assert {name: os.environ[name] for name in names if name in os.environ} == expected

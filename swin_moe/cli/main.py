@@ -8,6 +8,7 @@ import importlib
 import io
 import logging
 import os
+import re
 import sys
 import time
 import traceback
@@ -16,6 +17,7 @@ from typing import cast
 
 from ..common import ranks, signals
 from ..common.errors import Preempted, RunRemoved, TrainingError
+from ..common.host import use_expandable_segments
 from ..common.signals import INTERRUPTED, PREEMPTED
 from ..common.text import plain, plain_lines, reason
 from ..common.writing import LogFile, PlainFormatter
@@ -46,6 +48,7 @@ _LOST_PEER = ("closed by peer", "reset by peer", "remote process exited", "Broke
 def main(argv: list[str] | None = None) -> int:
     """Run the command of ``argv`` and return the exit code."""
     arguments = parse(argv)
+    use_expandable_segments()
     if arguments.command not in ("train", "launch"):  # the others die by signals as usual
         signals.release()
     quiet_libraries()
@@ -108,6 +111,8 @@ def _unexpected(error: Exception, arguments: argparse.Namespace) -> str:
             f"{text.removesuffix('.')}: lower data.batch_size, or see what fits by "
             "`swin-moe plan CONFIG`"
         )
+    if op := re.match(r"(\S+) does not have a deterministic implementation", text):
+        return f"train.deterministic=true: {op[1]} has no deterministic form here; set it to false"
     if text != kind:
         text = f"{kind}: {text}"
     if arguments.debug:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import psutil
 
@@ -15,36 +15,47 @@ class Device:
 
     Attributes:
         memory: bytes.
-        bf16: dense FLOP/s of matrix products.
+        half: dense FLOP/s of matrix products in bf16 or fp16.
         fp32: the same, with TF32 off.
         hbm: bytes/s of its memory.
         link: bytes/s to the other GPUs of the node, one direction.
         network: bytes/s to other nodes, one direction, per GPU.
         source: of the figures.
+        has_bf16: it computes in bf16 and TF32, as GPUs do from A100 on.
     """
 
     memory: int
-    bf16: float
+    half: float
     fp32: float
     hbm: float
     link: float
     network: float
     source: str
+    has_bf16: bool = True
+
+    def peak(self, half: bool, tf32: bool) -> float:
+        """Return the FLOP/s in 16 bits, or in fp32; TF32 runs at half of the rate in 16 bits."""
+        if half:
+            return self.half
+        return max(self.half / 2, self.fp32) if tf32 and self.has_bf16 else self.fp32
 
 
 def _gpu(
-    gib: float, bf16: float, fp32: float, hbm: float, link: float, network: float, source: str
+    gib: float, half: float, fp32: float, hbm: float, link: float, network: float, source: str
 ) -> Device:
     """Return a device from GiB of memory, TFLOP/s and GB/s."""
     return Device(
-        int(gib * GIB), bf16 * 1e12, fp32 * 1e12, hbm * GB, link * GB, network * GB, source
+        int(gib * GIB), half * 1e12, fp32 * 1e12, hbm * GB, link * GB, network * GB, source
     )
 
 
 # Memory is what CUDA reports, a little below the name. Networks: DGX or HGX systems with a 400 Gb/s
 # adapter per GPU (A100: 200 Gb/s); cards without NVLink: PCIe, and 100 Gb/s shared by four.
 GPUS = {
-    "v100": _gpu(31.7, 125, 15.7, 900, 150, 12.5, "NVIDIA V100 data sheet (fp16), DGX-1"),
+    "v100": replace(
+        _gpu(31.7, 125, 15.7, 900, 150, 12.5, "NVIDIA V100 data sheet (fp16), DGX-1"),
+        has_bf16=False,
+    ),
     "a100-40": _gpu(39.4, 312, 19.5, 1555, 300, 25, "NVIDIA A100 data sheet, DGX A100"),
     "a100-80": _gpu(79.1, 312, 19.5, 2039, 300, 25, "NVIDIA A100 data sheet, DGX A100"),
     "h100": _gpu(79.1, 989, 67, 3350, 450, 50, "NVIDIA H100 SXM data sheet, DGX H100"),
@@ -66,8 +77,9 @@ def device(name: str) -> Device:
         memory = psutil.virtual_memory().total
         cores = psutil.cpu_count(logical=False) or 1
         return Device(
-            memory, cores * 5e10, cores * 5e10, 2e10, 1e10, 1.25e9, "this machine's memory"
-        )
+            memory, cores * 5e10, cores * 5e10, 2e10, 1e10, 1.25e9, "this machine's memory",
+            has_bf16=False,
+        )  # fmt: skip
     if name not in GPUS:
         raise ValueError(f"--gpu {name}: unknown; there are {', '.join(NAMES)}")
     return GPUS[name]

@@ -47,6 +47,15 @@ def count_gpus() -> int:
     return min(gpus, len(list(valid)))
 
 
+def use_expandable_segments() -> None:
+    """Let torch's CUDA allocator grow its segments, against fragments; call before it starts.
+
+    The user's own settings of the allocator win.
+    """
+    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # the older name of the same variable
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+
+
 @contextlib.contextmanager
 def silenced() -> Iterator[None]:
     """Discard stderr, for native code that prints the errors that it raises."""

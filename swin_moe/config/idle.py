@@ -57,6 +57,8 @@ def _of_augment(augment: AugmentConfig) -> Iterator[Idle]:
 def _of_others(config: Config) -> Iterator[Idle]:
     if config.model.family == "swin_mlp":
         yield "model.family", ("model.attn_drop_rate", "model.qkv_bias", "model.qk_scale")
+    if config.precision.dtype in ("bf16", "fp16"):
+        yield "precision.dtype", ("precision.tf32",)
     if not config.schedule.warmup_epochs:
         yield "schedule.warmup_epochs", ("schedule.warmup_lr",)
     if not config.zero.uses_files:

@@ -126,6 +126,7 @@ class TrainConfig(Section):
     gradient_accumulation_steps: Positive | Literal["auto"] = 1
     eval_every_epochs: Positive = 1
     max_steps: NonNegative = 0  # stop after this number of updates; 0 = run all epochs
+    deterministic: bool = False  # only ops that give the same bits each time; fail at others
     profile: bool = False  # trace a few updates into profile/ and split their time
 
     @property
@@ -182,7 +183,9 @@ class ZeroConfig(Section):
 
 
 class PrecisionConfig(Section):
-    dtype: Literal["auto", "fp32", "bf16"] = "auto"  # auto = bf16 where the device computes in it
+    # auto = bf16 where the device computes in it, otherwise fp16 on GPUs from V100 on, or fp32.
+    dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    tf32: bool = False  # fp32 on a GPU: faster products, with 10 bits of mantissa
     flush_denormals: bool = True
 
 

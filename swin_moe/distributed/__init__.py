@@ -1,8 +1,9 @@
 """Process groups, collectives, the store where ranks meet, and the watch over hangs.
 
 ``world.py`` starts torch.distributed and makes the expert groups, after ``meeting.py`` and
-``stores.py`` have brought the ranks together. ``watchdog.py`` ends a rank that hangs, by the work
-that ``work_meter.py`` measures. ``expert_placement.py`` computes which rank holds which expert.
+``stores.py`` have brought the ranks together; ``numa.py`` keeps a rank near its GPU.
+``watchdog.py`` ends a rank that hangs, by the work that ``work_meter.py`` measures.
+``expert_placement.py`` computes which rank holds which expert.
 """
 
 from typing import TYPE_CHECKING
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
         connect,
         gather_objects,
         init,
+        make_deterministic,
         rng_state,
         seed_everything,
         set_rng_state,
@@ -38,6 +40,7 @@ __all__ = [
     "connect",
     "gather_objects",
     "init",
+    "make_deterministic",
     "rng_state",
     "seed_everything",
     "set_rng_state",

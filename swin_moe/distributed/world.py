@@ -24,6 +24,7 @@ from ..common.ranks import (
 )
 from ..common.text import reason
 from .meeting import Meeting, open_store
+from .numa import bind_to_gpu
 from .stores import FILE, stay_on_loopback
 
 if not torch.cuda.is_available():
@@ -67,6 +68,7 @@ class World:
     expert: Group
     expert_data: Group
     meeting: Meeting | None = None
+    binding: str = ""  # a clause on the CPUs to which this process was bound
 
     @property
     def is_main(self) -> bool:
@@ -133,13 +135,14 @@ def init(
     # DeepSpeed reads these three.
     for name, value in (("RANK", rank), ("LOCAL_RANK", local_rank), ("WORLD_SIZE", size)):
         os.environ[name] = str(value)
-    device = torch.device("cpu")
+    device, binding = torch.device("cpu"), ""
     if torch.cuda.is_available():
         device = torch.device("cuda", local_rank % torch.cuda.device_count())
         torch.cuda.set_device(device)
+        binding = bind_to_gpu(device)  # before NCCL starts its threads
     if not dist.is_initialized():
         meeting = meeting or connect()
-        _join(meeting)
+        _join(meeting, device)
     expert = expert_data = Group()
     starts = range(0, size, expert_parallel_size)
     if size > 1:
@@ -155,7 +158,7 @@ def init(
         )
         intra, inter = _own_group(nodes, rank), _own_group(same_places, rank)
         expert = replace(expert, intra=intra, inter=inter)
-    return World(rank, local_rank, size, device, expert, expert_data, meeting)
+    return World(rank, local_rank, size, device, expert, expert_data, meeting, binding)
 
 
 def backend() -> str:
@@ -163,14 +166,15 @@ def backend() -> str:
     return "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
 
 
-def _join(meeting: Meeting) -> None:
+def _join(meeting: Meeting, device: torch.device) -> None:
     timeout = datetime.timedelta(seconds=meeting.group_timeout)
     store = meeting.store or dist.HashStore()
     store.set_timeout(timeout)
     try:
         dist.init_process_group(
-            backend(), store=store, rank=meeting.rank, world_size=meeting.size, timeout=timeout
-        )
+            backend(), store=store, rank=meeting.rank, world_size=meeting.size, timeout=timeout,
+            device_id=device if device.type == "cuda" else None,  # NCCL need not guess it
+        )  # fmt: skip
     except RuntimeError as error:
         raise ConnectionError(
             f"rank {meeting.rank} on {hostname()} reaches {meeting.place}, but not the other "
@@ -233,6 +237,15 @@ def seed_everything(seed: int, rank: int = 0) -> None:
     random.seed(value)
     np.random.seed(value)
     torch.manual_seed(value)
+
+
+def make_deterministic() -> None:
+    """Let PyTorch use deterministic algorithms only, and raise where there is none."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read before the first product
+    torch.use_deterministic_algorithms(True)
+    # Otherwise every new tensor would be filled with NaN, which only finds faulty code.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    torch.backends.cudnn.benchmark = False
 
 
 def rng_state() -> dict[str, torch.Tensor]:

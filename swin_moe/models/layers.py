@@ -6,17 +6,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..common.wide import exact_linear
 from ..ops import fixed, sides
 
 
 class Fp32Linear(nn.Linear):
-    """A Linear layer that computes in fp32 (fp64 for fp64 weights), also under autocast."""
+    """A Linear layer in full fp32 (fp64 for fp64 weights), also under autocast and with TF32."""
 
     def forward(self, input: Tensor) -> Tensor:
         wide = torch.promote_types(self.weight.dtype, torch.float32)
         bias = None if self.bias is None else self.bias.to(wide)
         with torch.autocast(input.device.type, enabled=False):
-            return F.linear(input.to(wide), self.weight.to(wide), bias)
+            return exact_linear(input.to(wide), self.weight.to(wide), bias)
 
 
 class PatchEmbed(nn.Module):

@@ -1,4 +1,4 @@
-"""Routers: compute logits from tokens, in fp32 or wider."""
+"""Routers: compute logits from tokens, in full fp32 or wider."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..common.wide import ExactLinear, exact_linear
 from ..config import MoEConfig
 
 
@@ -26,7 +27,7 @@ class LinearRouter(nn.Module):
         """Return the logits [T, E] of tokens x [T, dim]."""
         wide = _wide(x)
         with torch.autocast(x.device.type, enabled=False):
-            return F.linear(x.to(wide), self.weight.to(wide))
+            return exact_linear(x.to(wide), self.weight.to(wide))
 
 
 class CosineRouter(nn.Module):
@@ -43,7 +44,7 @@ class CosineRouter(nn.Module):
         super().__init__()
         self.init_t = init_t
         self.temperature = nn.Parameter(torch.empty(1))
-        self.cosine_projector = nn.Linear(dim, proj_dim)
+        self.cosine_projector = ExactLinear(dim, proj_dim)
         self.sim_matrix = nn.Parameter(torch.empty(proj_dim, num_experts))
         self.reset_parameters()
 
@@ -59,7 +60,7 @@ class CosineRouter(nn.Module):
             projected = self.cosine_projector(x.to(self.cosine_projector.weight.dtype)).to(wide)
             scale = self.temperature.to(wide).clamp(max=math.log(100.0)).exp()
             matrix = F.normalize(self.sim_matrix.to(wide), dim=0)
-            return F.normalize(projected, dim=1) @ matrix * scale
+            return exact_linear(F.normalize(projected, dim=1), matrix.t()) * scale
 
 
 class SoftRouter(nn.Module):
@@ -83,7 +84,7 @@ class SoftRouter(nn.Module):
         wide = _wide(x)
         with torch.autocast(x.device.type, enabled=False):
             weight = F.normalize(self.weight.to(wide), dim=1) * self.scale.to(wide)
-            return F.linear(F.normalize(x.to(wide), dim=1), weight)
+            return exact_linear(F.normalize(x.to(wide), dim=1), weight)
 
 
 def _wide(x: Tensor) -> torch.dtype:

@@ -6,12 +6,12 @@ from collections.abc import Iterator
 from dataclasses import astuple, dataclass, field, replace
 
 import numpy as np
-import torch
 
 from ..common.hardware import Cluster
 from ..common.host import MARGIN
 from ..config import Config, ModelConfig, micro_batch_sizes, micro_batches
 from ..tasks import build_task
+from ..training.precision import DTYPES
 from .flops import Flops, flops
 from .memory import Memory, memory
 from .states import ParameterGroup, groups_of, spread, states
@@ -95,9 +95,11 @@ class Planner:
 
     def __init__(self, config: Config, cluster: Cluster, fused: bool) -> None:
         self.config, self.cluster, self.fused = config, cluster, fused
-        device_has_bf16 = cluster.name not in ("cpu", "v100")
-        wanted = config.precision.dtype
-        self.bf16 = wanted == "bf16" or (wanted == "auto" and device_has_bf16)
+        self.dtype: str = config.precision.dtype
+        if self.dtype == "auto":
+            low = "bf16" if cluster.device.has_bf16 else "fp16"
+            self.dtype = "fp32" if cluster.name == "cpu" else low
+        self.half = self.dtype != "fp32"
         self.moment_bytes = 4 if config.optimizer.moments == "bf16" else 8
         self._traces: dict[tuple[str, bool, int], Trace] = {}
         self._groups: dict[int, list[ParameterGroup]] = {}
@@ -168,7 +170,7 @@ class Planner:
         held = states(
             groups,
             stage=choice.stage,
-            bf16=self.bf16,
+            half=self.half,
             offload=choice.offload,
             accelerator=accelerator,
             accumulates=choice.accumulation > 1,
@@ -182,7 +184,7 @@ class Planner:
             held,
             images=choice.images,
             accumulates=choice.accumulation > 1,
-            gradient_width=2 if self.bf16 and choice.stage else 4,
+            gradient_width=2 if self.half and choice.stage else 4,
             expert_scale=scale,
             offloaded_per_image=self._block_inputs() if choice.checkpoint == "offload" else 0,
             margin=int(MARGIN * cluster.memory),
@@ -205,7 +207,7 @@ class Planner:
         of_states = traffic(
             spread(self.groups(size), cluster.size, size),
             stage=choice.stage,
-            bf16=self.bf16,
+            half=self.half,
             accumulation=choice.accumulation,
         )
         return of_states + exchanged(
@@ -213,7 +215,7 @@ class Planner:
             self.config.moe,
             expert_parallel_size=size,
             images=choice.images,
-            bf16=self.bf16,
+            half=self.half,
             accumulation=choice.accumulation,
             padded=cluster.name != "cpu",
         )
@@ -230,7 +232,7 @@ class Planner:
 
     def traced(self, choice: Choice) -> Trace:
         """Return the trace of a choice; sizes of expert groups above 1 share one."""
-        autocast = self.bf16 and choice.stage == 0
+        autocast = self.half and choice.stage == 0
         group, recompute = choice.expert_parallel_size, str(choice.checkpoint)
         if group > 1:
             known = [g for c, a, g in self._traces if (c, a) == (recompute, autocast)]
@@ -242,7 +244,7 @@ class Planner:
                 model = model.model_copy(update={"use_checkpoint": True})
             self._traces[key] = trace(
                 build_task(self.config.model_copy(update={"model": model})),
-                dtype=torch.bfloat16 if self.bf16 else torch.float32,
+                dtype=DTYPES[self.dtype],
                 autocast=autocast,
                 expert_parallel_size=group,
                 fused=self.fused,
@@ -264,12 +266,12 @@ class Planner:
         for stage, depth in enumerate(model.depths):
             tokens = -(-height // 2**stage) * -(-width // 2**stage)
             total += (depth - 1) * tokens * (model.embed_dim << stage)
-        return total * (2 if self.bf16 else 4)
+        return total * (2 if self.half else 4)
 
     def _compute(self, traced: Trace, choice: Choice, cluster: Cluster) -> tuple[float, float]:
         """Return the seconds of a forward and of a backward pass, summed over ops."""
         device = cluster.device
-        peak = device.bf16 if self.bf16 else device.fp32
+        peak = device.peak(self.half, self.config.precision.tf32)
         products = traced.flops.at(choice.images) / (peak * OF_PRODUCTS)
         moves = traced.moved.at(choice.images) / (device.hbm * OF_MEMORY)
         launch = LAUNCH if cluster.name != "cpu" else 0.0

@@ -166,7 +166,7 @@ class _Report:
     def mfu(self, layout: ParallelLayout) -> float:
         """Return the model FLOPs utilisation: 6 FLOPs a MAC, no recomputation, over the peak."""
         device = self.planner.cluster.device
-        peak = device.bf16 if self.planner.bf16 else device.fp32
+        peak = device.peak(self.planner.half, self.planner.config.precision.tf32)
         return 6.0 * self.cost.macs * self.images_per_second(layout) / peak
 
     def cost_of(self, layout: ParallelLayout) -> float | None:
@@ -233,7 +233,7 @@ class _Report:
         ops_used = "compiled" if self.planner.fused else "reference"
         console.print(
             f"products    {forward:,.2f} GFLOP forward, {per_image:,.2f} training an image; "
-            f"{'bf16' if self.planner.bf16 else 'fp32'}, {ops_used} ops"
+            f"{self.planner.dtype}, {ops_used} ops"
         )
         console.print(_memory_table(configured, cluster))
         console.print(_message_table(configured))

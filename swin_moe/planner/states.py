@@ -91,7 +91,7 @@ def states(
     groups: list[ParameterGroup],
     *,
     stage: int,
-    bf16: bool,
+    half: bool,
     offload: str,
     accelerator: bool,
     accumulates: bool,
@@ -104,7 +104,7 @@ def states(
     Args:
         groups: of the rank.
         stage: of ZeRO.
-        bf16: weights and gradients are bf16, otherwise fp32.
+        half: weights and gradients are bf16 or fp16, otherwise fp32.
         offload: of the optimizer, ``none``, ``cpu`` or ``nvme``.
         accelerator: the device has its own memory.
         accumulates: several micro-batches make an update.
@@ -114,7 +114,7 @@ def states(
     """
     if stage == 0:
         return _replicated(groups, moment_bytes)
-    width = 2 if bf16 else 4
+    width = 2 if half else 4
     part = sum(g.part for g in groups)
     optimizer = (moment_bytes + 4) * part  # ZeRO-3 also clones masters that are fp32 already
     host, away = 0, offload != "none" and accelerator
@@ -126,7 +126,7 @@ def states(
         optimizer, host = 0, optimizer
     largest = max(min(g.part, SUB_GROUP if stage == 3 else g.part) for g in groups)
     # The gradient of a group in fp32; ZeRO 1 and 2 make it from a flattened copy.
-    copies = 4 + (width if stage < 3 and bf16 else 0)
+    copies = 4 + (width if stage < 3 and half else 0)
     update = 0 if offload != "none" else copies * largest
     if stage == 3:
         held = _cut(groups, width, minimum_bucket, away, weights_away and accelerator)

@@ -33,7 +33,7 @@ class Message:
 
 
 def traffic(
-    groups: list[ParameterGroup], *, stage: int, bf16: bool, accumulation: int
+    groups: list[ParameterGroup], *, stage: int, half: bool, accumulation: int
 ) -> list[Message]:
     """Return the messages with the gradients and weights of an update.
 
@@ -43,10 +43,10 @@ def traffic(
     Args:
         groups: of the rank.
         stage: of ZeRO.
-        bf16: weights and gradients are bf16 (from ZeRO-1 on), otherwise fp32.
+        half: weights and gradients are bf16 or fp16 (from ZeRO-1 on), otherwise fp32.
         accumulation: micro-steps of an update.
     """
-    width = 2 if bf16 and stage else 4
+    width = 2 if half and stage else 4
     messages, most = [], max(g.replicas for g in groups)
     for expert in (False, True):
         own = [g for g in groups if g.expert == expert]
@@ -100,7 +100,7 @@ def exchanged(
     *,
     expert_parallel_size: int,
     images: int,
-    bf16: bool,
+    half: bool,
     accumulation: int,
     padded: bool,
 ) -> list[Message]:
@@ -111,7 +111,7 @@ def exchanged(
         moe: routing and capacity.
         expert_parallel_size: ranks of an expert group.
         images: of a micro-batch.
-        bf16: rows are bf16, otherwise fp32.
+        half: rows are bf16 or fp16, otherwise fp32.
         accumulation: micro-steps of an update.
         padded: experts get their full capacity.
     """
@@ -126,5 +126,5 @@ def exchanged(
         again = sum(block < model.recomputed_blocks(stage) for block in blocks)
         # There and back, in forward, backward, and the recomputation of a block.
         sent += (4 * len(blocks) + 2 * again) * rows * (model.embed_dim << stage)
-    size = accumulation * (2 if bf16 else 4)
+    size = accumulation * (2 if half else 4)
     return [Message("all_to_all", "expert", "rows of tokens", size * sent)]

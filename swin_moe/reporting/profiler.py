@@ -38,14 +38,18 @@ Interval = tuple[float, float]
 Event = dict[str, Any]
 
 
-def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """Return the vendor's peak of a GPU's matrix products in FLOP/s; 0 if it is not known."""
+def peak_flops(device: torch.device, dtype: torch.dtype, tf32: bool = False) -> float:
+    """Return the vendor's peak of a GPU's matrix products in FLOP/s; 0 if it is not known.
+
+    Args:
+        tf32: products in fp32 use TF32.
+    """
     if device.type != "cuda":
         return 0.0
     name = torch.cuda.get_device_name(device).lower().replace(" ", "")
     for key, known in GPUS.items():  # a100-80: both parts are in NVIDIA's name
         if all(part in name for part in key.split("-")):
-            return known.bf16 if dtype == torch.bfloat16 else known.fp32
+            return known.peak(dtype.itemsize == 2, tf32)
     return 0.0
 
 

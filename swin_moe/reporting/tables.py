@@ -62,8 +62,7 @@ def header(
     )
     moments = ", bf16 moments" if config.optimizer.moments == "bf16" else ""
     table.add_row("ZeRO", f"stage {config.zero.stage}{offload}{moments}")
-    weights = "bf16 weights, fp32 masters" if config.zero.stage else "autocast over fp32 weights"
-    table.add_row("precision", "fp32" if dtype == torch.float32 else f"bf16 ({weights})")
+    table.add_row("precision", _precision(config, world, dtype))
     table.add_row("ops", _ops(world, dtype))
     if config.model.attention_chunk:
         table.add_row("attention", _sequential(config.model.attention_chunk, world))
@@ -86,6 +85,21 @@ def _short(value: float, digits: int) -> str:
         return f"{value:.{digits}g}"
     mantissa, exponent = f"{value:.{digits - 1}e}".split("e")
     return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"
+
+
+def _precision(config: Config, world: World, dtype: torch.dtype) -> str:
+    """Return the dtype, why ``auto`` has chosen it if it is not bf16, and the use of TF32."""
+    on_gpu = world.device.type == "cuda"
+    notes = [] if config.precision.dtype != "auto" or not on_gpu else ["this GPU has no bf16"]
+    if dtype == torch.float32:
+        if config.precision.tf32:
+            notes.append("TF32 products" if on_gpu else "no TF32 on a CPU")
+        return "; ".join(["fp32", *notes])
+    name = "bf16" if dtype == torch.bfloat16 else "fp16"
+    weights = f"{name} weights, fp32 masters" if config.zero.stage else "autocast over fp32 weights"
+    if dtype == torch.bfloat16:
+        return f"{name} ({weights})"
+    return "; ".join([f"{name} ({weights}, dynamic loss scale)", *notes])
 
 
 def _ops(world: World, dtype: torch.dtype) -> str:

@@ -74,6 +74,8 @@ class Checkpointer:
             "zero_stage": config.zero.stage,
             "data": data_facts(self.train_loader) | {"folder": folder},
         }
+        if engine.loss_scale:
+            state["loss_scale"] = engine.loss_scale.state()
         self.writer.save(
             position.step,
             engine.fragments(),
@@ -98,18 +100,20 @@ class Checkpointer:
             the position from which to train on.
         """
         saved = Position.of(reader.state["position"])
-        made = saved.step - saved.skipped
         if place is None:
             batch = global_batch(self.task.config, self.run.world)
             position = _converted(saved, reader.state, batch, self.plan)
         else:
-            position = replace(place, skipped=place.step - made)
+            lost = place.step - saved.made - saved.overflows
+            position = replace(place, skipped=lost, overflows=saved.overflows)
         layout = expert_layout(engine.model, self.run.world)
 
         def read(name: str, kind: str, start: int, stop: int) -> Tensor:
             return reader.values(name, kind, layout.share_of(name), start, stop)
 
-        engine.load(read, updates=made)
+        engine.load(read, updates=saved.made)
+        if engine.loss_scale and (scale := reader.state.get("loss_scale")):
+            engine.loss_scale.load(scale)
         return position
 
 

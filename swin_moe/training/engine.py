@@ -8,19 +8,20 @@ import math
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..checkpoint import Fragment, persistent_buffers, whole_fragments
+from ..checkpoint import Fragment, persistent_buffers
 from ..common.deferred import import_uncompiled
 from ..config import OptimizerConfig, ZeroConfig
 from ..distributed import World, all_reduce_, barrier
 from ..distributed.expert_placement import BUCKET, SUB_GROUP
 from ..models import Outputs, expert_parameter_names
 from ..moe import num_experts
-from .adamw import MOMENTS, PAIRS, PairedAdamW, moment_views, start_moments
+from .engine_state import EngineState
+from .loss_scale import LossScale
 from .optim import build_optimizer, parameter_groups
 from .precision import cast_floating, predictions_in_fp32
 
@@ -42,6 +43,8 @@ _INTERNALS = (
     (DeepSpeedZeroOptimizer_Stage3, "_optimizer_states_and_gradient_swap_in"),
     (DeepSpeedZeroOptimizer_Stage3, "_optimizer_states_and_gradient_swap_out"),
     (DeepSpeedZeroOptimizer_Stage3, "_release_swap_buffers"),
+    (DeepSpeedZeroOptimizer, "_update_scale"),
+    (DeepSpeedZeroOptimizer_Stage3, "_update_scale"),
     (deepspeed.zero.Init, "_convert_to_zero_parameters"),
     (deepspeed_groups, "_EXPERT_PARALLEL_GROUP"),
     (deepspeed_groups, "_EXPERT_DATA_PARALLEL_GROUP"),
@@ -112,6 +115,7 @@ def cutter(
         "train_micro_batch_size_per_gpu": 1,
         "zero_optimization": {"stage": 3, **_offloaded_weights(zero, world, largest)},
         "bf16": {"enabled": dtype == torch.bfloat16},
+        "fp16": {"enabled": dtype == torch.float16},
     }
     # On a module without parameters; `cut` converts the model's parameters later.
     init = deepspeed.zero.Init(module=nn.Module(), config_dict_or_path=settings, dtype=dtype)
@@ -176,27 +180,20 @@ def _group_name(world: World) -> str:
     return f"ep_size_{world.expert.size}"
 
 
-class _Part(NamedTuple):
-    """This rank's part of a flattened parameter, from element ``start`` on, by kind."""
-
-    name: str
-    start: int
-    values: dict[str, Tensor]
-
-
 class Engine:
     """A model under DeepSpeed.
 
     With an expert group of one rank the experts are ordinary parameters, which any ZeRO stage may
     shard. Otherwise they are reduced over the expert-data group only.
 
-    At ZeRO stage 0, bf16 means autocast over fp32 weights. This class clips the gradients there,
-    because DeepSpeed averages the ranks' norms, which does not give the norm of all experts. From
-    stage 1 on, weights are bf16 with fp32 masters, and DeepSpeed's norm is correct.
+    At ZeRO stage 0, bf16 and fp16 mean autocast over fp32 weights. This class clips the gradients
+    there, because DeepSpeed averages the ranks' norms, which does not give the norm of all experts.
+    From stage 1 on, weights are bf16 or fp16 with fp32 masters, and DeepSpeed's norm is correct.
 
     Attributes:
         model: the module inside.
         optimizer: the optimizer whose rates a schedule may set.
+        loss_scale: with fp16; losses and gradient norms are given and returned without it.
         deepspeed: DeepSpeed's engine.
     """
 
@@ -219,11 +216,12 @@ class Engine:
         self._nvme_path = zero.nvme_path if zero.uses_files else ""
         self.stage = zero.stage
         self.dtype = dtype
+        self.loss_scale = LossScale() if dtype == torch.float16 else None
         self.clip_norm = optimizer.clip_norm
         experts = expert_parameter_names(model) if world.expert.size > 1 else set()
         self.expert_names = experts
         self.parameters = dict(model.named_parameters())
-        self.buffers = persistent_buffers(model)
+        buffers = persistent_buffers(model)  # DeepSpeed may replace them
         groups = parameter_groups(model, optimizer.weight_decay, optimizer.layer_decay)
         if experts:
             self._mark_experts(groups)
@@ -235,8 +233,13 @@ class Engine:
         self.deepspeed, *_ = deepspeed.initialize(
             model=model, optimizer=self.optimizer, config=settings, dist_init_required=False
         )
+        if self.loss_scale and self.stage:
+            self.deepspeed.optimizer.loss_scaler = self.loss_scale
         self._grad_norm: Tensor | float = 0.0
-        self._start_moments(0)
+        self._state = EngineState(
+            world, self.stage, self.deepspeed.optimizer, self.optimizer,
+            self.parameters, buffers, experts,
+        )  # fmt: skip
 
     def _settings(self, zero: ZeroConfig, micro_batch: int, accumulation: int) -> dict[str, Any]:
         stage: dict[str, Any] = {
@@ -257,7 +260,11 @@ class Engine:
             "gradient_accumulation_steps": accumulation,
             "gradient_clipping": self.clip_norm if zero.stage else 0.0,
             "zero_optimization": stage,
-            "bf16": {"enabled": self._low_precision_weights, "check_grad_overflow": True},
+            "bf16": {
+                "enabled": self._low_precision_weights and self.dtype == torch.bfloat16,
+                "check_grad_overflow": True,
+            },
+            "fp16": {"enabled": self._low_precision_weights and self.dtype == torch.float16},
             "zero_force_ds_cpu_optimizer": False,
             "zero_allow_untested_optimizer": True,
             "steps_per_print": None,
@@ -266,12 +273,8 @@ class Engine:
         }
 
     @property
-    def _moment_keys(self) -> tuple[str, ...]:
-        return (PAIRS,) if isinstance(self.optimizer, PairedAdamW) else MOMENTS
-
-    @property
     def _low_precision_weights(self) -> bool:
-        return self.stage > 0 and self.dtype == torch.bfloat16
+        return self.stage > 0 and self.dtype != torch.float32
 
     def _mark_experts(self, param_groups: list[dict[str, Any]]) -> None:
         """Mark for DeepSpeed which parameters are experts and which ranks replicate them."""
@@ -299,8 +302,8 @@ class Engine:
         return predictions_in_fp32(outputs)
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
-        if self.stage == 0 and self.dtype == torch.bfloat16:
-            return torch.autocast(self.world.device.type, dtype=torch.bfloat16)
+        if self.stage == 0 and self.dtype != torch.float32:
+            return torch.autocast(self.world.device.type, dtype=self.dtype)
         return contextlib.nullcontext()
 
     def train(self, mode: bool = True) -> None:
@@ -308,6 +311,8 @@ class Engine:
 
     def backward(self, loss: Tensor) -> None:
         """Accumulate gradients; the last micro-step reduces them (ZeRO-2 and 3: each does)."""
+        if self.loss_scale and self.stage == 0:  # otherwise DeepSpeed asks for the scaled loss
+            loss = self.loss_scale.scale_loss(loss)
         self.deepspeed.backward(loss)
 
     @property
@@ -320,7 +325,8 @@ class Engine:
 
         Raises:
             FloatingPointError: the global gradient norm is not finite; weights and moments are
-                unchanged, and training may go on.
+                unchanged, and training may go on. With fp16, :meth:`lower_loss_scale` is the
+                remedy.
         """
         boundary = self.at_boundary
         if boundary and self.stage == 0:
@@ -333,6 +339,12 @@ class Engine:
             self._grad_norm = float(self.deepspeed.get_global_grad_norm())
         if boundary and not self._norm_is_finite():
             raise FloatingPointError("the gradient norm is not finite")
+        if boundary and self.loss_scale:
+            self.loss_scale.count()
+
+    def lower_loss_scale(self) -> bool:
+        """Lower the loss scale after an overflow; return False if it cannot fall."""
+        return self.loss_scale is not None and self.loss_scale.lower()
 
     def _norm_is_finite(self) -> bool:
         norm = self.grad_norm()
@@ -350,6 +362,8 @@ class Engine:
     @torch.no_grad()
     def _clip_gradients(self) -> Tensor:
         gradients = {n: p.grad for n, p in self.parameters.items() if p.grad is not None}
+        if self.loss_scale:
+            torch._foreach_div_(list(gradients.values()), self.loss_scale.value)
         dense = [grad for name, grad in gradients.items() if name not in self.expert_names]
         expert = [grad for name, grad in gradients.items() if name in self.expert_names]
         total = torch.nn.utils.get_total_norm(dense).square()
@@ -364,134 +378,20 @@ class Engine:
         return norm
 
     # ----------------------------------------------------------------------------------------
-    # State by logical name, at every ZeRO stage
+    # State by logical name
 
     def fragments(self) -> Iterator[Fragment]:
-        """Yield this rank's part of masters and moments, without copies; parts do not overlap.
-
-        At ZeRO stage 0, where all ranks hold the same, the parts share the work. Rank 0 yields the
-        persistent buffers. A fragment is valid until the next one is taken.
-        """
-        for name, start, values in self._parts():
-            if values["weight"].numel():
-                yield Fragment(name, self._shape(name), start, values)
-        if self.world.is_main:
-            yield from whole_fragments((n, {"weight": t}) for n, t in self.buffers.items())
+        """Yield this rank's part of masters and moments, see :meth:`EngineState.fragments`."""
+        return self._state.fragments()
 
     @property
     def saved_bytes(self) -> int:
         """Approximate bytes of this rank's fragments."""
-        each = 4 + (4 if isinstance(self.optimizer, PairedAdamW) else 8)
-        total = 0
-        for name in self.parameters:
-            replicas = self.world.expert_data if name in self.expert_names else self.world
-            total += each * math.prod(self._shape(name)) // replicas.size
-        return total
+        return self._state.saved_bytes
 
-    @torch.no_grad()
     def load(self, read: Callable[[str, str, int, int], Tensor], updates: int) -> None:
-        """Set this rank's part of masters and moments.
-
-        The module's own weights and buffers must have been loaded before the engine was built.
-
-        Args:
-            read: returns elements ``start`` to ``stop`` of a flattened parameter on this rank, 1-D,
-                for ``(name, kind, start, stop)``.
-            updates: number of updates made so far.
-        """
-        self._start_moments(updates)
-        for name, start, values in self._parts(to_load=True):
-            for kind, target in values.items():
-                if target.numel():
-                    target.copy_(read(name, kind, start, start + target.numel()))
-
-    def _shape(self, name: str) -> tuple[int, ...]:
-        parameter = self.parameters[name]
-        return tuple(getattr(parameter, "ds_shape", parameter.shape))  # ds_shape: under ZeRO-3
-
-    def _parts(self, to_load: bool = False) -> Iterator[_Part]:
-        """Yield this rank's part of every parameter.
-
-        Args:
-            to_load: yield all elements on this rank, not only its share of a save, and keep
-                changes to them.
-        """
-        if self.stage == 0:
-            yield from self._parts_of_replicas(to_load)
-        elif self.stage == 3:
-            yield from self._parts_of_shards(to_load)
-        else:
-            yield from self._parts_of_partitions()
-
-    def _parts_of_replicas(self, to_load: bool) -> Iterator[_Part]:
-        for name, parameter in self.parameters.items():
-            part = slice(0, parameter.numel())
-            if not to_load:
-                replicas = self.world.expert_data if name in self.expert_names else self.world
-                size = -(-parameter.numel() // replicas.size)
-                part = slice(replicas.rank * size, (replicas.rank + 1) * size)
-            moments = moment_views(self.optimizer.state[parameter])
-            state = {"weight": parameter.data.view(-1), **moments}
-            yield _Part(name, part.start, {kind: t[part] for kind, t in state.items()})
-
-    def _parts_of_partitions(self) -> Iterator[_Part]:
-        """Yield the parts under ZeRO-1 and 2, which cut the concatenation of all parameters."""
-        for name, parameter in self.parameters.items():
-            mapping = parameter._hp_mapping  # type: ignore[attr-defined]
-            if mapping is None:  # all of it is on other ranks
-                continue
-            moments = moment_views({k: mapping.get_hp_fragment(k) for k in self._moment_keys})
-            start = mapping.lp_fragment_address.start
-            yield _Part(name, start, {"weight": mapping.get_hp_fragment(), **moments})
-
-    def _parts_of_shards(self, to_load: bool) -> Iterator[_Part]:
-        """Yield the parts under ZeRO-3, which cuts every parameter."""
-        names = {id(parameter): name for name, parameter in self.parameters.items()}
-        zero = self.deepspeed.optimizer
-        for index, parameters in enumerate(zero.fp16_groups):
-            with self._resident(index, keep=to_load) as flat:
-                state = {"weight": flat.data, **moment_views(self.optimizer.state[flat])}
-                for parameter in parameters:
-                    _, offset, size = zero.grad_position[zero.get_param_id(parameter)]
-                    start = self.world.rank * size
-                    used = min(max(parameter.ds_numel - start, 0), size)  # the rest is padding
-                    values = {kind: t[offset : offset + used] for kind, t in state.items()}
-                    yield _Part(names[id(parameter)], start, values)
-
-    @contextlib.contextmanager
-    def _resident(self, index: int, keep: bool) -> Iterator[Tensor]:
-        """Give ZeRO-3's flat fp32 weights of one sub-group, read from NVMe if they are there.
-
-        Args:
-            keep: write them back.
-        """
-        zero = self.deepspeed.optimizer
-        swapped = zero._swappable_optimizer_subgroup(index)
-        if swapped:
-            zero._optimizer_states_and_gradient_swap_in(index)
-        yield zero.fp32_partitioned_groups_flat[index]
-        if swapped and keep:
-            zero._optimizer_states_and_gradient_swap_out(index)
-        elif swapped:
-            zero._release_swap_buffers(index)
-
-    def _start_moments(self, updates: int) -> None:
-        """Create the optimizer's state before its first step.
-
-        DeepSpeed maps parameters to moments after the first *group* has stepped, when moments that
-        are created lazily do not exist in the other groups.
-        """
-        if self.stage == 3:
-            for index in range(len(self.deepspeed.optimizer.fp16_groups)):
-                with self._resident(index, keep=True) as flat:
-                    start_moments(self.optimizer.state[flat], flat, updates, self._moment_keys)
-            return
-        for group in self.optimizer.param_groups:
-            for flat in group["params"]:  # whole parameters, or ZeRO's parts
-                start_moments(self.optimizer.state[flat], flat, updates, self._moment_keys)
-        if self.stage > 0:
-            self.deepspeed.optimizer._hp_optimizer_states_linked = False
-            self.deepspeed.optimizer._lazy_init_hp_params_optimizer_state()
+        """Set this rank's part of masters and moments, see :meth:`EngineState.load`."""
+        self._state.load(read, updates)
 
     def close(self) -> None:
         """Release the hooks and buffers that DeepSpeed holds, and its files."""

@@ -14,12 +14,13 @@ class Position:
     with another global batch converts.
 
     Attributes:
-        step: updates so far, skipped ones included.
+        step: updates so far, those that were not made included.
         update: updates within the epoch.
         best: best value of the task's metric.
         unreadable: unreadable training samples so far.
         unreadable_before: those of earlier epochs.
         skipped: skipped updates so far.
+        overflows: updates that were not made because the loss scale of fp16 was too large.
     """
 
     step: int = 0
@@ -30,6 +31,12 @@ class Position:
     unreadable: int = 0
     unreadable_before: int = 0
     skipped: int = 0
+    overflows: int = 0
+
+    @property
+    def made(self) -> int:
+        """Updates that were made."""
+        return self.step - self.skipped - self.overflows
 
     def state(self) -> dict[str, Any]:
         return asdict(self)

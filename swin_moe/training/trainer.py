@@ -246,7 +246,9 @@ class Trainer:
         status = self._guard.read()
         position.step += 1
         position.update += 1
-        if bad:
+        if bad and not status.bad and self.engine.lower_loss_scale():
+            self._overflowed()
+        elif bad:
             self._skipped(status.bad or bad, samples)
         else:
             self._made(status.loss, samples)
@@ -274,6 +276,12 @@ class Trainer:
                 f"warning at step {self.position.step}: the loss jumped to {loss:.4g} from "
                 f"{usual}; its samples are listed in logs/rank-*.log"
             )
+
+    def _overflowed(self) -> None:
+        """Account for an update that was not made because the loss scale was too large."""
+        self.position.overflows += 1
+        self._routers.after_update(made=False)
+        logger.info("step %d: gradients overflowed, the loss scale falls", self.position.step)
 
     def _skipped(self, bad: str, samples: list[Batch]) -> None:
         """Account for an update that was skipped on every rank.
@@ -381,6 +389,8 @@ class Trainer:
         }
         if position.skipped:
             record["train/skipped_updates"] = position.skipped
+        if self.engine.loss_scale:
+            record["train/loss_scale"] = self.engine.loss_scale.value
         if routers:
             record["train/aux_loss"] = aux
         for key, value in zip(self._scalars, scalars, strict=True):

@@ -54,6 +54,26 @@ def test_plan_ranks_layouts_of_the_same_global_batch(tmp_path):
     assert "all_reduce" in text
 
 
+@pytest.mark.parametrize(
+    ("gpu", "override", "dtype", "peak"),
+    [
+        ("a100-40", [], "bf16", 312e12),
+        ("v100", [], "fp16", 125e12),
+        ("a100-40", ["precision.dtype=fp16"], "fp16", 312e12),
+        ("a100-40", ["precision.dtype=fp32"], "fp32", 19.5e12),
+        ("a100-40", ["precision.dtype=fp32", "precision.tf32=true"], "fp32", 156e12),
+        ("v100", ["precision.dtype=fp32", "precision.tf32=true"], "fp32", 15.7e12),
+        ("cpu", [], "fp32", None),
+    ],
+)
+def test_the_precision_is_that_of_a_run_on_the_device(gpu, override, dtype, peak):
+    config = load_config(MICRO, [*SMALL, *override])
+    cluster = Cluster(gpu, 1, 1)
+    planner = Planner(config, cluster, fused=False)
+    assert (planner.dtype, planner.half) == (dtype, dtype != "fp32")
+    assert peak in (None, cluster.device.peak(planner.half, config.precision.tf32))
+
+
 @pytest.mark.parametrize("price", [None, 2.5])
 def test_speed_hours_and_cost(tmp_path, price):
     cluster, overrides = Cluster("a100-40", 2, 2), [*SMALL, "data.batch_size=8", "zero.stage=1"]
@@ -63,7 +83,7 @@ def test_speed_hours_and_cost(tmp_path, price):
         each = found["images_per_second_per_gpu"]
         assert each == pytest.approx(8 / found["seconds"])
         flops = 6 * count(config.model, config.moe).macs * each
-        peak = cluster.device.bf16 if "bf16" in text else cluster.device.fp32
+        peak = cluster.device.half if "bf16" in text else cluster.device.fp32
         assert found["mfu"] == pytest.approx(flops / peak)
         assert found["hours"] == pytest.approx(100 * found["seconds"] / 3600)
         assert found["gpu_hours"] == pytest.approx(4 * found["hours"])

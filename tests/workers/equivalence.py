@@ -36,10 +36,10 @@ SHARDED = MOE.model_copy(
 # Every step is clipped; eps is large enough to hide the rounding of near-zero gradients,
 # and small enough to show a wrong scale of the gradients.
 OPTIMIZER = OptimizerConfig(base_lr=0.5, clip_norm=0.2, eps=1e-4)
-# For bf16: at the rate above, rounding changes routes by the third step, and any figure may come
-# out. At this rate the routes stay, and a bound can be tight.
+# For bf16 and fp16: at the rate above, rounding changes routes by the third step, and any figure
+# may come out. At this rate the routes stay, and a bound can be tight.
 GENTLE = OPTIMIZER.model_copy(update={"base_lr": 0.1})
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Cell(NamedTuple):
@@ -70,7 +70,7 @@ class Cell(NamedTuple):
 
     @property
     def reference(self) -> "Cell":
-        gentle = self.gentle or self.dtype == "bf16"
+        gentle = self.gentle or self.dtype != "fp32"
         return Cell(1, accumulation=self.parts, sharded=self.sharded, gentle=gentle)
 
 
@@ -78,7 +78,7 @@ def legal_cells(world: int) -> list[Cell]:
     """Return {expert parallel 1, 2, 4} × ZeRO {0 … 3} × dtype × accumulation {1, 2} × recompute."""
     groups = [(n, stage) for n in (1, 2, 4) if n <= world for stage in range(4)]
     groups = [(n, stage) for n, stage in groups if stage < 3 or n == 1]
-    ways = itertools.product(groups, DTYPES, (1, 2), (False, True))
+    ways = itertools.product(groups, ("fp32", "bf16"), (1, 2), (False, True))
     cells = [
         Cell(world, n, stage, dtype, accumulation, recompute)
         for (n, stage), dtype, accumulation, recompute in ways
@@ -87,6 +87,7 @@ def legal_cells(world: int) -> list[Cell]:
         cells += [Cell(2, 2, stage, offload="cpu", recompute="offload") for stage in (1, 2)]
         cells += [Cell(2, 1, 3, offload="cpu", recompute="offload")]
         cells += [Cell(2, 1, stage, "bf16", recompute="offload") for stage in (0, 3)]
+        cells += [Cell(2, n, stage, "fp16", recompute=n == 2) for n, stage in groups]
     if world == 4:
         cells += [Cell(4, 4, stage, sharded=True) for stage in range(3)]
     return cells
@@ -94,7 +95,11 @@ def legal_cells(world: int) -> list[Cell]:
 
 def edges(cells: list[Cell]) -> list[Cell]:
     """Return a cell of each expert group and ZeRO stage, and all special ones."""
-    special = [c for c in cells if c.sharded or c.offload != "none" or c.recompute == "offload"]
+    special = [
+        c
+        for c in cells
+        if c.sharded or c.offload != "none" or c.recompute == "offload" or c.dtype == "fp16"
+    ]
     usual = [cell for cell in cells if cell not in special]
     chosen = []
     for turn, (_, some) in enumerate(itertools.groupby(usual, lambda c: c[:3])):
@@ -142,7 +147,7 @@ def make_engine(
         if parameter.ndim == 1:
             torch.nn.init.ones_(parameter)
     prepare(model)
-    gentle = cell.gentle or cell.dtype == "bf16"
+    gentle = cell.gentle or cell.dtype != "fp32"
     optimizer = GENTLE if gentle else OPTIMIZER
     return Engine(
         model,
@@ -224,7 +229,15 @@ def train(world, cell: Cell, folder: Path) -> None:
     engine.close()
 
 
+def run_fp16_anywhere() -> None:
+    """Let DeepSpeed use fp16 also on CPUs where it is slow for want of instructions."""
+    from deepspeed.accelerator import get_accelerator
+
+    get_accelerator().is_fp16_supported = lambda: True
+
+
 def work(folder: Path) -> None:
+    run_fp16_anywhere()
     size = ranks.environment_rank()[2]
     wanted = json.loads((folder / "cells.json").read_text())
     cells = [cell for cell in map(Cell._make, wanted) if cell.world == size]
