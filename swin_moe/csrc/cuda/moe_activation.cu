@@ -73,8 +73,9 @@ __device__ __forceinline__ int64_t first_unit(const ExpertsShape& shape, const i
 __device__ __forceinline__ Unit find_unit(const ExpertsShape& shape, const int64_t* used,
                                           int64_t index) {
   if (shape.stride > 0) {
-    const int64_t per_expert = units_of(shape.stride), e = index / per_expert;
-    const int64_t start = index % per_expert * kUnitRows;
+    const auto per_expert = static_cast<unsigned>(units_of(shape.stride));
+    const int64_t e = static_cast<unsigned>(index) / per_expert;
+    const int64_t start = (index - e * per_expert) * kUnitRows;
     assert(used[e] >= 0 && used[e] <= shape.stride);
     const int64_t left = shape.stride - start, filled = used[e] - start;
     const int rows = static_cast<int>(left < kUnitRows ? left : kUnitRows);
@@ -157,10 +158,11 @@ struct Place {
 template <typename V>
 __device__ __forceinline__ Place find_place(const ExpertsShape& shape, const int64_t* used,
                                             int64_t width) {
-  const int64_t columns = width / V::kSize, blocks = (columns + kLanes - 1) / kLanes;
-  const int64_t column = blockIdx.x % blocks * kLanes + threadIdx.x % kLanes;
-  return {find_unit(shape, used, blockIdx.x / blocks), column, columns,
-          static_cast<int>(threadIdx.x) / kLanes};
+  const int64_t columns = width / V::kSize;
+  const auto blocks = static_cast<unsigned>((columns + kLanes - 1) / kLanes);
+  const unsigned unit = blockIdx.x / blocks;
+  const int64_t column = (blockIdx.x - unit * blocks) * kLanes + threadIdx.x % kLanes;
+  return {find_unit(shape, used, unit), column, columns, static_cast<int>(threadIdx.x) / kLanes};
 }
 
 // Adds the warps' sums and writes them to the unit's row of the workspace; for all threads.
@@ -265,7 +267,8 @@ __global__ void clear_empty_kernel(ExpertsShape shape, const int64_t* used, cons
 template <typename T>
 __global__ void add_units_kernel(ExpertsShape shape, const int64_t* used, int64_t width,
                                  const float* workspace, T* to) {
-  const int64_t blocks = (width + kThreads - 1) / kThreads, expert = blockIdx.x / blocks;
+  const auto blocks = static_cast<unsigned>((width + kThreads - 1) / kThreads);
+  const int64_t expert = blockIdx.x / blocks;
   const int64_t column = blockIdx.x % blocks * kThreads + threadIdx.x;
   if (column >= width) return;
   const int64_t first = first_unit(shape, used, expert), units = units_of(used[expert]);

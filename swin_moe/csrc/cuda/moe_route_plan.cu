@@ -67,7 +67,10 @@ __device__ void plan_queues(const Queues& queues, const RouteOutputs& out) {
     const int32_t limit = static_cast<int32_t>(shape.capacity);
     queues.rows[queue] = limit > 0 && length > limit ? limit : length;
     const int32_t chosen_first = here[queues.placed.per_group] - here[0];
-    if (chosen_first > 0) atomicAdd(first + queue / shape.groups, chosen_first);
+    if (chosen_first > 0) {
+      const int e = static_cast<int>(queue) / static_cast<int>(shape.groups);
+      atomicAdd(first + e, chosen_first);
+    }
   }
   __syncthreads();
   scan(queues.rows, numbers, shared);
