@@ -216,6 +216,13 @@ def test_equal_scores_go_by_index(route: Routing) -> None:
     assert route(signed, None, None, RouteOptions(3)).expert.tolist() == [[0, 1, 2]]
 
 
+def test_least_scores_come_last(route: Routing) -> None:
+    """Keys of scores that are 0, denormal and 1 have their order."""
+    logits = torch.tensor([[-200.0, -300], [-90, -300], [200, -300], [0, -300], [-200, -300]])
+    options = RouteOptions(1, sigmoid=True, prioritized=True)
+    assert route(logits, None, None, options).slot.flatten().tolist() == [3, 2, 0, 1, 4]
+
+
 @pytest.mark.parametrize(("tokens", "experts"), [(1500, 9), (4500, 9), (300, 40)])
 def test_order_does_not_matter(
     route: Routing, library: ctypes.CDLL, tokens: int, experts: int

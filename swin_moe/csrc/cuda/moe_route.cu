@@ -180,7 +180,8 @@ __global__ void score_kernel(Queues queues, RouteOptions options, RouteInputs in
       work.scalars[4] += 1.0f;
     }
   }
-  write_part<T>(E, stride, work, parts + static_cast<int64_t>(blockIdx.x) * (3 * E + kRouteScalars));
+  float* part = parts + static_cast<int64_t>(blockIdx.x) * (3 * E + kRouteScalars);
+  write_part<T>(E, stride, work, part);
 }
 
 int64_t part_size(const RouteShape& shape) { return 3 * shape.experts + kRouteScalars; }

@@ -3,8 +3,8 @@
 //
 // A pass has a block per tile. A group of one tile is sorted by its block in one launch. In longer
 // groups the counts of each digit in each tile are known before a pass: the block that writes an
-// item for the next pass counts it at the tile where it lands. So a pass is one launch: a block adds
-// up the digits of the tiles before its own, and ranks its items by warp.
+// item for the next pass counts it at the tile where it lands. So a pass is one launch: a block
+// adds up the digits of the tiles before its own, and ranks its items by warp.
 #include "moe_route_queues.cuh"
 
 #include <utility>

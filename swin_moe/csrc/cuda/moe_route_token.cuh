@@ -1,6 +1,7 @@
 // One token of the routing, shared by forward and backward. Up to 32 experts, a thread does a
 // token; with more, a warp does, whose lanes take the experts in turn. Either is a team, and the
-// code is the same: lane l owns numbers l, l + kLanes and so on of the team's rows in shared memory.
+// code is the same: lane l owns numbers l, l + kLanes and so on of the team's rows in shared
+// memory.
 #pragma once
 
 #include "device.cuh"
