@@ -32,6 +32,8 @@ from .route_reference import (
     moe_route_reference,
 )
 
+MAX_CUDA_EXPERTS = 1024  # kMaxExperts in csrc/cuda/moe_route_token.cuh
+
 
 def moe_route(
     logits: Tensor, noise: Tensor | None, bias: Tensor | None, options: RouteOptions
@@ -54,13 +56,21 @@ def moe_route(
         ValueError: a shape, a dtype or an option does not fit.
     """
     _check(logits, noise, bias, options)
-    # Kernels are fp32 only: the order of scores and the sums over all tokens need it.
-    given = [tensor for tensor in (logits, noise, bias) if tensor is not None]
-    fp32 = all(tensor.dtype == torch.float32 for tensor in given)
-    if not fp32 or not choice.uses_kernel("moe_route", logits):
+    if not fits_kernel(logits, noise, bias):
         return moe_route_reference(logits, noise, bias, options)
     results = torch.ops.swin_moe.moe_route(logits, noise, bias, *options)
     return Route(**dict(zip(_RESULTS, results, strict=True)))
+
+
+def fits_kernel(logits: Tensor, noise: Tensor | None, bias: Tensor | None) -> bool:
+    """Return whether the op supports this call; otherwise the reference runs."""
+    # Kernels are fp32 only: the order of scores and the sums over all tokens need it.
+    given = [tensor for tensor in (logits, noise, bias) if tensor is not None]
+    return (
+        all(tensor.dtype == torch.float32 for tensor in given)
+        and (logits.device.type != "cuda" or logits.shape[1] <= MAX_CUDA_EXPERTS)
+        and choice.uses_kernel("moe_route", logits)
+    )
 
 
 def _check(

@@ -50,11 +50,6 @@ inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return
 
 inline dim3 threadIdx, blockIdx, blockDim, gridDim;
 
-inline cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t) {
-  std::memset(to, value, bytes);
-  return cudaSuccess;
-}
-
 inline uint32_t __float_as_uint(float value) {
   uint32_t bits;
   std::memcpy(&bits, &value, sizeof(bits));
@@ -116,6 +111,7 @@ struct Machine {
   int threads = 0;
   int current = 0;
   bool reversed = false;
+  int launches = 0;  // of kernels, and fills of memory, since the tests set it to 0
   std::string error;
 };
 
@@ -239,7 +235,10 @@ template <typename... Parameters, typename... Arguments>
 cudaError_t launch(void (*kernel)(Parameters...), int64_t blocks, int threads, size_t shared_bytes,
                    cudaStream_t, Arguments... arguments) {
   Machine& m = machine();
-  if (blocks < 1 || threads < 1 || threads > 1024) return cudaErrorInvalidValue;
+  ++m.launches;
+  if (blocks < 1 || blocks > 0x7FFFFFFF || threads < 1 || threads > 1024) {
+    return cudaErrorInvalidValue;
+  }
   // Every GPU since compute capability 8.0 has this much for one block.
   if (shared_bytes > 99 * 1024) return cudaErrorInvalidValue;
   prepare((threads + kWarp - 1) / kWarp * kWarp, shared_bytes);
@@ -379,6 +378,14 @@ void multiply_accumulate(T, float (&d)[4], const uint32_t (&a)[4], uint32_t b0, 
 
 }  // namespace cuda_emulation
 
+// As CUDA does, refuses a null pointer even for no bytes at all.
+inline cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t) {
+  ++cuda_emulation::machine().launches;
+  if (to == nullptr) return cudaErrorInvalidValue;
+  std::memset(to, value, bytes);
+  return cudaSuccess;
+}
+
 inline void __syncwarp() { cuda_emulation::yield(cuda_emulation::State::kAtWarp, "__syncwarp"); }
 inline void __syncthreads() {
   cuda_emulation::yield(cuda_emulation::State::kAtBlock, "__syncthreads");
@@ -405,6 +412,12 @@ V __shfl_sync(unsigned mask, V value, int lane) {
 template <typename V>
 V __shfl_xor_sync(unsigned mask, V value, int lane_mask) {
   return __shfl_sync(mask, value, cuda_emulation::lane_id() ^ lane_mask);
+}
+
+template <typename V>
+V __shfl_up_sync(unsigned mask, V value, int by) {
+  const int lane = cuda_emulation::lane_id();
+  return __shfl_sync(mask, value, lane < by ? lane : lane - by);
 }
 
 inline unsigned __match_any_sync(unsigned mask, unsigned value) {

@@ -36,4 +36,11 @@ int moe_route_backward(const RouteShape* shape, const RouteOptions* options,
                                             expert, grad_logits, nullptr);
 }
 
+// Two faults that the emulation is to find.
+int fill_nothing() { return cudaMemsetAsync(nullptr, 0, 0, nullptr); }
+
+int launch_nothing() {
+  return cuda_emulation::launch(+[](int) {}, 0, 32, 0, nullptr, 0);
+}
+
 }  // extern "C"

@@ -5,14 +5,17 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+import sys
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from swin_moe import ops
-from swin_moe.ops import Route, RouteOptions, moe_route, moe_route_reference
+from swin_moe.ops import Route, RouteOptions, _library, moe_route, moe_route_reference
 from swin_moe.ops.route_reference import backward_reference
 from tests.ops import devices
 from tests.ops.route_cases import (
@@ -291,6 +294,25 @@ def test_strided_inputs(device: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(ours, expected, strict=True))
     grads = (gradients(i, moe_route, options) for i in (strided, inputs))
     assert torch.equal(*grads)
+
+
+def test_more_experts_than_the_cuda_kernels_have_use_the_reference(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    module = sys.modules["swin_moe.ops.moe_route"]
+    calls: list[int] = []
+
+    def counted(logits: Tensor, *others: Any) -> Route:
+        calls.append(logits.shape[1])
+        return moe_route_reference(logits, *others)
+
+    monkeypatch.setattr(module, "moe_route_reference", counted)
+    with FakeTensorMode(), _library.assume_fused(True):
+        for device, experts in (("cuda", 1024), ("cuda", 1025), ("cpu", 1025)):
+            logits = torch.empty(4, experts, device=device)
+            route = moe_route(logits, None, None, RouteOptions(2))
+            assert route.source.shape == (8,)
+    assert calls == [1025]
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16], ids=str)

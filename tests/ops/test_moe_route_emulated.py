@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from swin_moe.ops import Route, RouteOptions
+from swin_moe.ops import Route, RouteOptions, moe_route_reference
+from swin_moe.ops.moe_route import MAX_CUDA_EXPERTS
 from tests.ops.emulation import Guarded, build_emulation, pointers
 from tests.ops.route_cases import Inputs, check, clear_inputs, gradients, some_options
 
@@ -103,25 +104,96 @@ def test_parity(route: Routing, experts: int, top_k: int) -> None:
         check(inputs, options, function=route)
 
 
-def test_several_tiles(route: Routing) -> None:
+@pytest.mark.parametrize("experts", [1, 31, 32, 33])
+@pytest.mark.parametrize("tokens", [0, 1, 129])
+def test_threads_and_warps(route: Routing, experts: int, tokens: int) -> None:
+    """Up to 32 experts, a thread does a token; with more, a warp does."""
+    for top_k in range(1, min(experts, 4) + 1):
+        sigmoid, odd = top_k > 2, top_k % 2 == 1
+        options = RouteOptions(top_k, sigmoid, odd, odd, 1, 5 * top_k, not odd, 0.2 * odd)
+        inputs = clear_inputs(tokens, experts, sigmoid, odd, not odd, seed=top_k)
+        inputs.logits[1::9] = math.nan
+        check(inputs, options, function=route)
+
+
+# The length of a group, and launches of kernels and fills of memory: fill, scores, plan, places;
+# and those of the sort.
+@pytest.mark.parametrize(
+    ("tokens", "groups", "prioritized", "launches"),
+    [
+        (1201, 1, False, 4),
+        (1201, 1, True, 5),
+        (4096, 1, True, 5),
+        (4097, 1, True, 7),
+        (8990, 2, True, 7),
+        (8990, 2, False, 4),
+        (61, 61, True, 5),
+        (61, 61, False, 4),
+    ],
+)
+def test_tiles(
+    route: Routing, library: ctypes.CDLL, tokens: int, groups: int, prioritized: bool, launches: int
+) -> None:
     """Some groups have a last tile that is not full."""
-    options = RouteOptions(2, False, True, True, 1, 700, load_sigma=0.125)
-    check(clear_inputs(2500, 8, False, True, False), options, function=route)
-    inputs = clear_inputs(2600, 3, True, False, True)
-    inputs.logits[::7, 1] = math.nan
-    check(inputs, options._replace(groups=2, sigmoid=True, top_k=1), function=route)
-    check(inputs, options._replace(groups=2, sigmoid=True, prioritized=False), function=route)
+    options = RouteOptions(2, False, True, prioritized, groups, load_sigma=0.125)
+    for experts, capacity in ((3, 0), (8, tokens // groups // 5 + 1)):
+        inputs = clear_inputs(tokens, experts, False, True, False)
+        inputs.logits[::7, 1] = math.nan
+        library.emulation_launches()
+        inputs.route(route, options._replace(capacity=capacity))
+        assert library.emulation_launches() == launches
+        check(inputs, options._replace(capacity=capacity), function=route)
+
+
+@pytest.mark.parametrize("prioritized", [False, True])
+def test_nothing_to_do(route: Routing, library: ctypes.CDLL, prioritized: bool) -> None:
+    """Without tokens, rows or room: no pointer is null where CUDA wants one, no grid is empty."""
+    options = RouteOptions(1, prioritized=prioritized)
+    for tokens, experts, more, launches in (
+        (0, 4, {}, 1),
+        (0, 1, {"groups": 3}, 1),
+        (0, 4, {"capacity": 2, "padded": True}, 2),
+        (6, 4, {"groups": 6, "capacity": 1, "top_k": 4}, 4 + prioritized),
+        (6, 1, {"groups": 2, "capacity": 900, "padded": True}, 4 + prioritized),
+    ):
+        inputs, chosen = Inputs(torch.zeros(tokens, experts)), options._replace(**more)
+        library.emulation_launches()
+        inputs.route(route, chosen)
+        assert library.emulation_launches() == launches
+        check(inputs, chosen, function=route)
+
+
+def test_emulation_finds_launches_of_nothing(library: ctypes.CDLL) -> None:
+    assert library.fill_nothing() != 0
+    assert library.launch_nothing() != 0
 
 
 def test_many_experts(route: Routing, library: ctypes.CDLL) -> None:
     """With so many, a block has fewer warps; one more is refused."""
-    options = RouteOptions(2, normalize=True, prioritized=True, load_sigma=0.1)
+    options = RouteOptions(4, normalize=True, prioritized=True, load_sigma=0.1)
     generator = torch.Generator().manual_seed(0)
     check(Inputs(torch.randn(70, 1024, generator=generator)), options, function=route)
-    check(Inputs(torch.randn(9, 1)), options._replace(top_k=1), function=route)
-    for experts, supported in ((1024, True), (1025, False)):
+    small = options._replace(sigmoid=True, prioritized=False, capacity=1, groups=5)
+    check(Inputs(torch.randn(35, 1023, generator=generator)), small, function=route)
+    for experts in (MAX_CUDA_EXPERTS, MAX_CUDA_EXPERTS + 1):
         shape, _ = structures(torch.empty(4, experts), options)
-        assert library.moe_route_supported(shape) == supported
+        assert library.moe_route_supported(shape) == (experts == MAX_CUDA_EXPERTS)
+
+
+@pytest.mark.parametrize("experts", [4, 36])
+@pytest.mark.parametrize("sigmoid", [False, True])
+def test_extreme_logits(route: Routing, sigmoid: bool, experts: int) -> None:
+    """Scores are 0 and 1, denormal, or differ beyond fp32."""
+    rows = [[-100, -101, -102, -103], [90, 89, -90, -95], [1e-40, 0, -1e-40, 5]]
+    logits = torch.full((4, experts), -200.0)
+    logits[:, :4] = torch.tensor([[3e38, -3e38, 0, 1], *rows])
+    options = RouteOptions(2, sigmoid, True, True, load_sigma=0.25)
+    ours = route(logits, None, None, options)
+    exact = moe_route_reference(logits.double(), None, None, options)
+    assert torch.equal(ours.expert, exact.expert)
+    fine = [0, 2, 3] if sigmoid else [0, 1, 2, 3]  # not with the least sum of scores
+    torch.testing.assert_close(ours.gate[fine].double(), exact.gate[fine], rtol=1e-5, atol=1e-6)
+    assert bool(gradients(Inputs(logits[1:]), route, options).isfinite().all())
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
@@ -144,10 +216,21 @@ def test_equal_scores_go_by_index(route: Routing) -> None:
     assert route(signed, None, None, RouteOptions(3)).expert.tolist() == [[0, 1, 2]]
 
 
-def test_order_does_not_matter(route: Routing, library: ctypes.CDLL) -> None:
+def test_least_scores_come_last(route: Routing) -> None:
+    """Keys of scores that are 0, denormal and 1 have their order."""
+    logits = torch.tensor([[-200.0, -300], [-90, -300], [200, -300], [0, -300], [-200, -300]])
+    options = RouteOptions(1, sigmoid=True, prioritized=True)
+    assert route(logits, None, None, options).slot.flatten().tolist() == [3, 2, 0, 1, 4]
+
+
+@pytest.mark.parametrize(("tokens", "experts"), [(1500, 9), (4500, 9), (300, 40)])
+def test_order_does_not_matter(
+    route: Routing, library: ctypes.CDLL, tokens: int, experts: int
+) -> None:
     """The order of blocks, and of threads between barriers, changes no bit."""
     generator = torch.Generator().manual_seed(1)
-    inputs = Inputs(*torch.randn(2, 1500, 9, generator=generator))
+    inputs = Inputs(*torch.randn(2, tokens, experts, generator=generator))
+    inputs.logits = inputs.logits[: tokens // 2].repeat(2, 1)  # many have equal keys
     options = RouteOptions(2, normalize=True, prioritized=True, capacity=200, load_sigma=0.1)
     results = []
     for reversed_order in (False, True):

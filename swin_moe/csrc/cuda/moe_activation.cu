@@ -73,8 +73,9 @@ __device__ __forceinline__ int64_t first_unit(const ExpertsShape& shape, const i
 __device__ __forceinline__ Unit find_unit(const ExpertsShape& shape, const int64_t* used,
                                           int64_t index) {
   if (shape.stride > 0) {
-    const int64_t per_expert = units_of(shape.stride), e = index / per_expert;
-    const int64_t start = index % per_expert * kUnitRows;
+    const auto per_expert = static_cast<unsigned>(units_of(shape.stride));
+    const int64_t e = static_cast<unsigned>(index) / per_expert;
+    const int64_t start = (index - e * per_expert) * kUnitRows;
     assert(used[e] >= 0 && used[e] <= shape.stride);
     const int64_t left = shape.stride - start, filled = used[e] - start;
     const int rows = static_cast<int>(left < kUnitRows ? left : kUnitRows);
@@ -95,21 +96,43 @@ __device__ __forceinline__ Unit find_unit(const ExpertsShape& shape, const int64
   return {0, 0, 0, 0, index};
 }
 
+// 1 / x and 2^x by the special function unit, without a path for numbers that are not normal: those
+// are 0. The relative error is at most 2^-23 and 2^-22, and the emulation has the whole of it.
+#ifdef SWIN_MOE_CUDA_EMULATION
+
+inline float reciprocal(float x) { return 1.0f / x * (1.0f + 0x1p-23f); }
+inline float exp2_fast(float x) { return x < -126.0f ? 0.0f : exp2f(x) * (1.0f + 0x1p-22f); }
+
+#else
+
+__device__ __forceinline__ float reciprocal(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+__device__ __forceinline__ float exp2_fast(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+#endif
+
 // F(x), and the density there: see csrc/cpu/moe_activation_kernels.h for the polynomials.
 template <typename T>
 __device__ __forceinline__ void normal(float x, float& below, float& density) {
   const float size = x < 0.0f ? -x : x;  // NaN stays NaN
-  const float e = exp2f(x * x * -0.72134752f);
+  const float e = exp2_fast(x * x * -0.72134752f);
   float sum;
   if (sizeof(T) == 2) {
-    const float p = 1.0f / (0.3f * size + 1.0f);
+    const float p = reciprocal(0.3f * size + 1.0f);
     sum = -0.0771016742f * p + 0.216048154f;
     sum = sum * p - 0.016959014f;
     sum = sum * p + 0.144201432f;
     sum = sum * p + 0.113740846f;
     sum = (sum * p + 0.120074317f) * p;
   } else {
-    const float p = 1.0f / (0.35f * size + 1.0f);
+    const float p = reciprocal(0.35f * size + 1.0f);
     sum = -0.0291441851f * p + 0.143963833f;
     sum = sum * p - 0.255699294f;
     sum = sum * p + 0.159158539f;
@@ -135,10 +158,11 @@ struct Place {
 template <typename V>
 __device__ __forceinline__ Place find_place(const ExpertsShape& shape, const int64_t* used,
                                             int64_t width) {
-  const int64_t columns = width / V::kSize, blocks = (columns + kLanes - 1) / kLanes;
-  const int64_t column = blockIdx.x % blocks * kLanes + threadIdx.x % kLanes;
-  return {find_unit(shape, used, blockIdx.x / blocks), column, columns,
-          static_cast<int>(threadIdx.x) / kLanes};
+  const int64_t columns = width / V::kSize;
+  const auto blocks = static_cast<unsigned>((columns + kLanes - 1) / kLanes);
+  const unsigned unit = blockIdx.x / blocks;
+  const int64_t column = (blockIdx.x - unit * blocks) * kLanes + threadIdx.x % kLanes;
+  return {find_unit(shape, used, unit), column, columns, static_cast<int>(threadIdx.x) / kLanes};
 }
 
 // Adds the warps' sums and writes them to the unit's row of the workspace; for all threads.
@@ -243,7 +267,8 @@ __global__ void clear_empty_kernel(ExpertsShape shape, const int64_t* used, cons
 template <typename T>
 __global__ void add_units_kernel(ExpertsShape shape, const int64_t* used, int64_t width,
                                  const float* workspace, T* to) {
-  const int64_t blocks = (width + kThreads - 1) / kThreads, expert = blockIdx.x / blocks;
+  const auto blocks = static_cast<unsigned>((width + kThreads - 1) / kThreads);
+  const int64_t expert = blockIdx.x / blocks;
   const int64_t column = blockIdx.x % blocks * kThreads + threadIdx.x;
   if (column >= width) return;
   const int64_t first = first_unit(shape, used, expert), units = units_of(used[expert]);

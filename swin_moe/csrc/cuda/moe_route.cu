@@ -1,15 +1,13 @@
 #include "moe_route.h"
 
-#include <cassert>
-
-#include "moe_route_queues.h"
-#include "moe_route_warp.cuh"
+#include "moe_route_queues.cuh"
+#include "moe_route_token.cuh"
 
 namespace swin_moe::cuda {
 namespace {
 
-// Rows of E numbers that a warp works with; in the forward kRouteScalars numbers more.
-constexpr int kForwardRows = 6, kBackwardRows = 4;
+// Rows of E numbers that a team works with, and kRouteScalars numbers more.
+constexpr int kForwardRows = 7;
 
 // In the order of the numbers, -0 and 0 alike.
 __device__ int32_t order_of(float value) {
@@ -19,27 +17,27 @@ __device__ int32_t order_of(float value) {
 
 // The k greatest of scores plus bias, the lower index first among equals, with their gates. Returns
 // the last.
-__device__ int choose(const RouteShape& shape, bool normalize, int lane, bool finite,
-                      const float* score, const float* bias, int32_t* order, int64_t* expert,
-                      float* gate) {
+template <typename T>
+__device__ int choose(const RouteShape& shape, bool normalize, bool finite, const float* score,
+                      const float* bias, int32_t* order, int64_t* expert, float* gate) {
   constexpr int32_t kTaken = -0x7fffffff - 1;  // below that of any number
   const int E = static_cast<int>(shape.experts), k = static_cast<int>(shape.top_k);
-  for (int e = lane; e < E; e += kWarp) {
+  for (int e = T::lane(); e < E; e += T::kLanes) {
     order[e] = order_of(score[e] + (bias == nullptr ? 0.0f : bias[e]));
   }
-  __syncwarp();  // all scores are read below
+  T::sync();  // all scores are read below
   float total = 0.0f;
   int index = 0;
   for (int j = 0; j < k; ++j) {
     int32_t best = kTaken;
-    index = lane < E ? lane : E - 1;
-    for (int e = lane; e < E; e += kWarp) {
+    index = T::lane() < E ? T::lane() : E - 1;
+    for (int e = T::lane(); e < E; e += T::kLanes) {
       if (order[e] > best) {
         best = order[e];
         index = e;
       }
     }
-    for (int half = kWarp / 2; half > 0; half /= 2) {
+    for (int half = T::kLanes / 2; half > 0; half /= 2) {
       const int32_t other = __shfl_xor_sync(~0u, best, half);
       const int theirs = __shfl_xor_sync(~0u, index, half);
       if (other > best || (other == best && theirs < index)) {
@@ -47,86 +45,101 @@ __device__ int choose(const RouteShape& shape, bool normalize, int lane, bool fi
         index = theirs;
       }
     }
-    if (index % kWarp == lane) order[index] = kTaken;
+    if (index % T::kLanes == T::lane()) order[index] = kTaken;
     total += score[index];
-    if (lane == 0) {
+    if (T::lane() == 0) {
       expert[j] = index;
       gate[j] = finite ? score[index] : 0.0f;
     }
   }
-  if (normalize && lane == 0) {
+  if (normalize && T::lane() == 0) {
     for (int j = 0; j < k; ++j) gate[j] /= at_least(total, kMinScoreSum);
   }
   return index;
 }
 
-// Adds probabilities to this lane's sums.
-__device__ void add_probabilities(int experts, int lane, const float* score, float inverse,
-                                  float* sums) {
-  for (int e = lane; e < experts; e += kWarp) sums[e] += score[e] * inverse;
+// Writes a token's key, and counts it for the queues or for the first pass of their sort. One
+// thread does it.
+__device__ void write_key(const Queues& queues, bool prioritized, int t, bool finite, float best,
+                          const int64_t* expert, uint32_t* keys) {
+  const uint32_t bits = __float_as_uint(best) & kRouteLastKey;
+  const uint32_t key = finite ? kRouteLastKey - bits : kRouteNoKey;
+  keys[t] = key;
+  if (prioritized) {
+    if (!queues.alone()) count_digit(queues, 0, t, key);
+  } else if (finite) {
+    for (int64_t j = 0; j < queues.shape.top_k; ++j) count_choice(queues, t, j, expert[j]);
+  }
 }
 
-// A warp's shared memory, and its lanes' registers.
+// Adds probabilities to this lane's sums.
+template <typename T>
+__device__ void add_probabilities(int experts, const float* score, float inverse, float* sums) {
+  for (int e = T::lane(); e < experts; e += T::kLanes) sums[e] += score[e] * inverse;
+}
+
+// A team's shared memory, and its lanes' registers.
 struct Work {
-  float* sums;    // [3, E], and room for the scalars
-  float* noisy;   // [E], as are the next two
-  float* score;
-  float* apart;
+  float* token;  // [2, E]: the logits without and with noise
+  float* score;  // [E]
+  float* apart;  // [E]
+  float* sums;   // [3, E], and room for the scalars
   float scalars[kRouteScalars];  // the extremes are of this lane's logits
 };
 
-__device__ Work work_of(int experts, int warp, int lane) {
+template <typename T>
+__device__ Work work_of(int experts, int stride) {
   const float infinity = __uint_as_float(0x7f800000u);
-  const int sums_size = 3 * experts + static_cast<int>(kRouteScalars);
-  float* sums = reinterpret_cast<float*>(dynamic_shared_memory()) +
-                warp * (sums_size + 3 * experts);
-  float* noisy = sums + sums_size;
-  for (int n = lane; n < 3 * experts; n += kWarp) sums[n] = 0.0f;
-  __syncwarp();
-  return {sums, noisy, noisy + experts, noisy + 2 * experts,
+  float* rows = reinterpret_cast<float*>(dynamic_shared_memory()) + T::index() * stride;
+  float* sums = rows + 4 * experts;
+  for (int n = T::lane(); n < 3 * experts; n += T::kLanes) sums[n] = 0.0f;
+  return {rows, rows + 2 * experts, rows + 3 * experts, sums,
           {0.0f, 0.0f, infinity, -infinity, 0.0f}};
 }
 
 // Adds a finite token to the sums.
-__device__ void add_token(const RouteOptions& options, int experts, int lane, const Token& token,
+template <typename T>
+__device__ void add_token(const RouteOptions& options, int experts, const Token& token,
                           const Scores& scores, int last, Work& work) {
-  const auto clean = [&](int e) { return token.clean(e); };
   Scores of_clean = scores;
   const float* clean_score = work.score;
-  add_probabilities(experts, lane, work.score, scores.inverse, work.sums);
-  if (token.noise != nullptr) {
-    of_clean = scores_of(options.sigmoid, experts, lane, clean, work.apart);
+  add_probabilities<T>(experts, work.score, scores.inverse, work.sums);
+  if (token.noisy != token.clean) {
+    of_clean = scores_of<T>(options.sigmoid, experts, token.clean, work.apart);
     clean_score = work.apart;
   }
-  add_probabilities(experts, lane, clean_score, of_clean.inverse, work.sums + experts);
-  for (int e = lane; e < experts && options.load_sigma > 0.0f; e += kWarp) {
-    const float above = clean_score[e] * of_clean.inverse - work.noisy[last];
-    work.sums[2 * experts + e] += 0.5f + 0.5f * erff(above * load_factor(options.load_sigma));
+  add_probabilities<T>(experts, clean_score, of_clean.inverse, work.sums + experts);
+  if (options.load_sigma > 0.0f) {
+    const float factor = load_factor(options.load_sigma), threshold = token.noisy[last];
+    for (int e = T::lane(); e < experts; e += T::kLanes) {
+      const float above = clean_score[e] * of_clean.inverse - threshold;
+      work.sums[2 * experts + e] += 0.5f + 0.5f * erff(above * factor);
+    }
   }
-  if (options.sigmoid) of_clean = softmax(experts, lane, clean, work.apart);
+  if (options.sigmoid) of_clean = softmax<T>(experts, token.clean, work.apart);
   work.scalars[0] += of_clean.lse * of_clean.lse;
   work.scalars[1] += scores.entropy;
-  for (int e = lane; e < experts; e += kWarp) {
-    work.scalars[2] = Smaller()(work.scalars[2], clean(e));
-    work.scalars[3] = Larger()(work.scalars[3], clean(e));
+  for (int e = T::lane(); e < experts; e += T::kLanes) {
+    work.scalars[2] = Smaller()(work.scalars[2], token.clean[e]);
+    work.scalars[3] = Larger()(work.scalars[3], token.clean[e]);
   }
 }
 
-// Adds the sums of a block's warps in their order.
-__device__ void write_part(int experts, int lane, Work& work, float* part) {
-  work.scalars[2] = reduce(work.scalars[2], Smaller());
-  work.scalars[3] = reduce(work.scalars[3], Larger());
-  for (int n = 0; n < kRouteScalars && lane == 0; ++n) {
+// Adds the sums of a block's teams in their order.
+template <typename T>
+__device__ void write_part(int experts, int stride, Work& work, float* part) {
+  work.scalars[2] = T::reduce(work.scalars[2], Smaller());
+  work.scalars[3] = T::reduce(work.scalars[3], Larger());
+  for (int n = 0; n < kRouteScalars && T::lane() == 0; ++n) {
     work.sums[3 * experts + n] = work.scalars[n];
   }
   __syncthreads();
-  const auto* all = reinterpret_cast<const float*>(dynamic_shared_memory());
-  const int size = 3 * experts + static_cast<int>(kRouteScalars), stride = size + 3 * experts;
-  const int threads = static_cast<int>(blockDim.x);
-  for (int n = static_cast<int>(threadIdx.x); n < size; n += threads) {
+  const float* all = reinterpret_cast<const float*>(dynamic_shared_memory()) + 4 * experts;
+  const int size = 3 * experts + static_cast<int>(kRouteScalars);
+  for (int n = static_cast<int>(threadIdx.x); n < size; n += static_cast<int>(blockDim.x)) {
     float result = all[n];
-    for (int warp = 1; warp < threads / kWarp; ++warp) {
-      const float value = all[warp * stride + n];
+    for (int team = 1; team < T::count(); ++team) {
+      const float value = all[team * stride + n];
       result = n == 3 * experts + 2   ? Smaller()(result, value)
                : n == 3 * experts + 3 ? Larger()(result, value)
                                       : result + value;
@@ -136,170 +149,69 @@ __device__ void write_part(int experts, int lane, Work& work, float* part) {
 }
 
 // A block does kTokensPerBlock tokens: choices, gates, keys, and its part of the sums.
-__global__ void score_kernel(RouteShape shape, RouteOptions options, RouteInputs in,
+template <typename T>
+__global__ void score_kernel(Queues queues, RouteOptions options, RouteInputs in, int stride,
                              int64_t* __restrict__ expert, float* __restrict__ gate,
                              uint32_t* __restrict__ keys, float* __restrict__ parts) {
+  const RouteShape& shape = queues.shape;
   const int E = static_cast<int>(shape.experts);
-  const int lane = static_cast<int>(threadIdx.x) % kWarp;
-  const int warp = static_cast<int>(threadIdx.x) / kWarp;
-  const int warps = static_cast<int>(blockDim.x) / kWarp;
-  Work work = work_of(E, warp, lane);
-  const int64_t first = static_cast<int64_t>(blockIdx.x) * kTokensPerBlock;
-  const int64_t limit = first + kTokensPerBlock;
+  Work work = work_of<T>(E, stride);
+  const int64_t begin = static_cast<int64_t>(blockIdx.x) * kTokensPerBlock;
+  const int64_t limit = begin + kTokensPerBlock;
   const int64_t end = limit < shape.tokens ? limit : shape.tokens;
-  for (int64_t t = first + warp; t < end; t += warps) {
-    const Token token = token_at(shape, in, t, lane);
-    __syncwarp();  // the token before is done with
-    for (int e = lane; e < E; e += kWarp) work.noisy[e] = token.noisy(e);
-    const Scores scores = scores_of(
-        options.sigmoid, E, lane, [&](int e) { return work.noisy[e]; }, work.score);
-    const int last = choose(shape, options.normalize, lane, token.finite, work.score, in.bias,
-                            reinterpret_cast<int32_t*>(work.apart), expert + t * shape.top_k,
-                            gate + t * shape.top_k);
-    if (lane == 0) {
-      const uint32_t bits = __float_as_uint(scores.best) & kRouteLastKey;
-      keys[t] = token.finite ? kRouteLastKey - bits : kRouteNoKey;
+  // A warp stays together: it loads its teams' tokens.
+  const int ahead = T::kLanes == 1 ? static_cast<int>(threadIdx.x) % kWarp : 0;
+  for (int64_t t = begin + T::index(); t - ahead < end; t += T::count()) {
+    T::sync();  // the token before is done with
+    const Token token = load_token<T>(in, E, t - ahead, end, work.token - ahead * stride, stride);
+    if (t >= end) break;
+    const Scores scores = scores_of<T>(options.sigmoid, E, token.noisy, work.score);
+    int64_t* chosen = expert + t * shape.top_k;
+    const int last = choose<T>(shape, options.normalize, token.finite, work.score, in.bias,
+                               reinterpret_cast<int32_t*>(work.apart), chosen,
+                               gate + t * shape.top_k);
+    if (T::lane() == 0) {
+      write_key(queues, options.prioritized, static_cast<int>(t), token.finite, scores.best,
+                chosen, keys);
     }
     if (token.finite) {
-      add_token(options, E, lane, token, scores, last, work);
+      add_token<T>(options, E, token, scores, last, work);
     } else {
       work.scalars[4] += 1.0f;
     }
   }
-  write_part(E, lane, work, parts + static_cast<int64_t>(blockIdx.x) * (3 * E + kRouteScalars));
-}
-
-// A warp does one of the numbers that every block has a part of.
-__global__ void sums_kernel(int experts, int64_t blocks, const float* __restrict__ parts,
-                            float* __restrict__ sums, float* __restrict__ scalars) {
-  const int size = 3 * experts + static_cast<int>(kRouteScalars);
-  const int lane = static_cast<int>(threadIdx.x) % kWarp;
-  const int n = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x) / kWarp;
-  if (n >= size) return;
-  const float infinity = __uint_as_float(0x7f800000u);
-  float sum = 0.0f, low = infinity, high = -infinity;
-  for (int64_t block = lane; block < blocks; block += kWarp) {
-    const float value = parts[block * size + n];
-    sum += value;
-    low = Smaller()(low, value);
-    high = Larger()(high, value);
-  }
-  sum = reduce(sum, Add());
-  low = reduce(low, Smaller());
-  high = reduce(high, Larger());
-  const float result = n == 3 * experts + 2 ? low : n == 3 * experts + 3 ? high : sum;
-  if (lane == 0) *(n < 3 * experts ? sums + n : scalars + (n - 3 * experts)) = result;
-}
-
-// Gradient of the logits from that of the probabilities, or of the scores, in place. Every lane
-// reads only its own writes.
-__device__ void through_probabilities(int experts, int lane, const Scores& scores,
-                                      const float* score, float* grad) {
-  float dot = 0.0f;
-  for (int e = lane; e < experts; e += kWarp) dot += grad[e] * score[e];
-  dot = reduce(dot, Add());
-  dot = scores.open ? dot * scores.inverse : 0.0f;
-  for (int e = lane; e < experts; e += kWarp) grad[e] = (grad[e] - dot) * scores.inverse;
-}
-
-__device__ void through_scores(bool use_sigmoid, int experts, int lane, const float* score,
-                               float* grad) {
-  float dot = 0.0f;
-  for (int e = lane; e < experts; e += kWarp) dot += grad[e] * score[e];
-  dot = reduce(dot, Add());
-  for (int e = lane; e < experts; e += kWarp) {
-    grad[e] = score[e] * (use_sigmoid ? grad[e] * (1.0f - score[e]) : grad[e] - dot);
-  }
-}
-
-// Adds the gradient of the chosen scores, from that of the gates. One lane does it.
-__device__ void add_gate_grad(const RouteShape& shape, bool normalize, const float* score,
-                              const int64_t* expert, const float* grad_gate, float* grad) {
-  const int k = static_cast<int>(shape.top_k);
-  float divisor = 1.0f, shared = 0.0f;
-  if (normalize) {
-    float total = 0.0f, dot = 0.0f;
-    for (int j = 0; j < k; ++j) {
-      total += score[expert[j]];
-      dot += score[expert[j]] * grad_gate[j];
-    }
-    divisor = at_least(total, kMinScoreSum);
-    if (k > 1 && total >= kMinScoreSum) shared = dot / divisor;
-  }
-  for (int j = 0; j < k; ++j) grad[expert[j]] += (grad_gate[j] - shared) / divisor;
-}
-
-// Writes the gradient of the clean probabilities. Returns that of the k-th noisy logit.
-__device__ float sums_grad(int experts, int lane, float sigma, const float* grad_sums,
-                           const Scores& clean, const float* score, float threshold, float* grad) {
-  const float factor = sigma > 0.0f ? load_factor(sigma) : 0.0f;
-  const float height = factor * 0.56418958f;  // of the normal density; 1 / sqrt(pi)
-  float total = 0.0f;
-  for (int e = lane; e < experts; e += kWarp) {
-    const float z = (score[e] * clean.inverse - threshold) * factor;
-    const float density = factor > 0.0f ? grad_sums[2 * experts + e] * height * expf(-z * z) : 0.0f;
-    grad[e] = grad_sums[experts + e] + density;
-    total -= density;
-  }
-  return reduce(total, Add());
-}
-
-__global__ void backward_kernel(RouteShape shape, RouteOptions options, RouteGrads grads,
-                                RouteInputs in, const int64_t* __restrict__ expert,
-                                float* __restrict__ grad_logits) {
-  const int E = static_cast<int>(shape.experts);
-  const int lane = static_cast<int>(threadIdx.x) % kWarp;
-  const int warp = static_cast<int>(threadIdx.x) / kWarp;
-  const int64_t t = static_cast<int64_t>(blockIdx.x) * (blockDim.x / kWarp) + warp;
-  if (t >= shape.tokens) return;
-  float* score = reinterpret_cast<float*>(dynamic_shared_memory()) + warp * kBackwardRows * E;
-  float *apart = score + E, *grad = apart + E, *more = grad + E;
-  const int64_t* chosen = expert + t * shape.top_k;
-  for (int j = lane; j < shape.top_k; j += kWarp) assert(chosen[j] >= 0 && chosen[j] < E);
-  const Token token = token_at(shape, in, t, lane);
-  float* row = grad_logits + t * E;
-  if (!token.finite) {
-    for (int e = lane; e < E; e += kWarp) row[e] = 0.0f;
-    return;
-  }
-  const auto clean = [&](int e) { return token.clean(e); };
-  const Scores scores =
-      scores_of(options.sigmoid, E, lane, [&](int e) { return token.noisy(e); }, score);
-  for (int e = lane; e < E; e += kWarp) grad[e] = grads.sums == nullptr ? 0.0f : grads.sums[e];
-  through_probabilities(E, lane, scores, score, grad);
-  __syncwarp();
-  if (grads.gate != nullptr && lane == 0) {
-    add_gate_grad(shape, options.normalize, score, chosen, grads.gate + t * shape.top_k, grad);
-  }
-  __syncwarp();
-  through_scores(options.sigmoid, E, lane, score, grad);
-
-  Scores of_clean = scores;
-  const float* clean_score = score;
-  if (in.noise != nullptr) {
-    of_clean = scores_of(options.sigmoid, E, lane, clean, apart);
-    clean_score = apart;
-  }
-  if (grads.sums != nullptr) {
-    const int last = static_cast<int>(chosen[shape.top_k - 1]);
-    const float grad_threshold = sums_grad(E, lane, options.load_sigma, grads.sums, of_clean,
-                                           clean_score, token.noisy(last), more);
-    through_probabilities(E, lane, of_clean, clean_score, more);
-    through_scores(options.sigmoid, E, lane, clean_score, more);
-    for (int e = lane; e < E; e += kWarp) grad[e] += more[e] + (e == last ? grad_threshold : 0.0f);
-  }
-  if (grads.scalars != nullptr) {
-    if (options.sigmoid) {
-      of_clean = softmax(E, lane, clean, apart);
-      clean_score = apart;
-    }
-    const float factor = 2.0f * grads.scalars[0] * of_clean.lse;
-    for (int e = lane; e < E; e += kWarp) grad[e] += factor * clean_score[e];
-  }
-  for (int e = lane; e < E; e += kWarp) row[e] = grad[e];
+  float* part = parts + static_cast<int64_t>(blockIdx.x) * (3 * E + kRouteScalars);
+  write_part<T>(E, stride, work, part);
 }
 
 int64_t part_size(const RouteShape& shape) { return 3 * shape.experts + kRouteScalars; }
+
+// Where a routing's memory lies: the keys, the parts of the sums, and the queues.
+struct Memory {
+  Memory(const RouteShape& shape, void* workspace)
+      : keys(static_cast<uint32_t*>(workspace)),
+        parts(reinterpret_cast<float*>(keys + shape.tokens)),
+        queues(route_queues(shape, parts + token_blocks(shape) * part_size(shape))) {}
+
+  uint32_t* keys;
+  float* parts;
+  Queues queues;
+};
+
+cudaError_t score(const Memory& memory, const RouteOptions& options, const RouteInputs& in,
+                  const RouteOutputs& out, cudaStream_t stream) {
+  const RouteShape& shape = memory.queues.shape;
+  const int64_t numbers = kForwardRows * shape.experts + kRouteScalars;
+  const auto run = [&](auto team, int teams) {
+    using T = decltype(team);
+    const int stride = team_stride(T::kLanes, numbers);
+    return launch(score_kernel<T>, token_blocks(shape), teams * T::kLanes,
+                  static_cast<size_t>(teams) * stride * sizeof(float), stream, memory.queues,
+                  options, in, stride, out.expert, out.gate, memory.keys, memory.parts);
+  };
+  if (shape.experts <= kMaxThreadExperts) return run(Team<1>(), kTokensPerBlock);
+  return run(Team<kWarp>(), warps_for(static_cast<int>(numbers)));
+}
 
 }  // namespace
 
@@ -312,32 +224,21 @@ int64_t moe_route_workspace(const RouteShape& shape) {
 
 cudaError_t moe_route(const RouteShape& shape, const RouteOptions& options, const RouteInputs& in,
                       const RouteOutputs& out, void* workspace, cudaStream_t stream) {
-  const int64_t blocks = token_blocks(shape);
-  auto* keys = static_cast<uint32_t*>(workspace);
-  auto* parts = reinterpret_cast<float*>(keys + shape.tokens);
+  const Memory memory(shape, workspace);
+  const Queues& queues = memory.queues;
+  Items items{memory.keys, nullptr};
   cudaError_t error = cudaSuccess;
-  if (blocks > 0) {
-    const size_t bytes = (kForwardRows * shape.experts + kRouteScalars) * sizeof(float);
-    const int warps = warps_for(bytes);
-    error = launch(score_kernel, blocks, warps * kWarp, warps * bytes, stream, shape, options, in,
-                   out.expert, out.gate, keys, parts);
-    if (error != cudaSuccess) return error;
+  if (shape.tokens > 0) {
+    error = route_clear(queues, options.prioritized, stream);
+    if (error == cudaSuccess) error = score(memory, options, in, out, stream);
+    if (error == cudaSuccess && options.prioritized) {
+      error = route_sort(queues, memory.keys, out.expert, items, stream);
+    }
   }
-  error = launch(sums_kernel, (part_size(shape) + kMaxWarps - 1) / kMaxWarps, kMaxWarps * kWarp, 0,
-                 stream, static_cast<int>(shape.experts), blocks,
-                 static_cast<const float*>(parts), out.sums, out.scalars);
-  if (error != cudaSuccess) return error;
-  return route_queues(shape, options, keys, out, parts + blocks * part_size(shape), stream);
-}
-
-cudaError_t moe_route_backward(const RouteShape& shape, const RouteOptions& options,
-                               const RouteGrads& grads, const RouteInputs& in,
-                               const int64_t* expert, float* grad_logits, cudaStream_t stream) {
-  if (shape.tokens == 0) return cudaSuccess;
-  const size_t bytes = kBackwardRows * shape.experts * sizeof(float);
-  const int warps = warps_for(bytes);
-  return launch(backward_kernel, (shape.tokens + warps - 1) / warps, warps * kWarp, warps * bytes,
-                stream, shape, options, grads, in, expert, grad_logits);
+  if (error == cudaSuccess) {
+    error = route_plan(queues, token_blocks(shape), memory.parts, out, stream);
+  }
+  return error == cudaSuccess ? route_place(queues, items, out, stream) : error;
 }
 
 }  // namespace swin_moe::cuda
