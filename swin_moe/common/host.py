@@ -1,4 +1,4 @@
-"""The host's free memory and GPUs, and the standard error of native libraries."""
+"""The host's free memory and GPUs, native libraries' standard error, and the compiler's cache."""
 
 from __future__ import annotations
 
@@ -45,6 +45,22 @@ def count_gpus() -> int:
     # CUDA ignores the list from its first invalid entry on.
     valid = itertools.takewhile(lambda v: v not in ("", "-1", "NoDevFiles"), visible.split(","))
     return min(gpus, len(list(valid)))
+
+
+def keep_graphs(host: str = "") -> None:
+    """Let torch.compile keep its results below ``~/.cache``, unless the user has chosen a folder.
+
+    Its own default is in ``/tmp``, which is often emptied.
+
+    Args:
+        host: a part of the folder's name, where hosts may share the home directory.
+    """
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "swin_moe"
+    folder = cache / (f"graphs-{host}" if host else "graphs")
+    with contextlib.suppress(OSError):  # without a home directory: torch's default
+        folder.mkdir(parents=True, exist_ok=True)
+        if os.access(folder, os.W_OK):
+            os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
 
 
 @contextlib.contextmanager
