@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import any_torch_dispatch_mode_on_stack
 from ..moe import MoELayer
 from .swin import SwinBlock, SwinStage
 
+BACKEND = "inductor"  # of torch.compile
 _ROUNDS, _FEW, _ENOUGH = 5, 3, 20.0  # trials of each graph; fewer after these seconds
 
 
@@ -89,7 +90,6 @@ class BlockGraphs:
     forward pass without gradients, and so with other code than the recompute.
 
     Args:
-        backend: of ``torch.compile``.
         failed: called with the error if a graph cannot be compiled in training. All blocks are
             then as they were before.
     """
@@ -98,10 +98,8 @@ class BlockGraphs:
         self,
         model: nn.Module,
         failed: Callable[[Exception], None],
-        backend: str | Callable[..., Any] = "inductor",
     ) -> None:
-        self._failed, self._backend = failed, backend
-        self._recording = False
+        self._failed, self._recording = failed, False
         self._replaced: list[tuple[SwinBlock, str]] = []
         self.graphs: dict[str, Graph] = {}
         for number, stage in enumerate(m for m in model.modules() if isinstance(m, SwinStage)):
@@ -160,7 +158,7 @@ class BlockGraphs:
         # With the forward pass, where an error can be caught, also for later sizes.
         torch._functorch.config.force_non_lazy_backward_lowering = True
         for graph in self.graphs.values():
-            compiled = torch.compile(graph.plain, fullgraph=True, backend=self._backend)
+            compiled = torch.compile(graph.plain, fullgraph=True, backend=BACKEND)
             if graph.example is not None:
                 graph.trial(compiled)
             graph.compiled = compiled
