@@ -66,6 +66,8 @@ class _Trial(NamedTuple):
 
 def _try(graphs: BlockGraphs, task: Task, engine: Engine, measure: bool) -> _Trial:
     world = engine.world
+    # Its warning, that a host with CUDA's toolkit has no GPU, is no news.
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     keep_graphs(hostname() if world.size > local_world_size() else "")
     devices = [world.device] if world.device.type == "cuda" else []
     with torch.random.fork_rng(devices), _in_training(engine):
