@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from statistics import median
 from types import FunctionType
 from typing import Any, NamedTuple, cast
@@ -114,27 +115,24 @@ class BlockGraphs:
             kind = f"{method}_stage{stage}_{shifted}{drops}{extra}"
             graph = self.graphs.setdefault(kind, Graph(_with_own_code(method, kind)))
             graph.blocks.append(block)
-            setattr(block, method, self._calling(graph, block))
+            # Unlike a closure, a copy of the model copies this with its own block.
+            setattr(block, method, partial(self._call, graph, block))
             self._replaced.append((block, method))
 
-    def _calling(self, graph: Graph, block: SwinBlock) -> Callable[..., Any]:
-        """Return a method of a block that runs its graph where it trains."""
-
-        def call(*arguments: Tensor | None) -> Any:
-            if self._recording:
-                graph.example = [None if x is None else Argument.of(x) for x in arguments]
-            trains = block.training and torch.is_grad_enabled()
-            # The compiler runs no graph under modes that see each op.
-            if graph.compiled is None or not trains or any_torch_dispatch_mode_on_stack():
-                return graph.plain(block, *arguments)
-            try:
-                return graph.compiled(block, *arguments)
-            except self._faults as error:  # it compiles before it runs: nothing has happened yet
-                self.detach()
-                self._failed(error)
-                return graph.plain(block, *arguments)
-
-        return call
+    def _call(self, graph: Graph, block: SwinBlock, *arguments: Tensor | None) -> Any:
+        """Run a method of a block, as a graph where it trains."""
+        if self._recording:
+            graph.example = [None if x is None else Argument.of(x) for x in arguments]
+        trains = block.training and torch.is_grad_enabled()
+        # The compiler runs no graph under modes that see each op.
+        if graph.compiled is None or not trains or any_torch_dispatch_mode_on_stack():
+            return graph.plain(block, *arguments)
+        try:
+            return graph.compiled(block, *arguments)
+        except self._faults as error:  # it compiles before it runs: nothing has happened yet
+            self.detach()
+            self._failed(error)
+            return graph.plain(block, *arguments)
 
     @contextmanager
     def recording(self) -> Iterator[None]:

@@ -1,5 +1,7 @@
 """Graphs of blocks change nothing but time, and few of them serve a whole model."""
 
+from copy import deepcopy
+
 import pytest
 import torch
 from torch._dynamo import lookup_backend
@@ -139,6 +141,8 @@ def test_compiling_changes_neither_weights_nor_gradients():
     found = compiled(model)
     assert found.speedup() > 0
     assert all(tensor.equal(before[name]) for name, tensor in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+    step(deepcopy(model), images())  # with the copy's own blocks
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
