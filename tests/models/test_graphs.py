@@ -19,10 +19,11 @@ class Backend:
     """A backend that counts graphs and their calls; it runs autograd's part, but no C++."""
 
     def __init__(self):
-        self.made = self.ran = 0
+        self.made = self.ran = self.dynamic = 0
 
     def __call__(self, graph, inputs):
         self.made += 1
+        self.dynamic += any(isinstance(x, torch.SymInt) for x in inputs)
         run = lookup_backend("aot_eager")(graph, inputs)
 
         def call(*arguments):
@@ -103,6 +104,7 @@ def test_graphs_equal_eager(backend, case):
     names, expected = list(model.state_dict()), step(model, images())
     found = compiled(model)
     assert backend.made == count  # of whole methods: a break in one is an error
+    assert backend.dynamic == 0  # stages of other sizes do not make each other's sizes dynamic
     backend.ran = 0
     assert_same(step(model, images()), expected)
     assert backend.made == count
