@@ -3,7 +3,8 @@
 Swin V2 Tiny at 256 px, windows 8 and 16, batch 8, random weights, eager and compiled, in one
 process under one allocator with denormals flushed (neither with --as-shipped). A training step is
 forward, cross entropy, backward and fused AdamW. Contenders take turns; figures are medians. The
-peer ``references`` is our model with the PyTorch references of its ops instead of the kernels.
+peer ``references`` is our model with the PyTorch references of its ops instead of the kernels, and
+``ours blocks`` is our model with ``train.compile``.
 
     python -m benchmarks.model [--json PATH] [--quick] [--size tiny] [--batch N] [--device cuda]
         [--peers timm,transformers,torchvision,references] [--modes inference,training]
@@ -25,6 +26,7 @@ from benchmarks import harness, kernels
 from benchmarks.kernels import Job
 from swin_moe import ops
 from swin_moe.models import Outputs
+from swin_moe.models.graphs import BlockGraphs
 
 BATCH, SIDE, CLASSES = 8, 256, 1000
 SIZES = {  # width, depths, heads
@@ -121,6 +123,13 @@ def training(model: nn.Module, images: Tensor, labels: Tensor) -> Callable[[], o
     return step
 
 
+def compile_blocks(model: nn.Module, images: Tensor) -> None:
+    graphs = BlockGraphs(model, print)
+    with graphs.recording():
+        model.train()(images)
+    graphs.compile()
+
+
 def with_references(run: Callable[[], object]) -> Callable[[], object]:
     """Return the same call without kernels."""
 
@@ -144,10 +153,17 @@ def contenders(
     result: dict[str, Callable[[], object]] = {}
     builders = {name: PEERS[name] for name in options.peers} | {"ours": our_model}
     for name, build in builders.items():
-        for kind in ("eager",) if options.eager or name == "references" else ("eager", "compiled"):
+        kinds = ["eager"]
+        if not options.eager and name != "references":
+            kinds += (
+                ["compiled", "blocks"] if (name, mode) == ("ours", "training") else ["compiled"]
+            )
+        for kind in kinds:
             model = build(options.size, window).to(device, dtype)
             if kind == "compiled":
                 model.compile()
+            if kind == "blocks":
+                compile_blocks(model, images)
             run = inference(model, images)
             if mode == "training":
                 run = training(model, images, labels)

@@ -34,6 +34,7 @@ from .tasks import Task, build_task
 from .training.assembly import build_engine, tune_overlap
 from .training.auto_batch import resolve_micro_batch
 from .training.checkpointer import Checkpointer, global_batch
+from .training.compile import compile_blocks
 from .training.engine import Engine
 from .training.inputs import Inputs, list_bad_samples, open_inputs
 from .training.kernels import settle
@@ -238,6 +239,7 @@ def _assemble(
         verb = "resumed from" if place is None else "went back to"
         run.say(f"{verb} {reader.path.name} (epoch {epoch}, step {position.step})")
     tune_overlap(run, config, engine)
+    compile_blocks(run, task, engine, session.watchdog)
     trainer = _build_trainer(session, engine, position, went_back=place is not None)
     # Last, because everything above may draw random numbers.
     distributed.seed_everything(config.train.seed, world.rank)

@@ -1,4 +1,4 @@
-"""The host's free memory and GPUs, and the standard error of native libraries."""
+"""The host's free memory and GPUs, native libraries' standard error, and the compiler's cache."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
+
+from .cache_folder import cache_folder
 
 # The share of a device's or a process's memory kept free for fragments, workspaces of libraries and
 # the CUDA context, which no trial and no formula shows.
@@ -54,6 +56,19 @@ def use_expandable_segments() -> None:
     """
     if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # the older name of the same variable
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+
+
+def keep_graphs(host: str = "") -> None:
+    """Let torch.compile keep its results below ``~/.cache``, unless the user has chosen a folder.
+
+    Its own default is in ``/tmp``, which is often emptied.
+
+    Args:
+        host: a part of the folder's name, where hosts may share the home directory.
+    """
+    folder = cache_folder(f"graphs-{host}" if host else "graphs")
+    if folder is not None:
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
 
 
 @contextlib.contextmanager

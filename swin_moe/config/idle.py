@@ -63,5 +63,7 @@ def _of_others(config: Config) -> Iterator[Idle]:
         yield "schedule.warmup_epochs", ("schedule.warmup_lr",)
     if not config.zero.uses_files:
         yield "zero.offload_optimizer", ("zero.nvme_path",)
+    if config.zero.stage == 3:
+        yield "zero.stage", ("train.compile",)
     if config.faults.nonfinite == "stop":
         yield "faults.nonfinite", ("faults.max_nonfinite",)

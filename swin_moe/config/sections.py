@@ -119,6 +119,9 @@ class TrainConfig(Section):
     ``gradient_accumulation_steps`` is the number of micro-batches of an update. With ``auto``, each
     process computes ``data.batch_size`` images per update, in the fewest micro-batches that fit
     into its memory. Rates and the order of samples then do not depend on the machine.
+
+    ``compile`` makes graphs of the blocks by torch.compile before training; ``auto`` keeps them
+    where they are faster.
     """
 
     output: kinds.OptionalPath = ""  # run directory; empty = runs/<name of the config file>
@@ -127,6 +130,7 @@ class TrainConfig(Section):
     eval_every_epochs: Positive = 1
     max_steps: NonNegative = 0  # stop after this number of updates; 0 = run all epochs
     deterministic: bool = False  # only ops that give the same bits each time; fail at others
+    compile: bool | Literal["auto"] = False
     profile: bool = False  # trace a few updates into profile/ and split their time
 
     @property
@@ -264,6 +268,8 @@ class Config(Architecture):
                 f"zero.stage=3 with parallel.expert_parallel_size={group} is not supported: use "
                 "parallel.expert_parallel_size=1 (ZeRO-3 then shards the experts) or zero.stage=2"
             )
+        if self.zero.stage == 3 and self.train.compile is True:
+            raise ValueError("train.compile=true needs zero.stage 0, 1 or 2")
         if self.mixes_pairs and self.data.batch_size % 2:
             raise ValueError(
                 f"data.batch_size={self.data.batch_size} is odd, but mixup and cutmix need pairs: "

@@ -21,7 +21,15 @@ from ..moe import MoELayer, RoutingStats
 from ..ops import ROUTING_OPS
 
 
-class _Record(TorchDispatchMode):
+class _Mode(TorchDispatchMode):
+    """A mode under which graphs of torch.compile run: it changes the routing ops alone."""
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        return True
+
+
+class _Record(_Mode):
     """A mode that runs every op and keeps the results of the routing ops."""
 
     def __init__(self, kept: list[Any]) -> None:
@@ -35,7 +43,7 @@ class _Record(TorchDispatchMode):
         return result
 
 
-class _Replay(TorchDispatchMode):
+class _Replay(_Mode):
     """A mode that runs every op except the routing ops, whose kept results it returns."""
 
     def __init__(self, kept: list[Any]) -> None:

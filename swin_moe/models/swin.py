@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..config import ModelConfig, MoEConfig, check_moe_blocks
 from ..distributed import Group
-from ..moe import MoEResult, build_moe
+from ..moe import MoELayer, MoEResult, build_moe
 from ..moe.experts import ExpertLinear
 from ..moe.router import CosineRouter, LinearRouter, SoftRouter
 from ..ops import is_leaving, of_one_size, sides
@@ -100,24 +100,56 @@ class SwinBlock(nn.Module):
         assert self.spatial_mlp is not None
         return self.spatial_mlp.mix(x, shift)
 
-    def _feed(self, x: Tensor) -> tuple[Tensor, MoEResult | None]:
-        fed = self.mlp(x)
-        return (fed.output, fed) if isinstance(fed, MoEResult) else (fed, None)
+    def _draw(self, x: Tensor) -> Tensor | None:
+        """Draw drop path's factor of each image's branch, [B, 1, 1, 1]; None without drop path."""
+        if not self.training or isinstance(self.drop_path, nn.Identity):
+            return None
+        return self.drop_path(x.new_ones(x.shape[0], 1, 1, 1))
+
+    def begin(self, x: Tensor, keep: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Mix x [B, H, W, C]; return x after the first branch, and the feed-forward's input.
+
+        Args:
+            keep: drop path's factors [B, 1, 1, 1], drawn outside of graphs, so that the blocks of
+                a stage share one; None = 1.
+        """
+        if self.post_norm:
+            x = x + _dropped(self.norm1(self._mix(x)), keep)
+            return x, x
+        x = x + _dropped(self._mix(self.norm1(x)), keep)
+        return x, self.norm2(x)
+
+    def end(self, x: Tensor, fed: Tensor, keep: Tensor | None, scale: Tensor | None) -> Tensor:
+        """Return x [B, H, W, C] after the second branch.
+
+        Args:
+            fed: the feed-forward's output, like x.
+            keep: see :meth:`begin`.
+            scale: see :class:`~swin_moe.moe.layer.MoEResult`.
+        """
+        if self.post_norm:
+            fed = self.norm2(fed)
+            if scale is not None:
+                fed = (fed * scale).to(fed.dtype)
+        x = x + _dropped(fed, keep)
+        return x if self.norm3 is None else self.norm3(x)
+
+    def dense(self, x: Tensor, keep: Tensor | None, keep_fed: Tensor | None) -> Tensor:
+        """Return x [B, H, W, C] after a block without experts; factors as in :meth:`begin`."""
+        x, y = self.begin(x, keep)
+        return self.end(x, self.mlp(y), keep_fed, None)
 
     def forward(self, x: Tensor) -> tuple[Tensor, MoEResult | None]:
         """Return x [B, H, W, C] after the block, and its MoE layer's result, if it has one."""
-        if self.post_norm:
-            x = x + self.drop_path(self.norm1(self._mix(x)))
-            fed, routed = self._feed(x)
-            fed = self.norm2(fed)
-            if routed is not None and routed.scale is not None:
-                fed = (fed * routed.scale).to(fed.dtype)
-            x = x + self.drop_path(fed)
-        else:
-            x = x + self.drop_path(self._mix(self.norm1(x)))
-            fed, routed = self._feed(self.norm2(x))
-            x = x + self.drop_path(fed)
-        return (x if self.norm3 is None else self.norm3(x)), routed
+        if not isinstance(self.mlp, MoELayer):
+            return self.dense(x, self._draw(x), self._draw(x)), None
+        x, y = self.begin(x, self._draw(x))
+        routed: MoEResult = self.mlp(y)
+        return self.end(x, routed.output, self._draw(x), routed.scale), routed
+
+
+def _dropped(x: Tensor, keep: Tensor | None) -> Tensor:
+    return x if keep is None else x * keep.to(x.dtype)
 
 
 class SwinStage(nn.Module):
