@@ -82,10 +82,7 @@ def moe_dispatch_reference(x: Tensor, source: Tensor, destination: Tensor) -> Te
 
 def moe_combine_reference(y: Tensor, gate: Tensor, source: Tensor, destination: Tensor) -> Tensor:
     """Run `moe_combine` in PyTorch for any float dtype, with derivatives of any order."""
-    if is_leaving():
-        rows = _gather(y, destination)
-    else:
-        rows = _Move.apply(y, destination, source)
+    rows = _gather(y, destination) if is_leaving() else _Move.apply(y, destination, source)
     rows = rows.to(torch.promote_types(y.dtype, torch.float32))  # [T, k, D]
     weight = gate.masked_fill(destination < 0, 0).to(rows.dtype)
     return (rows * weight.unsqueeze(-1)).sum(1).to(y.dtype)
