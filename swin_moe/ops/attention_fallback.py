@@ -96,7 +96,7 @@ def _attend(
     call = Call(x.contiguous(), bias, scale, seed, mask, number, windows.cosine, windows.dropout_p)
     if not _compiler_failed and _is_ready(call):
         try:
-            return _graph()(*call)
+            return _run_graph(call)
         except torch._dynamo.exc.TorchDynamoException as error:
             _give_up(error)  # an error of the device, or of whoever recomputes this, passes
     return attend_reference(x, bias, scale, seed, windows, mask, first)
@@ -168,11 +168,11 @@ def _try(call: Call) -> None:
     So a fault of the compiler shows here, where the reference can still run instead.
     """
     import torch._dynamo
-    import torch._functorch.config as functorch
+    import torch._functorch.config
 
     B, nW, N, _, heads, head_dim = call.x.shape
     # The compiler treats sizes that are equal here as always equal.
-    B, nW, heads = min(B, 2), 5 if nW > 1 else 1, 7 if heads > 1 else 1
+    B, nW, heads = min(B, 3), (11 if N <= 256 else 5) if nW > 1 else 1, 7 if heads > 1 else 1
     x = call.x.new_zeros(B, nW, N, 3, heads, head_dim)
     bias, scale = call.bias.new_zeros(heads, N, N), call.scale.new_zeros(heads, 1, 1)
     mask = None if call.mask is None else call.mask.new_zeros(nW, N, N)
@@ -182,16 +182,21 @@ def _try(call: Call) -> None:
     for tensor, sizes in ((x, (0, 1, 4)), (bias, 0), (scale, 0), (mask, 0)):
         if tensor is not None:
             torch._dynamo.maybe_mark_dynamic(tensor, sizes)
-    with (
-        torch._dynamo.config.patch(recompile_limit=GRAPHS),
-        functorch.patch(force_non_lazy_backward_lowering=True),
-        # Activation checkpointing must not count these tensors.
-        torch.autograd.graph.saved_tensors_hooks(_same, _same),
-    ):
-        out = _graph()(*call._replace(x=x, bias=bias, scale=scale, mask=mask))
+    # Activation checkpointing must not count these tensors.
+    with torch.autograd.graph.saved_tensors_hooks(_same, _same):
+        out = _run_graph(call._replace(x=x, bias=bias, scale=scale, mask=mask))
         if out.requires_grad:
             wanted = [tensor for tensor in inputs if tensor.requires_grad]
             torch.autograd.grad(out, wanted, torch.zeros_like(out))
+
+
+def _run_graph(call: Call) -> Tensor:
+    """Run a call; the backward pass is compiled with it, so that no fault shows only there."""
+    with (
+        torch._dynamo.config.patch(recompile_limit=GRAPHS),
+        torch._functorch.config.patch(force_non_lazy_backward_lowering=True),
+    ):
+        return _graph()(*call)
 
 
 def _same(tensor: Tensor) -> Tensor:
