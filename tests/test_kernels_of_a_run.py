@@ -64,3 +64,14 @@ def test_an_attention_without_a_kernel_is_named_and_can_be_refused():
     ops.require_fused("cpu")
     with pytest.raises(ValueError, match=r"ops\.require_fused: window_attention .* no kernel"):
         kernels.settle(odd, ALONE, torch.float32, print)
+
+
+def test_a_route_to_more_experts_than_a_gpu_kernel_serves_is_named():
+    with torch.device("meta"):
+        model = task("moe.num_experts=1025").build_model(initialise=False)
+    (key,) = kernels.without_kernel(model, torch.bfloat16, "cuda")
+    assert (key.op, key.dtype) == ("moe_route", "float32")
+    assert not any(
+        s.op == "moe_route" for s in kernels.model_signatures(model, torch.bfloat16, "cuda")
+    )
+    assert not kernels.without_kernel(model, torch.bfloat16, "cpu")

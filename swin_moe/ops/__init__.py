@@ -26,7 +26,7 @@ from .leaving import fixed, is_leaving, of_one_size, sides
 from .moe_choose import moe_choose
 from .moe_dispatch import moe_combine, moe_combine_reference, moe_dispatch, moe_dispatch_reference
 from .moe_experts import moe_experts, moe_experts_reference
-from .moe_route import moe_route
+from .moe_route import MAX_CUDA_EXPERTS, moe_route
 from .route_reference import Route, RouteOptions, finite_range, moe_route_reference
 from .signature import Choice, Signature
 from .window_attention import (
@@ -45,6 +45,7 @@ ROUTING_OPS = [
 
 __all__ = [
     "KERNEL_HEAD_DIMS",
+    "MAX_CUDA_EXPERTS",
     "MAX_KERNEL_TOKENS",
     "ROUTING_OPS",
     "AdamwFactors",

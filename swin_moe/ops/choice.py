@@ -35,6 +35,11 @@ def use_references() -> None:
     _wanted = False
 
 
+def kernels_wanted() -> bool:
+    """Return whether :func:`use_references` was not called."""
+    return _wanted
+
+
 def trust_kernels() -> None:
     """Run kernels without a trial from now on: for the trial itself, and for tests of kernels."""
     global _trusted

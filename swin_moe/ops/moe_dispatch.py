@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import _library, choice
+from .leaving import is_leaving
 
 
 def moe_dispatch(x: Tensor, source: Tensor, destination: Tensor) -> Tensor:
@@ -74,15 +75,66 @@ def moe_combine(y: Tensor, gate: Tensor, source: Tensor, destination: Tensor) ->
 
 def moe_dispatch_reference(x: Tensor, source: Tensor, destination: Tensor) -> Tensor:
     """Run `moe_dispatch` in PyTorch for any float dtype, with derivatives of any order."""
-    token = torch.div(source, destination.shape[1], rounding_mode="floor")  # -1 stays -1
-    return _gather(x, token)
+    if is_leaving():
+        return _gather(x, _tokens(source, destination))
+    return _Copy.apply(x, source, destination)
 
 
 def moe_combine_reference(y: Tensor, gate: Tensor, source: Tensor, destination: Tensor) -> Tensor:
     """Run `moe_combine` in PyTorch for any float dtype, with derivatives of any order."""
-    rows = _gather(y, destination).to(torch.promote_types(y.dtype, torch.float32))  # [T, k, D]
+    rows = _gather(y, destination) if is_leaving() else _Move.apply(y, destination, source)
+    rows = rows.to(torch.promote_types(y.dtype, torch.float32))  # [T, k, D]
     weight = gate.masked_fill(destination < 0, 0).to(rows.dtype)
     return (rows * weight.unsqueeze(-1)).sum(1).to(y.dtype)
+
+
+# The derivative of a gather by torch is a scatter, which adds in no fixed order on a GPU. With both
+# maps it is a gather as well.
+
+
+class _Copy(torch.autograd.Function):
+    """The rows [S, D] of tokens [T, D]; an empty slot is zero."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, source: Tensor, destination: Tensor) -> Tensor:
+        ctx.save_for_backward(source, destination)
+        return _gather(x, _tokens(source, destination))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return _Gathered.apply(grad, *ctx.saved_tensors), None, None
+
+
+class _Gathered(torch.autograd.Function):
+    """The sums [T, D] of each token's rows [S, D]: the adjoint of :class:`_Copy`."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, source: Tensor, destination: Tensor) -> Tensor:
+        ctx.save_for_backward(source, destination)
+        return _dispatch_backward_reference(rows, destination)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return _Copy.apply(grad, *ctx.saved_tensors), None, None
+
+
+class _Move(torch.autograd.Function):
+    """Rows [..., D], numbered by the inverse index, at an index; zeros at -1."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
+        ctx.save_for_backward(index, inverse)
+        return _gather(rows.reshape(inverse.numel(), rows.shape[-1]), index)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        index, inverse = ctx.saved_tensors
+        return _Move.apply(grad, inverse, index), None, None
+
+
+def _tokens(source: Tensor, destination: Tensor) -> Tensor:
+    """Return the token of each slot; -1 stays -1."""
+    return torch.div(source, destination.shape[1], rounding_mode="floor")
 
 
 def _gather(rows: Tensor, index: Tensor) -> Tensor:
@@ -111,7 +163,7 @@ def _dispatch_backward_reference(grad_out: Tensor, destination: Tensor) -> Tenso
 def _combine_backward_reference(
     grad_out: Tensor, y: Tensor, gate: Tensor, source: Tensor, destination: Tensor
 ) -> tuple[Tensor, Tensor]:
-    token = torch.div(source, destination.shape[1], rounding_mode="floor")
+    token = _tokens(source, destination)
     weight = _gather(gate.reshape(-1, 1), source)  # [S, 1], 0 for an empty slot
     grad_y = (weight * _gather(grad_out, token)).to(y.dtype)
     rows = _gather(y, destination).to(torch.promote_types(y.dtype, torch.float32))

@@ -13,19 +13,21 @@ gradients. Only the rows and the hidden rows before bias and activation are save
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from . import _library, choice
-from .dropout import draw_seed, keep_mask
-from .leaving import fixed, is_leaving
-
-Weights = tuple[Tensor, Tensor, Tensor, Tensor | None]
-"""fc1_weight, fc1_bias, fc2_weight and fc2_bias, see :func:`moe_experts`."""
+from .dropout import draw_seed
+from .experts_reference import (
+    Weights,
+    dropout_of,
+    experts_one_by_one,
+    moe_experts_reference,
+    own_rows,
+    split_rows,
+)
 
 
 def moe_experts(
@@ -70,70 +72,6 @@ def moe_experts(
         with torch.autocast(device, enabled=False):
             return _experts(rows, used, weights, seed, stride, dropout_p)
     return _experts(rows, used, weights, seed, stride, dropout_p)
-
-
-def moe_experts_reference(
-    rows: Tensor,
-    used: Tensor,
-    fc1_weight: Tensor,
-    fc1_bias: Tensor,
-    fc2_weight: Tensor,
-    fc2_bias: Tensor | None,
-    *,
-    stride: int = 0,
-    dropout_p: float = 0.0,
-    seed: Tensor | None = None,
-) -> Tensor:
-    """Run `moe_experts` in PyTorch for any float dtype, with derivatives of any order.
-
-    Empty rows of the result are zero.
-
-    Args:
-        seed: [1] int64, of the dropout; drawn if it is None. The others are those of `moe_experts`.
-    """
-    if dropout_p > 0 and seed is None:
-        seed = draw_seed(rows.device)
-    if is_leaving():
-        weights = (fc1_weight, fc1_bias, fc2_weight, fc2_bias)
-        return _experts_by_index(rows, used, weights, stride, dropout_p, seed)
-    parts = []
-    for expert, own, empty in _slices(rows, used, stride):
-        hidden = F.gelu(F.linear(rows[own], fc1_weight[expert], fc1_bias[expert]))
-        if dropout_p > 0:
-            hidden = hidden * _keep(seed, own, hidden, dropout_p)
-        bias = None if fc2_bias is None else fc2_bias[expert]
-        parts += [
-            F.linear(hidden, fc2_weight[expert], bias),
-            rows.new_zeros(empty, rows.shape[1]),
-        ]
-    return torch.cat(parts)
-
-
-def _experts_by_index(
-    rows: Tensor,
-    used: Tensor,
-    weights: Weights,
-    stride: int,
-    dropout_p: float,
-    seed: Tensor | None,
-) -> Tensor:
-    """Run the reference in a graph, where the number of rows of an expert is unknown."""
-    fc1_weight, fc1_bias, fc2_weight, fc2_bias = weights
-    start = used.cumsum(0) - used
-    if stride:
-        start = torch.arange(used.shape[0], device=used.device) * stride
-    number = torch.arange(rows.shape[0], device=rows.device)
-    out = torch.zeros_like(rows)
-    for expert in range(fixed(used.shape[0])):
-        past = number - start[expert]
-        own = ((past >= 0) & (past < used[expert])).nonzero().squeeze(1)
-        hidden = F.gelu(F.linear(rows.index_select(0, own), fc1_weight[expert], fc1_bias[expert]))
-        if dropout_p > 0:
-            assert seed is not None
-            hidden = hidden * keep_mask(seed, own, hidden.shape[1], dropout_p).to(hidden.dtype)
-        bias = None if fc2_bias is None else fc2_bias[expert]
-        out = out.index_put((own,), F.linear(hidden, fc2_weight[expert], bias))
-    return out
 
 
 def _experts(
@@ -189,25 +127,6 @@ def _describe(tensor: Tensor) -> str:
     return f"{list(tensor.shape)} of {tensor.dtype}"
 
 
-def _slices(rows: Tensor, used: Tensor, stride: int) -> Iterator[tuple[int, slice, int]]:
-    """Yield each expert, its rows, and the number of empty rows after them."""
-    counts = used.tolist()
-    start = 0
-    for expert, count in enumerate(counts):
-        last = expert + 1 == len(counts)
-        end = rows.shape[0] if last else start + (stride or count)
-        if not 0 <= count <= min(stride or count, end - start):
-            raise RuntimeError(f"used[{expert}] is {count}, which exceeds the number of rows")
-        yield expert, slice(start, start + count), end - start - count
-        start = end
-
-
-def _keep(seed: Tensor | None, rows: slice, like: Tensor, dropout_p: float) -> Tensor:
-    assert seed is not None
-    row = torch.arange(rows.start, rows.stop, device=seed.device)
-    return keep_mask(seed, row, like.shape[1], dropout_p).to(like.dtype)
-
-
 def _forward(
     rows: Tensor,
     used: Tensor,
@@ -221,13 +140,12 @@ def _forward(
     keep: bool,
     method: int,
 ) -> tuple[Tensor, Tensor]:
-    out = moe_experts_reference(
-        rows, used, fc1_weight, fc1_bias, fc2_weight, fc2_bias,
-        stride=stride, dropout_p=dropout_p, seed=seed,
-    )  # fmt: skip
+    weights = (fc1_weight, fc1_bias, fc2_weight, fc2_bias)
+    counts = split_rows(rows, used, stride)
+    out = experts_one_by_one(rows, counts, weights, dropout_p, seed)
     pre = rows.new_zeros(rows.shape[0] if keep else 0, fc1_bias.shape[1])
     if keep:
-        for expert, own, _ in _slices(rows, used, stride):
+        for expert, own in enumerate(own_rows(counts)):
             pre[own] = rows[own] @ fc1_weight[expert].t()
     return out, pre
 
@@ -254,12 +172,12 @@ def _backward(
         fc2_weight.new_empty(fc2_weight.shape),
     )
     grad_fc2_bias = rows.new_empty(len(used) if has_fc2_bias else 0, rows.shape[1])
-    for expert, own, _ in _slices(rows, used, stride):
+    for expert, own in enumerate(own_rows(split_rows(rows, used, stride))):
         x = pre[own].to(wide) + fc1_bias[expert].to(wide)
         below = (1 + torch.erf(x * math.sqrt(0.5))) / 2
         act, slope = x * below, below + x * torch.exp(-x * x / 2) / math.sqrt(2 * math.pi)
         if dropout_p > 0:
-            kept = _keep(seed, own, x, dropout_p)
+            kept = dropout_of(seed, own, x, dropout_p)
             act, slope = act * kept, slope * kept
         g = grad_out[own]
         grad_pre = (g @ fc2_weight[expert]).to(wide) * slope

@@ -97,6 +97,7 @@ def moe_route_reference(
     assign = assign_reference if is_leaving() else torch.ops.swin_moe.moe_assign
     plan = assign(chosen_by, priority, finite, *options)
     expert = plan[0]
+    # The gradient is a scatter in fixed order: a token's choices are different experts.
     gate = scores.gather(1, expert)
     if options.normalize:
         total = gate.sum(1, keepdim=True).clamp(min=torch.finfo(gate.dtype).eps)

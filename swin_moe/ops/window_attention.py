@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from . import _library, choice
+from .attention_fallback import attention_fallback
 from .dropout import draw_seed
 from .leaving import is_leaving
-from .window_reference import Windows, attention_reference, backward_reference, forward_reference
+from .window_reference import Windows, backward_reference, forward_reference
 
 KERNEL_HEAD_DIMS = (16, 32, 48, 64)
 MAX_KERNEL_TOKENS = 32 * 32  # of a window
@@ -78,7 +79,7 @@ def _attention(qkv: Tensor, bias: Tensor, scale: Tensor, windows: Windows, chunk
     if not fits_kernel(qkv, windows):
         # Chunks save memory in training; they would fix a graph to their number.
         chunk = 0 if is_leaving() else chunk
-        return attention_reference(qkv, bias, scale, seed, windows, chunk)
+        return attention_fallback(qkv, bias, scale, seed, windows, chunk)
     out, _ = torch.ops.swin_moe.window_attention(
         qkv, bias.float(), scale.float().flatten(), seed, *_numbers(windows)
     )

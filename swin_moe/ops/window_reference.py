@@ -7,6 +7,7 @@ FlashAttention-2's (https://arxiv.org/abs/2307.08691), appendix B, extended by t
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -94,23 +95,26 @@ def attention_reference(
     seed: Tensor | None,
     windows: Windows,
     chunk: int = 0,
+    attend: Callable[..., Tensor] | None = None,
 ) -> Tensor:
     """Run `window_attention` in PyTorch for any float dtype, with derivatives of any order.
 
     Args:
         chunk: windows computed at once, and recomputed in the backward pass; 0 = all, without
             recomputation. See Swin Transformer V2 (https://arxiv.org/abs/2111.09883), section 3.4.
+        attend: runs instead of :func:`attend_reference`, with its arguments.
     """
+    attend = attend or attend_reference
     H, W = sides(qkv)
     x = windows.split(qkv)  # [B, nW, N, 3, heads, d]
     mask = windows.mask(H, W, qkv)
     if not chunk:
-        return windows.merge(_attend(x, bias, scale, seed, windows, mask), H, W)
+        return windows.merge(attend(x, bias, scale, seed, windows, mask), H, W)
     B = qkv.shape[0]
     number = torch.arange(B * x.shape[1], device=qkv.device)
     parts = [
         checkpoint(
-            _attend, part, bias, scale, seed, windows,
+            attend, part, bias, scale, seed, windows,
             None if mask is None else mask[numbers % x.shape[1]], index * chunk,
             use_reentrant=False, preserve_rng_state=False,
         )
@@ -121,19 +125,17 @@ def attention_reference(
     return windows.merge(torch.cat(parts, 1).unflatten(1, (B, -1))[0], H, W)
 
 
-def _attend(
+def attend_reference(
     x: Tensor,
     bias: Tensor,
     scale: Tensor,
     seed: Tensor | None,
     windows: Windows,
     mask: Tensor | None,
-    first: int = 0,
+    first: int | Tensor = 0,
 ) -> Tensor:
     """Compute windows [B, nW, N, 3, heads, d], numbered from ``first``, to [B, nW, N, C]."""
     q, k, v = x.permute(3, 0, 1, 4, 2, 5).unbind(0)  # [B, nW, heads, N, d]
-    if windows.cosine:
-        q, k = _unit(q), _unit(k)
     probabilities = _logits(q, k, bias, scale, windows, mask).softmax(-1)
     if windows.dropout_p > 0:
         probabilities = probabilities * _keep(seed, probabilities, windows.dropout_p, first)
@@ -146,8 +148,6 @@ def forward_reference(
     """Return the op's output, and log₂ Σ 2^(logit·log₂e) per query [B·nW, heads, N]."""
     H, W = qkv.shape[1:3]
     q, k, _ = windows.split(qkv).permute(3, 0, 1, 4, 2, 5).unbind(0)
-    if windows.cosine:
-        q, k = _unit(q), _unit(k)
     lse = _logits(q, k, bias, scale, windows, windows.mask(H, W, q)).logsumexp(-1) * math.log2(
         math.e
     )
@@ -171,7 +171,7 @@ def backward_reference(
     per_head = (windows.split(x.to(wide)).unflatten(3, (heads, -1)) for x in (grad_out, out))
     grad, out = (x.transpose(2, 3) for x in per_head)  # [B, nW, heads, N, d]
     q, k = (_unit(raw_q), _unit(raw_k)) if windows.cosine else (raw_q, raw_k)
-    logits = _logits(q, k, bias, scale, windows, windows.mask(H, W, q))
+    logits = _logits(raw_q, raw_k, bias, scale, windows, windows.mask(H, W, q))
     p = torch.exp2(logits * math.log2(math.e) - lse.view(logits.shape[:-1]).unsqueeze(-1))
     keep = _keep(seed, p, windows.dropout_p) if windows.dropout_p > 0 else torch.ones_like(p)
     grad_v = (p * keep).transpose(-2, -1) @ grad
@@ -200,11 +200,20 @@ def _factor(scale: Tensor, cosine: bool, dtype: torch.dtype) -> Tensor:
 def _logits(
     q: Tensor, k: Tensor, bias: Tensor, scale: Tensor, windows: Windows, mask: Tensor | None
 ) -> Tensor:
-    """Return logits [B, nW, heads, N, N] in at least fp32; cosine needs unit rows."""
+    """Return logits [B, nW, heads, N, N] in at least fp32.
+
+    A matrix of logits has many more numbers than q, so that each pass over it is a large part of
+    the time on a GPU. So the factor is applied to q, and bias and mask are added in one pass, which
+    also widens the product.
+    """
     wide = torch.promote_types(q.dtype, torch.float32)
     factor = _factor(scale, windows.cosine, wide)
-    logits = (q @ k.transpose(-2, -1)).to(wide) * factor + bias.to(wide)
-    return logits if mask is None else logits + mask.to(wide)[:, None]
+    if windows.cosine:
+        scaled, k = _unit(q.to(wide)) * factor, _unit(k)
+    else:
+        scaled = q * factor
+    added = bias.to(wide) if mask is None else bias.to(wide) + mask.to(wide)[:, None]
+    return scaled.to(q.dtype) @ k.transpose(-2, -1) + added
 
 
 def _unit(x: Tensor) -> Tensor:
@@ -220,7 +229,9 @@ def _through_unit(raw: Tensor, unit: Tensor, grad: Tensor) -> Tensor:
     return (grad - unit * radial) / norm.clamp(min=MIN_NORM)
 
 
-def _keep(seed: Tensor | None, probabilities: Tensor, dropout_p: float, first: int = 0) -> Tensor:
+def _keep(
+    seed: Tensor | None, probabilities: Tensor, dropout_p: float, first: int | Tensor = 0
+) -> Tensor:
     """Return 0 or 1 / (1 − p) per probability [B, nW, heads, N, N], by the query's number.
 
     Args:

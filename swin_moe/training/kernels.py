@@ -18,37 +18,46 @@ from ..tasks import Task
 
 def model_signatures(model: nn.Module, dtype: torch.dtype, device: str) -> list[Signature]:
     """Return the signatures of a model's kernels at the resolution for which it was built."""
-    calls = [call for call in _calls(model, dtype) if _has_kernel(*call)]
-    return list(dict.fromkeys(ops.signature(op, device, *call) for op, *call in calls))
+    return list(
+        dict.fromkeys(
+            ops.signature(op, device, kind, *(shape if op == "window_attention" else ()))
+            for op, kind, *shape in _calls(model, dtype)
+            if _has_kernel(device, op, *shape)
+        )
+    )
 
 
 def without_kernel(model: nn.Module, dtype: torch.dtype, device: str) -> dict[Signature, Choice]:
-    """Return a model's attentions for which no kernel is compiled."""
-    lacking = Choice(
-        False,
-        f"no kernel: head widths are {', '.join(map(str, ops.KERNEL_HEAD_DIMS))}, windows have up "
-        f"to {ops.MAX_KERNEL_TOKENS:,} tokens",
-    )
-    name = str(dtype).rpartition(".")[2]
+    """Return a model's calls for which no kernel is compiled."""
+    limits = {
+        "window_attention": f"head widths are {', '.join(map(str, ops.KERNEL_HEAD_DIMS))}, windows "
+        f"have up to {ops.MAX_KERNEL_TOKENS:,} tokens",
+        "moe_route": f"up to {ops.MAX_CUDA_EXPERTS:,} experts",
+    }
     return {
-        Signature(op, device, name, tuple(shape)): lacking
-        for op, _, *shape in _calls(model, dtype)
-        if not _has_kernel(op, dtype, *shape)
+        Signature(op, device, ops.signature(op, device, kind).dtype, tuple(shape)): Choice(
+            False, f"no kernel: {limits[op]}"
+        )
+        for op, kind, *shape in _calls(model, dtype)
+        if not _has_kernel(device, op, *shape)
     }
 
 
-def _has_kernel(op: str, _: torch.dtype, *shape: int) -> bool:
+def _has_kernel(device: str, op: str, *shape: int) -> bool:
+    if op == "moe_route":
+        return device != "cuda" or shape[0] <= ops.MAX_CUDA_EXPERTS
     return op != "window_attention" or ops.has_instance(*shape)
 
 
 def _calls(model: nn.Module, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
+    """Yield op, dtype and the sizes on which a kernel may depend."""
     for module in model.modules():
         if isinstance(module, WindowAttention):
             window, head_dim = module.window_size, module.proj.in_features // module.num_heads
             yield "window_attention", dtype, window, window, head_dim
         elif isinstance(module, MoELayer) and module.moe.routing != "soft":
             if module.moe.routing == "token_choice":
-                yield "moe_route", torch.float32
+                yield "moe_route", torch.float32, module.moe.num_experts
             for op in ("moe_dispatch", "moe_combine", "moe_experts"):
                 yield op, dtype
 
