@@ -236,8 +236,12 @@ STABLE_TORCH_LIBRARY_IMPL(swin_moe, CPU, m) {
   swin_moe::register_window_attention<swin_moe::Cpu>(m);
 }
 
-STABLE_TORCH_LIBRARY_FRAGMENT(swin_moe, m) { m.def("cpu_instruction_set(bool bf16) -> str"); }
+STABLE_TORCH_LIBRARY_FRAGMENT(swin_moe, m) {
+  m.def("cpu_instruction_set(bool bf16) -> str");
+  m.def("allow_amx(bool allowed) -> ()");
+}
 
 STABLE_TORCH_LIBRARY_IMPL(swin_moe, CompositeExplicitAutograd, m) {
   m.impl("cpu_instruction_set", TORCH_BOX(&swin_moe::instruction_set));
+  m.impl("allow_amx", TORCH_BOX(&swin_moe::cpu::allow_amx));
 }

@@ -95,6 +95,20 @@ def compiled_for(op: str, device_type: str) -> bool:
     return bool(names) and all(has_kernel(f"swin_moe::{name}", key) for name in names)
 
 
+def has_amx() -> bool:
+    """Return whether the CPU attention kernels may have a form for AMX tiles here."""
+    return (
+        compiled_for("window_attention", "cpu")
+        and torch.cpu._is_amx_tile_supported()
+        and cpu_instruction_set(torch.bfloat16) in ("avx512_bf16", "amx_bf16")
+    )
+
+
+def allow_amx(allowed: bool) -> None:
+    """Let bf16 attention on a CPU use AMX tiles, from the next call on."""
+    torch.ops.swin_moe.allow_amx(allowed)
+
+
 def cpu_instruction_set(dtype: torch.dtype) -> str | None:
     """Return the instruction set of the CPU attention kernels for a dtype, None without them."""
     if not compiled_for("window_attention", "cpu") or dtype not in KERNEL_DTYPES["cpu"]:

@@ -23,6 +23,8 @@ from .trial import try_kernels
 log = logging.getLogger("swin_moe")
 
 
+# The attention kernels for AMX tiles, which are tried in addition to those for AVX-512.
+AMX = Signature("window_attention_amx", "cpu", "bfloat16")
 FP32_ONLY = ("adamw_", "moe_route")
 _wanted, _required, _trusted = True, False, False
 _assumed: bool | None = None
@@ -159,13 +161,27 @@ def decide(
     Returns:
         their choices, without those that have no kernel to try.
     """
-    wanted = [s for s in dict.fromkeys(signatures) if _wanted and compiled_for(s.op, s.device)]
+    wanted = [s for s in _with_amx(signatures) if _wanted and compiled_for(_op(s), s.device)]
     missing = [s for s in wanted if s not in _choices]
     for key, choice in (try_kernels(missing, say) if missing and not _trusted else {}).items():
         _choices.setdefault(key, choice)
         if not choice.fused:
             log.warning("%s: %s", key, choice)
+        if key == AMX and choice.fused:
+            _library.allow_amx(True)
     return {key: _choices[key] for key in wanted if key in _choices}
+
+
+def _with_amx(signatures: Iterable[Signature]) -> list[Signature]:
+    """Return signatures once each, with that of AMX if it concerns bf16 attention here."""
+    found = list(dict.fromkeys(signatures))
+    if AMX._replace(op="window_attention") in found and _library.has_amx():
+        found.append(AMX)
+    return found
+
+
+def _op(key: Signature) -> str:
+    return "window_attention" if key == AMX else key.op
 
 
 def choices(device: str) -> dict[Signature, Choice]:

@@ -157,7 +157,7 @@ def test_the_kernels_of_this_machine_pass(op):
 def test_every_op_with_kernels_has_a_trial():
     from swin_moe.ops.trial.cases import TRIALS
 
-    assert sorted(TRIALS) == sorted(ops.status())
+    assert sorted(TRIALS) == sorted([*ops.status(), choice.AMX.op])
 
 
 def test_a_slower_kernel_is_right_but_does_not_run(stand_in, monkeypatch):
@@ -270,7 +270,9 @@ def test_another_library_or_processor_is_tried_again(machine, monkeypatch, fact)
     log = machine("")
     trial.try_kernels([ATTENTION])
     monkeypatch.setattr(ops._library, fact, lambda *arguments: "another")
+    kept.machine.cache_clear()
     trial.try_kernels([ATTENTION])
+    kept.machine.cache_clear()
     assert log.read_text().split() == ["window_attention"] * 2
     assert stat.S_IMODE(kept.Kept("cpu").path.parent.stat().st_mode) == 0o700
 
@@ -359,3 +361,37 @@ def test_a_line_describes_the_choices():
         "window_attention bfloat16 8×8×32: fallback, its kernel takes 1.4 times as long; "
         "window_attention bfloat16 16×16×32: fused, 2.9× the fallback; "
     )
+
+
+BF16 = Signature("window_attention", "cpu", "bfloat16")
+
+
+@pytest.mark.parametrize(
+    ("body", "allowed"),
+    [
+        ("", [True]),
+        ('choice = [not op.endswith("_amx"), "the kernel differed", 0.0, True]', []),
+        ('if op.endswith("_amx"): os.kill(os.getpid(), signal.SIGILL)', []),
+    ],
+)
+def test_amx_is_used_only_after_its_own_trial(machine, monkeypatch, body, allowed):
+    calls = []
+    monkeypatch.setattr(ops._library, "has_amx", lambda: True)
+    monkeypatch.setattr(ops._library, "allow_amx", calls.append)
+    machine(body)
+    found = ops.decide([BF16])
+    assert calls == allowed
+    assert found[BF16].right
+    assert found[choice.AMX].fused == bool(allowed)
+    assert choice.AMX not in ops.decide([ATTENTION])  # fp32 has no tiles
+
+
+def test_amx_may_be_allowed_on_any_processor():
+    before = ops.cpu_instruction_set(torch.bfloat16)
+    ops._library.allow_amx(True)
+    try:
+        now = ops.cpu_instruction_set(torch.bfloat16)
+    finally:
+        ops._library.allow_amx(False)
+    assert now == ("amx_bf16" if ops._library.has_amx() else before)
+    assert ops.cpu_instruction_set(torch.bfloat16) == before

@@ -1,5 +1,6 @@
 #include "window_attention.h"
 
+#include <atomic>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
@@ -34,15 +35,18 @@ struct Choice {
   bool available;
 };
 
-// None for a wish that names nothing.
-const WindowKernels* choose(bool has_bf16_dot) {
+std::atomic<bool> amx_allowed{false};
+
+// None for a wish that names nothing. The kernels for AMX need permission, or the wish for them:
+// they have not run on a processor with AMX yet, and a trial comes first.
+const WindowKernels* choose(bool has_bf16_dot, bool amx) {
   const char* wish = std::getenv("SWIN_MOE_ISA");
   const Choice choices[] = {
 #if SWIN_MOE_AMX
-      // Only for those who name it: these kernels have not run on a processor with AMX yet, and
-      // until they have, none gets them unasked.
-      {&kAmxBf16Kernels, has_bf16_dot && wish != nullptr &&
-                             std::strcmp(wish, kAmxBf16Kernels.name) == 0 && amx_available()},
+      {&kAmxBf16Kernels,
+       has_bf16_dot &&
+           (amx || (wish != nullptr && std::strcmp(wish, kAmxBf16Kernels.name) == 0)) &&
+           amx_available()},
 #endif
 #if SWIN_MOE_X86
       {&kAvx512Bf16Kernels, has_bf16_dot && __builtin_cpu_supports("avx512bf16")},
@@ -98,9 +102,14 @@ bool window_attention_supported(DType dtype, const WindowShape& shape) {
 }
 
 const WindowKernels* window_kernels(DType dtype) {
-  static const WindowKernels* const for_fp32 = choose(false);
-  static const WindowKernels* const for_bf16 = choose(true);
-  return dtype == DType::kBFloat16 ? for_bf16 : for_fp32;
+  static const WindowKernels* const for_fp32 = choose(false, false);
+  static const WindowKernels* const for_bf16 = choose(true, false);
+  if (dtype != DType::kBFloat16) return for_fp32;
+  if (!amx_allowed) return for_bf16;
+  static const WindowKernels* const with_amx = choose(true, true);
+  return with_amx;
 }
+
+void allow_amx(bool allowed) { amx_allowed = allowed; }
 
 }  // namespace swin_moe::cpu

@@ -61,8 +61,11 @@ struct WindowKernels {
 bool window_attention_supported(DType dtype, const WindowShape& shape);
 
 // The kernels for a dtype on this processor, chosen in the first call. The environment variable
-// SWIN_MOE_ISA (amx_bf16, avx512_bf16, avx512, avx2, generic) selects a lesser instruction set, or
-// amx_bf16, which is used only if named; another name selects none.
+// SWIN_MOE_ISA (amx_bf16, avx512_bf16, avx512, avx2, generic) selects a lesser instruction set;
+// another name selects none. amx_bf16 is used only if named or allowed.
 const WindowKernels* window_kernels(DType dtype);
+
+// Lets `window_kernels` choose the kernels for AMX, where the processor has it.
+void allow_amx(bool allowed);
 
 }  // namespace swin_moe::cpu

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from .. import _library
 from ..adamw import AdamwFactors, adamw_, adamw_reference_
 from ..moe_dispatch import moe_combine, moe_dispatch
 from ..moe_experts import moe_experts
@@ -14,7 +15,7 @@ from ..moe_route import moe_route
 from ..route_reference import RouteOptions, moe_route_reference
 from ..signature import Choice
 from ..window_attention import KERNEL_HEAD_DIMS, window_attention
-from .checks import Case, alone, compare, measure, repeat
+from .checks import Case, against, alone, compare, measure, repeat, results
 
 Shape = tuple[int, ...]
 ELEMENTS_PAST_32_BITS = (1 << 31) + 1
@@ -53,6 +54,23 @@ def try_attention(device: str, dtype: torch.dtype, shape: Shape) -> Choice:
     if device == "cuda":
         _past_32_bits(dtype, window, heads, head_dim)
     return measure(timed, device)
+
+
+def try_amx(device: str, dtype: torch.dtype, shape: Shape) -> Choice:
+    """Try the kernels for AMX tiles, and time them against those for AVX-512."""
+    _library.allow_amx(True)
+    try:
+        found = try_attention(device, dtype, shape)
+        case = _attention(device, dtype, (8, 8), (32, 32), 3, 32, None, shift=(4, 4))
+
+        def others() -> None:
+            _library.allow_amx(False)
+            results(case)
+            _library.allow_amx(True)
+
+        return against(case, others, device) if found.right else found
+    finally:
+        _library.allow_amx(False)
 
 
 def _attention_cases(
@@ -374,6 +392,7 @@ def _adamw(device: str, count: int, gradient: torch.dtype, offset: int = 0) -> C
 TRIALS: dict[str, Callable[[str, torch.dtype, Shape], Choice]] = {
     "adamw_": try_adamw,
     "window_attention": try_attention,
+    "window_attention_amx": try_amx,
     "moe_route": try_route,
     "moe_dispatch": try_dispatch,
     "moe_combine": try_combine,

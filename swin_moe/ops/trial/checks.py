@@ -169,6 +169,11 @@ def measure(case: Case, device: str) -> Choice:
         with choice.assume_fused(False):
             results(case)
 
+    return against(case, fallback, device)
+
+
+def against(case: Case, fallback: Callable[[], None], device: str) -> Choice:
+    """Time a right kernel's case and a fallback in turns, and choose."""
     results(case)
     try:
         fallback()  # compiles it, on a GPU

@@ -10,6 +10,7 @@ import logging
 import platform
 import shutil
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -27,6 +28,7 @@ VERSION = 1  # of the checks; a higher one makes every machine try again
 MOST = 1 << 22  # bytes of a file that are read
 
 
+@cache
 def machine(kind: str) -> dict[str, str]:
     """Return what the results for a kind of device depend on."""
     facts = {
