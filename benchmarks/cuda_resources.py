@@ -196,28 +196,34 @@ def _fastest_way(body: Instructions) -> list[str]:
     return way[::-1]
 
 
+def cells_of(
+    source: Path, architecture: int, kernels: dict[str, Usage], cubin: Path
+) -> list[dict[str, object]]:
+    """Return a cell for each kernel instance of a compiled source."""
+    code = disassemble(cubin)
+    cells = []
+    for name, used in sorted(kernels.items()):
+        loop = inner_loop(code.get(name, []))
+        cells.append(
+            harness.figure(
+                f"{source.stem}: {name}",
+                "instructions",
+                float(loop.fastest) if loop else None,
+                mode=f"sm_{architecture}",
+                **used._asdict(),
+                total=len(code.get(name, [])),
+                loop=loop.size if loop else None,
+                kinds=loop.kinds if loop else {},
+            )
+        )
+    return cells
+
+
 def measure(sources: Sequence[Path], architectures: Sequence[int]) -> list[dict[str, object]]:
     """Return a cell for each kernel instance and architecture."""
-    cells = []
     with tempfile.TemporaryDirectory() as folder:
         compiled = compile_all(sources, architectures, Path(folder))
-        for (source, architecture), (kernels, cubin) in compiled.items():
-            code = disassemble(cubin)
-            for name, used in sorted(kernels.items()):
-                loop = inner_loop(code.get(name, []))
-                cells.append(
-                    harness.figure(
-                        f"{source.stem}: {name}",
-                        "instructions",
-                        float(loop.fastest) if loop else None,
-                        mode=f"sm_{architecture}",
-                        **used._asdict(),
-                        total=len(code.get(name, [])),
-                        loop=loop.size if loop else None,
-                        kinds=loop.kinds if loop else {},
-                    )
-                )
-    return cells
+        return [cell for job, made in compiled.items() for cell in cells_of(*job, *made)]
 
 
 def estimate(cells: list[dict[str, object]]) -> list[dict[str, object]]:
