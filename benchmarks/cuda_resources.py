@@ -49,7 +49,7 @@ class Usage(NamedTuple):
 
 
 class Loop(NamedTuple):
-    """Instructions of a kernel's inner loop: as they lie in memory, and those of the fastest way."""
+    """Instructions of a kernel's inner loop: all of them, and those of the fastest way."""
 
     size: int
     fastest: int

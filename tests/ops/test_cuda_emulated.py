@@ -326,7 +326,7 @@ WHOLE_STRIPS = Case(size=(16, 8), window=(8, 8), heads=3, head_dim=32)
     ids=str,
 )
 def test_instances(kernels: Kernels, change: dict, dtype: torch.dtype) -> None:
-    """Plain instances run where they may, and others where a window, an address or an option asks."""
+    """Plain instances run where they may, others where window, address or option ask for it."""
     check(replace(WHOLE_STRIPS, dtype=dtype, **change), kernels)
 
 

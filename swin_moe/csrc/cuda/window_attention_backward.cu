@@ -45,13 +45,6 @@ struct Rows {
   uint32_t random[2];
 };
 
-// Where a row's norm is kept, to spare registers: in the bytes between it and the next row.
-template <typename T, int D>
-__device__ __forceinline__ Norm& norm_of(const T* row) {
-  static_assert(sizeof(Norm) <= kVectorBytes, "it must fit between the rows");
-  return *reinterpret_cast<Norm*>(const_cast<T*>(row) + D);
-}
-
 // Norms and scales of a warp's rows, which are brought to norms in [1, 2) if attention is cosine.
 template <typename T, int D>
 __device__ __forceinline__ void normalise_rows(const Problem& p, float factor, T* rows, int lane,

@@ -20,14 +20,22 @@
 // each number belongs to one thread, and a last kernel adds the groups in order. The number of
 // groups depends on the shape only, so the bits of a result do, too.
 //
+// A group's partials are as large as the bias, so windows of many tokens have few groups. There two
+// warps of the query kernel share 16 rows, one with the even strips and one with the odd ones, and
+// add their sums through shared memory: twice as many warps for the same partials.
+//
+// Issue slots are what the kernels run out of. The 16-bit kernels have two instances: a plain one
+// for windows of whole strips, aligned rows and no dropout, and one for all else. The mask is
+// tested once a strip, and added to the bias. Windows and tokens are divided by products.
+//
 // Products are mma.m16n8k16 for 16-bit types. In fp32 they are plain FMAs, exact, with the operands
 // spread over the lanes in the same way, so that the types share all other code. Rows in
 // shared memory are 16 bytes longer than head_dim: eight rows then start in different banks.
 //
 // Numbers. Scores are products of raw q and k; norms, factor, bias and mask are applied to the fp32
-// product, with log2(e) folded in. Backward multiplies the rows by a power of two that brings the
-// norm into [1, 2): exact, and gradients stay within fp16 on their way through the tensor cores,
-// zero rows included.
+// product, and log2(e) on the way to the exponential, which flushes denormals. Backward multiplies
+// the rows by a power of two that brings the norm into [1, 2): exact, and gradients stay within
+// fp16 on their way through the tensor cores, zero rows included.
 #pragma once
 
 #include <cmath>
@@ -196,7 +204,7 @@ inline bool is_aligned(std::initializer_list<const void*> tensors) {
   return aligned;
 }
 
-// The tiles of a window are spread evenly over the fewest CTAs, each with up to `max_tiles` of them.
+// The tiles of a window are spread evenly over the fewest CTAs, each with `max_tiles` or fewer.
 inline Problem make_problem(const WindowShape& shape, const WindowOptions& options, int max_tiles,
                             int split, const float* bias,
                             std::initializer_list<const void*> tensors) {

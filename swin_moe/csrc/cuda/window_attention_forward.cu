@@ -112,7 +112,8 @@ __device__ __forceinline__ Queries describe(const Problem& p, const Task& task, 
     if (p.cosine) {
       queries.scale[r] *= normalise<T, D, false>(rows + row * Tile<T, D>::kStride, lane).weight;
     }
-    queries.random[r] = !kPlain && p.dropout.on ? random_row(row_of(p, task, first + row), *seed) : 0;
+    const bool drops = !kPlain && p.dropout.on;
+    queries.random[r] = drops ? random_row(row_of(p, task, first + row), *seed) : 0;
     queries.largest[r] = -INFINITY;
     queries.sum[r] = 0.0f;
   }

@@ -73,7 +73,8 @@ Partials make_partials(const WindowShape& shape, void* workspace, int64_t* bytes
   const int64_t heads = shape.heads > 0 ? shape.heads : 1;
   const int64_t one = heads * partials.bias_size() * static_cast<int64_t>(sizeof(float));
   const int split = query_split(shape);
-  int64_t groups = ceil_div(kQueryCtas, heads * ceil_div(partials.tiles, kMaxWarps<__half> / split));
+  const int64_t ctas = heads * ceil_div(partials.tiles, kMaxWarps<__half> / split);  // of a window
+  int64_t groups = ceil_div(kQueryCtas, ctas);
   if (groups > kPartialBytes / one) groups = kPartialBytes / one;
   if (groups > windows) groups = windows;
   partials.group = static_cast<int>(ceil_div(windows, groups > 0 ? groups : 1));

@@ -192,6 +192,13 @@ __device__ __forceinline__ Norm normalise(T* row, int lane) {
   return result;
 }
 
+// Where a row's norm is kept, to spare registers: in the bytes between it and the next row.
+template <typename T, int D>
+__device__ __forceinline__ Norm& norm_of(const T* row) {
+  static_assert(sizeof(Norm) <= kVectorBytes, "it must fit between the rows");
+  return *reinterpret_cast<Norm*>(const_cast<T*>(row) + D);
+}
+
 // The inner product of two rows, one in shared and one in global memory, by the lanes of a quad,
 // all quads of the warp at once. 0 where there is no second row.
 template <typename T, int D>
@@ -245,8 +252,9 @@ __device__ __forceinline__ const float* bias_of(const Problem& p, const float* b
          (kKeys ? column * p.tokens + row : row * p.tokens + column);
 }
 
-// bias[query, key] for a strip, where `bias` is of bias_of. Its rows, from `first`, are queries, or with `kKeys` keys. Keys beyond
-// the window have -inf, and the mask is added. Whole strips are tested for it: most need none.
+// bias[query, key] for a strip, where `bias` is of bias_of. Its rows, from `first`, are queries, or
+// with `kKeys` keys. Keys beyond the window have -inf, and the mask is added. A whole strip is
+// tested for it: most need none.
 template <bool kPlain, bool kKeys>
 __device__ __forceinline__ void load_bias(const Problem& p, const float* bias, bool masked,
                                           const Place* places, int first, int strip, int lane,
@@ -277,7 +285,8 @@ __device__ __forceinline__ void load_bias(const Problem& p, const float* bias, b
 
 // The weights of the two columns of a tile that the thread has.
 __device__ __forceinline__ float2 weights_of(const float* weights, int strip, int lane, int n) {
-  return *reinterpret_cast<const float2*>(weights + strip % unsigned{kBlock} + lane % 4 * 2 + n * 8);
+  const unsigned column = strip % unsigned{kBlock} + lane % 4 * 2 + n * 8;
+  return *reinterpret_cast<const float2*>(weights + column);
 }
 
 // ---- products -----------------------------------------------------------------------------------
