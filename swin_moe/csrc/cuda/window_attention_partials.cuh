@@ -9,9 +9,11 @@ namespace {
 
 constexpr int kReduceThreads = 256;
 // As many CTAs of the query kernel as there is work for on the largest GPUs, and partials of the
-// bias gradient that stay in their L2 caches.
+// bias gradient that stay in their L2 caches. They may be twice as large where too few CTAs would
+// run otherwise.
 constexpr int64_t kQueryCtas = 1024;
 constexpr int64_t kPartialBytes = 16 << 20;
+constexpr int64_t kFewCtas = 256;  // an H100 runs 264 at a time
 
 // Tensors from one kernel to the next.
 struct Partials {
@@ -75,7 +77,10 @@ Partials make_partials(const WindowShape& shape, void* workspace, int64_t* bytes
   const int split = query_split(shape);
   const int64_t ctas = heads * ceil_div(partials.tiles, kMaxWarps<__half> / split);  // of a window
   int64_t groups = ceil_div(kQueryCtas, ctas);
-  if (groups > kPartialBytes / one) groups = kPartialBytes / one;
+  const int64_t few = ceil_div(kFewCtas, ctas), most = 2 * kPartialBytes / one;
+  const int64_t room = kPartialBytes / one;
+  const int64_t limit = room >= few ? room : (few < most ? few : most);
+  if (groups > limit) groups = limit;
   if (groups > windows) groups = windows;
   partials.group = static_cast<int>(ceil_div(windows, groups > 0 ? groups : 1));
   partials.groups = static_cast<int>(ceil_div(windows, partials.group));
