@@ -372,6 +372,12 @@ def test_groups_of_windows(kernels: Kernels) -> None:
     check(replace(case, dtype=torch.bfloat16), kernels)
 
 
+def test_groups_of_large_windows(kernels: Kernels) -> None:
+    """The partial sums leave room for two groups of three windows, whose rows two warps share."""
+    case = Case(batch=3, size=(10, 16), window=(10, 16), heads=60, dtype=torch.bfloat16)
+    check(case, kernels)
+
+
 def test_logits_beyond_the_mask(kernels: Kernels) -> None:
     """With logits above 100, the additive mask lets keys of other regions through."""
     case = Case(size=(8, 8), window=(8, 8), shift=(4, 4), log_scale=6.0)
