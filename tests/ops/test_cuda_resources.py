@@ -13,7 +13,12 @@ REGISTERS = {256: 255, 384: 168, 512: 128}
 # For each source, the threads that an SM is to hold of a kernel: by the start of its name, the
 # first that fits. Any kernel of a source in this table must not spill.
 SOURCES = {
-    "window_attention_forward": {"forward_kernel<float32": 256, "forward_kernel<": 384},
+    "window_attention_forward": {
+        "forward_kernel<float32": 256,
+        "forward_kernel<bfloat16, 32, true": 512,
+        "forward_kernel<float16, 32, true": 512,
+        "forward_kernel<": 384,
+    },
     "window_attention_backward": {
         "query_kernel<bfloat16, 16, true": 512,
         "query_kernel<bfloat16, 32, true": 512,
