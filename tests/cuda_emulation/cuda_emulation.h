@@ -279,6 +279,12 @@ V brought(const Slot* slots, int lane) {
   return value;
 }
 
+// Without denormals, as the instruction is.
+inline float exp2_flushed(float x) {
+  const float result = std::exp2(x);
+  return result < 1.17549435e-38f ? 0.0f : result;  // a NaN stays one
+}
+
 // Nothing arrives before the thread waits for it, which is the worst that may happen.
 inline void copy_async(void* to, const void* from, bool valid) {
   Machine& m = machine();

@@ -1,5 +1,6 @@
 // The launchers of the window attention for ctypes.
 #include "../../swin_moe/csrc/cuda/window_attention.h"
+#include "../../swin_moe/csrc/cuda/window_attention_common.cuh"
 
 using swin_moe::DType;
 using swin_moe::WindowOptions;
@@ -30,6 +31,16 @@ int window_attention_backward(int dtype, const WindowShape* shape, const WindowO
   return swin_moe::cuda::window_attention_backward(
       static_cast<DType>(dtype), *shape, *options, grad_out, qkv, bias, scale, seed, out, lse,
       grad_qkv, grad_bias, grad_scale, workspace, nullptr);
+}
+
+// Whether the plain instances are to run on these addresses.
+bool window_attention_plain(const WindowShape* shape, const WindowOptions* options,
+                            const float* bias, const void* tensor) {
+  return swin_moe::cuda::make_problem(*shape, *options, 8, 1, bias, {tensor}).plain;
+}
+
+int window_attention_quotient(int64_t number, int a) {
+  return swin_moe::cuda::make_divisor(number).quotient(a);
 }
 
 }  // extern "C"

@@ -188,6 +188,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     loaded = build_emulation(tmp_path_factory.mktemp("emulation"), *names)
     loaded.window_attention_supported.restype = ctypes.c_bool
     loaded.window_attention_workspace.restype = ctypes.c_int64
+    loaded.window_attention_plain.restype = ctypes.c_bool
     return loaded
 
 
@@ -305,6 +306,62 @@ def test_options(kernels: Kernels, change: dict, dtype: torch.dtype) -> None:
     check(replace(case, **change), kernels)
 
 
+WHOLE_STRIPS = Case(size=(16, 8), window=(8, 8), heads=3, head_dim=32)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=name_of)
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        {"dropout": 0.3},
+        {"offset": 1},
+        {"window": (6, 8)},  # a strip and a half
+        {"window": (4, 8), "shift": (2, 3), "size": (9, 13)},  # a strip, masked and padded
+        {"window": (12, 8), "shift": (6, 4)},
+        {"window": (10, 16), "shift": (5, 8), "heads": 1},  # two warps share 5 strips
+        {"window": (10, 16), "size": (10, 16), "heads": 1, "dropout": 0.3},
+        {"window": (12, 12), "size": (12, 12), "heads": 1, "offset": 1, "dropout": 0.3},
+    ],
+    ids=str,
+)
+def test_instances(kernels: Kernels, change: dict, dtype: torch.dtype) -> None:
+    """Plain instances run where they may, others where window, address or option ask for it."""
+    check(replace(WHOLE_STRIPS, dtype=dtype, **change), kernels)
+
+
+def test_idle_warps(kernels: Kernels) -> None:
+    """The last blocks have warps without rows, in plain instances as well."""
+    check(Case(size=(16, 22), window=(16, 22), dtype=torch.bfloat16), kernels)
+
+
+def test_choice_of_instances(library: ctypes.CDLL) -> None:
+    def plain(case: Case, bias: int = 64, tensor: int = 64) -> bool:
+        options = Options(case.cosine, case.dropout)
+        addresses = (ctypes.c_void_p(bias), ctypes.c_void_p(tensor))
+        return library.window_attention_plain(
+            ctypes.byref(case.shape), ctypes.byref(options), *addresses
+        )
+
+    assert plain(WHOLE_STRIPS)
+    assert plain(replace(WHOLE_STRIPS, size=(15, 9), shift=(4, 4), cosine=False))
+    assert not plain(WHOLE_STRIPS, bias=68)
+    assert not plain(WHOLE_STRIPS, tensor=66)
+    assert not plain(replace(WHOLE_STRIPS, dropout=0.1))
+    assert not plain(replace(WHOLE_STRIPS, window=(6, 8)))
+
+
+def test_quotients(library: ctypes.CDLL) -> None:
+    """Division by a product is exact, up to the largest numbers."""
+    largest = 2**31 - 1
+    for number in (*range(1, 70), 127, 128, 129, 1023, 1024, 46341, 2**30 + 1, largest):
+        multiples = [number * times for times in (1, 2, 1000, largest // number)]
+        for a in {0, largest, *multiples, *(m - 1 for m in multiples), *range(40)}:
+            if a <= largest:
+                quotient = library.window_attention_quotient(ctypes.c_int64(number), a)
+                assert quotient == a // number, (a, number)
+
+
 def test_largest_window(kernels: Kernels) -> None:
     check(Case(size=(20, 32), window=(32, 32), dtype=torch.float16), kernels)
 
@@ -313,6 +370,12 @@ def test_groups_of_windows(kernels: Kernels) -> None:
     """There are enough windows and heads that a block sums several windows' bias gradients."""
     case = Case(batch=3, size=(8, 6), window=(3, 6), shift=(1, 3), heads=128, cosine=False)
     check(replace(case, dtype=torch.bfloat16), kernels)
+
+
+def test_groups_of_large_windows(kernels: Kernels) -> None:
+    """The partial sums leave room for two groups of three windows, whose rows two warps share."""
+    case = Case(batch=3, size=(10, 16), window=(10, 16), heads=60, dtype=torch.bfloat16)
+    check(case, kernels)
 
 
 def test_logits_beyond_the_mask(kernels: Kernels) -> None:

@@ -20,14 +20,22 @@
 // each number belongs to one thread, and a last kernel adds the groups in order. The number of
 // groups depends on the shape only, so the bits of a result do, too.
 //
+// A group's partials are as large as the bias, so windows of many tokens have few groups. There two
+// warps of the query kernel share 16 rows, one with the even strips and one with the odd ones, and
+// add their sums through shared memory: twice as many warps for the same partials.
+//
+// Issue slots are what the kernels run out of. The 16-bit kernels have two instances: a plain one
+// for windows of whole strips, aligned rows and no dropout, and one for all else. The mask is
+// tested once a strip, and added to the bias. Windows and tokens are divided by products.
+//
 // Products are mma.m16n8k16 for 16-bit types. In fp32 they are plain FMAs, exact, with the operands
 // spread over the lanes in the same way, so that the types share all other code. Rows in
 // shared memory are 16 bytes longer than head_dim: eight rows then start in different banks.
 //
 // Numbers. Scores are products of raw q and k; norms, factor, bias and mask are applied to the fp32
-// product, with log2(e) folded in. Backward multiplies the rows by a power of two that brings the
-// norm into [1, 2): exact, and gradients stay within fp16 on their way through the tensor cores,
-// zero rows included.
+// product, and log2(e) on the way to the exponential, which flushes denormals. Backward multiplies
+// the rows by a power of two that brings the norm into [1, 2): exact, and gradients stay within
+// fp16 on their way through the tensor cores, zero rows included.
 #pragma once
 
 #include <cmath>
@@ -72,6 +80,23 @@ struct alignas(16) Column {
   uint32_t random;  // of its row of probabilities
 };
 
+// Division by a fixed number, as a product (Granlund and Montgomery 1994): exact for 0 <= a < 2^31.
+struct Divisor {
+  uint32_t factor;
+  int shift;
+  __host__ __device__ int quotient(int a) const {
+    return static_cast<int>(
+        static_cast<uint32_t>(static_cast<uint64_t>(static_cast<uint32_t>(a)) * factor >> 31) >>
+        shift);
+  }
+};
+
+inline Divisor make_divisor(int64_t number) {
+  int shift = 0;
+  while ((int64_t{1} << shift) < number) ++shift;
+  return {static_cast<uint32_t>(((uint64_t{1} << (31 + shift)) + number - 1) / number), shift};
+}
+
 // One attention, as the kernels want it.
 struct Problem {
   int height, width, heads;
@@ -79,11 +104,15 @@ struct Problem {
   int rows, columns, tokens;
   int windows;
   int warps;    // of a CTA
+  int split;    // warps that share a tile of rows and take its strips in turn: 1 or 2
+  int tiles;    // of rows, of a CTA
   int blocks;   // CTAs that share the rows of one window and head
   int places;   // tokens, rounded up to whole blocks and CTAs
   bool cosine;
   bool aligned;    // rows may be loaded and stored as vectors
   bool even_bias;  // pairs of a row of the bias, too
+  bool plain;      // and there are whole strips only, and no dropout
+  Divisor by_heads, by_blocks, by_rows, by_columns, by_window_w;
   Dropout dropout;
 };
 
@@ -104,10 +133,9 @@ struct Matrix {
 
 // ---- windows -----------------------------------------------------------------------------------
 
-__device__ __forceinline__ Task task_of(const Problem& p, unsigned index) {
-  const unsigned heads = p.heads, blocks = p.blocks, rest = index / heads;
-  return {static_cast<int>(rest / blocks), static_cast<int>(rest % blocks),
-          static_cast<int>(index % heads)};
+__device__ __forceinline__ Task task_of(const Problem& p, int index) {
+  const int rest = p.by_heads.quotient(index), window = p.by_blocks.quotient(rest);
+  return {window, rest - window * p.blocks, index - rest * p.heads};
 }
 
 __device__ __forceinline__ int region_of(int shifted, int padded, int window, int shift) {
@@ -116,8 +144,10 @@ __device__ __forceinline__ int region_of(int shifted, int padded, int window, in
 
 __device__ __forceinline__ Place place_of(const Problem& p, int window, int token) {
   const int padded_h = p.rows * p.window_h, padded_w = p.columns * p.window_w;
-  const int row = window / p.columns % p.rows * p.window_h + token / p.window_w;
-  const int column = window % p.columns * p.window_w + token % p.window_w;
+  const int above = p.by_columns.quotient(window), down = p.by_window_w.quotient(token);
+  const int row = (above - p.by_rows.quotient(above) * p.rows) * p.window_h + down;
+  const int column =
+      (window - above * p.columns) * p.window_w + token - down * p.window_w;
   int y = row + p.shift_h, x = column + p.shift_w;
   if (y >= padded_h) y -= padded_h;
   if (x >= padded_w) x -= padded_w;
@@ -146,14 +176,14 @@ __device__ __forceinline__ float factor_of(const Problem& p, float scale) {
 // The mask's addend to a logit.
 __device__ __forceinline__ float mask_of(int query_region, int key_region) {
   if (key_region < 0) return -INFINITY;
-  return query_region == key_region ? 0.0f : kMaskValue * kLog2E;
+  return query_region == key_region ? 0.0f : kMaskValue;
 }
 
 // Part 0, 1, 2 of qkv is q, k, v; `parts` is 1 for the heads' outputs.
 template <typename T>
 __device__ __forceinline__ Matrix<T> matrix_of(const Problem& p, T* tensor, int window, int head,
                                                int head_dim, int part, int parts) {
-  const int64_t image = window / (p.rows * p.columns);
+  const int64_t image = p.by_rows.quotient(p.by_columns.quotient(window));
   const int64_t width = static_cast<int64_t>(p.heads) * head_dim;
   const int64_t first = image * p.height * p.width * parts * width + part * width;
   return {tensor + first + static_cast<int64_t>(head) * head_dim, parts * width};
@@ -174,9 +204,10 @@ inline bool is_aligned(std::initializer_list<const void*> tensors) {
   return aligned;
 }
 
-// The warps of a window are spread evenly over the fewest CTAs.
-inline Problem make_problem(const WindowShape& shape, const WindowOptions& options, int max_warps,
-                            const float* bias, std::initializer_list<const void*> tensors) {
+// The tiles of a window are spread evenly over the fewest CTAs, each with `max_tiles` or fewer.
+inline Problem make_problem(const WindowShape& shape, const WindowOptions& options, int max_tiles,
+                            int split, const float* bias,
+                            std::initializer_list<const void*> tensors) {
   Problem p;
   p.height = static_cast<int>(shape.height);
   p.width = static_cast<int>(shape.width);
@@ -190,16 +221,34 @@ inline Problem make_problem(const WindowShape& shape, const WindowOptions& optio
   p.tokens = static_cast<int>(shape.tokens());
   p.windows = static_cast<int>(shape.windows());
   const int64_t tiles = ceil_div(shape.tokens(), kRows);
-  p.blocks = static_cast<int>(ceil_div(tiles, max_warps));
-  p.warps = static_cast<int>(ceil_div(tiles, p.blocks));
+  p.blocks = static_cast<int>(ceil_div(tiles, max_tiles));
+  p.tiles = static_cast<int>(ceil_div(tiles, p.blocks));
+  p.split = split;
+  p.warps = p.tiles * split;
   const int64_t whole = ceil_div(shape.tokens(), kBlock) * kBlock;
-  const int64_t owned = static_cast<int64_t>(p.blocks) * p.warps * kRows;
+  const int64_t owned = static_cast<int64_t>(p.blocks) * p.tiles * kRows;
   p.places = static_cast<int>(whole > owned ? whole : owned);
   p.cosine = options.cosine;
   p.aligned = is_aligned(tensors);
   p.even_bias = is_aligned({bias}) && shape.tokens() % 2 == 0;
   p.dropout = make_dropout(options.dropout);
+  p.plain = p.aligned && p.even_bias && shape.tokens() % kStrip == 0 && !p.dropout.on;
+  p.by_heads = make_divisor(shape.heads);
+  p.by_blocks = make_divisor(p.blocks);
+  p.by_rows = make_divisor(shape.rows());
+  p.by_columns = make_divisor(shape.columns());
+  p.by_window_w = make_divisor(shape.window_w);
   return p;
+}
+
+// Calls `launch` with a constant: whether the plain instance of a kernel is to run. Only 16-bit
+// types have one; in fp32 the products take most of the time.
+template <typename T, typename Launch>
+cudaError_t launch_plain_or_not(const Problem& p, const Launch& launch) {
+  if constexpr (sizeof(T) == 2) {
+    if (p.plain) return launch(std::true_type());
+  }
+  return launch(std::false_type());
 }
 
 template <typename T, typename Launch>

@@ -15,12 +15,20 @@ namespace swin_moe::cuda {
 #ifdef SWIN_MOE_CUDA_EMULATION
 
 using cuda_emulation::copy_async;
+using cuda_emulation::exp2_flushed;
 using cuda_emulation::load_matrices;
 using cuda_emulation::load_matrices_transposed;
 using cuda_emulation::multiply_accumulate;
 using cuda_emulation::wait_for_copies;
 
 #else
+
+// 2^x in one instruction; denormal results are 0. exp2f spends three more to keep them.
+__device__ __forceinline__ float exp2_flushed(float x) {
+  float result;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+}
 
 // Copies 16 aligned bytes from global to shared memory, zeros unless `valid`; `from` must be an
 // address of the tensor all the same. They have arrived when the same thread has waited.

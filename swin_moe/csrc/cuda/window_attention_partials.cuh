@@ -9,15 +9,17 @@ namespace {
 
 constexpr int kReduceThreads = 256;
 // As many CTAs of the query kernel as there is work for on the largest GPUs, and partials of the
-// bias gradient that stay in their L2 caches.
+// bias gradient that stay in their L2 caches. They may be twice as large where too few CTAs would
+// run otherwise.
 constexpr int64_t kQueryCtas = 1024;
-constexpr int64_t kPartialBytes = 32 << 20;
+constexpr int64_t kPartialBytes = 16 << 20;
+constexpr int64_t kFewCtas = 256;  // an H100 runs 264 at a time
 
 // Tensors from one kernel to the next.
 struct Partials {
   float* bias;   // [groups, heads, tiles, strips, kTiles, kWarp, 4]: as the threads hold it
   float* delta;  // [windows, heads, N]
-  float* scale;  // [heads, groups, blocks]
+  float* scale;  // [heads, groups, blocks of the query kernel]
   int groups;
   int group;  // windows of a group
   int tiles;  // of kRows queries
@@ -58,6 +60,12 @@ __global__ void reduce_scale_kernel(Problem p, Partials partials, const float* _
   if (threadIdx.x == 0) grad_scale[head] = free ? sum : 0.0f;
 }
 
+// The query kernel's warps of a CTA on a window of many strips: two share a tile of rows, one takes
+// the even strips and one the odd ones. So there are twice as many warps to the same partials.
+constexpr int64_t kSplitTokens = 128;  // beyond it
+
+inline int query_split(const WindowShape& shape) { return shape.tokens() > kSplitTokens ? 2 : 1; }
+
 // Sizes of the partials, a function of the shape alone, and where in the workspace they are.
 Partials make_partials(const WindowShape& shape, void* workspace, int64_t* bytes) {
   Partials partials;
@@ -66,15 +74,20 @@ Partials make_partials(const WindowShape& shape, void* workspace, int64_t* bytes
   const int64_t windows = shape.windows() > 0 ? shape.windows() : 1;
   const int64_t heads = shape.heads > 0 ? shape.heads : 1;
   const int64_t one = heads * partials.bias_size() * static_cast<int64_t>(sizeof(float));
-  int64_t groups = ceil_div(kQueryCtas, heads * ceil_div(partials.tiles, kMaxWarps<__half>));
-  if (groups > kPartialBytes / one) groups = kPartialBytes / one;
+  const int split = query_split(shape);
+  const int64_t ctas = heads * ceil_div(partials.tiles, kMaxWarps<__half> / split);  // of a window
+  int64_t groups = ceil_div(kQueryCtas, ctas);
+  const int64_t few = ceil_div(kFewCtas, ctas), most = 2 * kPartialBytes / one;
+  const int64_t room = kPartialBytes / one;
+  const int64_t limit = room >= few ? room : (few < most ? few : most);
+  if (groups > limit) groups = limit;
   if (groups > windows) groups = windows;
   partials.group = static_cast<int>(ceil_div(windows, groups > 0 ? groups : 1));
   partials.groups = static_cast<int>(ceil_div(windows, partials.group));
   partials.bias = static_cast<float*>(workspace);
   const int64_t bias = partials.groups * heads * partials.bias_size();
   const int64_t delta = windows * heads * shape.tokens();
-  const int64_t blocks = ceil_div(partials.tiles, kMaxWarps<float>);
+  const int64_t blocks = ceil_div(partials.tiles, kMaxWarps<float> / split);
   *bytes = (bias + delta + heads * partials.groups * blocks) * static_cast<int64_t>(sizeof(float));
   if (workspace != nullptr) {
     partials.delta = partials.bias + bias;

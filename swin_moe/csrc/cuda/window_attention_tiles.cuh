@@ -78,6 +78,7 @@ struct Shared {
   T* block[2];
   T* own[2];
   Column* columns;
+  float* weights;  // of the columns, where nothing else is needed; in the same place
   Place* places;
 
   __device__ Shared(const Problem& p, int owned) {
@@ -85,10 +86,12 @@ struct Shared {
     const int size = p.warps * kRows * kStride;
     block[0] = tiles;
     block[1] = tiles + kBlockSize;
-    own[0] = tiles + 2 * kBlockSize;
+    // First what is at the same distance in every launch.
+    columns = reinterpret_cast<Column*>(tiles + 2 * kBlockSize);
+    weights = reinterpret_cast<float*>(columns);
+    own[0] = reinterpret_cast<T*>(columns + kBlock);
     own[1] = own[0] + (owned - 1) * size;
-    columns = reinterpret_cast<Column*>(own[1] + size);
-    places = reinterpret_cast<Place*>(columns + kBlock);
+    places = reinterpret_cast<Place*>(own[1] + size);
   }
 
   static size_t bytes(const Problem& p, int owned) {
@@ -189,6 +192,13 @@ __device__ __forceinline__ Norm normalise(T* row, int lane) {
   return result;
 }
 
+// Where a row's norm is kept, to spare registers: in the bytes between it and the next row.
+template <typename T, int D>
+__device__ __forceinline__ Norm& norm_of(const T* row) {
+  static_assert(sizeof(Norm) <= kVectorBytes, "it must fit between the rows");
+  return *reinterpret_cast<Norm*>(const_cast<T*>(row) + D);
+}
+
 // The inner product of two rows, one in shared and one in global memory, by the lanes of a quad,
 // all quads of the warp at once. 0 where there is no second row.
 template <typename T, int D>
@@ -217,28 +227,66 @@ __device__ __forceinline__ int64_t row_of(const Problem& p, const Task& task, in
   return (static_cast<int64_t>(task.window) * p.heads + task.head) * p.tokens + i;
 }
 
-// bias[query, key] for a strip. Its rows, from `first`, are queries, or with `kKeys` keys.
+// Adds the mask to a strip of the bias, whose rows are those from `first`.
 template <bool kKeys>
-__device__ __forceinline__ void load_bias(const Problem& p, const float* bias, int head, int first,
-                                          int strip, int lane, Strip& values) {
-  bias += static_cast<int64_t>(head) * p.tokens * p.tokens;
+__device__ __forceinline__ void add_mask(const Place* places, int first, int strip, int lane,
+                                         Strip& bias) {
+  const Place* own = places + first + lane / 4;
+  const int rows[2] = {own[0].region, own[8].region};
+#pragma unroll
+  for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int column = places[column_of(strip, lane, n, i)].region, row = rows[i / 2];
+      bias[n][i] += kKeys ? mask_of(column, row) : mask_of(row, column);
+    }
+  }
+}
+
+// The first number of the bias that a thread has of a warp's rows.
+template <bool kKeys>
+__device__ __forceinline__ const float* bias_of(const Problem& p, const float* bias, int head,
+                                                int first, int lane) {
+  const int row = first + lane / 4, column = lane % 4 * 2;
+  return bias + static_cast<int64_t>(head) * p.tokens * p.tokens +
+         (kKeys ? column * p.tokens + row : row * p.tokens + column);
+}
+
+// bias[query, key] for a strip, where `bias` is of bias_of. Its rows, from `first`, are queries, or
+// with `kKeys` keys. Keys beyond the window have -inf, and the mask is added. A whole strip is
+// tested for it: most need none.
+template <bool kPlain, bool kKeys>
+__device__ __forceinline__ void load_bias(const Problem& p, const float* bias, bool masked,
+                                          const Place* places, int first, int strip, int lane,
+                                          Strip& values) {
+  const int row = first + lane / 4, column = column_of(strip, lane, 0, 0);
+  const int step = kKeys ? p.tokens : 1;
+  bias += strip * step;
 #pragma unroll
   for (int n = 0; n < kTiles; ++n) {
 #pragma unroll
     for (int i = 0; i < 4; i += 2) {
-      const int row = first + lane / 4 + i / 2 * 8, column = column_of(strip, lane, n, i);
-      float2 pair = make_float2(0.0f, 0.0f);
-      if (!kKeys && p.even_bias) {
-        if (row < p.tokens && column < p.tokens) pair = load_pair(bias + row * p.tokens + column);
-      } else if (row < p.tokens) {
-        const float* at = bias + (kKeys ? column * p.tokens + row : row * p.tokens + column);
-        if (column < p.tokens) pair.x = at[0];
-        if (column + 1 < p.tokens) pair.y = at[kKeys ? p.tokens : 1];
+      const float* at = bias + n * 8 * step + i / 2 * 8 * (kKeys ? 1 : p.tokens);
+      constexpr float kNone = kKeys ? 0.0f : -INFINITY;
+      float2 pair = make_float2(kNone, kNone);
+      if (!kKeys && (kPlain || p.even_bias)) {
+        const bool inside = row + i * 4 < p.tokens && column + n * 8 < p.tokens;
+        if (kPlain || inside) pair = load_pair(at);
+      } else if (kPlain || row + i * 4 < p.tokens) {
+        if (kPlain || column + n * 8 < p.tokens) pair.x = at[0];
+        if (kPlain || column + n * 8 + 1 < p.tokens) pair.y = at[step];
       }
       values[n][i] = pair.x;
       values[n][i + 1] = pair.y;
     }
   }
+  if (masked) add_mask<kKeys>(places, first, strip, lane, values);
+}
+
+// The weights of the two columns of a tile that the thread has.
+__device__ __forceinline__ float2 weights_of(const float* weights, int strip, int lane, int n) {
+  const unsigned column = strip % unsigned{kBlock} + lane % 4 * 2 + n * 8;
+  return *reinterpret_cast<const float2*>(weights + column);
 }
 
 // ---- products -----------------------------------------------------------------------------------
