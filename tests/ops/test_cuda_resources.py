@@ -9,7 +9,7 @@ import pytest
 from benchmarks import cuda_resources
 
 # The most registers of a thread for so many threads of an SM, which has 65,536 registers.
-REGISTERS = {256: 255, 384: 168, 512: 128}
+REGISTERS = {256: 255, 384: 168, 512: 128, 640: 96, 1024: 64, 1536: 40}
 # For each source, the threads that an SM is to hold of a kernel: by the start of its name, the
 # first that fits. Any kernel of a source in this table must not spill.
 SOURCES = {
@@ -31,6 +31,13 @@ SOURCES = {
         "reduce_": 512,
         "": 256,
     },
+    "moe_route": {"score_kernel": 640, "": 1024},
+    "moe_route_backward": {"": 1024},
+    "moe_route_plan": {"": 1024},
+    "moe_route_queues": {"sort_kernel": 512, "": 1024},
+    "moe_activation": {"": 1024},
+    "moe_dispatch": {"": 1024},
+    "adamw": {"": 1536},
 }
 Usages = dict[tuple[str, int], dict[str, cuda_resources.Usage]]
 
