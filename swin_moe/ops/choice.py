@@ -111,7 +111,9 @@ def uses_kernel(op: str, tensor: Tensor, *shape: int) -> bool:
         shape: the sizes that select a CUDA kernel's instance.
     """
     kind = tensor.device.type
-    if is_leaving() or tensor.dtype not in KERNEL_DTYPES.get(kind, ()):
+    # A plan for a GPU is traced on a CPU, and assumes a GPU's kernels.
+    dtypes = KERNEL_DTYPES.get(kind if _assumed is None else "cuda", ())
+    if is_leaving() or tensor.dtype not in dtypes:
         return False
     return _serves(op, kind, tensor.dtype, *(shape if kind == "cuda" else ()))
 

@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from swin_moe.ops import _library, attention_fallback
+from swin_moe.ops import attention_fallback, choice
 from swin_moe.ops.window_reference import Windows, attention_reference
 
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
@@ -134,7 +134,7 @@ def test_when_it_compiles(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
         torch.func.vmap(lambda qkv: call(qkv, *arguments[1:]))(arguments[0][None])
     else:
         if case == "reference":
-            monkeypatch.setattr(_library, "_fused_wanted", False)
+            monkeypatch.setattr(choice, "_wanted", False)
         if case == "exporting":
             monkeypatch.setattr(attention_fallback, "is_leaving", lambda: True)
         if case == "fp64":

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from swin_moe import ops
-from swin_moe.ops import Route, RouteOptions, _library, moe_route, moe_route_reference
+from swin_moe.ops import Route, RouteOptions, choice, moe_route, moe_route_reference
 from swin_moe.ops.route_reference import backward_reference
 from tests.ops import devices
 from tests.ops.route_cases import (
@@ -307,7 +307,7 @@ def test_more_experts_than_the_cuda_kernels_have_use_the_reference(
         return moe_route_reference(logits, *others)
 
     monkeypatch.setattr(module, "moe_route_reference", counted)
-    with FakeTensorMode(), _library.assume_fused(True):
+    with FakeTensorMode(), choice.assume_fused(True):
         for device, experts in (("cuda", 1024), ("cuda", 1025), ("cpu", 1025)):
             logits = torch.empty(4, experts, device=device)
             route = moe_route(logits, None, None, RouteOptions(2))

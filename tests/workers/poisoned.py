@@ -30,13 +30,13 @@ def work(folder: Path) -> None:
     spec = json.loads((folder / "poison.json").read_text())
     rank = ranks.environment_rank()[0]
     mine = {update for of, update in spec["poison"] if of == rank}
-    epoch_of, prepare_of = Loader.epoch, Classification.prepare
+    read_of, prepare_of = Loader.read, Classification.prepare
     update = 0
 
-    def epoch(self, epoch, start_batch=0):
+    def read(self, epoch, start_batch=0):
         nonlocal update
         first = epoch * len(self) + start_batch + 1
-        for number, batch in enumerate(epoch_of(self, epoch, start_batch), first):
+        for number, batch in enumerate(read_of(self, epoch, start_batch), first):
             update = number if self.sampler.training else 0
             yield batch
 
@@ -46,5 +46,5 @@ def work(folder: Path) -> None:
             HOW[spec["how"]](prepared.inputs["images"])
         return prepared
 
-    Loader.epoch, Classification.prepare = epoch, prepare
+    Loader.read, Classification.prepare = read, prepare
     ranks.leave(main.main(spec["arguments"]))

@@ -194,7 +194,9 @@ __device__ __forceinline__ void add_bias(float* partial, const Strip& slopes, bo
 template <typename T, int D>
 __device__ __forceinline__ void join(const Problem& p, const Shared<T, D>& shared, int tile,
                                      int part, int lane, float (&sums)[D / 8][4], Means& means) {
-  // The blocks have room: 2 kBlock rows of D numbers and more, for at most 4 tiles of kRows floats.
+  static_assert((D / 2 + 4) * (kMaxWarps<T> / 2) * kWarp * sizeof(float) <=
+                    2 * Shared<T, D>::kBlockSize * sizeof(T),
+                "the sums of all tiles fit into the two blocks");
   float* others = reinterpret_cast<float*>(shared.block[0]) + tile * kWarp + lane;
   const int step = p.tiles * kWarp;
   __syncthreads();  // the blocks have been read
