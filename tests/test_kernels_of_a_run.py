@@ -56,6 +56,21 @@ def test_a_kernel_runs_only_if_it_runs_on_all_ranks(monkeypatch):
     assert all(c.fused for key, c in found.items() if key != attention)
 
 
+def test_ranks_agree_on_the_worst_choice_for_each_kernel():
+    key, tiles = Signature("moe_experts", "cpu", "float32"), choice.AMX
+    slow = Choice(True, "its kernel takes 2.0 times as long", 0.5)
+    found = kernels._agree([{key: slow}, {key: WRONG}, {key: RIGHT, tiles: RIGHT}])
+    assert found[key] == WRONG._replace(reason="on rank 1, the kernel left out not finite")
+    assert found[tiles].reason == "on rank 0, there is no such kernel"
+
+
+def test_tiles_are_withdrawn_where_a_rank_lacks_them(monkeypatch):
+    calls = []
+    monkeypatch.setattr(ops._library, "allow_amx", calls.append)
+    ops.set_choices({choice.AMX: WRONG})
+    assert calls == [False]
+
+
 def test_an_attention_without_a_kernel_is_named_and_can_be_refused():
     odd = task("model.embed_dim=96", "model.num_heads=[4, 8, 16]")
     found = kernels.settle(odd, ALONE, torch.float32, print)

@@ -67,7 +67,7 @@ def keep_graphs(host: str = "") -> None:
         host: a part of the folder's name, where hosts may share the home directory.
     """
     folder = cache_folder(f"graphs-{host}" if host else "graphs")
-    if folder is not None:
+    if folder is not None and os.access(folder, os.W_OK):
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
 
 

@@ -97,7 +97,10 @@ def _attend(
     if not _compiler_failed and _is_ready(call):
         try:
             return _run_graph(call)
-        except torch._dynamo.exc.TorchDynamoException as error:
+        except (
+            torch._dynamo.exc.TorchDynamoException,
+            torch._dynamo.exc.FailOnRecompileLimitHit,
+        ) as error:
             _give_up(error)  # an error of the device, or of whoever recomputes this, passes
     return attend_reference(x, bias, scale, seed, windows, mask, first)
 

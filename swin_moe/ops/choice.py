@@ -143,7 +143,7 @@ def _companions(key: Signature) -> list[Signature]:
 
 
 def _check_required(key: Signature, choice: Choice) -> None:
-    if _required and not choice.right:
+    if _required and not choice.right and key != AMX:  # without tiles, other kernels run
         raise ValueError(f"ops.require_fused: {key}: {choice}")
 
 
@@ -198,6 +198,8 @@ def set_choices(choices: dict[Signature, Choice]) -> None:
         ValueError: a kernel is required and is not right.
     """
     _choices.update(choices)
+    if AMX in choices:
+        _library.allow_amx(choices[AMX].fused)
     for key, choice in choices.items():
         _check_required(key, choice)
 

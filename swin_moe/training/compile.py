@@ -71,9 +71,12 @@ def _try(graphs: BlockGraphs, task: Task, engine: Engine, measure: bool) -> _Tri
     keep_graphs(hostname() if world.size > local_world_size() else "")
     devices = [world.device] if world.device.type == "cuda" else []
     with torch.random.fork_rng(devices), _in_training(engine):
-        _record(graphs, task, engine)
         began = time.monotonic()
+        if engine.world.expert.size > 1:  # all ranks exchange rows: an error must end them all
+            _record(graphs, task, engine)
         try:
+            if engine.world.expert.size == 1:
+                _record(graphs, task, engine)
             with _precision(engine):
                 graphs.compile()
                 seconds = time.monotonic() - began
@@ -97,9 +100,11 @@ def _record(graphs: BlockGraphs, task: Task, engine: Engine) -> None:
 def _in_training(engine: Engine) -> Iterator[None]:
     mode = engine.model.training
     engine.model.train()
-    with torch.enable_grad():
-        yield
-    engine.model.train(mode)
+    try:
+        with torch.enable_grad():
+            yield
+    finally:
+        engine.model.train(mode)
 
 
 def _precision(engine: Engine) -> contextlib.AbstractContextManager[Any]:

@@ -83,10 +83,22 @@ def settle(
         device = "cpu" if task.config.zero.offload_optimizer != "none" else world.device.type
         wanted.append(ops.signature("adamw_", device, torch.float32))
     mine = ops.decide(wanted, say)
-    agreed = {**mine, **lacking}
-    for rank, choices in enumerate(gather_objects(mine)):
-        for key, choice in choices.items():
-            if agreed[key].fused and not choice.fused:
-                agreed[key] = choice._replace(reason=f"on rank {rank}, {choice.reason}")
+    agreed = {**_agree(gather_objects(mine)), **lacking}
     ops.set_choices(agreed)
+    return agreed
+
+
+ABSENT = Choice(False, "there is no such kernel")
+
+
+def _agree(ranks: list[dict[Signature, Choice]]) -> dict[Signature, Choice]:
+    """Return for each signature the choice of the first rank where its kernel fares worst."""
+    agreed = {}
+    for key in dict.fromkeys(key for choices in ranks for key in choices):
+        found = [choices.get(key, ABSENT) for choices in ranks]
+        rank = min(range(len(found)), key=lambda rank: (found[rank].right, found[rank].fused))
+        worst = found[rank]
+        if not worst.fused and any(choice.fused for choice in found):
+            worst = worst._replace(reason=f"on rank {rank}, {worst.reason}")
+        agreed[key] = worst
     return agreed

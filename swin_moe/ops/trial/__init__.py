@@ -28,7 +28,7 @@ from .kept import Kept
 
 log = logging.getLogger("swin_moe")
 
-# The child; it gets the numbers of the file descriptor for its answers and of the GPU.
+# The child; it gets the file descriptor for its answers, the GPU, and the number of threads.
 PROGRAM = (sys.executable, "-m", "swin_moe.ops.trial.child")
 LIMIT_S = {"cpu": 60.0, "cuda": 240.0}  # for one trial; on CUDA it compiles the fallback
 START_S = 120.0  # to import torch on a busy machine or a slow disk
@@ -84,7 +84,7 @@ def _one_child(signatures: list[Signature], limit: float) -> dict[Signature, Cho
     answers, end = os.pipe()
     with tempfile.TemporaryFile() as errors, os.fdopen(answers, "rb", 0) as reader:
         child = subprocess.Popen(
-            [*PROGRAM, str(end), str(gpu)],
+            [*PROGRAM, str(end), str(gpu), str(torch.get_num_threads())],
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=errors,
@@ -100,7 +100,11 @@ def _one_child(signatures: list[Signature], limit: float) -> dict[Signature, Cho
             _end(child)
         if heard.tried is not None:  # a kernel's fault: the next child goes on after it
             ended = f"did not end within {limit:g} s" if heard.late else _how_ended(child)
-            return {**heard.found, heard.tried: Choice(False, f"the kernel's trial {ended}")}
+            # A CPU may have been busy; SIGKILL and SIGTERM come from outside.
+            outside = child.returncode in (-signal.SIGKILL, -signal.SIGTERM) and not heard.late
+            lasting = not outside and not (heard.late and heard.tried.device == "cpu")
+            refused = Choice(False, f"the kernel's trial {ended}", lasting=lasting)
+            return {**heard.found, heard.tried: refused}
         if heard.found:
             return heard.found
         errors.seek(0)
@@ -130,9 +134,11 @@ def _listen(reader: IO[bytes], signatures: list[Signature], limit: float) -> _He
     tried: Signature | None = None
     text = b""
     deadline = time.monotonic() + START_S
+    waiting = select.poll()  # `select` takes no large descriptors
+    waiting.register(reader, select.POLLIN)
     while len(found) < len(signatures):
         left = deadline - time.monotonic()
-        if left <= 0 or not select.select([reader], [], [], left)[0]:
+        if left <= 0 or not waiting.poll(1000 * left):
             return _Heard(found, tried, late=True)
         part = reader.read(1 << 16)
         if not part:

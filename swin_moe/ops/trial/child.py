@@ -1,4 +1,4 @@
-"""The process that tries kernels: ``python -m swin_moe.ops.trial.child DESCRIPTOR GPU``.
+"""The process that tries kernels: ``python -m swin_moe.ops.trial.child DESCRIPTOR GPU THREADS``.
 
 It reads signatures as JSON from its standard input and writes a JSON object a line to the
 descriptor: the number of a signature when its trial begins, and again with the choice.
@@ -16,6 +16,7 @@ from ...common.fork_server import die_with_parent
 from ...common.text import reason
 from .. import choice
 from ..signature import Choice, Signature
+from . import checks
 from .cases import TRIALS
 from .checks import Problem
 
@@ -27,27 +28,33 @@ def try_kernel(signature: Signature) -> Choice:
         return TRIALS[signature.op](signature.device, dtype, signature.shape)
     except Problem as problem:
         return Choice(False, f"the kernel {problem}")
-    except torch.OutOfMemoryError:
-        return Choice(False, "the device had no memory left to try its kernel", lasting=False)
     except Exception as error:
+        if isinstance(error, torch.OutOfMemoryError) or "ALLOC_FAILED" in str(error):
+            return Choice(False, "no memory was left to try its kernel", lasting=False)
+        checks.broken = True
         return Choice(False, f"the kernel failed: {reason(error)}")
 
 
 def main() -> None:
-    """Try all signatures in order."""
+    """Try all signatures in order, until one may have broken this process."""
     die_with_parent()
-    descriptor, gpu = map(int, sys.argv[1:3])
+    descriptor, gpu, threads = map(int, sys.argv[1:4])
+    torch.set_num_threads(threads)
     choice.trust_kernels()
 
     def tell(message: dict[str, object]) -> None:
         os.write(descriptor, (json.dumps(message) + "\n").encode())
 
-    for number, (op, device, dtype, shape) in enumerate(json.load(sys.stdin)):
+    signatures = json.load(sys.stdin)
+    if any(device == "cuda" for _, device, *_ in signatures):
+        torch.cuda.set_device(gpu)
+        torch.empty(1, device="cuda")  # no trial begins without a context
+    for number, (op, device, dtype, shape) in enumerate(signatures):
         tell({"signature": number})
-        if device == "cuda":
-            torch.cuda.set_device(gpu)
         found = try_kernel(Signature(op, device, dtype, tuple(shape)))
         tell({"signature": number, "choice": list(found)})
+        if checks.broken and device == "cuda":
+            return  # an illegal access ends all later work of its process; another one goes on
 
 
 if __name__ == "__main__":

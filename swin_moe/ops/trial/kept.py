@@ -8,7 +8,6 @@ import hashlib
 import json
 import logging
 import platform
-import shutil
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -46,6 +45,7 @@ def machine(kind: str) -> dict[str, str]:
         facts["name"] = _processor()
         sets = (_library.cpu_instruction_set(d) for d in _library.KERNEL_DTYPES["cpu"])
         facts["instructions"] = " ".join(map(str, sets))
+        facts["threads"] = str(torch.get_num_threads())
     return facts
 
 
@@ -104,10 +104,10 @@ class Kept:
 
 
 def forget() -> Path | None:
-    """Delete the results for all devices of this machine; return their folder."""
+    """Delete the results of all machines that share the folder; return it."""
     folder = cache_folder(FOLDER)
-    if folder is not None:
-        shutil.rmtree(folder)
+    for path in folder.glob("*.json") if folder else ():  # not the locks, which others may hold
+        path.unlink(missing_ok=True)
     return folder
 
 
