@@ -167,7 +167,7 @@ def _past_32_bits(dtype: torch.dtype, window: Shape, heads: int, head_dim: int) 
     size = _side(window)
     image = 3 * size[0] * size[1] * heads * head_dim
     images = ELEMENTS_PAST_32_BITS // image + 1
-    needed = 6 * images * image * dtype.itemsize
+    needed = 8 * images * image * dtype.itemsize  # with fp32 results and gradients
     if torch.cuda.mem_get_info()[0] < needed:
         return
     case = _attention("cuda", dtype, window, size, heads, head_dim, 1)
