@@ -189,9 +189,13 @@ def _profile(run: Run, task: Task) -> Profile:
 def _report_start(run: Run, config: Config) -> None:
     """Print warnings about the config, and log where this rank runs."""
     post_norm = FAMILIES[config.model.family].post_norm
-    for warning in filter(None, (lost_gate(config.moe, post_norm), idle_keys(config))):
-        run.say(f"warning: {warning}")
     world = run.world
+    dtype = resolve_precision(config.precision, world.device)
+    idle = ""
+    if config.precision.tf32 and (world.device.type != "cuda" or dtype != torch.float32):
+        idle = "without effect: precision.tf32, which is for fp32 on a GPU"
+    for warning in filter(None, (lost_gate(config.moe, post_norm), idle_keys(config), idle)):
+        run.say(f"warning: {warning}")
     log.info(
         "rank %d of %d on %s (%s), expert rank %d of %d, torch %s",
         world.rank,

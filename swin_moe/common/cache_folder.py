@@ -13,8 +13,10 @@ def cache_folder(name: str) -> Path | None:
         the folder, which this call makes; None if that is impossible. It may be read-only.
     """
     try:
-        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        folder = Path(base) / "swin_moe" / name
+        base = Path(os.environ.get("XDG_CACHE_HOME", ""))
+        if not base.is_absolute():  # then XDG's specification ignores it
+            base = Path.home() / ".cache"
+        folder = base / "swin_moe" / name
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     except (OSError, RuntimeError):  # no home
         return None

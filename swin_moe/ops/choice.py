@@ -138,7 +138,7 @@ def _companions(key: Signature) -> list[Signature]:
     return [
         Signature(op, key.device, "float32" if op in FP32_ONLY else key.dtype)
         for op in _library.op_names()
-        if op != "window_attention" or key.device == "cpu"
+        if op != "adamw_" and (op != "window_attention" or key.device == "cpu")
     ]
 
 

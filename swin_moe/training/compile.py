@@ -39,6 +39,7 @@ def compile_blocks(run: Run, task: Task, engine: Engine, watchdog: Watchdog) -> 
     if not graphs.graphs:
         run.say("compile: off, for model.use_checkpoint=offload runs its blocks without graphs")
         return
+    run.say("compiling the blocks, which may take minutes; later starts reuse the graphs")
     with watchdog.phase("the blocks were compiled", works=True, limits=START):
         world = run.world
         trial = _try(graphs, task, engine, measure=wanted == "auto")
@@ -121,7 +122,8 @@ def _failed(error: Exception) -> None:
 
 def _first_line(error: Exception) -> str:
     lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+    line = lines[0] if lines else type(error).__name__
+    return f"{line}: install g++, or set CXX" if "No working C++ compiler" in line else line
 
 
 def _end_workers() -> None:

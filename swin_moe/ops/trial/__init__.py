@@ -50,7 +50,7 @@ def try_kernels(
         kept = Kept(kind)
         known = kept.read()
         if not known.keys() >= set(mine):
-            with kept.lock():
+            with kept.lock(say):
                 known = kept.read()
                 missing = [s for s in mine if s not in known]
                 if missing:

@@ -8,9 +8,11 @@ import hashlib
 import json
 import logging
 import platform
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
+from typing import IO
 
 import torch
 
@@ -24,6 +26,7 @@ log = logging.getLogger("swin_moe")
 
 FOLDER = "kernels"
 VERSION = 1  # of the checks; a higher one makes every machine try again
+PATIENCE_S = 300.0  # to wait for the trials of another process
 MOST = 1 << 22  # bytes of a file that are read
 
 
@@ -73,11 +76,11 @@ class Kept:
                 return {}
             return {
                 Signature(op, device, dtype, tuple(shape)): Choice(
-                    bool(right), str(why), float(speedup)
+                    right is True, str(why), float(speedup)
                 )
                 for (op, device, dtype, shape), (right, why, speedup) in content["choices"]
             }
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
             return {}
 
     def write(self, choices: dict[Signature, Choice]) -> None:
@@ -93,21 +96,45 @@ class Kept:
             log.warning("the kernels' trials are not kept: %s", reason(error))
 
     @contextlib.contextmanager
-    def lock(self) -> Iterator[None]:
-        """Hold the right to make trials; without a folder each process makes its own."""
+    def lock(self, say: Callable[[str], None]) -> Iterator[None]:
+        """Hold the right to make trials; without a folder each process makes its own.
+
+        Args:
+            say: reports that another process holds it. After ``PATIENCE_S`` this one goes on.
+        """
         with contextlib.ExitStack() as stack:
             if self.path is not None:
                 with contextlib.suppress(OSError):  # some network disks have no locks
                     file = stack.enter_context(self.path.with_suffix(".lock").open("w"))
-                    fcntl.flock(file, fcntl.LOCK_EX)
+                    _wait(file, say)
             yield
+
+
+def _wait(file: IO[str], say: Callable[[str], None]) -> None:
+    """Lock a file, or give up after a while."""
+    began, said = time.monotonic(), False
+    while True:
+        with contextlib.suppress(BlockingIOError):
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        waited = time.monotonic() - began
+        if waited > PATIENCE_S:
+            say(f"another process has tried kernels for {PATIENCE_S:g} s; not waiting any longer")
+            return
+        if waited > 2.0 and not said:
+            said = True
+            say(f"waiting for another process that tries kernels ({file.name})")
+        time.sleep(0.05)
 
 
 def forget() -> Path | None:
     """Delete the results of all machines that share the folder; return it."""
     folder = cache_folder(FOLDER)
     for path in folder.glob("*.json") if folder else ():  # not the locks, which others may hold
-        path.unlink(missing_ok=True)
+        try:
+            path.unlink(missing_ok=True)
+        except OSError as error:
+            log.warning("not cleared: %s", reason(error))
     return folder
 
 
