@@ -61,6 +61,7 @@ def compiled(engine, world, cell: Cell, wanted) -> str:
     assert torch.get_rng_state().equal(state)
     assert all(p.equal(copies[name]) and p.grad is None for name, p in before.items())
     assert watchdog.phases == [("the blocks were compiled", {"works": True, "limits": 2.0})]
+    assert lines.pop(0).startswith("compiling the blocks")
     return lines[0] if lines else ""
 
 
