@@ -25,9 +25,9 @@ CELLS = [cell for world in WORLDS for cell in legal_cells(world)]
 SAMPLE = 12  # cells in addition to the edges, different ones each day
 EXPERTS = next(cell for cell in CELLS if cell.expert_parallel == 2)
 # Bound of the relative deviation of loss and gradient norm over the steps.
-FIGURES = {"fp32": (1e-5, 1e-5), "bf16": (2e-3, 1e-2), "fp16": (5e-4, 2.5e-3)}
+FIGURES = {"fp32": (1e-5, 1e-5), "bf16": (1.5e-3, 5e-3), "fp16": (5e-4, 2.5e-3)}
 # Of all weights after the last step: distance to the reference over the distance that it went.
-WEIGHTS = {"fp32": 1e-5, "bf16": 0.25, "fp16": 0.04}
+WEIGHTS = {"fp32": 1e-5, "bf16": 0.15, "fp16": 0.04}
 
 
 @pytest.fixture(scope="module")

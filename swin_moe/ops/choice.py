@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -98,6 +99,7 @@ def status() -> dict[str, str]:
     return result
 
 
+@lru_cache  # each call of an op needs it
 def signature(op: str, device: str, dtype: torch.dtype, *shape: int) -> Signature:
     """Return the signature of a call."""
     return Signature(op, device, str(dtype).rpartition(".")[2], shape if device == "cuda" else ())

@@ -202,18 +202,16 @@ def _logits(
 ) -> Tensor:
     """Return logits [B, nW, heads, N, N] in at least fp32.
 
-    A matrix of logits has many more numbers than q, so that each pass over it is a large part of
-    the time on a GPU. So the factor is applied to q, and bias and mask are added in one pass, which
-    also widens the product.
+    Bias and mask are added in one pass: a pass over the logits is a large part of the time on a
+    GPU. The factor is applied to the products in fp32 and not to q, although q has fewer numbers:
+    with a q that is rounded after it, bf16 runs strayed further from fp32.
     """
     wide = torch.promote_types(q.dtype, torch.float32)
     factor = _factor(scale, windows.cosine, wide)
     if windows.cosine:
-        scaled, k = _unit(q.to(wide)) * factor, _unit(k)
-    else:
-        scaled = q * factor
+        q, k = _unit(q), _unit(k)
     added = bias.to(wide) if mask is None else bias.to(wide) + mask.to(wide)[:, None]
-    return scaled.to(q.dtype) @ k.transpose(-2, -1) + added
+    return (q @ k.transpose(-2, -1)).to(wide) * factor + added
 
 
 def _unit(x: Tensor) -> Tensor:

@@ -230,7 +230,7 @@ def train(world, cell: Cell, folder: Path) -> None:
 
 
 def run_fp16_anywhere() -> None:
-    """Let DeepSpeed use fp16 also on CPUs where it is slow for want of instructions."""
+    """Let DeepSpeed use fp16 on any CPU; without fp16 instructions it is slow."""
     from deepspeed.accelerator import get_accelerator
 
     get_accelerator().is_fp16_supported = lambda: True

@@ -344,8 +344,8 @@ class Backward {
     for (int v = 0; v < D / kLanes; ++v) Isa::store(acc[v], to + v * kLanes);
   }
 
-  // Turns the gradients of `count` unit rows into those of q (part 0) or k (part 1). Returns the sum
-  // of the products of unit rows and their gradients; the gradient of the factor needs it.
+  // Turns the gradients of `count` unit rows into those of q (part 0) or k (part 1). Returns
+  // Σ unit row · its gradient, from which follows the gradient of the factor.
   double finish(int64_t part, const uint32_t* rows, const float* norms, const float* grads,
                 int64_t count) {
     const int64_t width = shape_.heads * D;

@@ -229,7 +229,7 @@ def _routing(device: str, tokens: int, experts: int, options: RouteOptions) -> C
         exact = logits.dtype == torch.float64
         how = moe_route_reference if exact else moe_route
         found = how(logits, noise, bias, options)._asdict()
-        # Of the scalars only the first has a gradient.
+        # Only the first scalar has a gradient.
         found["scalars"] = torch.cat((found["scalars"][:1], found["scalars"][1:].detach()))
         return found
 

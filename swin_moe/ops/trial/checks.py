@@ -116,7 +116,7 @@ def error(actual: Tensor, exact: Tensor) -> float:
 
 
 def repeat(case: Case, device: str) -> None:
-    """Run a case three times, once beside other work.
+    """Run a case three times; during one of them, a second stream works as well.
 
     Raises:
         Problem: the results are not equal to the bit.
