@@ -124,7 +124,7 @@ def attention(window: int, shift: int) -> list[dict[str, object]]:
     split = windows.split(qkv)
 
     def graph(x: Tensor, *others: Tensor) -> Tensor:
-        return attend_reference(x, *others, None, windows, mask)
+        return attend_reference(x, *others, None, windows, mask, scale_q=True)
 
     counts = {
         "eager": eager(lambda *x: attention_reference(*x, None, windows), [qkv, bias, scale]),

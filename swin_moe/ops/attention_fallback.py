@@ -162,7 +162,7 @@ def _graph() -> Callable[..., Tensor]:
 def _run(*call: Any) -> Tensor:
     x, bias, scale, seed, mask, first, cosine, dropout_p = call
     windows = Windows((0, 0), (0, 0), cosine, dropout_p)  # x is already split
-    return attend_reference(x, bias, scale, seed, windows, mask, first)
+    return attend_reference(x, bias, scale, seed, windows, mask, first, scale_q=True)
 
 
 def _try(call: Call) -> None:

@@ -133,10 +133,16 @@ def attend_reference(
     windows: Windows,
     mask: Tensor | None,
     first: int | Tensor = 0,
+    *,
+    scale_q: bool = False,
 ) -> Tensor:
-    """Compute windows [B, nW, N, 3, heads, d], numbered from ``first``, to [B, nW, N, C]."""
+    """Compute windows [B, nW, N, 3, heads, d], numbered from ``first``, to [B, nW, N, C].
+
+    Args:
+        scale_q: see :func:`_logits`.
+    """
     q, k, v = x.permute(3, 0, 1, 4, 2, 5).unbind(0)  # [B, nW, heads, N, d]
-    probabilities = _logits(q, k, bias, scale, windows, mask).softmax(-1)
+    probabilities = _logits(q, k, bias, scale, windows, mask, scale_q).softmax(-1)
     if windows.dropout_p > 0:
         probabilities = probabilities * _keep(seed, probabilities, windows.dropout_p, first)
     return (probabilities.to(v.dtype) @ v).transpose(2, 3).flatten(3)
@@ -198,19 +204,29 @@ def _factor(scale: Tensor, cosine: bool, dtype: torch.dtype) -> Tensor:
 
 
 def _logits(
-    q: Tensor, k: Tensor, bias: Tensor, scale: Tensor, windows: Windows, mask: Tensor | None
+    q: Tensor,
+    k: Tensor,
+    bias: Tensor,
+    scale: Tensor,
+    windows: Windows,
+    mask: Tensor | None,
+    scale_q: bool = False,
 ) -> Tensor:
     """Return logits [B, nW, heads, N, N] in at least fp32.
 
-    Bias and mask are added in one pass: a pass over the logits is a large part of the time on a
-    GPU. The factor is applied to the products in fp32 and not to q, although q has fewer numbers:
-    with a q that is rounded after it, bf16 runs strayed further from fp32.
+    Args:
+        scale_q: apply the factor to q instead of to the products, which are many more numbers: a
+            graph then moves fewer bytes. Both are as accurate, but round differently.
     """
     wide = torch.promote_types(q.dtype, torch.float32)
     factor = _factor(scale, windows.cosine, wide)
+    added = bias.to(wide) if mask is None else bias.to(wide) + mask.to(wide)[:, None]
+    if scale_q:
+        scaled = (_unit(q.to(wide)) if windows.cosine else q.to(wide)) * factor
+        k = _unit(k) if windows.cosine else k
+        return scaled.to(q.dtype) @ k.transpose(-2, -1) + added
     if windows.cosine:
         q, k = _unit(q), _unit(k)
-    added = bias.to(wide) if mask is None else bias.to(wide) + mask.to(wide)[:, None]
     return (q @ k.transpose(-2, -1)).to(wide) * factor + added
 
 
